@@ -1,0 +1,1 @@
+"""Guided diffusion as pure functions in JAX."""
