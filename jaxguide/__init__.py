@@ -1,1 +1,75 @@
-"""Guided diffusion as pure functions in JAX."""
+"""Guided diffusion as pure functions in JAX.
+
+A network becomes a *denoiser*, guidance turns one denoiser into another, a *solver* takes one step, and `sample` walks
+down a grid of noise levels:
+
+>>> import jax
+>>> import jaxguide as jg
+>>> model = jg.ring(num_classes=8)                                          # a denoiser whose truth is known
+>>> guided = jg.classifier_free(null_cond=8, scale=2.0)(model.denoiser)
+>>> jg.sample_batch(
+...   guided, jax.random.key(0), cond=3, num=16, shape=(2,), sigmas=jg.karras(20), solver=jg.DPMpp2M()
+... ).shape
+(16, 2)
+
+This is the mathematics and the networks. The programs built from them are imported by name: `jaxguide.data`,
+`jaxguide.training`, `jaxguide.evaluation`, and the command ``jaxguide``.
+"""
+
+from jaxguide import checks, denoisers, guidance, losses, mixtures, nn, sampling, scaling, schedules, solvers, typing
+from jaxguide.denoisers import ClassifierLogProb, NetworkDenoiser
+from jaxguide.guidance import chain, classifier, classifier_free, clip_x0, interval, unconditional
+from jaxguide.losses import classifier_loss, denoising_loss
+from jaxguide.mixtures import GaussianMixture, gaussian_mixture, ring
+from jaxguide.nn import Classifier, UNet
+from jaxguide.sampling import sample, sample_batch, sample_keys
+from jaxguide.schedules import from_schedule, karras, log_snr_uniform, respaced
+from jaxguide.solvers import DDIM, DDPM, DPMpp2M, Euler, Heun
+from jaxguide.typing import Denoiser, Guidance, LogProb, Solver
+
+__version__ = "0.1.0"
+
+__all__ = [
+  "DDIM",
+  "DDPM",
+  "Classifier",
+  "ClassifierLogProb",
+  "DPMpp2M",
+  "Denoiser",
+  "Euler",
+  "GaussianMixture",
+  "Guidance",
+  "Heun",
+  "LogProb",
+  "NetworkDenoiser",
+  "Solver",
+  "UNet",
+  "chain",
+  "checks",
+  "classifier",
+  "classifier_free",
+  "classifier_loss",
+  "clip_x0",
+  "denoisers",
+  "denoising_loss",
+  "from_schedule",
+  "gaussian_mixture",
+  "guidance",
+  "interval",
+  "karras",
+  "log_snr_uniform",
+  "losses",
+  "mixtures",
+  "nn",
+  "respaced",
+  "ring",
+  "sample",
+  "sample_batch",
+  "sample_keys",
+  "sampling",
+  "scaling",
+  "schedules",
+  "solvers",
+  "typing",
+  "unconditional",
+]

@@ -1,0 +1,150 @@
+"""Checks of what a caller hands in, made before the work starts.
+
+They look at values where there are values: inside ``jit`` an argument is a tracer, whose value nobody knows yet, and
+passes. Each error says what was wrong, what was expected and what to do.
+"""
+
+import difflib
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+T = TypeVar("T")
+
+
+def is_concrete(value: Any) -> bool:
+  """Whether every leaf of ``value`` is a number or an array that can be looked at."""
+  return all(
+    isinstance(leaf, int | float | np.generic | np.ndarray | jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    for leaf in jax.tree.leaves(value)
+  )
+
+
+def finite(name: str, value: T) -> T:
+  """Give ``value`` back if it is finite (or not known yet).
+
+  Python and NumPy scalars come back as ``float``, so that 2, 2.0 and ``np.float32(2)`` compile to one program.
+
+  Raises:
+    ValueError: if an element is infinite or NaN.
+    TypeError: if it is not a number.
+
+  >>> finite("scale", 2)
+  2.0
+  >>> finite("scale", float("nan"))
+  Traceback (most recent call last):
+  ...
+  ValueError: scale must be finite, got nan
+  """
+  if isinstance(value, str | bytes | bool) or value is None:
+    raise TypeError(f"{name} must be a number, got {value!r}")
+  if isinstance(value, int | float | np.number):
+    if not math.isfinite(value):
+      raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)  # type: ignore[return-value]
+  if is_concrete(value) and not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(value)):
+    raise ValueError(f"{name} must be finite, got {value}")
+  return value
+
+
+def in_range(name: str, value: T, low: int | float, high: int | float = math.inf) -> T:
+  """Give ``value`` back, as `finite` does, if it lies in ``[low, high]``.
+
+  >>> in_range("eta", 1.5, 0, 1)
+  Traceback (most recent call last):
+  ...
+  ValueError: eta must be between 0 and 1, got 1.5
+  """
+  value = finite(name, value)
+  if is_concrete(value):
+    array = np.asarray(value)
+    if (array < low).any() or (array > high).any():
+      wanted = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+      raise ValueError(f"{name} must be {wanted}, got {value}")
+  return value
+
+
+def at_least(name: str, value: Any, low: int) -> int:
+  """Give ``value`` back as an ``int`` if it is a whole number of at least ``low``.
+
+  >>> at_least("steps", 0, 1)
+  Traceback (most recent call last):
+  ...
+  ValueError: steps must be a whole number of at least 1, got 0
+  """
+  try:
+    number = operator.index(value)
+  except TypeError:
+    number = low - 1
+  if number < low or isinstance(value, bool):
+    raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+  return number
+
+
+def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
+  """Give ``table[name]``, or an error that names the nearest entry.
+
+  >>> lookup("solver", "dddim", {"ddim": 1, "heun": 2})
+  Traceback (most recent call last):
+  ...
+  ValueError: unknown solver 'dddim': did you mean 'ddim'? There are ddim, heun
+  """
+  if name in table:
+    return table[name]
+  near = difflib.get_close_matches(str(name), table, n=1, cutoff=0.0)
+  hint = f": did you mean {near[0]!r}?" if near else "."
+  raise ValueError(f"unknown {kind} {name!r}{hint} There are {', '.join(sorted(table))}")
+
+
+def labels(name: str, value: T, num_classes: int, null: bool = False) -> T:
+  """Give ``value`` back if every label in it is a class: a whole number from 0 to ``num_classes - 1``.
+
+  With ``null``, ``num_classes`` itself, the null class, passes as well.
+
+  >>> labels("label", 12, 10)
+  Traceback (most recent call last):
+  ...
+  ValueError: label 12 is not one of the 10 classes, 0 to 9
+  """
+  if is_concrete(value):
+    for leaf in map(np.asarray, jax.tree.leaves(value)):
+      if not np.issubdtype(leaf.dtype, np.integer):
+        raise TypeError(f"{name} must be whole numbers, got {leaf.dtype}")
+      outside = leaf[(leaf < 0) | (leaf >= num_classes + null)]
+      if outside.size:
+        also = f" (or {num_classes}, the null class)" if null else ""
+        raise ValueError(
+          f"{name} {outside.flat[0]} is not one of the {num_classes} classes, 0 to {num_classes - 1}{also}"
+        )
+  return value
+
+
+def sigmas(value: T) -> T:
+  """Give a grid of noise levels back if it is one: one axis, at least one step, decreasing, ending in 0.
+
+  >>> sigmas(np.array([1.0, 2.0, 0.0]))
+  Traceback (most recent call last):
+  ...
+  ValueError: sigmas must decrease strictly, but sigmas[0] = 1.0 is followed by sigmas[1] = 2.0
+  """
+  shape = jnp.shape(value)  # type: ignore[arg-type]
+  if len(shape) != 1 or shape[0] < 2:
+    raise ValueError(f"sigmas must have one axis of at least two levels, the last of them 0; got shape {shape}")
+  if is_concrete(value):
+    array = np.asarray(value)
+    if not np.isfinite(array).all():
+      raise ValueError(f"sigmas must be finite, but sigmas[{np.isfinite(array).argmin()}] is not")
+    rises = np.flatnonzero(np.diff(array) >= 0)
+    if rises.size:
+      i = rises[0]
+      raise ValueError(
+        f"sigmas must decrease strictly, but sigmas[{i}] = {array[i]} is followed by sigmas[{i + 1}] = {array[i + 1]}"
+      )
+    if array[-1] != 0:
+      raise ValueError(f"sigmas must end in 0, but the last is {array[-1]}")
+  return value

@@ -1,0 +1,207 @@
+r"""From networks to denoisers and log-probabilities, and between what they say: x0, eps, v, score.
+
+A *denoiser* is any function ``(x, sigma, cond) -> x0`` of one example ``x = x0 + sigma * eps``. To pass through
+``jit`` as an argument it has to be a pytree: the ones made here are, and ``jax.tree_util.Partial(function, params)``
+makes one of any function. Parameters then are leaves: new weights compile nothing anew and are never constants of the
+program.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from flax.errors import FlaxError
+
+from jaxguide import checks
+from jaxguide.typing import Array, ArrayLike, Example, Leaf, PyTree, Scalar
+
+
+@struct.dataclass(eq=False)
+class NetworkDenoiser:
+  """A network with its parameters, as a `Denoiser`.
+
+  Args:
+    params: the network's parameters, any pytree; for Flax the dictionary that ``init`` gives.
+    apply: ``apply(params, x, c_noise, cond) -> F``, on a batch: ``x`` (n, *shape), ``c_noise`` (n,), each leaf of
+      ``cond`` (n, ...). A Flax module's ``apply`` is one; ``cond=None`` is passed on as ``None``. An output with
+      twice the channels of ``x`` has the learned variance in its second half, which is left out here.
+    scaling: what the network predicts, from `jaxguide.scaling`.
+
+  Where ``apply`` is a Flax module's, ``params`` are held against the module's own, the first time that they meet, and
+  labels against its ``num_classes``.
+
+  >>> from jaxguide import scaling, schedules
+  >>> apply = lambda params, x, c_noise, cond: params * x      # stands for a network
+  >>> denoise = NetworkDenoiser(jnp.asarray(0.5), apply, scaling.eps(schedules.Cosine()))
+  >>> denoise(jnp.ones((2, 2)), jnp.asarray(1.0), None).shape
+  (2, 2)
+  """
+
+  params: Leaf
+  apply: Callable[..., Any] = struct.field(pytree_node=False)
+  scaling: Leaf
+
+  def __call__(self, x: Example, sigma: Scalar, cond: PyTree = None) -> Example:
+    """Give ``x0``, of the shape and type of ``x``."""
+    c_skip, c_out, _, _ = self.scaling(sigma)
+    output = _apply(self, x, sigma, cond)
+    if output.shape[-1] == 2 * x.shape[-1]:
+      output = output[..., : x.shape[-1]]
+    if output.shape != x.shape:
+      raise ValueError(f"the network gave shape {output.shape} for an example of shape {x.shape}")
+    return (c_skip * x + c_out * output.astype(x.dtype)).astype(x.dtype)
+
+  def check_cond(self, cond: PyTree) -> None:
+    """Raise ValueError where ``cond`` holds labels outside the network's classes."""
+    module = _module(self.apply)
+    num_classes = getattr(module, "num_classes", None)
+    if num_classes is not None:
+      checks.labels("label", cond, num_classes, getattr(module, "null_class", False))
+
+
+@struct.dataclass(eq=False)
+class ClassifierLogProb:
+  """A classifier trained on noisy examples, as a `LogProb`: ``log softmax(logits)[label]``.
+
+  Args:
+    params: the classifier's parameters.
+    apply: ``apply(params, x, c_noise) -> logits``, on a batch: ``x`` (n, *shape), ``c_noise`` (n,), logits
+      (n, classes).
+    scaling: from `jaxguide.scaling`; the classifier is given ``c_in * x`` and ``c_noise`` of it, as in its training.
+  """
+
+  params: Leaf
+  apply: Callable[..., Any] = struct.field(pytree_node=False)
+  scaling: Leaf
+
+  def logits(self, x: Example, sigma: Scalar) -> Array:
+    """Give the logits, (classes,), for one example."""
+    return _apply(self, x, sigma).astype(jnp.promote_types(x.dtype, jnp.float32))
+
+  def __call__(self, x: Example, sigma: Scalar, cond: PyTree) -> Scalar:
+    """Give the log-probability of the label ``cond``, a scalar."""
+    return jax.nn.log_softmax(self.logits(x, sigma))[cond]
+
+  def check_cond(self, cond: PyTree) -> None:
+    """Raise ValueError where ``cond`` holds labels outside the classifier's classes."""
+    num_classes = getattr(_module(self.apply), "out_channels", None)
+    if num_classes is not None:
+      checks.labels("label", cond, num_classes)
+
+
+def check_cond(tree: PyTree, cond: PyTree) -> None:
+  """Let every denoiser and classifier inside ``tree`` that knows its classes look at ``cond``.
+
+  Raises:
+    ValueError: for a label that is not one of the classes.
+  """
+
+  def knows(node: Any) -> bool:
+    return hasattr(node, "check_cond")
+
+  for node in jax.tree.leaves(tree, is_leaf=knows):
+    if knows(node):
+      node.check_cond(cond)
+
+
+# --- the network's side ---------------------------------------------------------------------------
+
+
+def _apply(model: NetworkDenoiser | ClassifierLogProb, x, sigma, *cond):
+  """Call the network on a batch of one; ``vmap`` outside folds its axis into that batch."""
+  _, _, c_in, c_noise = model.scaling(sigma)
+  args = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], ((c_in * x).astype(x.dtype), c_noise, *cond))
+  module = _module(model.apply)
+  if module is not None:
+    check_params(module, model.params, *args)
+  return model.apply(model.params, *args)[0]
+
+
+def _module(apply: Callable[..., Any]) -> nn.Module | None:
+  owner = getattr(apply, "__self__", None)
+  return owner if isinstance(owner, nn.Module) else None
+
+
+def check_params(module: nn.Module, params: PyTree, *args: Any) -> None:
+  """Hold parameters against a Flax module.
+
+  Args:
+    module: the network.
+    params: its variables, ``{"params": ...}``.
+    *args: what it is called on; only shapes and types count.
+
+  Raises:
+    ValueError: naming the first parameter that is missing, unknown, or of another shape.
+  """
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), (params, args))
+  leaves, treedef = jax.tree.flatten(shapes)
+  _check_shapes(module, tuple(leaves), treedef)
+
+
+@functools.lru_cache(maxsize=64)
+def _check_shapes(module: nn.Module, leaves: tuple[Any, ...], treedef: Any) -> None:
+  params, args = jax.tree.unflatten(treedef, leaves)
+  name = type(module).__name__
+  try:
+    expected = jax.eval_shape(module.init, jax.random.key(0), *args)
+  except FlaxError as error:
+    raise ValueError(f"{name} cannot be set up on inputs of these shapes: {error}") from error
+  ours, theirs = (
+    {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+    for leaves in map(jax.tree_util.tree_leaves_with_path, (params, expected))
+  )
+  for path in [*theirs, *ours]:
+    if ours.get(path) != theirs.get(path):
+      if path not in ours:
+        wrong = f"{path} is missing"
+      elif path not in theirs:
+        wrong = f"{path} is not a parameter of the network"
+      else:
+        wrong = f"{path} has shape {ours[path]}, expected {theirs[path]}"
+      raise ValueError(f"the parameters do not fit {name}: {wrong}")
+
+
+# --- between what a denoiser can say ---------------------------------------------------------------
+#
+# x = x0 + sigma eps; score = grad log p(x; sigma) = -eps / sigma; v = alpha (eps - sigma x0).
+
+
+def x0_to_eps(x: Array, x0: Array, sigma: ArrayLike) -> Array:
+  """``(x - x0) / sigma``."""
+  return (x - x0) / sigma
+
+
+def eps_to_x0(x: Array, eps: Array, sigma: ArrayLike) -> Array:
+  """``x - sigma eps``."""
+  return x - sigma * eps
+
+
+def x0_to_score(x: Array, x0: Array, sigma: ArrayLike) -> Array:
+  """``(x0 - x) / sigma²``: Tweedie's formula (Efron 2011, eq. 1.4) read backwards.
+
+  >>> float(x0_to_score(jnp.asarray(3.0), jnp.asarray(1.0), 2.0))
+  -0.5
+  """
+  return (x0 - x) / jnp.square(sigma)
+
+
+def score_to_x0(x: Array, score: Array, sigma: ArrayLike) -> Array:
+  """``x + sigma² score``: Tweedie's formula."""
+  return x + jnp.square(sigma) * score
+
+
+def x0_to_v(x: Array, x0: Array, sigma: ArrayLike) -> Array:
+  """``alpha (eps - sigma x0)`` with ``alpha = 1 / sqrt(1 + sigma²)`` (Salimans & Ho 2022, arXiv:2202.00512)."""
+  return ((x - x0) / sigma - sigma * x0) / jnp.sqrt(1 + jnp.square(sigma))
+
+
+def v_to_x0(x: Array, v: Array, sigma: ArrayLike) -> Array:
+  """``alpha² x - alpha sigma v``, the inverse of `x0_to_v`."""
+  alpha = 1 / jnp.sqrt(1 + jnp.square(sigma))
+  return alpha**2 * x - alpha * sigma * v

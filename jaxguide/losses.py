@@ -1,0 +1,174 @@
+r"""Losses: of the denoiser, with the label dropped now and then, and of the noisy classifier.
+
+Both take a batch of clean examples, draw a noise level for each, and are batch-native: the network sees a batch axis, not
+a ``vmap``. Noise levels are stratified over the batch: of ``n`` examples each gets its own n-th of the distribution, which
+makes the loss less noisy and changes nothing in expectation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxguide import checks
+from jaxguide.scaling import Scaling
+from jaxguide.schedules import NoiseLevels
+from jaxguide.typing import Array, ArrayLike, Float, Key, PyTree
+
+
+def stratified_uniform(key: Key, num: int) -> Float[Array, " num"]:
+  """Draw ``num`` numbers, uniform in (0, 1), one from each of ``num`` equal parts, in random order.
+
+  >>> u = stratified_uniform(jax.random.key(0), 4)
+  >>> sorted((u * 4).astype(int).tolist())
+  [0, 1, 2, 3]
+  """
+  order, within = jax.random.split(key)
+  u = (jax.random.permutation(order, num) + jax.random.uniform(within, (num,))) / num
+  # Rounding may reach the ends, where a quantile may be infinite.
+  tiny = jnp.finfo(u.dtype).eps
+  return jnp.clip(u, tiny, 1 - tiny)
+
+
+def add_noise(
+  key: Key, x0: Float[Array, n *shape], noise_levels: NoiseLevels
+) -> tuple[Float[Array, n *shape], Float[Array, " n"]]:
+  """Draw a noise level for each example and add as much noise: ``x = x0 + sigma eps``.
+
+  Args:
+    key: a random key.
+    x0: (n, *shape) clean examples.
+    noise_levels: where the levels come from, such as a schedule (uniform in time, or in log-SNR) or
+      `jaxguide.schedules.LogNormal`.
+
+  Returns:
+    ``x`` (n, *shape) and ``sigma`` (n,).
+  """
+  level_key, noise_key = jax.random.split(key)
+  sigma = noise_levels.quantile(stratified_uniform(level_key, x0.shape[0])).astype(x0.dtype)
+  return x0 + _wide(sigma, x0) * jax.random.normal(noise_key, x0.shape, x0.dtype), sigma
+
+
+def drop_cond(key: Key, cond: PyTree, null_cond: PyTree, p_uncond: ArrayLike) -> PyTree:
+  """Replace each row of ``cond`` by ``null_cond`` with probability ``p_uncond``.
+
+  Args:
+    key: a random key.
+    cond: each leaf (n, ...).
+    null_cond: one condition, of the same structure.
+    p_uncond: in [0, 1]; the paper finds 0.1 and 0.2 best.
+
+  >>> drop_cond(jax.random.key(0), jnp.array([3, 1, 4]), 10, 1.0).tolist()
+  [10, 10, 10]
+  """
+  leaves = jax.tree.leaves(cond)
+  drop = jax.random.bernoulli(key, p_uncond, (leaves[0].shape[0],))
+  return jax.tree.map(lambda y, null: jnp.where(_wide(drop, y), jnp.asarray(null, y.dtype), y), cond, null_cond)
+
+
+def denoising_loss(
+  params: PyTree,
+  apply: Callable[..., Any],
+  key: Key,
+  x0: Float[Array, n *shape],
+  cond: PyTree = None,
+  *,
+  scaling: Scaling,
+  noise_levels: NoiseLevels,
+  null_cond: PyTree = None,
+  p_uncond: ArrayLike = 0.0,
+  weight: Callable[[Array], Any] | None = None,
+) -> Float[Array, ""]:
+  r"""The loss of a conditional denoiser, trained jointly with the unconditional one.
+
+  Ho & Salimans (2021, arXiv:2207.12598), Algorithm 1: drop the condition with probability ``p_uncond``, draw a
+  log-SNR, corrupt the example, regress. With ``scaling.eps`` and ``schedules.LogSNRCosine`` it is theirs to the letter.
+
+  .. math:: E\,\| F_\theta(c_{in} x, c_{noise}, y) - (x_0 - c_{skip} x) / c_{out} \|^2
+
+  Args:
+    params: the network's parameters; the loss is differentiable in them.
+    apply: ``apply(params, x, c_noise, cond) -> F``, on a batch.
+    key: a random key, for the dropped conditions, the levels, the noise, and the network's dropout.
+    x0: (n, *shape) clean examples.
+    cond: each leaf (n, ...), or None.
+    scaling: what the network predicts.
+    noise_levels: where the noise levels come from.
+    null_cond: what a dropped condition becomes; needed where ``p_uncond`` is above 0.
+    p_uncond: probability of dropping the condition, in [0, 1].
+    weight: ``sigma -> w``, the weight of ``|x0 - D|²``, from `jaxguide.scaling`; if left out, ``1 / c_out²``, which is
+      the plain squared error of what the network predicts.
+
+  Returns:
+    A scalar: the mean over the examples and their elements.
+
+  Raises:
+    ValueError: if ``p_uncond`` is outside [0, 1], or above 0 without a condition to drop and a ``null_cond`` for it; or
+      if the output's shape is not that of ``x0``.
+
+  >>> from jaxguide import scaling, schedules
+  >>> apply = lambda params, x, c_noise, cond: params * x
+  >>> loss = denoising_loss(
+  ...   jnp.asarray(0.0), apply, jax.random.key(0), jnp.zeros((64, 8, 8, 1)),
+  ...   scaling=scaling.eps(schedules.Cosine()), noise_levels=schedules.LogSNRCosine(),
+  ... )
+  >>> bool(abs(loss - 1) < 0.1)  # saying "no noise" is wrong by the noise's variance
+  True
+  """
+  p_uncond = checks.in_range("p_uncond", p_uncond, 0, 1)
+  drop_key, noise_key = jax.random.split(key)
+  if not (checks.is_concrete(p_uncond) and p_uncond == 0):
+    if cond is None or null_cond is None:
+      raise ValueError("p_uncond above 0 needs a cond to drop, and null_cond to put in its place")
+    cond = drop_cond(drop_key, cond, null_cond, p_uncond)
+  x, sigma = add_noise(noise_key, x0, noise_levels)
+  c_skip, c_out, c_in, c_noise = scaling(sigma)
+  output = apply(params, _wide(c_in, x) * x, c_noise, cond)
+  if output.shape != x0.shape:
+    raise ValueError(
+      f"the network gave shape {output.shape} for examples of shape {x0.shape}; "
+      "this loss does not train a learned variance"
+    )
+  error = jnp.square(output.astype(x.dtype) - (x0 - _wide(c_skip, x) * x) / _wide(c_out, x))
+  if weight is not None:
+    error *= _wide(weight(sigma) * c_out**2, x)
+  return error.mean()
+
+
+def classifier_loss(
+  params: PyTree,
+  apply: Callable[..., Any],
+  key: Key,
+  x0: Float[Array, n *shape],
+  labels: Float[Array, " n"] | Any,
+  *,
+  scaling: Scaling,
+  noise_levels: NoiseLevels,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+  """The loss of a classifier of noisy examples (Dhariwal & Nichol 2021, arXiv:2105.05233, section 4.3).
+
+  Args:
+    params: the classifier's parameters; the loss is differentiable in them.
+    apply: ``apply(params, x, c_noise) -> logits (n, classes)``, on a batch.
+    key: a random key.
+    x0: (n, *shape) clean examples.
+    labels: (n,) whole numbers.
+    scaling: scales the input, ``c_in x``, and tells the level, ``c_noise``; the denoiser's, as a rule.
+    noise_levels: where the noise levels come from; the denoiser's, as a rule.
+
+  Returns:
+    The mean cross-entropy in nats, and the accuracy in [0, 1] over the drawn levels.
+  """
+  x, sigma = add_noise(key, x0, noise_levels)
+  _, _, c_in, c_noise = scaling(sigma)
+  logits = apply(params, _wide(c_in, x) * x, c_noise)
+  log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
+  return -log_prob.mean(), (logits.argmax(1) == labels).mean()
+
+
+def _wide(per_example: Array, like: Array) -> Array:
+  """Give (n,) the axes that it needs to meet (n, ...)."""
+  return per_example.reshape(-1, *[1] * (like.ndim - 1))

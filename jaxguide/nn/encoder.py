@@ -1,0 +1,95 @@
+"""What the UNet and the classifier share: the time embedding, the way down, and the middle."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from jaxguide.nn.layers import AttentionBlock, Conv, Downsample, ResBlock, timestep_embedding
+
+
+class Encoder(nn.Module):
+  """Fields and parts of both networks. The fields carry the names of OpenAI's guided-diffusion."""
+
+  model_channels: int = 64
+  out_channels: int | None = None
+  num_res_blocks: int = 2
+  attention_resolutions: Sequence[int] = (2,)
+  dropout: int | float = 0.0
+  channel_mult: Sequence[int | float] = (1, 2)
+  conv_resample: bool = True
+  num_heads: int = 1
+  num_head_channels: int = -1
+  use_scale_shift_norm: bool = True
+  resblock_updown: bool = True
+  use_new_attention_order: bool = False
+  use_checkpoint: bool = False
+  dtype: Any = jnp.float32
+
+  @nn.nowrap
+  def channels(self, level: int) -> int:
+    """Channels of a level of resolution, 0 the finest."""
+    return int(self.channel_mult[level] * self.model_channels)
+
+  @nn.nowrap
+  def check_input(self, x, t) -> None:
+    """Raise ValueError where the shapes are not a batch of images that halve evenly, with a time for each."""
+    if x.ndim != 4:
+      raise ValueError(f"{type(self).__name__} takes images of shape (n, height, width, channels), got {x.shape}")
+    if t.shape != x.shape[:1]:
+      raise ValueError(f"{type(self).__name__} takes one time for each of {x.shape[0]} images, got shape {t.shape}")
+    factor = 2 ** (len(self.channel_mult) - 1)
+    if x.shape[1] % factor or x.shape[2] % factor:
+      raise ValueError(
+        f"{type(self).__name__} halves the image {len(self.channel_mult) - 1} times, so its sides must be multiples "
+        f"of {factor}; got {x.shape[1]}x{x.shape[2]}. Pad the image, or shorten channel_mult"
+      )
+
+  @nn.nowrap
+  def res_block(self, features: int, name: str, resample: str | None = None):
+    """Make a residual block."""
+    # Rematerialised, its activations are computed again for the backward pass; argument 3 is the flag train.
+    cls = nn.remat(ResBlock, static_argnums=(3,)) if self.use_checkpoint else ResBlock
+    return cls(features, self.dropout, self.use_scale_shift_norm, resample, self.dtype, name=name)
+
+  @nn.nowrap
+  def attention(self, num_heads: int, name: str):
+    """Make an attention block."""
+    cls = nn.remat(AttentionBlock) if self.use_checkpoint else AttentionBlock
+    return cls(num_heads, self.num_head_channels, self.use_new_attention_order, self.dtype, name=name)
+
+  @nn.nowrap
+  def embed_time(self, t):
+    """Map (n,) times to (n, 4 model_channels)."""
+    width = 4 * self.model_channels
+    emb = nn.Dense(width, name="time_embed_0")(timestep_embedding(t, self.model_channels))
+    return nn.Dense(width, name="time_embed_2")(nn.silu(emb))
+
+  @nn.nowrap
+  def encode(self, x, emb, train: bool) -> list[Any]:
+    """Go down; give the output of every block, the last of which is the coarsest."""
+    h = Conv(self.channels(0), dtype=self.dtype, name="input_blocks_0_0")(x)
+    outputs = [h]
+    for level in range(len(self.channel_mult)):
+      for _ in range(self.num_res_blocks):
+        name = f"input_blocks_{len(outputs)}"
+        h = self.res_block(self.channels(level), f"{name}_0")(h, emb, train)
+        if 2**level in self.attention_resolutions:
+          h = self.attention(self.num_heads, f"{name}_1")(h)
+        outputs.append(h)
+      if level < len(self.channel_mult) - 1:
+        name = f"input_blocks_{len(outputs)}_0"
+        if self.resblock_updown:
+          h = self.res_block(h.shape[-1], name, "down")(h, emb, train)
+        else:
+          h = Downsample(self.conv_resample, self.dtype, name=name)(h)
+        outputs.append(h)
+    return outputs
+
+  @nn.nowrap
+  def middle(self, h, emb, train: bool):
+    """Two residual blocks with attention between them, at the coarsest resolution."""
+    h = self.res_block(h.shape[-1], "middle_block_0")(h, emb, train)
+    h = self.attention(self.num_heads, "middle_block_1")(h)
+    return self.res_block(h.shape[-1], "middle_block_2")(h, emb, train)

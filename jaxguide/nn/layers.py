@@ -1,0 +1,194 @@
+"""The blocks of Dhariwal & Nichol's networks (arXiv:2105.05233, section 3 and appendix A), NHWC.
+
+Names of submodules are those of the published checkpoints with dots for underscores, so that carrying weights over is a
+renaming. Parameters and normalisation are float32; ``dtype`` is the type that convolutions and products compute in.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxguide.nn.convolution import convolve
+from jaxguide.typing import Array, Float
+
+zeros = nn.initializers.zeros
+
+
+def timestep_embedding(
+  t: Float[Array, " n"], features: int, max_period: int | float = 1e4
+) -> Float[Array, "n features"]:
+  """Sinusoidal embedding of time (Vaswani et al. 2017), cosines first, as OpenAI's networks have it.
+
+  Args:
+    t: (n,) times, which may be fractional.
+    features: width of the embedding; an odd one ends in a zero.
+    max_period: the longest period, in units of ``2 pi``.
+
+  >>> timestep_embedding(jnp.zeros(1), 4).tolist()
+  [[1.0, 1.0, 0.0, 0.0]]
+  """
+  half = features // 2
+  frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half) / half)
+  angles = t.astype(jnp.float32)[:, None] * frequencies
+  return jnp.pad(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1), ((0, 0), (0, features % 2)))
+
+
+class Conv(nn.Module):
+  """A convolution with a square kernel of odd side and half of it in zeros on each side; see `convolve`."""
+
+  features: int
+  kernel_size: int = 3
+  stride: int = 1
+  kernel_init: Any = nn.initializers.lecun_normal()
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    """Map (n, h, w, c) to (n, h / stride, w / stride, features)."""
+    shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+    kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+    bias = self.param("bias", zeros, (self.features,), jnp.float32)
+    return convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride) + bias.astype(self.dtype)
+
+
+def group_norm(channels: int, name: str) -> nn.GroupNorm:
+  """Group normalisation in float32: 32 groups, or as many as divide both 32 and the channels."""
+  return nn.GroupNorm(math.gcd(32, channels), epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False, name=name)
+
+
+def downsample(x: Float[Array, "n h w c"]) -> Float[Array, "n hh ww c"]:
+  """Mean of each 2x2 square."""
+  n, h, w, c = x.shape
+  return x.reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+
+def upsample(x: Float[Array, "n h w c"]) -> Float[Array, "n hh ww c"]:
+  """Each pixel repeated as a 2x2 square."""
+  n, h, w, c = x.shape
+  return jnp.broadcast_to(x[:, :, None, :, None], (n, h, 2, w, 2, c)).reshape(n, 2 * h, 2 * w, c)
+
+
+class Downsample(nn.Module):
+  """Halve the sides: by a convolution of stride 2 if ``use_conv``, else by averaging."""
+
+  use_conv: bool
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    """Map (n, h, w, c) to (n, h/2, w/2, c)."""
+    return Conv(x.shape[-1], stride=2, dtype=self.dtype, name="op")(x) if self.use_conv else downsample(x)
+
+
+class Upsample(nn.Module):
+  """Double the sides by repetition, and convolve if ``use_conv``."""
+
+  use_conv: bool
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    """Map (n, h, w, c) to (n, 2h, 2w, c)."""
+    x = upsample(x)
+    return Conv(x.shape[-1], dtype=self.dtype, name="conv")(x) if self.use_conv else x
+
+
+class ResBlock(nn.Module):
+  """BigGAN's residual block; the embedding scales and shifts the second normalisation, or is added before it."""
+
+  features: int
+  dropout: int | float = 0.0
+  use_scale_shift_norm: bool = False
+  resample: str | None = None
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, emb, train):
+    """Map (n, h, w, c) and (n, emb) to (n, h, w, features), sides doubled or halved by ``resample`` up or down."""
+    change = {"up": upsample, "down": downsample, None: lambda x: x}[self.resample]
+    h = nn.silu(group_norm(x.shape[-1], "in_layers_0")(x)).astype(self.dtype)
+    h = Conv(self.features, dtype=self.dtype, name="in_layers_2")(change(h))
+    x = change(x)
+
+    width = 2 * self.features if self.use_scale_shift_norm else self.features
+    emb = nn.Dense(width, dtype=self.dtype, name="emb_layers_1")(nn.silu(emb))[:, None, None]
+    norm = group_norm(self.features, "out_layers_0")
+    if self.use_scale_shift_norm:
+      scale, shift = jnp.split(emb, 2, axis=-1)
+      h = norm(h) * (1 + scale) + shift
+    else:
+      h = norm(h + emb)
+    h = nn.Dropout(self.dropout)(nn.silu(h), deterministic=not train)
+    h = Conv(self.features, kernel_init=zeros, dtype=self.dtype, name="out_layers_3")(h)
+
+    if x.shape[-1] != self.features:
+      x = nn.Dense(self.features, dtype=self.dtype, name="skip_connection")(x)
+    return x.astype(self.dtype) + h
+
+
+def attend(qkv: Float[Array, "n t qkv"], heads: int, new_order: bool) -> Float[Array, "n t c"]:
+  """Attend, with the softmax in float32.
+
+  Args:
+    qkv: queries, keys and values side by side.
+    heads: how many; divides a third of the channels.
+    new_order: whether the channels are laid out (qkv, head, channel), or (head, qkv, channel) as in the first release.
+  """
+  n, t, channels = qkv.shape
+  if new_order:
+    q, k, v = jnp.moveaxis(qkv.reshape(n, t, 3, heads, -1), 2, 0)
+  else:
+    q, k, v = jnp.moveaxis(qkv.reshape(n, t, heads, 3, -1), 3, 0)
+  return jax.nn.dot_product_attention(q, k, v).reshape(n, t, channels // 3)
+
+
+def count_heads(channels: int, num_heads: int, num_head_channels: int) -> int:
+  """Number of heads: ``num_heads``, or what ``num_head_channels`` for each makes, where that is not -1."""
+  if num_head_channels != -1:
+    if channels % num_head_channels:
+      raise ValueError(f"num_head_channels {num_head_channels} must divide the {channels} channels that attend")
+    return channels // num_head_channels
+  if channels % num_heads:
+    raise ValueError(f"num_heads {num_heads} must divide the {channels} channels that attend")
+  return num_heads
+
+
+class AttentionBlock(nn.Module):
+  """Self-attention over the pixels, with a residual connection."""
+
+  num_heads: int = 1
+  num_head_channels: int = -1
+  use_new_attention_order: bool = False
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    """Map (n, h, w, c) to the same shape."""
+    n, h, w, c = x.shape
+    heads = count_heads(c, self.num_heads, self.num_head_channels)
+    normed = group_norm(c, "norm")(x).reshape(n, h * w, c)
+    qkv = nn.Dense(3 * c, dtype=self.dtype, name="qkv")(normed)
+    out = attend(qkv, heads, self.use_new_attention_order)
+    out = nn.Dense(c, kernel_init=zeros, dtype=self.dtype, name="proj_out")(out)
+    return x + out.reshape(x.shape)
+
+
+class AttentionPool(nn.Module):
+  """CLIP's attention pooling (Radford et al. 2021): the mean of the pixels attends to them all."""
+
+  features: int
+  num_head_channels: int
+
+  @nn.compact
+  def __call__(self, x):
+    """Map (n, h, w, c) to (n, features)."""
+    n, h, w, c = x.shape
+    x = x.reshape(n, h * w, c)
+    x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1)
+    x += self.param("positional_embedding", nn.initializers.normal(c**-0.5), (h * w + 1, c), jnp.float32)
+    qkv = nn.Dense(3 * c, name="qkv_proj")(x)
+    out = attend(qkv, count_heads(c, 1, self.num_head_channels), new_order=True)
+    return nn.Dense(self.features, name="c_proj")(out[:, 0])

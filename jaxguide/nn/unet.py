@@ -1,0 +1,93 @@
+"""The UNet of Dhariwal & Nichol 2021."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from jaxguide.nn.encoder import Encoder
+from jaxguide.nn.layers import Conv, Upsample, group_norm, zeros
+
+
+class UNet(Encoder):
+  """The UNet of Dhariwal & Nichol (2021, arXiv:2105.05233, section 3), with every switch of the published models.
+
+  ``unet.apply(params, x, t, y)`` gives ``F`` of the shape of ``x``: what it means is up to `jaxguide.scaling`.
+
+  Args:
+    model_channels: channels of the finest level; the time embedding is four times as wide.
+    out_channels: channels of the output: as many as the input's if left out; twice the image's for learned variance.
+    num_res_blocks: residual blocks a level.
+    attention_resolutions: downsampling factors at which there is attention: (2,) is at half the image's sides.
+    dropout: probability of dropping an activation in training, in [0, 1).
+    channel_mult: one factor on ``model_channels`` for each level of resolution.
+    conv_resample: whether resampling convolves, where ``resblock_updown`` is off.
+    num_heads: attention heads, where ``num_head_channels`` is -1.
+    num_head_channels: channels of a head; -1 to count by ``num_heads``.
+    num_heads_upsample: heads on the way up; -1 for ``num_heads``.
+    use_scale_shift_norm: the embedding scales and shifts the normalised activations (adaptive group normalisation),
+      instead of being added.
+    resblock_updown: resample inside residual blocks.
+    use_new_attention_order: the layout (qkv, head, channel) in place of (head, qkv, channel).
+    use_checkpoint: compute activations again for the backward pass, to save memory.
+    dtype: what convolutions and products compute in, ``jnp.float32`` or ``jnp.bfloat16``; parameters and normalisation
+      stay float32.
+    num_classes: number of classes, or None for an unconditional network.
+    null_class: whether there is one more label, ``num_classes`` itself, that stands for none, as classifier-free
+      guidance needs it. The published networks have none.
+
+  >>> import jax
+  >>> unet = UNet(model_channels=32, num_classes=10)
+  >>> x, t, y = jnp.zeros((2, 8, 8, 1)), jnp.zeros(2), jnp.array([3, 10])
+  >>> params = jax.eval_shape(unet.init, jax.random.key(0), x, t, y)
+  >>> jax.eval_shape(unet.apply, params, x, t, y).shape
+  (2, 8, 8, 1)
+  """
+
+  num_classes: int | None = None
+  null_class: bool = True
+  num_heads_upsample: int = -1
+
+  @nn.compact
+  def __call__(self, x, t, y=None, *, train: bool = False):
+    """Predict.
+
+    Args:
+      x: (n, height, width, channels), scaled by ``c_in``.
+      t: (n,) what tells the noise level, ``c_noise``.
+      y: (n,) labels, if the network has classes.
+      train: whether to drop activations; needs ``rngs={"dropout": key}``.
+
+    Returns:
+      (n, height, width, out_channels) in the type of ``x``.
+
+    Raises:
+      ValueError: where the shapes do not fit, the sides do not halve evenly, or labels are given to a network without
+        classes or not given to one with.
+    """
+    self.check_input(x, t)
+    if (y is None) != (self.num_classes is None):
+      raise ValueError(
+        f"UNet with num_classes={self.num_classes} was given {'no' if y is None else 'unexpected'} labels"
+      )
+    emb = self.embed_time(t)
+    if self.num_classes is not None:
+      emb += nn.Embed(self.num_classes + self.null_class, emb.shape[-1], name="label_emb")(y)
+
+    skips = self.encode(x, emb, train)
+    h = self.middle(skips[-1], emb, train)
+    block = 0
+    for level in reversed(range(len(self.channel_mult))):
+      for i in range(self.num_res_blocks + 1):
+        name, part = f"output_blocks_{block}", 1
+        h = self.res_block(self.channels(level), f"{name}_0")(jnp.concatenate([h, skips.pop()], -1), emb, train)
+        if 2**level in self.attention_resolutions:
+          heads = self.num_heads if self.num_heads_upsample == -1 else self.num_heads_upsample
+          h, part = self.attention(heads, f"{name}_1")(h), 2
+        if level and i == self.num_res_blocks:
+          if self.resblock_updown:
+            h = self.res_block(h.shape[-1], f"{name}_{part}", "up")(h, emb, train)
+          else:
+            h = Upsample(self.conv_resample, self.dtype, name=f"{name}_{part}")(h)
+        block += 1
+
+    h = nn.silu(group_norm(h.shape[-1], "out_0")(h))
+    return Conv(self.out_channels or x.shape[-1], kernel_init=zeros, name="out_2")(h).astype(x.dtype)

@@ -1,0 +1,166 @@
+r"""What a network predicts, as four functions of ``sigma``, and the weights of losses.
+
+A network ``F`` trained in any convention becomes a denoiser by (Karras et al. 2022, arXiv:2206.00364, eq. 7)
+
+    x0 = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x, c_noise(sigma))        x = x0 + sigma eps
+
+With ``alpha = 1 / sqrt(1 + sigma²)``, so that ``x_vp = alpha x`` is what a variance-preserving network sees, and ``s``
+the standard deviation of the data:
+
+    ======  ======================  ================  ========================  ================  =============
+    name    F                       c_skip            c_out                     c_in              c_noise
+    ======  ======================  ================  ========================  ================  =============
+    eps     eps                     1                 -sigma                    alpha             time
+    x0      x0                      0                 1                         alpha             time
+    v       alpha (eps - sigma x0)  alpha²            -alpha sigma              alpha             time
+    edm     mix of eps and x0       s² / (s²+sigma²)  s sigma / √(s²+sigma²)    1 / √(s²+sigma²)  log(sigma) / 4
+    flow    eps - x0                1 / (1+sigma)     -sigma / (1+sigma)        1 / (1+sigma)     time
+    ======  ======================  ================  ========================  ================  =============
+
+The network's regression target is ``(x0 - c_skip x) / c_out``; `jaxguide.losses` follows from it.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from jaxguide import checks
+from jaxguide.schedules import NoiseSchedule, Table, sigma_to_alpha_bar
+from jaxguide.typing import ArrayLike, Leaf
+
+
+class Coefficients(NamedTuple):
+  """The four numbers at one noise level (or at each of an array of them)."""
+
+  c_skip: Leaf
+  c_out: Leaf
+  c_in: Leaf
+  c_noise: Leaf
+
+
+Scaling = Callable[[ArrayLike], Coefficients]
+"""``sigma -> Coefficients``; ``sigma`` of any shape, above 0. A pytree, as everything that a denoiser holds."""
+
+
+def eps(schedule: NoiseSchedule) -> Scaling:
+  """The network predicts the noise (Ho et al. 2020, arXiv:2006.11239, eq. 11).
+
+  Args:
+    schedule: tells the network its time: the step for a `Table`, ``1000 t`` for a continuous schedule, since
+      sinusoidal embeddings are laid out for a thousand steps.
+
+  >>> from jaxguide import schedules
+  >>> float(eps(schedules.Cosine())(2.0).c_out)
+  -2.0
+  """
+  return Partial(_eps, schedule)
+
+
+def _eps(schedule, sigma):
+  sigma = jnp.asarray(sigma)
+  return Coefficients(jnp.ones_like(sigma), -sigma, _alpha(sigma), _time(schedule, sigma))
+
+
+def x0(schedule: NoiseSchedule) -> Scaling:
+  """The network predicts the clean example.
+
+  Args:
+    schedule: tells the network its time, as in `eps`.
+  """
+  return Partial(_x0, schedule)
+
+
+def _x0(schedule, sigma):
+  sigma = jnp.asarray(sigma)
+  return Coefficients(jnp.zeros_like(sigma), jnp.ones_like(sigma), _alpha(sigma), _time(schedule, sigma))
+
+
+def v(schedule: NoiseSchedule) -> Scaling:
+  """The network predicts the velocity (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
+
+  Args:
+    schedule: tells the network its time, as in `eps`.
+  """
+  return Partial(_v, schedule)
+
+
+def _v(schedule, sigma):
+  sigma = jnp.asarray(sigma)
+  alpha = _alpha(sigma)
+  return Coefficients(alpha**2, -alpha * sigma, alpha, _time(schedule, sigma))
+
+
+def edm(sigma_data: ArrayLike = 0.5) -> Scaling:
+  """The preconditioning of Karras et al. (2022, arXiv:2206.00364, table 1).
+
+  Args:
+    sigma_data: standard deviation of the data, above 0.
+
+  >>> [round(float(c), 3) for c in edm(0.5)(0.5)]
+  [0.5, 0.354, 1.414, -0.173]
+  """
+  return Partial(_edm, checks.finite("sigma_data", sigma_data))
+
+
+def _edm(sigma_data, sigma):
+  sigma = jnp.asarray(sigma)
+  total = jnp.sqrt(sigma**2 + sigma_data**2)
+  return Coefficients((sigma_data / total) ** 2, sigma * sigma_data / total, 1 / total, jnp.log(sigma) / 4)
+
+
+def flow(time_scale: ArrayLike = 1000.0) -> Scaling:
+  """The network predicts the velocity ``eps - x0`` of a straight path (Lipman et al. 2023, arXiv:2210.02747).
+
+  The path is ``x_t = (1 - t) x0 + t eps``, so that ``t = sigma / (1 + sigma)`` and ``x_t = x / (1 + sigma)``.
+
+  Args:
+    time_scale: ``c_noise`` is ``time_scale * t``.
+  """
+  return Partial(_flow, checks.finite("time_scale", time_scale))
+
+
+def _flow(time_scale, sigma):
+  sigma = jnp.asarray(sigma)
+  keep = 1 / (1 + sigma)
+  return Coefficients(keep, -sigma * keep, keep, time_scale * sigma * keep)
+
+
+def _alpha(sigma):
+  return jnp.sqrt(sigma_to_alpha_bar(sigma))
+
+
+def _time(schedule, sigma):
+  return schedule.time(sigma) * (1 if isinstance(schedule, Table) else 1000)
+
+
+PREDICTIONS: dict[str, Callable[..., Scaling]] = {"eps": eps, "x0": x0, "v": v, "edm": edm, "flow": flow}
+
+
+def scaling(prediction: str, schedule: NoiseSchedule) -> Scaling:
+  """Make a scaling by the name of what the network predicts; ``edm`` and ``flow`` need no schedule.
+
+  Raises:
+    ValueError: for an unknown name, with the nearest.
+  """
+  make = checks.lookup("prediction", prediction, PREDICTIONS)
+  return make() if make in (edm, flow) else make(schedule)
+
+
+# --- weights of the loss, on |x0 - D|² -------------------------------------------------------------
+
+
+def eps_weight(sigma: ArrayLike) -> Leaf:
+  """``1 / sigma²``: the loss is the mean squared error of eps (DDPM's simple loss)."""
+  return 1 / jnp.square(sigma)
+
+
+def x0_weight(sigma: ArrayLike) -> Leaf:
+  """1: the loss is the mean squared error of x0."""
+  return jnp.ones_like(sigma)
+
+
+def min_snr_weight(sigma: ArrayLike, gamma: ArrayLike = 5.0) -> Leaf:
+  """``min(1 / sigma², gamma)`` (Hang et al. 2023, arXiv:2303.09556, eq. 8): eps loss, bounded at small noise."""
+  return jnp.minimum(1 / jnp.square(sigma), gamma)

@@ -1,0 +1,509 @@
+"""Noise schedules, and the grids of noise levels that samplers walk.
+
+Everything is in ``sigma``, the standard deviation of the noise on a clean example, ``x = x0 + sigma * eps``. Other
+conventions are functions of it. With the variance-preserving ``x_vp = alpha * x``:
+
+    alpha_bar = alpha² = 1 / (1 + sigma²)        log_snr = log(alpha² / (1 - alpha²)) = -2 log sigma
+
+A *noise schedule* maps time to noise: ``sigma(t)``, its inverse ``time(sigma)``, and ``quantile(u)``, the level below
+which a fraction ``u`` of the training draws fall when ``t`` is drawn uniformly, as DDPM's training does. Whatever has a
+``quantile`` can say how training draws its noise levels; `LogNormal` does nothing else.
+
+A *grid* is a decreasing array of ``steps + 1`` levels that ends in 0.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float
+
+from jaxguide import checks
+from jaxguide.typing import ArrayLike, Leaf
+
+# --- conventions ----------------------------------------------------------------------------------
+
+
+def alpha_bar_to_sigma(alpha_bar: ArrayLike) -> Array:
+  """``sqrt((1 - alpha_bar) / alpha_bar)``: the level of DDPM's ``x_t = sqrt(ᾱ) x0 + sqrt(1-ᾱ) eps``.
+
+  >>> float(alpha_bar_to_sigma(0.5))
+  1.0
+  """
+  alpha_bar = jnp.asarray(alpha_bar)
+  return jnp.sqrt((1 - alpha_bar) / alpha_bar)
+
+
+def sigma_to_alpha_bar(sigma: ArrayLike) -> Array:
+  """``1 / (1 + sigma²)``, the inverse of `alpha_bar_to_sigma`."""
+  return 1 / (1 + jnp.square(sigma))
+
+
+def log_snr_to_sigma(log_snr: ArrayLike) -> Array:
+  """``exp(-log_snr / 2)``; ``log_snr`` is Ho & Salimans' λ (arXiv:2207.12598, section 2)."""
+  return jnp.exp(-jnp.asarray(log_snr) / 2)
+
+
+def sigma_to_log_snr(sigma: ArrayLike) -> Array:
+  """``-2 log sigma``, the inverse of `log_snr_to_sigma`."""
+  return -2 * jnp.log(sigma)
+
+
+# --- noise schedules ------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class NoiseLevels(Protocol):
+  """How training draws noise levels: an inverse distribution function."""
+
+  def quantile(self, u: ArrayLike) -> Array:
+    """Give the ``sigma`` below which a fraction ``u`` in (0, 1) of the draws fall."""
+    ...
+
+
+@runtime_checkable
+class NoiseSchedule(NoiseLevels, Protocol):
+  """Time to noise and back. Continuous schedules run over ``t`` in [0, 1], tables over [0, T-1]."""
+
+  def sigma(self, t: ArrayLike) -> Array:
+    """Give the noise level at time ``t``."""
+    ...
+
+  def time(self, sigma: ArrayLike) -> Array:
+    """Give the time at which the level is ``sigma``; beyond the ends, the nearest end."""
+    ...
+
+
+class _Continuous:
+  """Time in [0, 1]: a uniform draw of ``t`` is its own quantile."""
+
+  def sigma(self, t: ArrayLike) -> Array:
+    raise NotImplementedError
+
+  def quantile(self, u: ArrayLike) -> Array:
+    """Give ``sigma(u)``: training draws ``t`` uniformly from [0, 1]."""
+    return self.sigma(u)
+
+
+@struct.dataclass(eq=False)
+class Linear(_Continuous):
+  r"""``beta(t)`` linear in ``t``, the continuous limit of DDPM's table (Song et al. 2021, arXiv:2011.13456, eq. 32).
+
+  .. math:: \sigma(t)^2 = \exp(\tfrac12 (\beta_{max} - \beta_{min}) t^2 + \beta_{min} t) - 1
+
+  >>> schedule = Linear()
+  >>> round(float(schedule.time(schedule.sigma(0.25))), 4)
+  0.25
+  """
+
+  beta_min: Leaf = 0.1
+  beta_max: Leaf = 20.0
+
+  def sigma(self, t: ArrayLike) -> Array:
+    """Give the noise level at ``t`` in [0, 1]."""
+    t = jnp.asarray(t)
+    return jnp.sqrt(jnp.expm1(0.5 * (self.beta_max - self.beta_min) * t**2 + self.beta_min * t))
+
+  def time(self, sigma: ArrayLike) -> Array:
+    """Give the time in [0, 1] of a noise level."""
+    log = jnp.log1p(jnp.square(sigma))
+    root = jnp.sqrt(jnp.square(self.beta_min) + 2 * (self.beta_max - self.beta_min) * log)
+    return jnp.clip(2 * log / (root + self.beta_min), 0, 1)
+
+
+@struct.dataclass(eq=False)
+class Cosine(_Continuous):
+  r"""Nichol & Dhariwal's cosine schedule (2021, arXiv:2102.09672, eq. 17), cut off at ``sigma_max``.
+
+  .. math:: \bar\alpha(t) = \cos^2(\tfrac{t + s}{1 + s} \tfrac\pi2) / \cos^2(\tfrac{s}{1 + s} \tfrac\pi2)
+
+  Without a cut the level at ``t = 1`` is infinite; the paper's table bounds each ``beta`` by 0.999 for the same end.
+
+  >>> float(Cosine().sigma(0.0)), round(float(Cosine().sigma(1.0)))
+  (0.0, 10000)
+  """
+
+  s: Leaf = 0.008
+  sigma_max: Leaf = 1e4
+
+  def sigma(self, t: ArrayLike) -> Array:
+    """Give the noise level at ``t`` in [0, 1]."""
+    quarter = jnp.pi / 2
+    # 1 - ᾱ as a product of sines: the difference of cosines would cancel at small t.
+    start, now = (jnp.asarray(u + self.s) / (1 + self.s) * quarter for u in (0.0, jnp.asarray(t)))
+    noise = jnp.sin(now - start) * jnp.sin(now + start)
+    return jnp.minimum(jnp.sqrt(noise) / jnp.maximum(jnp.cos(now), 1e-30), self.sigma_max)
+
+  def time(self, sigma: ArrayLike) -> Array:
+    """Give the time in [0, 1] of a noise level."""
+    quarter = jnp.pi / 2
+    start = jnp.asarray(self.s) / (1 + self.s) * quarter
+    # tan² now = sigma² + (1 + sigma²) tan² start, from ᾱ = cos² now / cos² start.
+    now = jnp.arctan(jnp.sqrt(jnp.square(sigma) / jnp.cos(start) ** 2 + jnp.tan(start) ** 2))
+    return jnp.clip(now / quarter * (1 + self.s) - self.s, 0, 1)
+
+
+@struct.dataclass(eq=False)
+class Sigmoid(_Continuous):
+  r"""Sigmoid schedule (Jabri et al. 2022, arXiv:2212.11972, Algorithm 1 of Chen 2023, arXiv:2301.10972).
+
+  .. math::
+    \bar\alpha(t) = \frac{S(e/\tau) - S((s + t (e - s))/\tau)}{S(e/\tau) - S(s/\tau)}, \quad
+    S(u) = \frac{1}{1 + e^{-u}}
+
+  with ``s = start``, ``e = end``, and ``ᾱ`` kept at ``alpha_bar_min`` or above.
+  """
+
+  start: Leaf = -3.0
+  end: Leaf = 3.0
+  tau: Leaf = 1.0
+  alpha_bar_min: Leaf = 1e-9
+
+  def sigma(self, t: ArrayLike) -> Array:
+    """Give the noise level at ``t`` in [0, 1]."""
+    first, last = self._ends()
+    now = jax.nn.sigmoid((self.start + jnp.asarray(t) * (self.end - self.start)) / self.tau)
+    return jnp.sqrt((now - first) / jnp.maximum(last - now, jnp.asarray(self.alpha_bar_min) * (last - first)))
+
+  def time(self, sigma: ArrayLike) -> Array:
+    """Give the time in [0, 1] of a noise level."""
+    first, last = self._ends()
+    now = last - (last - first) * sigma_to_alpha_bar(sigma)
+    logit = jnp.log(now) - jnp.log1p(-now)
+    return jnp.clip((logit * self.tau - self.start) / (self.end - self.start), 0, 1)
+
+  def _ends(self) -> tuple[Array, Array]:
+    return jax.nn.sigmoid(self.start / self.tau), jax.nn.sigmoid(self.end / self.tau)
+
+
+@struct.dataclass(eq=False)
+class EDM(_Continuous):
+  r"""The levels of Karras et al. (2022, arXiv:2206.00364, eq. 5) as a function of continuous time.
+
+  .. math:: \sigma(t) = (\sigma_{min}^{1/\rho} + t (\sigma_{max}^{1/\rho} - \sigma_{min}^{1/\rho}))^\rho
+
+  Time runs upwards with noise, as in every schedule here; the paper's ``i / (N-1)`` is ``1 - t``.
+  """
+
+  sigma_min: Leaf = 0.002
+  sigma_max: Leaf = 80.0
+  rho: Leaf = 7.0
+
+  def sigma(self, t: ArrayLike) -> Array:
+    """Give the noise level at ``t`` in [0, 1]."""
+    low, high = self._ends()
+    return (low + jnp.asarray(t) * (high - low)) ** self.rho
+
+  def time(self, sigma: ArrayLike) -> Array:
+    """Give the time in [0, 1] of a noise level."""
+    low, high = self._ends()
+    return jnp.clip((jnp.asarray(sigma) ** (1 / self.rho) - low) / (high - low), 0, 1)
+
+  def _ends(self) -> tuple[Array, Array]:
+    power = 1 / self.rho
+    return jnp.asarray(self.sigma_min) ** power, jnp.asarray(self.sigma_max) ** power
+
+
+@struct.dataclass(eq=False)
+class LogSNR(_Continuous):
+  r"""``log_snr`` linear in time: ``sigma(t)`` is geometric between two ends.
+
+  .. math:: \lambda(t) = \lambda_{max} + t (\lambda_{min} - \lambda_{max}), \quad \sigma = e^{-\lambda / 2}
+
+  >>> float(LogSNR(-20.0, 20.0).sigma(0.5))
+  1.0
+  """
+
+  log_snr_min: Leaf = -20.0
+  log_snr_max: Leaf = 20.0
+
+  def sigma(self, t: ArrayLike) -> Array:
+    """Give the noise level at ``t`` in [0, 1]."""
+    return log_snr_to_sigma(self.log_snr_max + jnp.asarray(t) * self._span())
+
+  def time(self, sigma: ArrayLike) -> Array:
+    """Give the time in [0, 1] of a noise level."""
+    return jnp.clip((sigma_to_log_snr(sigma) - self.log_snr_max) / self._span(), 0, 1)
+
+  def _span(self) -> Leaf:
+    return self.log_snr_min - self.log_snr_max
+
+
+@struct.dataclass(eq=False)
+class LogSNRCosine(_Continuous):
+  r"""The cosine schedule truncated in log-SNR, from which the classifier-free guidance paper draws its noise levels.
+
+  Ho & Salimans 2021 (arXiv:2207.12598, section 4): for ``u`` uniform in [0, 1],
+
+  .. math::
+    \lambda = -2 \log\tan(a u + b), \quad b = \arctan e^{-\lambda_{max} / 2}, \quad
+    a = \arctan e^{-\lambda_{min} / 2} - b
+
+  so that ``sigma = tan(a u + b)``.
+  """
+
+  log_snr_min: Leaf = -20.0
+  log_snr_max: Leaf = 20.0
+
+  def sigma(self, t: ArrayLike) -> Array:
+    """Give the noise level at ``t`` in [0, 1]."""
+    low, high = self._ends()
+    return jnp.tan(low + jnp.asarray(t) * (high - low))
+
+  def time(self, sigma: ArrayLike) -> Array:
+    """Give the time in [0, 1] of a noise level."""
+    low, high = self._ends()
+    return jnp.clip((jnp.arctan(sigma) - low) / (high - low), 0, 1)
+
+  def _ends(self) -> tuple[Array, Array]:
+    return (
+      jnp.arctan(log_snr_to_sigma(self.log_snr_max)),
+      jnp.arctan(log_snr_to_sigma(self.log_snr_min)),
+    )
+
+
+@struct.dataclass(eq=False)
+class LogNormal:
+  r"""``log sigma ~ N(mean, std²)``, how EDM draws its training noise (arXiv:2206.00364, table 1)."""
+
+  mean: Leaf = -1.2
+  std: Leaf = 1.2
+
+  def quantile(self, u: ArrayLike) -> Array:
+    """Give the level below which a fraction ``u`` in (0, 1) of the draws fall."""
+    return jnp.exp(self.mean + self.std * jax.scipy.special.ndtri(jnp.asarray(u)))
+
+
+@struct.dataclass(eq=False)
+class Table:
+  """A discrete process of ``T`` steps, as DDPM trains it: ``t`` in [0, T-1], ``sigmas`` rising.
+
+  ``sigma`` and ``time`` interpolate ``log sigma`` linearly between the steps, so that a network trained on the table
+  can be asked about any level between; training draws the steps themselves, each as often.
+
+  >>> table = Table.from_betas(linear_betas(1000))
+  >>> float(table.time(table.sigma(250)))
+  250.0
+  """
+
+  sigmas: Leaf
+
+  @classmethod
+  def from_betas(cls, betas: ArrayLike) -> "Table":
+    """Make the table of ``ᾱ_t = prod_{s<=t} (1 - beta_s)`` (Ho et al. 2020, arXiv:2006.11239), in float64.
+
+    Args:
+      betas: (T,), each in (0, 1).
+
+    Raises:
+      ValueError: if a beta lies outside (0, 1) or there is no axis of at least one.
+    """
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or betas.size == 0 or not ((betas > 0) & (betas < 1)).all():
+      raise ValueError("betas must be one axis of numbers between 0 and 1, both excluded")
+    log_alpha_bar = np.cumsum(np.log1p(-betas))
+    return cls(jnp.asarray(np.sqrt(np.expm1(-log_alpha_bar))))
+
+  @property
+  def num_steps(self) -> int:
+    """The number of steps, T."""
+    return self.sigmas.shape[0]
+
+  def sigma(self, t: ArrayLike) -> Array:
+    """Give the noise level at step ``t`` in [0, T-1], which need not be whole."""
+    steps = jnp.arange(self.num_steps, dtype=self.sigmas.dtype)
+    return jnp.exp(jnp.interp(jnp.asarray(t, self.sigmas.dtype), steps, jnp.log(self.sigmas)))
+
+  def time(self, sigma: ArrayLike) -> Array:
+    """Give the (fractional) step in [0, T-1] of a noise level."""
+    steps = jnp.arange(self.num_steps, dtype=self.sigmas.dtype)
+    return jnp.interp(jnp.log(jnp.asarray(sigma, self.sigmas.dtype)), jnp.log(self.sigmas), steps)
+
+  def quantile(self, u: ArrayLike) -> Array:
+    """Give the level of step ``floor(u T)``: training draws the steps uniformly."""
+    step = jnp.floor(jnp.asarray(u) * self.num_steps).astype(int)
+    return jnp.asarray(self.sigmas)[jnp.clip(step, 0, self.num_steps - 1)]
+
+
+def linear_betas(steps: int) -> np.ndarray:
+  """Ho et al.'s betas, 1e-4 to 0.02 over 1000 steps, scaled to any number of steps (arXiv:2006.11239, section 4).
+
+  Returns:
+    (steps,) in float64.
+
+  >>> linear_betas(1000)[[0, -1]]
+  array([0.0001, 0.02  ])
+  """
+  scale = 1000 / checks.at_least("steps", steps, 1)
+  return np.minimum(np.linspace(scale * 1e-4, scale * 0.02, steps), 0.999)
+
+
+def betas_of(schedule: NoiseSchedule, steps: int, max_beta: ArrayLike = 0.999) -> np.ndarray:
+  """Cut a continuous schedule into a table: ``beta_i = 1 - ᾱ((i+1)/T) / ᾱ(i/T)``, at most ``max_beta``.
+
+  Returns:
+    (steps,) betas for `Table.from_betas`.
+  """
+  steps = checks.at_least("steps", steps, 1)
+  with jax.enable_x64(True):
+    t = jnp.linspace(0, 1, steps + 1, dtype=jnp.float64)
+    alpha_bar = np.asarray(sigma_to_alpha_bar(schedule.sigma(t)))
+  return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
+
+
+def cosine_betas(steps: int) -> np.ndarray:
+  """Nichol & Dhariwal's table (arXiv:2102.09672, eq. 17): the uncut `Cosine`, each beta at most 0.999.
+
+  Returns:
+    (steps,) in float64.
+
+  >>> float(cosine_betas(1000)[-1])
+  0.999
+  """
+  return betas_of(Cosine(sigma_max=np.inf), steps)
+
+
+SCHEDULES: dict[str, type] = {
+  "linear": Linear,
+  "cosine": Cosine,
+  "sigmoid": Sigmoid,
+  "edm": EDM,
+  "log-snr": LogSNR,
+  "log-snr-cosine": LogSNRCosine,
+}
+
+
+def schedule(name: str, **options: ArrayLike) -> NoiseSchedule:
+  """Make a continuous noise schedule by name.
+
+  Raises:
+    ValueError: for an unknown name (with the nearest) or an option that is not finite.
+
+  >>> schedule("log-snr", log_snr_min=-10.0).log_snr_min
+  -10.0
+  >>> schedule("cosin")
+  Traceback (most recent call last):
+  ...
+  ValueError: unknown schedule 'cosin': did you mean 'cosine'? There are cosine, edm, linear, log-snr, ...
+  """
+  cls = checks.lookup("schedule", name, SCHEDULES)
+  return cls(**{key: checks.finite(key, value) for key, value in options.items()})
+
+
+# --- grids ----------------------------------------------------------------------------------------
+
+
+def _bounds(steps: int, sigma_min: ArrayLike, sigma_max: ArrayLike) -> int:
+  ends = checks.finite("sigma_min", sigma_min), checks.finite("sigma_max", sigma_max)
+  if checks.is_concrete(ends) and not 0 < np.asarray(sigma_min) < np.asarray(sigma_max):
+    raise ValueError(f"sigma_min must be above 0 and below sigma_max, got {sigma_min} and {sigma_max}")
+  return checks.at_least("steps", steps, 1)
+
+
+def _end_in_zero(sigmas: Array) -> Array:
+  return jnp.append(sigmas, 0)
+
+
+def karras(
+  steps: int,
+  sigma_min: Leaf = 0.002,
+  sigma_max: Leaf = 80.0,
+  rho: Leaf = 7.0,
+) -> Float[Array, " levels"]:
+  """The grid of Karras et al. (2022, arXiv:2206.00364, eq. 5): uniform in ``sigma**(1/rho)``, then 0.
+
+  Args:
+    steps: number of steps, at least 1.
+    sigma_min: the last level above 0.
+    sigma_max: the first level. Data in [-1, 1] are drowned at 80.
+    rho: 1 is uniform in sigma; more puts more of the steps at small noise.
+
+  Returns:
+    (steps + 1,) decreasing levels.
+
+  Raises:
+    ValueError: for steps below 1, or not 0 < sigma_min < sigma_max, or rho below 1.
+
+  >>> [round(float(s), 3) for s in karras(3)]
+  [80.0, 2.515, 0.002, 0.0]
+  """
+  steps = _bounds(steps, sigma_min, sigma_max)
+  grid = EDM(sigma_min, sigma_max, checks.in_range("rho", rho, 1))
+  return _end_in_zero(grid.sigma(jnp.linspace(1, 0, steps)))
+
+
+def log_snr_uniform(steps: int, sigma_min: ArrayLike = 0.002, sigma_max: ArrayLike = 80.0) -> Float[Array, " levels"]:
+  """A grid uniform in ``log_snr = -2 log sigma`` (geometric in sigma), then 0.
+
+  Lu et al. (2022, arXiv:2206.00927) walk it; its steps in ``log sigma`` are equal, which multistep solvers like.
+
+  Args:
+    steps: number of steps, at least 1.
+    sigma_min: the last level above 0.
+    sigma_max: the first level.
+
+  Returns:
+    (steps + 1,) decreasing levels.
+
+  >>> [round(float(s), 3) for s in log_snr_uniform(3, 0.01, 100.0)]
+  [100.0, 1.0, 0.01, 0.0]
+  """
+  steps = _bounds(steps, sigma_min, sigma_max)
+  low, high = jnp.log(sigma_min), jnp.log(sigma_max)
+  return _end_in_zero(jnp.exp(high + jnp.linspace(0, 1, steps) * (low - high)))
+
+
+def from_schedule(schedule: NoiseSchedule, steps: int) -> Float[Array, " levels"]:
+  """A grid uniform in the time of a continuous schedule: ``sigma(1), sigma(1 - 1/steps), ..., sigma(1/steps), 0``.
+
+  >>> [round(float(s), 1) for s in from_schedule(Linear(), 2)]
+  [152.2, 3.4, 0.0]
+  """
+  steps = checks.at_least("steps", steps, 1)
+  return _end_in_zero(schedule.sigma(jnp.linspace(1, 1 / steps, steps)))
+
+
+def respaced(table: Table, steps: int | Sequence[int] | np.ndarray) -> Float[Array, " levels"]:
+  """A grid that visits chosen steps of a discrete process, from the noisiest down, then 0.
+
+  Args:
+    table: the process that the network was trained on.
+    steps: how many, spread evenly from 0 to T-1 and rounded (half to even, as Nichol & Dhariwal's code does), or the
+      steps themselves, (n,) whole numbers in [0, T-1] in any order.
+
+  Returns:
+    (n + 1,) decreasing levels.
+
+  Raises:
+    ValueError: for more steps than the table has, a step outside it, or one named twice.
+
+  >>> respaced(Table.from_betas(linear_betas(1000)), [0, 999]).shape
+  (3,)
+  """
+  total = table.num_steps
+  if isinstance(steps, int | np.integer):
+    count = checks.at_least("steps", steps, 1)
+    if count > total:
+      raise ValueError(f"steps must be at most the {total} of the table, got {count}")
+    stride = (total - 1) / max(count - 1, 1)
+    # Summed up and not multiplied: the rounding of the published grids depends on it.
+    chosen = np.round(list(itertools.accumulate([0.0] + [stride] * (count - 1)))).astype(int)
+    chosen = chosen if count > 1 else np.array([total - 1])
+  else:
+    chosen = np.asarray(steps)
+    if not np.issubdtype(chosen.dtype, np.integer):
+      raise ValueError(f"the steps to visit must be whole numbers, got {chosen.dtype}")
+    if chosen.size == 0 or chosen.min() < 0 or chosen.max() >= total:
+      raise ValueError(f"the steps to visit must lie in 0 to {total - 1}")
+    if np.unique(chosen).size != chosen.size:
+      raise ValueError("the steps to visit must differ from each other")
+  order = np.sort(chosen.astype(int))[::-1]
+  return _end_in_zero(jnp.asarray(table.sigmas)[order.copy()])
+
+
+GRIDS = {"karras": karras, "log-snr": log_snr_uniform}
+"""Grids by the names that the command line takes; each is a function of ``(steps, sigma_min, sigma_max)``."""
