@@ -1,8 +1,8 @@
 r"""Losses: of the denoiser, with the label dropped now and then, and of the noisy classifier.
 
-Both take a batch of clean examples, draw a noise level for each, and are batch-native: the network sees a batch axis, not
-a ``vmap``. Noise levels are stratified over the batch: of ``n`` examples each gets its own n-th of the distribution, which
-makes the loss less noisy and changes nothing in expectation.
+Both take a batch of clean examples, draw a noise level for each, and are batch-native: the network sees a batch axis,
+not a ``vmap``. Noise levels are stratified over the batch: of ``n`` examples each gets its own n-th of the distribution,
+which makes the loss less noisy and changes nothing in expectation.
 """
 
 from __future__ import annotations

@@ -1,0 +1,30 @@
+"""Datasets, batches and image files.
+
+`load` gives a dataset as `Images`, `batches` deals it out; `to_uint8` and `from_uint8` go between
+pixels and the floats in [-1, 1] that models see; `save_npz` and `save_png` write samples down.
+TFDS, scikit-learn and Pillow are imported only by what uses them.
+"""
+
+from jaxguide.data.datasets import Images, batches, load
+from jaxguide.data.images import (
+  check_writable,
+  from_uint8,
+  image_grid,
+  load_npz,
+  save_npz,
+  save_png,
+  to_uint8,
+)
+
+__all__ = [
+  "Images",
+  "batches",
+  "check_writable",
+  "from_uint8",
+  "image_grid",
+  "load",
+  "load_npz",
+  "save_npz",
+  "save_png",
+  "to_uint8",
+]

@@ -1,0 +1,33 @@
+"""How good guided samples are: metrics, tables of sweeps over the scale, and a report to open in a browser.
+
+NumPy in, NumPy out; images are uint8 of shape (n, height, width, channels), labels whole numbers. scikit-learn,
+matplotlib and Jinja are imported by the functions that need them, so that importing this costs nothing.
+"""
+
+from jaxguide.evaluation.metrics import Judge, diversity, frechet_distance, pixel_features
+from jaxguide.evaluation.report import fidelity_plot, write_report
+from jaxguide.evaluation.sweep import (
+  Measures,
+  Row,
+  evaluate,
+  measure,
+  read_csv,
+  table,
+  write_csv,
+)
+
+__all__ = [
+  "Judge",
+  "Measures",
+  "Row",
+  "diversity",
+  "evaluate",
+  "fidelity_plot",
+  "frechet_distance",
+  "measure",
+  "pixel_features",
+  "read_csv",
+  "table",
+  "write_csv",
+  "write_report",
+]

@@ -27,6 +27,12 @@ class Encoder(nn.Module):
   use_checkpoint: bool = False
   dtype: Any = jnp.float32
 
+  def __post_init__(self):
+    # A configuration read from a file holds lists; a module has to be hashable.
+    self.attention_resolutions = tuple(self.attention_resolutions)
+    self.channel_mult = tuple(self.channel_mult)
+    super().__post_init__()
+
   @nn.nowrap
   def channels(self, level: int) -> int:
     """Channels of a level of resolution, 0 the finest."""
