@@ -1,8 +1,8 @@
 r"""Losses: of the denoiser, with the label dropped now and then, and of the noisy classifier.
 
 Both take a batch of clean examples, draw a noise level for each, and are batch-native: the network sees a batch axis,
-not a ``vmap``. Noise levels are stratified over the batch: of ``n`` examples each gets its own n-th of the distribution,
-which makes the loss less noisy and changes nothing in expectation.
+not a ``vmap``. Noise levels are stratified over the batch: each of ``n`` examples gets its own n-th of the
+distribution, which makes the loss less noisy and changes nothing in expectation.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def stratified_uniform(key: Key, num: int) -> Float[Array, " num"]:
 
 
 def add_noise(
-  key: Key, x0: Float[Array, n *shape], noise_levels: NoiseLevels
-) -> tuple[Float[Array, n *shape], Float[Array, " n"]]:
+  key: Key, x0: Float[Array, n * shape], noise_levels: NoiseLevels
+) -> tuple[Float[Array, n * shape], Float[Array, " n"]]:
   """Draw a noise level for each example and add as much noise: ``x = x0 + sigma eps``.
 
   Args:
@@ -73,7 +73,7 @@ def denoising_loss(
   params: PyTree,
   apply: Callable[..., Any],
   key: Key,
-  x0: Float[Array, n *shape],
+  x0: Float[Array, n * shape],
   cond: PyTree = None,
   *,
   scaling: Scaling,
@@ -142,7 +142,7 @@ def classifier_loss(
   params: PyTree,
   apply: Callable[..., Any],
   key: Key,
-  x0: Float[Array, n *shape],
+  x0: Float[Array, n * shape],
   labels: Float[Array, " n"] | Any,
   *,
   scaling: Scaling,

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from jaxguide import data
+from jaxguide import data, files
 from jaxguide.data import datasets
 
 
@@ -356,8 +356,8 @@ def test_npz_that_cannot_be_read(tmp_path):
 def test_check_writable(tmp_path):
   (tmp_path / "file").touch()
   (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-  data.check_writable(tmp_path / "file")
-  data.check_writable(tmp_path / "new" / "folder" / "samples.npz")
+  files.check_writable(tmp_path / "file")
+  files.check_writable(tmp_path / "new" / "folder" / "samples.npz")
   assert sorted(os.listdir(tmp_path)) == ["dangling", "file"]
   for path, message in [
     (tmp_path, "it is a folder"),
@@ -367,7 +367,7 @@ def test_check_writable(tmp_path):
     (tmp_path / "dangling" / "samples.npz", "dangling is not a folder"),
   ]:
     with pytest.raises(OSError, match=f"cannot write .*{message}"):
-      data.check_writable(path)
+      files.check_writable(path)
     with pytest.raises(OSError, match=f"cannot write .*{message}"):
       data.save_npz(path, make_images(2).images, make_images(2).labels)
     with pytest.raises(OSError, match=f"cannot write .*{message}"):
@@ -377,7 +377,7 @@ def test_check_writable(tmp_path):
 def test_check_writable_asks_for_permission(tmp_path, monkeypatch):
   monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
   with pytest.raises(OSError, match="no permission"):
-    data.check_writable(tmp_path / "samples.npz")
+    files.check_writable(tmp_path / "samples.npz")
 
 
 # -- pictures

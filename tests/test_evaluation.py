@@ -195,12 +195,10 @@ def test_a_failed_write_leaves_the_old_file(rows, tmp_path, monkeypatch):
   path = tmp_path / "sweep.csv"
   evaluation.write_csv(path, rows)
 
-  def full(self, content):
-    with self.open("wb") as file:
-      file.write(content[:10])
+  def full(self, target):
     raise OSError("no space left on device")
 
-  monkeypatch.setattr("pathlib.Path.write_bytes", full)
+  monkeypatch.setattr("pathlib.Path.replace", full)
   with pytest.raises(OSError, match="no space"):
     evaluation.write_csv(path, rows[:1])
   assert evaluation.read_csv(path) == rows

@@ -1,0 +1,20 @@
+"""The command ``jaxguide``."""
+
+import sys
+
+from jaxguide.cli.main import app
+
+
+def main() -> None:
+  """Run the command; a problem that the user can mend is one sentence and exit status 2."""
+  try:
+    app()
+  except FloatingPointError as error:
+    print(f"jaxguide: {error}", file=sys.stderr)
+    sys.exit(1)
+  except (ValueError, OSError, ImportError) as error:
+    print(f"jaxguide: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+__all__ = ["app", "main"]

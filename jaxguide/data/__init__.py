@@ -7,7 +7,6 @@ TFDS, scikit-learn and Pillow are imported only by what uses them.
 
 from jaxguide.data.datasets import Images, batches, load
 from jaxguide.data.images import (
-  check_writable,
   from_uint8,
   image_grid,
   load_npz,
@@ -19,7 +18,6 @@ from jaxguide.data.images import (
 __all__ = [
   "Images",
   "batches",
-  "check_writable",
   "from_uint8",
   "image_grid",
   "load",

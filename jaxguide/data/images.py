@@ -3,21 +3,16 @@
 Every image here is a batch in NHWC order: (images, height, width, channels).
 """
 
-import contextlib
-import os
-import uuid
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxguide.checks import at_least
-
-PathLike = str | os.PathLike[str]
+from jaxguide.files import PathLike, replacing
 
 WHITE = 255
 PADDING = 6
@@ -79,52 +74,6 @@ def from_uint8(images: np.ndarray) -> np.ndarray:
   return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
-def check_writable(path: PathLike) -> None:
-  """Check, before long work, that a file could be written at ``path`` after it.
-
-  Missing parent folders are no obstacle: the writers of this module make them.
-
-  Raises:
-    OSError: if ``path`` is a folder or a device, lies under a file, or may not be written.
-
-  >>> check_writable(os.curdir)
-  Traceback (most recent call last):
-  ...
-  OSError: cannot write .: it is a folder; name a file in it
-  """
-  path = Path(path)
-  if path.is_dir():
-    raise OSError(f"cannot write {path}: it is a folder; name a file in it")
-  if os.path.exists(path) and not path.is_file():
-    # The writers replace what was there, which must not happen to /dev/null.
-    raise OSError(f"cannot write {path}: it is not a regular file; name one")
-  folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
-  if not folder.is_dir():
-    raise OSError(f"cannot write {path}: {folder} is not a folder; choose another path")
-  if not os.access(folder, os.W_OK | os.X_OK):
-    raise OSError(f"cannot write {path}: no permission to write in {folder}; choose another path")
-
-
-@contextlib.contextmanager
-def _replacing(path: PathLike) -> Iterator[IO[bytes]]:
-  """Open a file that takes its place at ``path`` only once it is whole."""
-  path = Path(path)
-  check_writable(path)
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, since a rename is atomic only within one file system; not `tempfile`, whose
-    # files no one else may read.
-    part = path.with_name(f".{uuid.uuid4().hex}.part")
-    try:
-      with part.open("wb") as file:
-        yield file
-      part.replace(path)
-    finally:
-      part.unlink(missing_ok=True)
-  except OSError as error:
-    raise OSError(f"cannot write {path}: {error.strerror or error}; choose another path") from error
-
-
 def save_npz(path: PathLike, images: np.ndarray, labels: np.ndarray) -> None:
   """Write samples in the format of OpenAI's guided-diffusion evaluator, atomically.
 
@@ -138,7 +87,7 @@ def save_npz(path: PathLike, images: np.ndarray, labels: np.ndarray) -> None:
     OSError: if ``path`` cannot be written.
   """
   check_images(images, labels)
-  with _replacing(path) as file:
+  with replacing(path) as file:
     np.savez(file, arr_0=images, arr_1=labels.astype(np.int64))
 
 
@@ -255,7 +204,7 @@ def save_png(
   for i, name in enumerate(names):
     middle = top + i * (cell + GAP) + cell // 2
     draw.text((left - PADDING, middle), name, "black", name_font, anchor="rm")
-  with _replacing(path) as file:
+  with replacing(path) as file:
     canvas.save(file, "PNG")
 
 

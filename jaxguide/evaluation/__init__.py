@@ -5,7 +5,7 @@ matplotlib and Jinja are imported by the functions that need them, so that impor
 """
 
 from jaxguide.evaluation.metrics import Judge, diversity, frechet_distance, pixel_features
-from jaxguide.evaluation.report import fidelity_plot, write_report
+from jaxguide.evaluation.report import TITLES, fidelity_plot, write_report
 from jaxguide.evaluation.sweep import (
   Measures,
   Row,
@@ -17,6 +17,7 @@ from jaxguide.evaluation.sweep import (
 )
 
 __all__ = [
+  "TITLES",
   "Judge",
   "Measures",
   "Row",

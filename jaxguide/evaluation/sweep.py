@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from jaxguide import checks
 from jaxguide.evaluation.metrics import Judge, diversity, frechet_distance, pixel_features
+from jaxguide.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -109,25 +109,6 @@ def evaluate(
     **asdict(measures),
     samples_per_second=measures.n / float(seconds),
   )
-
-
-def write_atomically(path: str | Path, content: bytes) -> None:
-  """Write a file so that a reader finds the old one or the new one, never half of it.
-
-  Missing parent folders are made.
-
-  Raises:
-    OSError: if the place cannot be written; nothing is left behind.
-  """
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  # Beside its destination, as a rename is atomic only within one file system.
-  part = path.with_name(f".{path.name}.{os.getpid()}.part")
-  try:
-    part.write_bytes(content)
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)
 
 
 def write_csv(path: str | Path, rows: Sequence[Row]) -> None:

@@ -54,9 +54,30 @@ class Conv(nn.Module):
     return convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride) + bias.astype(self.dtype)
 
 
-def group_norm(channels: int, name: str) -> nn.GroupNorm:
-  """Group normalisation in float32: 32 groups, or as many as divide both 32 and the channels."""
-  return nn.GroupNorm(math.gcd(32, channels), epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False, name=name)
+class GroupNorm(nn.Module):
+  """Group normalisation (Wu & He 2018) in float32: 32 groups, or as many as divide both 32 and the channels.
+
+  Mean and variance are taken per channel and then over the channels of a group, in two passes: on a CPU that takes half
+  the time of one reduction over reshaped groups, and it loses no digits to a difference of squares.
+  """
+
+  @nn.compact
+  def __call__(self, x):
+    """Normalise (n, ..., c) over its pixels; gives float32."""
+    channels = x.shape[-1]
+    scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+    bias = self.param("bias", zeros, (channels,), jnp.float32)
+    groups = math.gcd(32, channels)
+
+    def over_group(per_channel):
+      mean = per_channel.reshape(-1, groups, channels // groups).mean(2)
+      return jnp.repeat(mean, channels // groups, axis=1)
+
+    pixels = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
+    centred = pixels - over_group(pixels.mean(1))[:, None]
+    variance = over_group(jnp.square(centred).mean(1))
+    normed = centred * (jax.lax.rsqrt(variance + 1e-5) * scale)[:, None] + bias
+    return normed.reshape(x.shape)
 
 
 def downsample(x: Float[Array, "n h w c"]) -> Float[Array, "n hh ww c"]:
@@ -109,13 +130,13 @@ class ResBlock(nn.Module):
   def __call__(self, x, emb, train):
     """Map (n, h, w, c) and (n, emb) to (n, h, w, features), sides doubled or halved by ``resample`` up or down."""
     change = {"up": upsample, "down": downsample, None: lambda x: x}[self.resample]
-    h = nn.silu(group_norm(x.shape[-1], "in_layers_0")(x)).astype(self.dtype)
+    h = nn.silu(GroupNorm(name="in_layers_0")(x)).astype(self.dtype)
     h = Conv(self.features, dtype=self.dtype, name="in_layers_2")(change(h))
     x = change(x)
 
     width = 2 * self.features if self.use_scale_shift_norm else self.features
     emb = nn.Dense(width, dtype=self.dtype, name="emb_layers_1")(nn.silu(emb))[:, None, None]
-    norm = group_norm(self.features, "out_layers_0")
+    norm = GroupNorm(name="out_layers_0")
     if self.use_scale_shift_norm:
       scale, shift = jnp.split(emb, 2, axis=-1)
       h = norm(h) * (1 + scale) + shift
@@ -169,7 +190,7 @@ class AttentionBlock(nn.Module):
     """Map (n, h, w, c) to the same shape."""
     n, h, w, c = x.shape
     heads = count_heads(c, self.num_heads, self.num_head_channels)
-    normed = group_norm(c, "norm")(x).reshape(n, h * w, c)
+    normed = GroupNorm(name="norm")(x).reshape(n, h * w, c)
     qkv = nn.Dense(3 * c, dtype=self.dtype, name="qkv")(normed)
     out = attend(qkv, heads, self.use_new_attention_order)
     out = nn.Dense(c, kernel_init=zeros, dtype=self.dtype, name="proj_out")(out)

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxguide.nn.encoder import Encoder
-from jaxguide.nn.layers import Conv, Upsample, group_norm, zeros
+from jaxguide.nn.layers import Conv, GroupNorm, Upsample, zeros
 
 
 class UNet(Encoder):
@@ -89,5 +89,5 @@ class UNet(Encoder):
             h = Upsample(self.conv_resample, self.dtype, name=f"{name}_{part}")(h)
         block += 1
 
-    h = nn.silu(group_norm(h.shape[-1], "out_0")(h))
+    h = nn.silu(GroupNorm(name="out_0")(h))
     return Conv(self.out_channels or x.shape[-1], kernel_init=zeros, name="out_2")(h).astype(x.dtype)

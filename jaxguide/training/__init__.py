@@ -1,0 +1,12 @@
+"""Training: configurations as plain data, a loop that can be killed and resumed, and models as folders.
+
+>>> from jaxguide.training import ModelConfig
+>>> ModelConfig("unet", {"model_channels": 32}, image_shape=(8, 8, 1), num_classes=10).module.model_channels
+32
+"""
+
+from jaxguide.training.config import ModelConfig, TrainingConfig
+from jaxguide.training.loop import fit
+from jaxguide.training.model import Model, load, save
+
+__all__ = ["Model", "ModelConfig", "TrainingConfig", "fit", "load", "save"]

@@ -1,0 +1,5 @@
+"""``python -m jaxguide.cli`` is ``jaxguide``."""
+
+from jaxguide.cli import main
+
+main()

@@ -1,0 +1,114 @@
+"""Samples from a trained model into a file: what ``jaxguide sample`` does."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxguide import checks, data, sampling, schedules, solvers, training
+from jaxguide import guidance as guide
+from jaxguide.files import PathLike, check_writable
+from jaxguide.training import Model
+from jaxguide.typing import Guidance
+
+FORMATS: dict[str, Callable[..., None]] = {".npz": data.save_npz, ".png": data.save_png}
+
+
+def _cfg(model: Model, scale: float, classifier: PathLike) -> Guidance:
+  del classifier
+  return guide.classifier_free(model.null_cond, scale)
+
+
+def _classifier(model: Model, scale: float, classifier: PathLike) -> Guidance:
+  trained = training.load(classifier)
+  for name in ("image_shape", "num_classes"):
+    ours, theirs = getattr(model.config, name), getattr(trained.config, name)
+    if ours != theirs:
+      raise ValueError(f"the classifier in {classifier} has {name} {theirs}, but the model has {ours}")
+  return guide.chain(guide.unconditional(model.null_cond), guide.classifier(trained.log_prob, scale))
+
+
+def _none(model: Model, scale: float, classifier: PathLike) -> Guidance:
+  del model, scale, classifier
+  return guide.chain()
+
+
+GUIDANCES: dict[str, Callable[[Model, float, PathLike], Guidance]] = {
+  "cfg": _cfg,
+  "classifier": _classifier,
+  "none": _none,
+}
+
+
+def run(
+  out: PathLike,
+  *,
+  model: PathLike,
+  classifier: PathLike,
+  labels: Sequence[int] | None = None,
+  num: int = 16,
+  guidance: str = "cfg",
+  scale: float | int = 2.0,
+  solver: str = "ddim",
+  steps: int = 50,
+  eta: float | int | None = None,
+  grid: str = "karras",
+  sigmas: tuple[float, float] = (0.01, 80.0),
+  seed: int = 0,
+  batch_size: int = 256,
+  progress: bool = True,
+) -> None:
+  """Sample and write a file.
+
+  Args:
+    out: an ``.npz`` (``arr_0`` uint8 NHWC, ``arr_1`` labels) or a ``.png`` (a labelled grid).
+    model: folder of a denoiser.
+    classifier: folder of a classifier, read if ``guidance`` is ``classifier``.
+    labels: classes to take in turn; all of them if left out.
+    num: number of samples.
+    guidance: ``cfg``, ``classifier`` (of the unconditional denoiser) or ``none`` (the conditional denoiser).
+    scale: the power in ``p(x) p(y|x)^scale``.
+    solver: a name from `jaxguide.solvers`.
+    steps: steps of the solver.
+    eta: randomness of ``ddim``, in [0, 1].
+    grid: a name from `jaxguide.schedules`.
+    sigmas: the last noise level above 0, and the first.
+    seed: sample ``i`` depends on the seed, ``i`` and its label alone.
+    batch_size: samples at a time.
+    progress: whether to show a progress bar.
+
+  Raises:
+    ValueError: for any of these that is out of range or unknown, before the work starts.
+    OSError: if ``out`` cannot be written, before the work starts.
+    FileNotFoundError: if there is no model.
+    FloatingPointError: if a sample is not finite.
+  """
+  from tqdm.auto import tqdm
+
+  out = Path(out)
+  write = checks.lookup("format", out.suffix, FORMATS)
+  check_writable(out)
+  num = checks.at_least("num", num, 1)
+  scale = checks.finite("scale", scale)
+  seed = checks.at_least("seed", seed, 0)
+  make_guidance = checks.lookup("guidance", guidance, GUIDANCES)
+  make_solver = solvers.solver(solver, **({} if eta is None else {"eta": eta}))
+  levels = checks.lookup("grid", grid, schedules.GRIDS)(steps, *sigmas)
+  denoiser = training.load(model)
+  classes = denoiser.config.num_classes
+  each = np.resize(np.arange(classes) if labels is None else np.asarray(labels), num).astype(np.int32)
+  checks.labels("label", each, classes)
+  guided = guide.chain(make_guidance(denoiser, scale, classifier), guide.clip_x0())(denoiser.denoiser)
+  with tqdm(total=num, desc="sampling", unit="sample", disable=not progress) as bar:
+    x = sampling.sample_batch(
+      guided,
+      jax.random.key(seed),
+      each,
+      shape=denoiser.config.image_shape,
+      sigmas=levels,
+      solver=make_solver,
+      batch_size=batch_size,
+      progress=bar.update,
+    )
+  write(out, data.to_uint8(x), each)

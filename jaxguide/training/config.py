@@ -1,0 +1,99 @@
+"""What a model is and how it is trained, as plain data that a JSON file can hold."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from flax import linen
+
+from jaxguide import checks, nn, scaling, schedules
+
+NETWORKS: dict[str, type[linen.Module]] = {"unet": nn.UNet, "classifier": nn.Classifier}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """All that has to be known about a network to use its parameters.
+
+  Args:
+    network: ``unet`` or ``classifier``.
+    fields: the network's own fields, as `jaxguide.UNet` and `jaxguide.Classifier` have them.
+    image_shape: (height, width, channels).
+    num_classes: number of classes.
+    prediction: what the network predicts, from `jaxguide.scaling`; a classifier shares the input's scaling with it.
+    schedule: what tells the network its time, from `jaxguide.schedules`.
+
+  Raises:
+    ValueError: for a name that is not known, naming the nearest, or a field that the network does not have.
+  """
+
+  network: str
+  fields: Mapping[str, Any]
+  image_shape: tuple[int, int, int]
+  num_classes: int
+  prediction: str = "v"
+  schedule: str = "cosine"
+
+  def __post_init__(self):
+    object.__setattr__(self, "image_shape", tuple(self.image_shape))
+    cls = checks.lookup("network", self.network, NETWORKS)
+    known = {field.name: None for field in dataclasses.fields(cls)}
+    for name in self.fields:
+      checks.lookup(f"field of {cls.__name__}", name, known)
+    checks.lookup("prediction", self.prediction, scaling.PREDICTIONS)
+    checks.lookup("schedule", self.schedule, schedules.SCHEDULES)
+
+  @property
+  def module(self) -> linen.Module:
+    """The Flax module."""
+    classes = {"num_classes": self.num_classes} if self.network == "unet" else {"out_channels": self.num_classes}
+    return NETWORKS[self.network](**{**self.fields, **classes})
+
+  @property
+  def scaling(self) -> scaling.Scaling:
+    """How the network's input and output are scaled."""
+    return scaling.scaling(self.prediction, schedules.schedule(self.schedule))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+  """How a network is trained.
+
+  Args:
+    steps: number of optimiser steps.
+    batch_size: examples a step.
+    learning_rate: of AdamW, at its peak; it rises linearly over ``warmup`` steps and falls along a cosine to 0.
+    warmup: number of steps.
+    weight_decay: of AdamW.
+    clip_norm: the largest norm of a gradient.
+    ema_decay: of the parameters' running mean, which is what is used after training.
+    p_uncond: probability of dropping the label, for a UNet.
+    noise_mean: mean of log sigma over the training's noise levels.
+    noise_std: its standard deviation.
+    seed: of the parameters, the batches, and the noise.
+    save_every: steps between checkpoints.
+  """
+
+  steps: int
+  batch_size: int = 64
+  learning_rate: float = 2e-3
+  warmup: int = 50
+  weight_decay: float = 0.0
+  clip_norm: float = 1.0
+  ema_decay: float = 0.995
+  p_uncond: float = 0.15
+  noise_mean: float = -0.6
+  noise_std: float = 1.2
+  seed: int = 0
+  save_every: int = 200
+
+  def __post_init__(self):
+    for name in ("steps", "batch_size", "save_every"):
+      checks.at_least(name, getattr(self, name), 1)
+    for name in ("warmup", "seed"):
+      checks.at_least(name, getattr(self, name), 0)
+    for name in ("learning_rate", "weight_decay", "clip_norm", "noise_std"):
+      checks.in_range(name, getattr(self, name), 0)
+    checks.finite("noise_mean", self.noise_mean)
+    for name in ("ema_decay", "p_uncond"):
+      checks.in_range(name, getattr(self, name), 0, 1)

@@ -1,0 +1,206 @@
+"""The training loop: one jitted step in a Python loop, checkpoints to resume from, and an eye on the loss.
+
+The state after step ``k`` depends on the configuration and the data alone, whether or not the run was interrupted:
+batch ``k`` and the key of step ``k`` are made from the seed and ``k``.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxguide import losses, schedules
+from jaxguide.data import Images, batches
+from jaxguide.files import PathLike, check_writable, write_atomically
+from jaxguide.training import model as models
+from jaxguide.training.config import ModelConfig, TrainingConfig
+from jaxguide.training.model import Model
+from jaxguide.typing import Leaf
+
+# Steps whose losses are fetched together: looking at each would make the device wait for Python.
+CHUNK = 20
+
+
+@struct.dataclass(eq=False)
+class TrainState:
+  """What a checkpoint holds."""
+
+  step: Leaf
+  params: Leaf
+  ema_params: Leaf
+  opt_state: Leaf
+
+
+def optimizer(config: TrainingConfig) -> optax.GradientTransformation:
+  """AdamW with clipped gradients, a linear warm-up and a cosine decay."""
+  warmup = min(config.warmup, config.steps - 1)
+  rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps)
+  return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.adamw(rate, weight_decay=config.weight_decay))
+
+
+def loss_fn(model: ModelConfig, training: TrainingConfig) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+  """Make ``(params, key, x0, labels) -> (loss, metrics)`` for a network."""
+  module = model.module
+  common: dict[str, Any] = {
+    "scaling": model.scaling,
+    "noise_levels": schedules.LogNormal(training.noise_mean, training.noise_std),
+  }
+
+  def denoiser(params, key, x0, labels):
+    loss_key, dropout_key = jax.random.split(key)
+
+    def apply(params, x, t, y):
+      return module.apply(params, x, t, y, train=True, rngs={"dropout": dropout_key})
+
+    drop: dict[str, Any] = {"null_cond": model.num_classes, "p_uncond": training.p_uncond}
+    return losses.denoising_loss(params, apply, loss_key, x0, labels, **common, **drop), {}
+
+  def classifier(params, key, x0, labels):
+    loss_key, dropout_key = jax.random.split(key)
+
+    def apply(params, x, t):
+      return module.apply(params, x, t, train=True, rngs={"dropout": dropout_key})
+
+    loss, accuracy = losses.classifier_loss(params, apply, loss_key, x0, labels, **common)
+    return loss, {"accuracy": accuracy}
+
+  return denoiser if model.network == "unet" else classifier
+
+
+def train_step(model: ModelConfig, training: TrainingConfig) -> Callable[..., Any]:
+  """Make the jitted ``(state, images uint8, labels) -> (state, metrics)``; its first argument is given up."""
+  tx, loss = optimizer(training), loss_fn(model, training)
+
+  def step(state: TrainState, images, labels):
+    key = jax.random.fold_in(jax.random.key(training.seed), state.step)
+    x0 = images.astype(jnp.float32) / 127.5 - 1
+    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, key, x0, labels)
+    updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    # Early on the mean is short, or it would remember the random start.
+    decay = jnp.minimum(training.ema_decay, (1 + state.step) / (10 + state.step))
+    ema_params = optax.incremental_update(params, state.ema_params, 1 - decay)
+    return TrainState(state.step + 1, params, ema_params, opt_state), {"loss": value, **metrics}
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def init_state(model: ModelConfig, training: TrainingConfig) -> TrainState:
+  """Give the state that training starts from."""
+  params = models.init_params(model, jax.random.key(training.seed))
+  # A copy, since the step gives up its state, and no buffer can be given up twice.
+  ema_params = jax.tree.map(jnp.copy, params)
+  return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer(training).init(params))
+
+
+def fit(
+  model: ModelConfig,
+  training: TrainingConfig,
+  images: Images,
+  folder: PathLike,
+  *,
+  retrain: bool = False,
+  progress: bool = True,
+) -> Model:
+  """Train a network, or finish its training, or give what an earlier run trained.
+
+  Args:
+    model: the network.
+    training: how to train it.
+    images: what to train it on.
+    folder: where the model and its checkpoints are kept.
+    retrain: start over, whatever the folder holds.
+    progress: whether to show a progress bar with loss and speed.
+
+  Returns:
+    The model with the running mean of its parameters, which ``folder`` holds too.
+
+  Raises:
+    ValueError: if the images do not suit the network, the folder holds a model that was configured otherwise, or a
+      checkpoint is torn.
+    OSError: if the folder cannot be written.
+    FloatingPointError: if the loss is not finite, naming the step; the last good checkpoint stays.
+  """
+  folder = Path(folder).absolute()
+  if images.image_shape != model.image_shape or images.num_classes != model.num_classes:
+    raise ValueError(
+      f"the network is for images of shape {model.image_shape} in {model.num_classes} classes, but {images.name} has "
+      f"{images.image_shape} in {images.num_classes}"
+    )
+  record = json.dumps({"data": images.name, **dataclasses.asdict(model), **dataclasses.asdict(training)}, indent=2)
+  check_writable(folder / "training.json")
+  if retrain:
+    shutil.rmtree(folder, ignore_errors=True)
+  elif (folder / "training.json").exists() and (folder / "training.json").read_text() != record:
+    raise ValueError(f"{folder} holds a model that was configured otherwise: retrain it, or choose another folder")
+  if (folder / "config.json").exists():
+    return models.load(folder)
+  write_atomically(folder / "training.json", record.encode())
+  state = _run(model, training, images, folder / "checkpoints", progress)
+  trained = Model(model, jax.device_put(state.ema_params, jax.local_devices()[0]))
+  models.save(folder, trained)
+  shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+  return trained
+
+
+def _run(model: ModelConfig, training: TrainingConfig, images: Images, folder: Path, progress: bool) -> TrainState:
+  import orbax.checkpoint as ocp
+  from tqdm.auto import tqdm
+
+  # Examples are spread over the devices where they divide evenly; parameters are on each.
+  devices = jax.local_devices() if training.batch_size % jax.local_device_count() == 0 else jax.local_devices()[:1]
+  mesh = Mesh(np.asarray(devices), ("batch",))
+  spread, same = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
+  state = jax.device_put(init_state(model, training), same)
+  step = train_step(model, training)
+  options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+  with ocp.CheckpointManager(folder, options=options) as manager:
+    state = _restore(manager, state, folder)
+    start = int(state.step)
+    source = batches(images, training.batch_size, training.seed, start)
+    label = {"unet": "denoiser"}.get(model.network, model.network)
+    with tqdm(
+      total=training.steps, initial=start, desc=f"training the {label}", unit="step", disable=not progress
+    ) as bar:
+      for first in range(start, training.steps, CHUNK):
+        chunk = []
+        for _ in range(first, min(first + CHUNK, training.steps)):
+          state, metrics = step(state, *jax.device_put(next(source), spread))
+          chunk.append(metrics)
+        history = jax.tree.map(lambda *values: np.asarray(values), *jax.device_get(chunk))
+        if not np.isfinite(history["loss"]).all():
+          bad = first + int(np.argmin(np.isfinite(history["loss"])))
+          last = manager.latest_step()
+          kept = f"the checkpoint of step {last} is kept in {folder}" if last else "there was no checkpoint yet"
+          raise FloatingPointError(f"the loss is not finite at step {bad}; {kept}. Try a lower learning_rate")
+        bar.set_postfix({name: f"{values.mean():.3f}" for name, values in history.items()}, refresh=False)
+        bar.update(len(chunk))
+        done = first + len(chunk)
+        # The last step of all is saved as the model itself.
+        if done // training.save_every > first // training.save_every and done < training.steps:
+          manager.save(done, args=ocp.args.StandardSave(state))
+  return state
+
+
+def _restore(manager: Any, state: TrainState, folder: Path) -> TrainState:
+  import orbax.checkpoint as ocp
+
+  if manager.latest_step() is None:
+    return state
+  template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+  try:
+    return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(template))
+  except Exception as error:  # Orbax and its storage raise many kinds for a torn checkpoint.
+    reason = str(error).strip().split("\n")[0]
+    raise ValueError(
+      f"the checkpoint of step {manager.latest_step()} in {folder} is torn ({reason}): retrain"
+    ) from error

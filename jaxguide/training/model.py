@@ -1,0 +1,120 @@
+"""A network with its parameters, in memory and on disk.
+
+A model is a folder: ``config.json`` says what it is, ``params`` holds its parameters as an Orbax checkpoint. The folder
+takes its place only when it is whole.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxguide.denoisers import ClassifierLogProb, NetworkDenoiser, check_params
+from jaxguide.files import PathLike, check_writable, write_atomically
+from jaxguide.training.config import ModelConfig
+from jaxguide.typing import PyTree
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+  """A network with its parameters and what there is to know about it."""
+
+  config: ModelConfig
+  params: PyTree
+
+  @property
+  def denoiser(self) -> NetworkDenoiser:
+    """The network as a denoiser, if it is a UNet."""
+    self._expect("unet")
+    return NetworkDenoiser(self.params, self.config.module.apply, self.config.scaling)
+
+  @property
+  def log_prob(self) -> ClassifierLogProb:
+    """The network as a log-probability of labels, if it is a classifier."""
+    self._expect("classifier")
+    return ClassifierLogProb(self.params, self.config.module.apply, self.config.scaling)
+
+  @property
+  def null_cond(self) -> int:
+    """The label that stands for none."""
+    return self.config.num_classes
+
+  def _expect(self, network: str) -> None:
+    if self.config.network != network:
+      raise ValueError(f"this needs a {network}, but the model is a {self.config.network}")
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> PyTree:
+  """Draw parameters for a network."""
+  return jax.jit(config.module.init)(key, *_inputs(config))
+
+
+def _inputs(config: ModelConfig) -> tuple[Any, ...]:
+  """The least that the network can be called on."""
+  x, t = jnp.zeros((1, *config.image_shape)), jnp.zeros(1)
+  return (x, t, jnp.zeros(1, int)) if config.network == "unet" else (x, t)
+
+
+def save(folder: PathLike, model: Model) -> None:
+  """Write a model, in place of one that was there.
+
+  Raises:
+    OSError: if the folder cannot be written.
+    ValueError: if the parameters do not fit the network.
+  """
+  import orbax.checkpoint as ocp
+
+  folder = Path(folder).absolute()
+  check_params(model.config.module, model.params, *_inputs(model.config))
+  check_writable(folder / "config.json")
+  folder.mkdir(parents=True, exist_ok=True)
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(folder / "params", model.params, force=True)
+  write_atomically(folder / "config.json", json.dumps(dataclasses.asdict(model.config), indent=2).encode())
+
+
+def load(folder: PathLike) -> Model:
+  """Read a model that `save` wrote.
+
+  Raises:
+    FileNotFoundError: if there is none.
+    ValueError: if it is torn: a part is missing or does not fit the rest.
+
+  A model can then be guided, in one's own ``jit`` or by `jaxguide.sample_batch`::
+
+    model = load("runs/demo/denoiser")
+    guided = jaxguide.classifier_free(model.null_cond, 2.0)(model.denoiser)
+  """
+  import orbax.checkpoint as ocp
+
+  folder = Path(folder).absolute()
+  try:
+    config = ModelConfig(**json.loads((folder / "config.json").read_text()))
+  except FileNotFoundError:
+    raise FileNotFoundError(f"there is no model in {folder}: train one, with `jaxguide demo` for example") from None
+  except (NotADirectoryError, json.JSONDecodeError, TypeError) as error:
+    raise ValueError(f"{folder / 'config.json'} does not describe a model ({error}): train it again") from error
+  expected = jax.eval_shape(config.module.init, jax.random.key(0), *_inputs(config))
+  # Orbax warns about placing arrays unless it is told where; the first device is where they are used from.
+  where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), expected)
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      params = checkpointer.restore(folder / "params", template)
+  except Exception as error:  # Orbax and its storage raise many kinds for a torn checkpoint.
+    reason = str(error).strip().split("\n")[0]
+    raise ValueError(f"the parameters in {folder / 'params'} are torn or not this model's ({reason})") from error
+  check_params(config.module, params, *_inputs(config))
+  return Model(config, params)
+
+
+def remove(folder: PathLike) -> None:
+  """Remove a model and its training state, if they are there."""
+  folder = Path(folder)
+  for part in ("params", "training"):
+    shutil.rmtree(folder / part, ignore_errors=True)
+  (folder / "config.json").unlink(missing_ok=True)

@@ -1,0 +1,100 @@
+"""What the tests of the mathematics share: float64, mixtures, and the tables of everything that is run through them.
+
+A new guidance method or solver is one more line in `GUIDANCES` or `SOLVERS`; every structural test then covers it.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+import jaxguide as jg
+
+# name -> (mixture, scale) -> Guidance, over a mixture whose null class is its number of classes
+GUIDANCES = {
+  "classifier_free": lambda m, scale: jg.classifier_free(m.num_classes, scale),
+  "classifier": lambda m, scale: jg.classifier(m.log_prob, scale),
+  "unconditional_classifier": lambda m, scale: jg.chain(
+    jg.unconditional(m.num_classes), jg.classifier(m.log_prob, scale)
+  ),
+  "interval": lambda m, scale: jg.interval(jg.classifier_free(m.num_classes, scale), 0.2, 5.0),
+  "clip_x0": lambda m, scale: jg.chain(jg.classifier_free(m.num_classes, scale), jg.clip_x0(2.0)),
+  "classifier_after_classifier_free": lambda m, scale: jg.chain(
+    jg.classifier_free(m.num_classes, scale), jg.classifier(m.log_prob, 0.5)
+  ),
+  "classifier_free_after_classifier": lambda m, scale: jg.chain(
+    jg.classifier(m.log_prob, scale), jg.classifier_free(m.num_classes, 1.5)
+  ),
+}
+
+SOLVERS = {
+  "euler": lambda: jg.Euler(),
+  "ddim_0": lambda: jg.DDIM(0.0),
+  "ddim_half": lambda: jg.DDIM(0.5),
+  "ddim_1": lambda: jg.DDIM(1.0),
+  "ddpm": lambda: jg.DDPM(),
+  "heun": lambda: jg.Heun(),
+  "dpmpp_2m": lambda: jg.DPMpp2M(),
+}
+
+
+@pytest.fixture(params=GUIDANCES)
+def make_guidance(request):
+  """Each guidance in turn, as ``(mixture, scale) -> Guidance``."""
+  return GUIDANCES[request.param]
+
+
+@pytest.fixture(params=SOLVERS)
+def solver(request):
+  """Each solver in turn."""
+  return SOLVERS[request.param]()
+
+
+@pytest.fixture
+def all_guidances():
+  """The whole table at once."""
+  return GUIDANCES
+
+
+@pytest.fixture
+def all_solvers():
+  """The whole table at once."""
+  return {name: make() for name, make in SOLVERS.items()}
+
+
+@pytest.fixture
+def float64():
+  """Double precision for one test."""
+  with jax.enable_x64(True):
+    yield
+
+
+@pytest.fixture
+def no_rank_promotion():
+  """An operation on arrays of different ranks is an error: it is how batch axes get mixed up unseen."""
+  with jax.numpy_rank_promotion("raise"):
+    yield
+
+
+@pytest.fixture
+def random_mixture():
+  """``(seed, shape) -> GaussianMixture``: 7 components of 3 classes, of unequal weights and variances."""
+
+  def make(seed, shape):
+    rng = np.random.default_rng(seed)
+    means = rng.normal(size=(7, *shape))
+    variances = rng.uniform(0.05, 0.5, size=(7, *shape))
+    return jg.gaussian_mixture(means, variances, [0, 1, 2, 0, 1, 2, 1], rng.uniform(0.5, 2.0, size=7))
+
+  return make
+
+
+@pytest.fixture
+def relative_error():
+  """``(got, wanted)`` -> the largest difference, relative to the larger of 1 and the largest wanted."""
+
+  def error(got, wanted):
+    got, wanted = np.asarray(got), np.asarray(wanted)
+    assert got.shape == wanted.shape
+    return np.abs(got - wanted).max() / max(1.0, np.abs(wanted).max())
+
+  return error
