@@ -25,28 +25,33 @@ def is_concrete(value: Any) -> bool:
   )
 
 
-def finite(name: str, value: T) -> T:
-  """Give ``value`` back if it is finite (or not known yet).
+def as_float(name: str, value: T) -> T:
+  """Give Python's and NumPy's scalars as ``float``, so that 2, 2.0 and ``np.float32(2)`` compile to one program.
 
-  Python and NumPy scalars come back as ``float``, so that 2, 2.0 and ``np.float32(2)`` compile to one program.
+  Raises:
+    TypeError: if ``value`` is not a number.
+
+  >>> as_float("scale", 2)
+  2.0
+  """
+  if isinstance(value, str | bytes | bool) or value is None:
+    raise TypeError(f"{name} must be a number, got {value!r}")
+  return float(value) if isinstance(value, int | float | np.number) else value  # type: ignore[return-value]
+
+
+def finite(name: str, value: T) -> T:
+  """Give ``value`` back, as `as_float` does, if it is finite (or not known yet).
 
   Raises:
     ValueError: if an element is infinite or NaN.
     TypeError: if it is not a number.
 
-  >>> finite("scale", 2)
-  2.0
   >>> finite("scale", float("nan"))
   Traceback (most recent call last):
   ...
   ValueError: scale must be finite, got nan
   """
-  if isinstance(value, str | bytes | bool) or value is None:
-    raise TypeError(f"{name} must be a number, got {value!r}")
-  if isinstance(value, int | float | np.number):
-    if not math.isfinite(value):
-      raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)  # type: ignore[return-value]
+  value = as_float(name, value)
   if is_concrete(value) and not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(value)):
     raise ValueError(f"{name} must be finite, got {value}")
   return value

@@ -8,6 +8,7 @@ program.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +48,9 @@ class NetworkDenoiser:
   apply: Callable[..., Any] = struct.field(pytree_node=False)
   scaling: Leaf
 
+  def __post_init__(self):
+    object.__setattr__(self, "apply", _by_value(self.apply))
+
   def __call__(self, x: Example, sigma: Scalar, cond: PyTree = None) -> Example:
     """Give ``x0``, of the shape and type of ``x``."""
     c_skip, c_out, _, _ = self.scaling(sigma)
@@ -79,6 +83,9 @@ class ClassifierLogProb:
   params: Leaf
   apply: Callable[..., Any] = struct.field(pytree_node=False)
   scaling: Leaf
+
+  def __post_init__(self):
+    object.__setattr__(self, "apply", _by_value(self.apply))
 
   def logits(self, x: Example, sigma: Scalar) -> Array:
     """Give the logits, (classes,), for one example."""
@@ -123,9 +130,27 @@ def _apply(model: NetworkDenoiser | ClassifierLogProb, x, sigma, *cond):
   return model.apply(model.params, *args)[0]
 
 
-def _module(apply: Callable[..., Any]) -> nn.Module | None:
+@dataclasses.dataclass(frozen=True)
+class _ModuleMethod:
+  """A Flax module's method that is equal where the modules are: Python compares bound methods by identity.
+
+  Without it two networks of one configuration would be two programs.
+  """
+
+  module: nn.Module
+  name: str
+
+  def __call__(self, *args, **kwargs):
+    return getattr(self.module, self.name)(*args, **kwargs)
+
+
+def _by_value(apply: Callable[..., Any]) -> Callable[..., Any]:
   owner = getattr(apply, "__self__", None)
-  return owner if isinstance(owner, nn.Module) else None
+  return _ModuleMethod(owner, apply.__name__) if isinstance(owner, nn.Module) else apply
+
+
+def _module(apply: Callable[..., Any]) -> nn.Module | None:
+  return apply.module if isinstance(apply, _ModuleMethod) else None
 
 
 def check_params(module: nn.Module, params: PyTree, *args: Any) -> None:

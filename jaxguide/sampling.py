@@ -24,7 +24,7 @@ from jaxguide.typing import ArrayLike, Denoiser, Example, Float, Key, PyTree, So
 def sample(
   denoise: Denoiser,
   key: Key,
-  shape: tuple[int, ...],
+  shape: Sequence[int],
   sigmas: ArrayLike,
   solver: Solver,
   cond: PyTree = None,
@@ -68,7 +68,7 @@ def sample(
     sigmas = sigmas.astype(float)
   start_key, step_key = jax.random.split(key)
   if x_init is None:
-    x = sigmas[0] * jax.random.normal(start_key, shape, sigmas.dtype)
+    x = sigmas[0] * jax.random.normal(start_key, tuple(shape), sigmas.dtype)
   elif x_init.shape == tuple(shape):
     x = x_init.astype(sigmas.dtype)
   else:
@@ -102,7 +102,7 @@ def sample_batch(
   key: Key,
   cond: PyTree = None,
   *,
-  shape: tuple[int, ...],
+  shape: Sequence[int],
   sigmas: ArrayLike,
   solver: Solver,
   num: int | None = None,

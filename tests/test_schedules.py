@@ -194,7 +194,7 @@ def is_grid(sigmas, steps):
   return sigmas.shape == (steps + 1,) and (np.diff(sigmas) < 0).all() and sigmas[-1] == 0
 
 
-@pytest.mark.parametrize("steps", [1, 2, 18, 1000])
+@pytest.mark.parametrize("steps", [1, 2, 1000])
 def test_grids_decrease_to_zero(steps):
   table = S.Table.from_betas(S.linear_betas(1000))
   assert is_grid(S.karras(steps), steps)
@@ -286,9 +286,17 @@ def test_an_unknown_schedule_names_the_nearest():
 
 @pytest.mark.parametrize(
   ("steps", "message"),
-  [([0, 0, 3], "differ"), ([0, 10], "0 to 9"), ([-1, 3], "0 to 9"), (11, "at most"), (0, "at least 1"), ([], ""),
-   ([0.5], "whole"), (True, "whole")],
-)  # fmt: skip
+  [
+    ([0, 0, 3], "differ"),
+    ([0, 10], "0 to 9"),
+    ([-1, 3], "0 to 9"),
+    (11, "at most"),
+    (0, "at least 1"),
+    (True, "whole"),
+    (np.array([], int), "0 to 9"),
+    (np.array([0.5]), "whole"),
+  ],
+)
 def test_respaced_refuses_other_steps(steps, message):
   with pytest.raises(ValueError, match=message):
     S.respaced(TABLE, steps)

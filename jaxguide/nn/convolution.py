@@ -7,7 +7,8 @@ forward layout to begin with: the input gradient as a convolution with the flipp
 which batch and channels have changed places.
 
 It is a primitive of its own, and not a ``custom_vjp``, so that forward mode, higher derivatives and ``vmap`` (which
-folds its axis into the batch) all work. On other backends JAX's own rules are the right ones, and are used.
+folds its axis into the batch) all work. On other backends JAX's own rules are the right ones, and are used; so they are
+for the derivative of a weight gradient, and for a ``vmap`` over kernels.
 """
 
 import functools
@@ -38,7 +39,8 @@ def convolve(
   """
   kh, kw = kernel.shape[:2]
   padding = ((kh // 2, kh // 2), (kw // 2, kw // 2))
-  if jax.default_backend() == "cpu":
+  # Inside shard_map JAX keeps track of which axes a value varies over; only its own rules know how.
+  if jax.default_backend() == "cpu" and not jax.sharding.get_abstract_mesh().manual_axes:
     return _convolve_p.bind(x, kernel, stride=stride, padding=padding)
   return _plain(x, kernel, stride=stride, padding=padding)
 

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from jaxguide import checks
 from jaxguide.nn.layers import AttentionBlock, Conv, Downsample, ResBlock, timestep_embedding
 
 
@@ -31,6 +32,18 @@ class Encoder(nn.Module):
     # A configuration read from a file holds lists; a module has to be hashable.
     self.attention_resolutions = tuple(self.attention_resolutions)
     self.channel_mult = tuple(self.channel_mult)
+    name, levels = type(self).__name__, len(self.channel_mult)
+    if not levels:
+      raise ValueError(f"{name} needs a channel_mult for at least one level")
+    factors = {2**level for level in range(levels)}
+    if not factors.issuperset(self.attention_resolutions):
+      # OpenAI's command lines give sides of the image there, its networks factors; taken for one another, there would
+      # be no attention and no word of it.
+      raise ValueError(
+        f"attention_resolutions of {name} are downsampling factors, from {sorted(factors)} with {levels} levels; "
+        f"got {list(self.attention_resolutions)}"
+      )
+    checks.in_range("dropout", self.dropout, 0, 1)
     super().__post_init__()
 
   @nn.nowrap
@@ -43,6 +56,8 @@ class Encoder(nn.Module):
     """Raise ValueError where the shapes are not a batch of images that halve evenly, with a time for each."""
     if x.ndim != 4:
       raise ValueError(f"{type(self).__name__} takes images of shape (n, height, width, channels), got {x.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(f"{type(self).__name__} takes floating-point images in [-1, 1], got {x.dtype}")
     if t.shape != x.shape[:1]:
       raise ValueError(f"{type(self).__name__} takes one time for each of {x.shape[0]} images, got shape {t.shape}")
     factor = 2 ** (len(self.channel_mult) - 1)

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
+from jaxguide import checks
 from jaxguide.nn.encoder import Encoder
 from jaxguide.nn.layers import Conv, GroupNorm, Upsample, zeros
 
@@ -61,13 +62,16 @@ class UNet(Encoder):
 
     Raises:
       ValueError: where the shapes do not fit, the sides do not halve evenly, or labels are given to a network without
-        classes or not given to one with.
+        classes or not given to one with, or are not of its classes.
     """
     self.check_input(x, t)
     if (y is None) != (self.num_classes is None):
       raise ValueError(
         f"UNet with num_classes={self.num_classes} was given {'no' if y is None else 'unexpected'} labels"
       )
+    if y is not None and y.shape != t.shape:
+      raise ValueError(f"UNet takes one label for each of {x.shape[0]} images, got shape {y.shape}")
+    checks.labels("label", y, self.num_classes or 0, self.null_class)
     emb = self.embed_time(t)
     if self.num_classes is not None:
       emb += nn.Embed(self.num_classes + self.null_class, emb.shape[-1], name="label_emb")(y)

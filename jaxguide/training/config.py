@@ -1,7 +1,7 @@
 """What a model is and how it is trained, as plain data that a JSON file can hold."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax import linen
@@ -29,12 +29,15 @@ class ModelConfig:
 
   network: str
   fields: Mapping[str, Any]
-  image_shape: tuple[int, int, int]
+  image_shape: Sequence[int]
   num_classes: int
   prediction: str = "v"
   schedule: str = "cosine"
 
   def __post_init__(self):
+    # What was read from JSON has lists for tuples.
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in self.fields.items()}
+    object.__setattr__(self, "fields", fields)
     object.__setattr__(self, "image_shape", tuple(self.image_shape))
     cls = checks.lookup("network", self.network, NETWORKS)
     known = {field.name: None for field in dataclasses.fields(cls)}

@@ -96,10 +96,14 @@ def train_step(model: ModelConfig, training: TrainingConfig) -> Callable[..., An
 
 def init_state(model: ModelConfig, training: TrainingConfig) -> TrainState:
   """Give the state that training starts from."""
-  params = models.init_params(model, jax.random.key(training.seed))
-  # A copy, since the step gives up its state, and no buffer can be given up twice.
-  ema_params = jax.tree.map(jnp.copy, params)
-  return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer(training).init(params))
+
+  def init(key):
+    params = models.init_params(model, key)
+    return TrainState(jnp.zeros((), jnp.int32), params, params, optimizer(training).init(params))
+
+  # It runs once, so the time to compile it is all that counts.
+  quick = {"xla_backend_optimization_level": 0}
+  return jax.jit(init, compiler_options=quick)(jax.random.key(training.seed))
 
 
 def fit(

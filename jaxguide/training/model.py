@@ -50,7 +50,7 @@ class Model:
 
 def init_params(config: ModelConfig, key: jax.Array) -> PyTree:
   """Draw parameters for a network."""
-  return jax.jit(config.module.init)(key, *_inputs(config))
+  return config.module.init(key, *_inputs(config))
 
 
 def _inputs(config: ModelConfig) -> tuple[Any, ...]:

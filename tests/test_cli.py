@@ -1,0 +1,153 @@
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from jaxguide import cli, data
+from jaxguide.training import ModelConfig
+from jaxguide.training import model as models
+
+TINY = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": ()}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+  """A denoiser and a classifier that know nothing, which is enough to sample."""
+  folder = tmp_path_factory.mktemp("models")
+  for name, network, extra in (
+    ("denoiser", "unet", {}),
+    ("classifier", "classifier", {"num_head_channels": 8}),
+    ("larger", "classifier", {"pool": "adaptive"}),
+  ):
+    shape = (16, 16, 1) if name == "larger" else (8, 8, 1)
+    config = ModelConfig(network, {**TINY, **extra}, image_shape=shape, num_classes=10)
+    params = jax.jit(lambda key, config=config: models.init_params(config, key))(jax.random.key(0))
+    # The last convolution starts at zero, and every sample would be the same.
+    params = jax.tree.map(lambda leaf: leaf + 0.02 * jax.random.normal(jax.random.key(1), leaf.shape), params)
+    models.save(folder / name, models.Model(config, params))
+  return folder
+
+
+@pytest.fixture
+def run(folders, monkeypatch, capsys):
+  """Run the command; give its exit status, what it printed, and its errors."""
+
+  def run(*args):
+    models = ["--model", folders / "denoiser", "--classifier", folders / "classifier", "--no-progress"]
+    monkeypatch.setattr(
+      sys, "argv", ["jaxguide", *map(str, args), *(map(str, models) if args[:1] == ("sample",) else [])]
+    )
+    try:
+      cli.main()
+      status = 0
+    except SystemExit as exit:
+      status = exit.code
+    return status, *capsys.readouterr()
+
+  return run
+
+
+def test_sample_writes_npz(run, tmp_path):
+  out = tmp_path / "new" / "samples.npz"
+  status, printed, errors = run("sample", "--out", out, "--label", 3, "--num", 5, "--steps", 2)
+  assert (status, errors) == (0, "")
+  assert str(out) in printed
+  images, labels = data.load_npz(out)
+  assert images.shape == (5, 8, 8, 1)
+  assert labels.tolist() == [3] * 5
+  # Sample i is a matter of seed, i and label, not of how many there are or how they are cut.
+  run("sample", "--out", tmp_path / "more.npz", "--label", 3, "--num", 7, "--steps", 2, "--batch-size", 4)
+  np.testing.assert_array_equal(data.load_npz(tmp_path / "more.npz")[0][:5], images)
+  run("sample", "--out", tmp_path / "other.npz", "--label", 3, "--num", 5, "--steps", 2, "--seed", 1)
+  assert (data.load_npz(tmp_path / "other.npz")[0] != images).any()
+
+
+@pytest.mark.parametrize("guidance", ["none", "classifier"])
+def test_sample_takes_all_classes_in_turn(run, tmp_path, guidance):
+  status, _, _ = run("sample", "--out", tmp_path / "s.npz", "--num", 12, "--steps", 2, "--guidance", guidance)
+  assert status == 0
+  assert data.load_npz(tmp_path / "s.npz")[1].tolist() == [*range(10), 0, 1]
+
+
+def test_sample_draws_a_picture(run, tmp_path):
+  from PIL import Image
+
+  status, _, _ = run(
+    "sample", "--out", tmp_path / "s.png", "--label", 3, "--label", 7, "--num", 4, "--steps", 2, "--eta", 1
+  )
+  assert status == 0
+  assert Image.open(tmp_path / "s.png").format == "PNG"
+
+
+@pytest.mark.parametrize(
+  ("args", "message"),
+  [
+    (["--label", 12], "label 12 is not one of the 10 classes, 0 to 9"),
+    (["--label", 10], "label 10 is not one of the 10 classes"),  # the null label is no class to ask for
+    (["--label", -1], "label -1 is not one of the 10 classes"),
+    (["--scale", "nan"], "scale must be finite, got nan"),
+    (["--scale", "inf"], "scale must be finite, got inf"),
+    (["--steps", 0], "steps must be a whole number of at least 1, got 0"),
+    (["--num", 0], "num must be a whole number of at least 1, got 0"),
+    (["--batch-size", 0], "batch_size must be a whole number of at least 1"),
+    (["--seed", -1], "seed must be a whole number of at least 0"),
+    (["--solver", "dim"], "unknown solver 'dim': did you mean 'ddim'?"),
+    (["--solver", "heun", "--eta", 1], "solver 'heun' has no option 'eta'"),
+    (["--eta", 2], "eta must be between 0 and 1, got 2.0"),
+    (["--guidance", "cgf"], "unknown guidance 'cgf': did you mean 'cfg'?"),
+    (["--grid", "kras"], "unknown grid 'kras': did you mean 'karras'?"),
+    (["--sigma-min", 0], "sigma_min must be above 0"),
+    (["--sigma-max", 0.001], "sigma_min must be above 0 and below sigma_max"),
+    (["--scale", "much"], "'--scale'"),
+    (["--scael", 2], "--scael"),
+  ],
+  ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_sentence_and_status_2(run, tmp_path, args, message):
+  status, printed, errors = run("sample", "--out", tmp_path / "s.npz", *args)
+  assert status == 2
+  assert message in errors
+  assert "Traceback" not in errors
+  assert printed == ""
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["s.jpg", "s", "file/s.npz", "folder.npz"])
+def test_an_output_that_cannot_be_written(run, tmp_path, name):
+  (tmp_path / "file").touch()
+  (tmp_path / "folder.npz").mkdir()
+  status, _, errors = run("sample", "--out", tmp_path / name)
+  assert status == 2
+  assert errors.startswith(("jaxguide: cannot write", "jaxguide: unknown format"))
+  assert errors.count("\n") == 1
+
+
+def test_models_that_are_missing_torn_or_do_not_match(run, folders, tmp_path, monkeypatch, capsys):
+  def error(*args):
+    monkeypatch.setattr(sys, "argv", ["jaxguide", "sample", "--out", str(tmp_path / "s.npz"), *map(str, args)])
+    with pytest.raises(SystemExit) as exit:
+      cli.main()
+    assert exit.value.code == 2
+    return capsys.readouterr().err
+
+  assert "there is no model in" in error("--model", tmp_path / "nowhere")
+  assert "needs a unet, but the model is a classifier" in error("--model", folders / "classifier")
+  both = ("--model", folders / "denoiser", "--guidance", "classifier", "--classifier")
+  assert "has image_shape (16, 16, 1), but the model has (8, 8, 1)" in error(*both, folders / "larger")
+  assert not (tmp_path / "s.npz").exists()
+
+
+def test_demo_refuses_an_output_before_any_work(run, tmp_path):
+  (tmp_path / "file").touch()
+  status, printed, errors = run("demo", "--out", tmp_path / "file" / "demo")
+  assert (status, printed) == (2, "")
+  assert "file is not a folder" in errors
+  assert errors.count("\n") == 1
+
+
+def test_help_says_what_scale_means(run):
+  status, printed, _ = run("--help")
+  assert status == 0
+  assert "demo" in printed
+  assert "sample" in printed

@@ -1,0 +1,299 @@
+"""Guidance against exact mixtures, and against the papers' own forms written again in NumPy."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+import jaxguide as jg
+from jaxguide.guidance import Rule
+
+SHAPES = [(1,), (2,), (3, 3, 1)]
+SIGMAS = [0.02, 0.4, 1.5, 8.0, 60.0]
+SCALES = [-1.0, 0.0, 0.3, 1.0, 2.5, 7.5]
+
+
+def noisy(mixture, seed, sigma):
+  """A point where noise of this level puts points."""
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(rng.normal(size=mixture.means.shape[1:]) * np.sqrt(1 + sigma**2))
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def mixture(request, random_mixture, float64, no_rank_promotion):
+  return random_mixture(0, request.param)
+
+
+# --- what must be one is one ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigma", SIGMAS)
+def test_classifier_at_1_on_the_unconditional_is_the_conditional(mixture, sigma, relative_error):
+  guided = jax.jit(jg.chain(jg.unconditional(3), jg.classifier(mixture.log_prob, 1.0))(mixture.denoiser))
+  for seed, label in enumerate([0, 1, 2]):
+    x, at = noisy(mixture, seed, sigma), jnp.asarray(sigma)
+    wanted = mixture.denoise(x, at, label)
+    assert relative_error(guided(x, at, jnp.asarray(label)), wanted) < 1e-12
+    assert relative_error(mixture.denoise(x, at, None), wanted) > 1e-9 or sigma < 0.1
+
+
+@pytest.mark.parametrize("sigma", SIGMAS)
+def test_classifier_free_is_classifier_on_the_unconditional(mixture, sigma, relative_error):
+  x, at, label = noisy(mixture, 5, sigma), jnp.asarray(sigma), jnp.asarray(1)
+
+  @jax.jit
+  def both(scale):
+    free = jg.classifier_free(3, scale)(mixture.denoiser)
+    grad = jg.chain(jg.unconditional(3), jg.classifier(mixture.log_prob, scale))(mixture.denoiser)
+    return free(x, at, label), grad(x, at, label)
+
+  for scale in SCALES:
+    free, grad = both(scale)
+    assert relative_error(free, grad) < 1e-12, scale
+
+
+def test_classifier_on_the_conditional_has_the_power_one_plus_scale(mixture, relative_error):
+  x, at, label = noisy(mixture, 6, 0.7), jnp.asarray(0.7), jnp.asarray(2)
+  twice = jg.classifier(mixture.log_prob, 1.5)(mixture.denoiser)(x, at, label)
+  assert relative_error(twice, jg.classifier_free(3, 2.5)(mixture.denoiser)(x, at, label)) < 1e-12
+
+
+def test_scale_0_is_unconditional_and_1_conditional(mixture):
+  x, at, label = noisy(mixture, 1, 0.7), jnp.asarray(0.7), jnp.asarray(2)
+  conditional, unconditional = mixture.denoise(x, at, label), mixture.denoise(x, at, None)
+  assert np.abs(conditional - unconditional).max() > 1e-3
+  free = lambda scale: jg.classifier_free(3, scale)(mixture.denoiser)(x, at, label)  # noqa: E731
+  np.testing.assert_allclose(free(0.0), unconditional, rtol=1e-13)
+  np.testing.assert_allclose(free(1.0), conditional, rtol=1e-13, atol=1e-14)
+  bare = jg.chain(jg.unconditional(3), jg.classifier(mixture.log_prob, 0.0))(mixture.denoiser)
+  np.testing.assert_allclose(bare(x, at, label), unconditional, rtol=1e-13)
+
+
+# --- the papers' forms, in their own variables: x_t = alpha x0 + s eps, alpha² + s² = 1 --------------
+
+
+class VP:
+  """A mixture with NumPy, in the variance-preserving variables of both papers."""
+
+  def __init__(self, mixture, sigma):
+    self.means, self.variances = (np.asarray(a).reshape(7, -1) for a in (mixture.means, mixture.variances))
+    self.weights, self.classes = np.exp(mixture.log_weights), np.asarray(mixture.classes)
+    self.alpha, self.s = 1 / np.sqrt(1 + sigma**2), sigma / np.sqrt(1 + sigma**2)
+
+  def score(self, x_t, label=None):
+    """``∇ log p(x_t | label)``."""
+    chosen = np.ones(7, bool) if label is None else self.classes == label
+    variance = self.alpha**2 * self.variances[chosen] + self.s**2
+    off = x_t - self.alpha * self.means[chosen]
+    log = np.log(self.weights[chosen]) - 0.5 * (off**2 / variance + np.log(variance)).sum(1)
+    weights = np.exp(log - log.max())
+    return (weights / weights.sum()) @ (-off / variance)
+
+  def eps(self, x_t, label=None):
+    """The network that both papers train: ``eps = -s ∇ log p``."""
+    return -self.s * self.score(x_t, label)
+
+  def classifier_gradient(self, x_t, label):
+    """``∇_{x_t} log p(label | x_t)``, by Bayes' rule."""
+    return self.score(x_t, label) - self.score(x_t)
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0, 6.0])
+@pytest.mark.parametrize("scale", [0.5, 3.0])
+def test_the_three_forms_of_classifier_guidance_are_one(mixture, sigma, scale, relative_error):
+  x, label = noisy(mixture, 2, sigma), 1
+  vp = VP(mixture, sigma)
+  x_t = vp.alpha * np.asarray(x).ravel()
+  gradient = vp.classifier_gradient(x_t, label)
+  # Dhariwal & Nichol, arXiv:2105.05233, Algorithm 2: ε̂ = ε(x_t) - s·sqrt(1 - ᾱ_t)·∇ log p(y | x_t), then DDIM's x0.
+  eps_hat = vp.eps(x_t) - scale * np.sqrt(1 - vp.alpha**2) * gradient
+  by_eps = (x_t - np.sqrt(1 - vp.alpha**2) * eps_hat) / vp.alpha
+  # The score form, eq. 13 and before: ∇ log p(x_t) + s ∇ log p(y | x_t); x0 by Tweedie in these variables.
+  by_score = (x_t + vp.s**2 * (vp.score(x_t) + scale * gradient)) / vp.alpha
+  # The x0 form: the mean of x0 moves by s·(1 - ᾱ)/sqrt(ᾱ)·∇.
+  by_x0 = (x_t - vp.s * vp.eps(x_t)) / vp.alpha + scale * vp.s**2 / vp.alpha * gradient
+
+  guided = jg.chain(jg.unconditional(3), jg.classifier(mixture.log_prob, scale))(mixture.denoiser)
+  ours = np.asarray(guided(x, jnp.asarray(sigma), jnp.asarray(label))).ravel()
+  for form in (by_eps, by_score, by_x0):
+    assert relative_error(ours, form) < 1e-12
+
+  # Without σ_t the ε-form is another method, and by far.
+  dropped = vp.eps(x_t) - scale * gradient
+  assert relative_error(ours, (x_t - vp.s * dropped) / vp.alpha) > 1e-3
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0, 6.0])
+@pytest.mark.parametrize("w", [0.5, 3.0])
+def test_the_three_forms_of_classifier_free_guidance_are_one(mixture, sigma, w, relative_error):
+  x, label = noisy(mixture, 3, sigma), 0
+  vp = VP(mixture, sigma)
+  z = vp.alpha * np.asarray(x).ravel()
+  # Ho & Salimans, arXiv:2207.12598, Algorithm 2: ε̃ = (1 + w) ε(z, c) - w ε(z), x̃ = (z - σ ε̃) / α.
+  by_eps = (z - vp.s * ((1 + w) * vp.eps(z, label) - w * vp.eps(z))) / vp.alpha
+  by_score = (z + vp.s**2 * ((1 + w) * vp.score(z, label) - w * vp.score(z))) / vp.alpha
+  denoised = lambda label: (z - vp.s * vp.eps(z, label)) / vp.alpha  # noqa: E731
+  by_x0 = (1 + w) * denoised(label) - w * denoised(None)
+
+  guided = jg.classifier_free(3, 1 + w)(mixture.denoiser)
+  ours = np.asarray(guided(x, jnp.asarray(sigma), jnp.asarray(label))).ravel()
+  for form in (by_eps, by_score, by_x0):
+    assert relative_error(ours, form) < 1e-12
+
+
+# --- composition ----------------------------------------------------------------------------------
+
+AT = (jnp.asarray(2.0), jnp.asarray(0.5), 1)
+
+
+def test_chain_applies_the_leftmost_innermost():
+  plus = lambda denoise: lambda *args: denoise(*args) + 1  # noqa: E731
+  times = lambda denoise: lambda *args: 10 * denoise(*args)  # noqa: E731
+  identity = lambda x, sigma, cond: x  # noqa: E731
+  assert float(jg.chain(plus, times)(identity)(*AT)) == 30
+  assert float(jg.chain(times, plus)(identity)(*AT)) == 21
+  assert float(jg.chain()(identity)(*AT)) == 2
+  assert float(jg.chain(jg.chain(plus, times), plus)(identity)(*AT)) == 31
+
+
+def test_chain_is_application(mixture):
+  x, at, label = noisy(mixture, 4, 0.5), jnp.asarray(0.5), jnp.asarray(1)
+  first, second = jg.classifier_free(3, 2.0), jg.classifier(mixture.log_prob, 0.7)
+  for a, b in ((first, second), (second, first), (first, jg.clip_x0(0.3)), (jg.clip_x0(0.3), first)):
+    chained = jg.chain(a, b)(mixture.denoiser)(x, at, label)
+    np.testing.assert_array_equal(chained, b(a(mixture.denoiser))(x, at, label))
+
+
+def test_clip_is_last_or_first():
+  denoise = lambda x, sigma, cond: x * cond  # noqa: E731
+  free, clip = jg.classifier_free(0, 3.0), jg.clip_x0(1.0)
+  assert float(jg.chain(free, clip)(denoise)(*AT)) == 1  # 3 * 2, clipped
+  assert float(jg.chain(clip, free)(denoise)(*AT)) == 3  # 3 * clipped 2
+  assert float(jg.clip_x0(0.25)(denoise)(-AT[0], AT[1], 1)) == -0.25
+  assert float(jg.clip_x0(5.0)(denoise)(*AT)) == 2
+
+
+def test_a_condition_of_many_leaves():
+  cond = {"label": jnp.asarray(3), "text": jnp.arange(4.0)}
+  null = {"label": 0, "text": np.zeros(4)}
+  denoise = lambda x, sigma, c: x * c["label"] + c["text"].sum()  # noqa: E731
+  guided = jg.classifier_free(null, 2.0)(denoise)
+  assert float(guided(jnp.asarray(1.0), AT[1], cond)) == 2 * (3 + 6)
+
+
+# --- interval -------------------------------------------------------------------------------------
+
+
+def test_interval_is_guided_inside_and_bare_outside(mixture):
+  guidance = jg.classifier_free(3, 3.0)
+  guided = jg.interval(guidance, 0.5, 2.0)(mixture.denoiser)
+  x, label = noisy(mixture, 7, 1.0), jnp.asarray(1)
+  # The lower bound is outside, the upper inside.
+  for sigma, inside in ((0.1, False), (0.5, False), (0.500001, True), (1.0, True), (2.0, True), (2.000001, False)):
+    at = jnp.asarray(sigma)
+    wanted = guidance(mixture.denoiser)(x, at, label) if inside else mixture.denoise(x, at, label)
+    np.testing.assert_allclose(guided(x, at, label), wanted, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("infinity", [jnp.inf, math.inf, float("inf"), np.float64(np.inf)])
+def test_interval_may_have_no_upper_bound(infinity):
+  guided = jg.interval(jg.classifier_free(0, 3.0), 1.0, infinity)(lambda x, sigma, cond: x * cond)
+  assert [float(guided(jnp.asarray(1.0), jnp.asarray(s), 1)) for s in (0.5, 1e6)] == [1.0, 3.0]
+
+
+def watched(log_prob, seen):
+  """The classifier, with a record of the levels at which it is really run."""
+
+  def run(parameters, x, sigma, cond):
+    jax.debug.callback(lambda sigma: seen.append(round(float(sigma), 4)), sigma)
+    return parameters(x, sigma, cond)
+
+  return jax.tree_util.Partial(run, log_prob)
+
+
+def test_outside_the_interval_nothing_extra_is_run():
+  ring, seen = jg.ring(4), []
+  guidance = jg.interval(jg.classifier(watched(ring.log_prob, seen), 2.0), 0.5, 4.0)
+  grid = jnp.array([9.0, 4.0, 2.0, 0.75, 0.5, 0.25, 0.0])
+  options = dict(num=3, shape=(2,), sigmas=grid, solver=jg.Euler())
+  jg.sample_batch(guidance(ring.denoiser), jax.random.key(0), 1, **options)
+  jax.effects_barrier()
+  assert set(seen) == {4.0, 2.0, 0.75}
+  # The counter counts: without the interval every level is seen.
+  seen.clear()
+  jg.sample_batch(guidance.parameters[0](ring.denoiser), jax.random.key(0), 1, **options)
+  jax.effects_barrier()
+  assert set(seen) == {9.0, 4.0, 2.0, 0.75, 0.5, 0.25}
+
+
+def primitives(jaxpr):
+  """The names of all primitives in a jaxpr, and in those inside it."""
+  for equation in jaxpr.eqns:
+    yield equation.primitive.name
+    for inner in jaxprs_in_params(equation.params):
+      yield from primitives(inner)
+
+
+@pytest.mark.parametrize("solver_name", ["euler", "dpmpp_2m", "ddpm"])  # Heun has a branch of its own
+def test_interval_stays_a_branch_under_vmap_over_keys_and_labels(solver_name, all_solvers):
+  ring = jg.ring(4)
+
+  def batch(guidance, keys, labels, sigmas):
+    one = lambda key, y: jg.sample(guidance(ring.denoiser), key, (2,), sigmas, all_solvers[solver_name], y)[0]  # noqa: E731
+    return jax.vmap(one)(keys, labels)
+
+  args = jg.sample_keys(jax.random.key(0), 3), jnp.arange(3), jg.karras(5)
+  free = jg.classifier_free(4, 2.0)
+  assert "cond" not in list(primitives(jax.make_jaxpr(batch)(free, *args).jaxpr))
+  assert "cond" in list(primitives(jax.make_jaxpr(batch)(jg.interval(free, 0.1, 1.0), *args).jaxpr))
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf, -np.inf, np.float32("nan"), np.array([1.0, np.nan]), jnp.nan])
+def test_a_scale_is_finite(scale):
+  for make in (lambda s: jg.classifier_free(0, s), lambda s: jg.classifier(jg.ring(3).log_prob, s)):
+    with pytest.raises(ValueError, match="scale must be finite"):
+      make(scale)
+
+
+def test_a_scale_is_a_number():
+  for scale in ("2", None):
+    with pytest.raises(TypeError):
+      jg.classifier_free(0, scale)
+
+
+@pytest.mark.parametrize(
+  ("low", "high"), [(1.0, 1.0), (2.0, 1.0), (-1.0, 1.0), (np.nan, 1.0), (0.0, np.nan), (np.inf, np.inf), (0.0, 0.0)]
+)
+def test_an_interval_is_not_empty(low, high):
+  with pytest.raises(ValueError, match="sigma_"):
+    jg.interval(jg.classifier_free(0, 2.0), low, high)
+
+
+@pytest.mark.parametrize("bound", [-1.0, np.nan, np.inf])
+def test_a_clip_bound_is_finite(bound):
+  with pytest.raises(ValueError, match="bound"):
+    jg.clip_x0(bound)
+
+
+@pytest.mark.parametrize("null", [None, {"label": 0}, (0,)])
+def test_null_cond_has_the_structure_of_cond(null):
+  with pytest.raises(ValueError, match="null_cond must have the structure of cond"):
+    jg.classifier_free(null, 2.0)(lambda x, sigma, cond: x)(*AT)
+
+
+def test_no_condition_at_all_says_so():
+  with pytest.raises(ValueError, match="cond"):
+    jg.classifier_free(None, 2.0)(lambda x, sigma, cond: x)(AT[0], AT[1], None)
+
+
+def test_rules_of_one_kind_are_one_program(mixture, make_guidance):
+  # Same structure, whatever the numbers: the ground on which nothing compiles twice.
+  one, two = (jax.tree.structure(make_guidance(mixture, scale)) for scale in (1.0, 2.0))
+  assert one == two
+  assert isinstance(make_guidance(mixture, 1.0), Rule)

@@ -1,0 +1,812 @@
+"""The networks: against published arrays, against NumPy, and by what they promise."""
+
+import functools
+import re
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxguide.nn import Classifier, UNet
+from jaxguide.nn.convolution import convolve
+from jaxguide.nn.layers import (
+  AttentionBlock,
+  AttentionPool,
+  Downsample,
+  GroupNorm,
+  Upsample,
+  attend,
+  downsample,
+  timestep_embedding,
+  upsample,
+)
+
+DATA = Path(__file__).parent / "data"
+
+# Most of these tests' time is XLA's, optimising programs that run once.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="other backends use JAX's own rules")
+
+
+@pytest.fixture
+def rng():
+  return np.random.default_rng(0)
+
+
+def random_params(module, *args, seed=0):
+  """Parameters none of which is 0 or 1, as those of a new network are: a zero would hide whatever comes before it."""
+  rng = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    if path[-1].key == "scale":
+      return 1 + 0.2 * rng.normal(size=leaf.shape).astype(np.float32)
+    fan_in = np.prod(leaf.shape[:-1]) if path[-1].key == "kernel" else 10
+    return (rng.normal(size=leaf.shape) / np.sqrt(fan_in)).astype(np.float32)
+
+  shapes = jax.eval_shape(module.init, jax.random.key(0), *args)
+  return jax.tree.map(jnp.asarray, jax.tree_util.tree_map_with_path(draw, shapes))
+
+
+def equations(jaxpr):
+  """Every equation of a jaxpr, those of the jaxprs inside it too."""
+  for equation in getattr(jaxpr, "eqns", ()):
+    yield equation
+    for value in equation.params.values():
+      for inner in value if isinstance(value, tuple | list) else [value]:
+        yield from equations(getattr(inner, "jaxpr", inner))
+
+
+def batch(n=2, height=8, width=8, channels=3, seed=0):
+  rng = np.random.default_rng(seed)
+  x = jnp.asarray(rng.normal(size=(n, height, width, channels)), jnp.float32)
+  return x, jnp.asarray(rng.uniform(0, 1000, n), jnp.float32)
+
+
+SMALL = {"model_channels": 8, "num_res_blocks": 1, "num_head_channels": 4}
+ONE_LEVEL = {**SMALL, "channel_mult": (1,), "attention_resolutions": (1,)}
+
+
+# --- Published arrays; tests/data/README.md says where they come from ---
+
+PUBLISHED_UNETS = {
+  "unet_blocks_resample": {
+    "model_channels": 16,
+    "num_res_blocks": 1,
+    "attention_resolutions": (2,),
+    "channel_mult": (2, 2),
+    "num_head_channels": 8,
+    "use_scale_shift_norm": True,
+    "resblock_updown": True,
+    "num_classes": 5,
+    "null_class": False,
+  },
+  "unet_mean_resample": {
+    "model_channels": 16,
+    "num_res_blocks": 1,
+    "attention_resolutions": (4,),
+    "channel_mult": (2, 2, 2),
+    "num_heads": 2,
+    "num_heads_upsample": 4,
+    "use_scale_shift_norm": True,
+    "resblock_updown": False,
+    "conv_resample": False,
+  },
+  "unet_resample": {
+    "model_channels": 8,
+    "out_channels": 2,
+    "num_res_blocks": 1,
+    "attention_resolutions": (1, 2),
+    "channel_mult": (8, 4),
+    "num_heads": 4,
+    "use_scale_shift_norm": False,
+    "resblock_updown": False,
+    "conv_resample": True,
+    "use_new_attention_order": True,
+  },
+}
+
+PUBLISHED_CLASSIFIERS = {
+  "classifier_attention": {
+    "model_channels": 8,
+    "out_channels": 10,
+    "num_res_blocks": 1,
+    "attention_resolutions": (2,),
+    "channel_mult": (4, 4),
+    "num_head_channels": 8,
+    "use_scale_shift_norm": True,
+    "resblock_updown": True,
+    "pool": "attention",
+  },
+  "classifier_adaptive": {
+    "model_channels": 8,
+    "out_channels": 6,
+    "num_res_blocks": 2,
+    "attention_resolutions": (1,),
+    "channel_mult": (8,),
+    "num_heads": 4,
+    "use_scale_shift_norm": False,
+    "resblock_updown": False,
+    "pool": "adaptive",
+  },
+  "classifier_spatial": {
+    "model_channels": 16,
+    "out_channels": 10,
+    "num_res_blocks": 1,
+    "attention_resolutions": (1,),
+    "channel_mult": (2,),
+    "num_heads": 2,
+    "use_scale_shift_norm": True,
+    "resblock_updown": False,
+    "use_new_attention_order": True,
+    "pool": "spatial",
+  },
+}
+
+
+def load(name):
+  """Arrays of a published network, images as NHWC, and its weights by name."""
+  with np.load(DATA / f"{name}.npz") as file:
+    arrays = {key: file[key] for key in file}
+  weights = {key.removeprefix("weights/"): arrays.pop(key) for key in list(arrays) if key.startswith("weights/")}
+  return {k: jnp.asarray(v.transpose(0, 2, 3, 1) if v.ndim == 4 else v) for k, v in arrays.items()}, weights
+
+
+def carry(weights, shapes):
+  """Rename published weights, and turn them from PyTorch's layout (out, in, space) to Flax's (space, in, out)."""
+  left = {name.replace(".", "_"): weight.astype(np.float32) for name, weight in weights.items()}
+
+  def place(path, leaf):
+    *module, kind = (part.key for part in path[1:])
+    kind = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(kind, kind)
+    weight = left.pop("_".join([*module, kind]))
+    if path[-1].key == "kernel":
+      weight = np.moveaxis(weight, (1, 0), (-2, -1))
+      weight = weight.reshape(weight.shape[-len(leaf.shape) :])  # a 1x1 convolution is a dense layer here
+    elif kind == "positional_embedding":
+      weight = weight.T
+    assert weight.shape == leaf.shape, path
+    return jnp.asarray(weight)
+
+  params = jax.tree_util.tree_map_with_path(place, shapes)
+  assert not left, f"weights without a place: {sorted(left)}"
+  return params
+
+
+def assert_close_to_published(value, wanted, deviation):
+  """Within 5 times what float32 costs the published code itself, or 2e-5 of the largest value."""
+  np.testing.assert_allclose(value, wanted, rtol=0, atol=max(5 * float(deviation), 2e-5 * float(abs(wanted).max())))
+
+
+@pytest.mark.parametrize("name", PUBLISHED_UNETS)
+def test_unet_agrees_with_published_arrays(name):
+  arrays, weights = load(name)
+  args = [arrays[key] for key in ("x", "t", "y") if key in arrays]
+  unet = UNet(**PUBLISHED_UNETS[name])
+  params = carry(weights, jax.eval_shape(unet.init, jax.random.key(0), *args))
+  assert_close_to_published(quick_jit(unet.apply)(params, *args), arrays["output"], arrays["output_deviation"])
+
+
+@pytest.mark.parametrize("name", PUBLISHED_CLASSIFIERS)
+def test_classifier_and_its_gradient_agree_with_published_arrays(name):
+  arrays, weights = load(name)
+  x, t, y = (arrays[key] for key in "xty")
+  classifier = Classifier(**PUBLISHED_CLASSIFIERS[name])
+  params = carry(weights, jax.eval_shape(classifier.init, jax.random.key(0), x, t))
+  scale = 10.0
+
+  def log_probability(x):
+    logits = classifier.apply(params, x, t)
+    return scale * jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], 1).sum(), logits
+
+  gradient, logits = quick_jit(jax.grad(log_probability, has_aux=True))(x)
+  assert_close_to_published(logits, arrays["output"], arrays["output_deviation"])
+  assert_close_to_published(gradient, scale * arrays["gradient"], scale * arrays["gradient_deviation"])
+
+
+# Numbers of parameters and of tensors in the state dicts that OpenAI's guided-diffusion (commit 22e0df8) makes from the
+# flags in its README for each released model. Attention is given by factors of downsampling, as the networks take it.
+RELEASED_UNETS = {
+  "64x64_diffusion": (192, (1, 2, 3, 4), (2, 4, 8), {"num_res_blocks": 3}, 295904454, 541),
+  "128x128_diffusion": (256, (1, 1, 2, 3, 4), (4, 8, 16), {"num_heads": 4, "num_head_channels": -1}, 421529606, 493),
+  "256x256_diffusion": (256, (1, 1, 2, 2, 4, 4), (8, 16, 32), {}, 553838086, 567),
+  "256x256_diffusion_uncond": (256, (1, 1, 2, 2, 4, 4), (8, 16, 32), {"num_classes": None}, 552814086, 566),
+  "512x512_diffusion": (256, (0.5, 1, 1, 2, 2, 4, 4), (16, 32, 64), {}, 558997638, 645),
+}
+RELEASED_CLASSIFIERS = {
+  "64x64_classifier": (64, (1, 2, 3, 4), (2, 4, 8), 4, 65438568, 307),
+  "128x128_classifier": (128, (1, 1, 2, 3, 4), (4, 8, 16), 2, 42568040, 221),
+  "256x256_classifier": (256, (1, 1, 2, 2, 4, 4), (8, 16, 32), 2, 54096360, 249),
+  "512x512_classifier": (512, (0.5, 1, 1, 2, 2, 4, 4), (16, 32, 64), 2, 54448360, 281),
+}
+
+
+def count(module, *args):
+  leaves = jax.tree.leaves(jax.eval_shape(module.init, jax.random.key(0), *args))
+  return sum(leaf.size for leaf in leaves), len(leaves)
+
+
+@pytest.mark.parametrize("name", RELEASED_UNETS)
+def test_unet_has_as_many_parameters_as_the_released_model(name):
+  width, mult, attention, others, parameters, tensors = RELEASED_UNETS[name]
+  fields = {"num_res_blocks": 2, "num_head_channels": 64, "num_classes": 1000, "null_class": False, **others}
+  unet = UNet(width, out_channels=6, channel_mult=mult, attention_resolutions=attention, **fields)
+  x, t, y = jnp.zeros((1, 64, 64, 3)), jnp.zeros(1), jnp.zeros(1, int)
+  assert count(unet, x, t, *([] if unet.num_classes is None else [y])) == (parameters, tensors)
+
+
+@pytest.mark.parametrize("name", RELEASED_CLASSIFIERS)
+def test_classifier_has_as_many_parameters_as_the_released_model(name):
+  side, mult, attention, blocks, parameters, tensors = RELEASED_CLASSIFIERS[name]
+  classifier = Classifier(
+    128, 1000, blocks, channel_mult=mult, attention_resolutions=attention, num_head_channels=64, pool="attention"
+  )
+  assert count(classifier, jnp.zeros((1, side, side, 3)), jnp.zeros(1)) == (parameters, tensors)
+
+
+# --- The convolution ---
+
+
+def reference_convolve(x, kernel, stride=1):
+  """JAX's own, with JAX's own rules."""
+  padding = [(side // 2, side // 2) for side in kernel.shape[:2]]
+  return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def loop_convolve(x, kernel, stride):
+  """The definition, one output pixel at a time."""
+  (n, h, w, _), (kh, kw, _, d) = x.shape, kernel.shape
+  padded = np.pad(x, ((0, 0), (kh // 2, kh // 2), (kw // 2, kw // 2), (0, 0)))
+  out = np.zeros((n, -(-h // stride), -(-w // stride), d))
+  for i in range(out.shape[1]):
+    for j in range(out.shape[2]):
+      patch = padded[:, i * stride : i * stride + kh, j * stride : j * stride + kw]
+      out[:, i, j] = np.einsum("nabc,abcd->nd", patch, kernel)
+  return out
+
+
+CONVOLUTIONS = [
+  pytest.param((2, *sides, 3), (*kernel, 3, 4), stride, id=f"{sides}-{kernel}-{stride}")
+  for sides in [(7, 6), (2, 1)]  # the second smaller than the kernel, as the coarsest level of a small image is
+  for kernel in [(1, 1), (3, 3), (5, 5), (3, 1)]
+  for stride in (1, 2)
+]
+
+
+@pytest.mark.parametrize(("x_shape", "kernel_shape", "stride"), CONVOLUTIONS)
+def test_convolve_and_its_derivatives(rng, x_shape, kernel_shape, stride):
+  def everything(convolution, x, kernel, tangents):
+    """Value, forward mode, reverse mode, and second derivatives both ways."""
+
+    def loss(x, kernel):
+      return jnp.sin(convolution(x, kernel, stride)).sum()
+
+    def along(x, kernel):
+      return sum(jnp.vdot(g, v) for g, v in zip(jax.grad(loss, (0, 1))(x, kernel), tangents, strict=True))
+
+    return {
+      "value": convolution(x, kernel, stride),
+      "jvp": jax.jvp(lambda x, kernel: convolution(x, kernel, stride), (x, kernel), tangents)[1],
+      "gradient": jax.grad(loss, (0, 1))(x, kernel),
+      "forward over reverse": jax.jvp(jax.grad(loss, (0, 1)), (x, kernel), tangents)[1],
+      "reverse over reverse": jax.grad(along, (0, 1))(x, kernel),
+    }
+
+  with jax.enable_x64(True):
+    x, u = jnp.asarray(rng.normal(size=(2, *x_shape)))
+    kernel, v = jnp.asarray(rng.normal(size=(2, *kernel_shape)))
+    ours, wanted = (
+      quick_jit(everything, static_argnums=0)(convolution, x, kernel, (u, v))
+      for convolution in (convolve, reference_convolve)
+    )
+    np.testing.assert_allclose(ours["value"], loop_convolve(x, kernel, stride), rtol=0, atol=1e-12)
+    for name in wanted:
+      for a, b in zip(jax.tree.leaves(ours[name]), jax.tree.leaves(wanted[name]), strict=True):
+        assert a.dtype == b.dtype == jnp.float64
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * abs(b).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+  ("dtype", "epsilon"),
+  [pytest.param(jnp.float32, 2**-23, id="float32"), pytest.param(jnp.bfloat16, 2**-7, id="bfloat16")],
+)
+def test_convolve_in_lower_precision(rng, dtype, epsilon, stride):
+  x, kernel = (rng.normal(size=shape).astype(dtype) for shape in [(2, 7, 8, 3), (3, 3, 3, 4)])
+  out, back = jax.vjp(lambda x, kernel: convolve(x, kernel, stride), jnp.asarray(x), jnp.asarray(kernel))
+  cotangent = jnp.asarray(rng.normal(size=out.shape), dtype)
+  # The same numbers in float64, so that what is left is the rounding of sums.
+  with jax.enable_x64(True):
+    exact, exact_back = jax.vjp(
+      lambda x, kernel: reference_convolve(x, kernel, stride), x.astype(np.float64), kernel.astype(np.float64)
+    )
+    wanted = jax.tree.map(np.asarray, (exact, *exact_back(np.asarray(cotangent).astype(np.float64))))
+  for a, b in zip((out, *back(cotangent)), wanted, strict=True):
+    assert a.dtype == dtype
+    np.testing.assert_allclose(np.asarray(a).astype(float), b, rtol=0, atol=4 * epsilon * abs(b).max())
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("axes", [(0, None), (-1, None), (None, -1), (0, 0), (3, 1)])
+def test_convolve_vmaps(rng, axes, stride):
+  x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in [(2, 5, 6, 3), (3, 3, 3, 4)])
+  xs, kernels = (
+    array if axis is None else jnp.stack([array, 2 * array, array[::-1]], axis)
+    for array, axis in zip((x, kernel), axes, strict=True)
+  )
+
+  def value_and_gradients(convolution, x, kernel):
+    out, back = jax.vjp(lambda x, kernel: convolution(x, kernel, stride), x, kernel)
+    return out, back(jnp.cos(out))
+
+  def mapped(convolution):
+    return quick_jit(jax.vmap(lambda x, kernel: value_and_gradients(convolution, x, kernel), axes))(xs, kernels)
+
+  for a, b in zip(jax.tree.leaves(mapped(convolve)), jax.tree.leaves(mapped(reference_convolve)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(abs(b).max()))
+
+
+@on_cpu
+def test_vmap_over_images_folds_into_the_batch():
+  # A convolution with groups, which vmap could make of it instead, misses the fast path.
+  jaxpr = jax.make_jaxpr(jax.vmap(convolve, (0, None)))(jnp.ones((4, 2, 8, 8, 3)), jnp.ones((3, 3, 3, 5)))
+  shapes = [e.invars[0].aval.shape for e in equations(jaxpr.jaxpr) if e.primitive.name == "jaxguide_convolve"]
+  assert shapes == [(8, 8, 8, 3)]
+
+
+def test_convolve_maps_over_devices(rng):
+  mesh = jax.make_mesh((len(jax.devices()),), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+  x = jnp.asarray(rng.normal(size=(4 * len(jax.devices()), 8, 8, 3)), jnp.float32)
+  kernel = jnp.asarray(rng.normal(size=(3, 3, 3, 4)), jnp.float32)
+  gradient = quick_jit(jax.grad(lambda x, kernel: jnp.sin(convolve(x, kernel)).sum(), (0, 1)))
+  rows = jax.NamedSharding(mesh, jax.P("d"))
+  for a, b in zip(gradient(jax.device_put(x, rows), kernel), gradient(x, kernel), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(abs(b).max()))
+
+
+@on_cpu
+def test_gradients_inside_a_loop_keep_the_forward_layout():
+  """Exchanged axes (01oi of the input gradient, i01o of the kernel's) miss XLA's fast path inside a loop's body."""
+
+  def loss(x, kernel):
+    return jnp.sin(convolve(convolve(x, kernel, 2), kernel)).sum()
+
+  def descend(x, kernel):
+    def step(carry, _):
+      return jax.tree.map(lambda a, g: a - 0.1 * g, carry, jax.grad(loss, (0, 1))(*carry)), None
+
+    return lax.scan(step, (x, kernel), None, length=3)[0]
+
+  lowered = jax.jit(descend).lower(jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 4, 4)))
+  written = re.findall(r"stablehlo\.convolution.*dim_numbers = (\S+ \S+ \S+ \S+?x.*?->.*?\]),", lowered.as_text())
+  assert set(written) == {"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"}
+  # Two forward, two input gradients and two kernel gradients, none of which XLA has turned round again.
+  compiled = re.findall(r" convolution\(.*dim_labels=(\w+->\w+)", lowered.compile().as_text())
+  assert compiled == ["b01f_01io->b01f"] * len(compiled)
+  assert len(compiled) >= 5
+
+
+@on_cpu
+def test_gradient_of_the_classifier_inside_a_loop_keeps_the_forward_layout():
+  x, t = batch()
+  classifier = Classifier(**SMALL)
+  params = jax.eval_shape(classifier.init, jax.random.key(0), x, t)
+
+  def walk(params, x):
+    def step(x, _):
+      return x + jax.grad(lambda x: classifier.apply(params, x, t).sum())(x), None
+
+    return lax.scan(step, x, None, length=2)[0]
+
+  compiled = jax.jit(walk).lower(params, x).compile().as_text()
+  assert set(re.findall(r"dim_labels=(\w+->\w+)", compiled)) == {"b01f_01io->b01f"}
+
+
+# --- Layers ---
+
+
+def numpy_group_norm(x, scale, bias, groups):
+  x = np.asarray(x, np.float64)
+  n, *sides, c = x.shape
+  grouped = x.reshape(n, -1, groups, c // groups)
+  mean = grouped.mean((1, 3), keepdims=True)
+  variance = ((grouped - mean) ** 2).mean((1, 3), keepdims=True)
+  return ((grouped - mean) / np.sqrt(variance + 1e-5)).reshape(n, *sides, c) * scale + bias
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(64, 32), (32, 32), (48, 16), (24, 8), (20, 4), (8, 8), (3, 1)])
+def test_group_norm(rng, channels, groups):
+  x = rng.normal(size=(2, 5, 4, channels)) * rng.uniform(0.5, 2, channels) + rng.normal(size=channels)
+  scale, bias = rng.normal(size=(2, channels))
+  out = GroupNorm().apply({"params": {"scale": scale, "bias": bias}}, jnp.asarray(x, jnp.float32))
+  np.testing.assert_allclose(out, numpy_group_norm(x, scale, bias, groups), rtol=0, atol=1e-5)
+
+
+def test_group_norm_of_vectors(rng):
+  x = rng.normal(size=(3, 64)).astype(np.float32)
+  out = GroupNorm().apply({"params": {"scale": np.ones(64), "bias": np.zeros(64)}}, jnp.asarray(x))
+  # Two channels a group, and no pixels: the sign of their difference, but for epsilon.
+  np.testing.assert_allclose(out, numpy_group_norm(x, 1, 0, 32), rtol=0, atol=2e-5)
+
+
+def test_group_norm_keeps_its_digits_far_from_zero(rng):
+  # In float32 the mean square of these is 1e6 to 7 digits: the difference of squares would be all rounding.
+  x = (1000 + rng.normal(size=(2, 16, 16, 32))).astype(np.float32)
+  out = GroupNorm().apply({"params": {"scale": np.ones(32), "bias": np.zeros(32)}}, jnp.asarray(x))
+  np.testing.assert_allclose(out, numpy_group_norm(x, 1, 0, 32), rtol=0, atol=3e-4)
+
+
+def test_group_norm_computes_in_float32(rng):
+  x = jnp.asarray(rng.normal(size=(2, 8, 8, 32)), jnp.bfloat16)
+  out = GroupNorm().apply({"params": {"scale": np.ones(32), "bias": np.zeros(32)}}, x)
+  assert out.dtype == jnp.float32
+  np.testing.assert_allclose(out, numpy_group_norm(x, 1, 0, 32), rtol=0, atol=1e-5)
+
+
+def test_group_norm_gradients(rng):
+  x = jnp.asarray(rng.normal(size=(2, 5, 4, 48)), jnp.float32)
+  params = {"params": {name: jnp.asarray(rng.normal(size=48), jnp.float32) for name in ("scale", "bias")}}
+  flax = nn.GroupNorm(16, epsilon=1e-5, use_fast_variance=False)
+  ours, wanted = (
+    quick_jit(jax.grad(lambda *args, m=m: jnp.sin(m.apply(*args)).sum(), (0, 1)))(params, x)
+    for m in (GroupNorm(), flax)
+  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * abs(b).max()), ours, wanted)
+
+
+@pytest.mark.parametrize("features", [2, 16, 17])
+def test_timestep_embedding(features):
+  t = np.array([0, 0.25, 1, 17.5, 873.5, 999])
+  half = features // 2
+  angles = t[:, None] * np.exp(-np.log(10000) * np.arange(half) / half)
+  wanted = np.concatenate([np.cos(angles), np.sin(angles), np.zeros((6, features % 2))], axis=1)
+  out = timestep_embedding(jnp.asarray(t, jnp.float32), features)
+  # An angle of 999 is known to 6e-5 in float32, and the frequency's rounding is of that size too.
+  np.testing.assert_allclose(out, wanted, rtol=0, atol=2e-4)
+  np.testing.assert_allclose(out[:3], wanted[:3], rtol=0, atol=1e-6)
+
+
+def numpy_attention(qkv, heads, new_order):
+  """One head at a time, by the words: (qkv, head, channel), or (head, qkv, channel)."""
+  qkv = np.asarray(qkv, np.float64)
+  width = qkv.shape[-1] // 3 // heads
+  out = []
+  for head in range(heads):
+    first = [part * heads + head if new_order else head * 3 + part for part in range(3)]
+    q, k, v = (qkv[..., i * width : (i + 1) * width] for i in first)
+    logits = q @ k.swapaxes(1, 2) / np.sqrt(width)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    out.append(weights / weights.sum(-1, keepdims=True) @ v)
+  return np.concatenate(out, axis=-1)
+
+
+@pytest.mark.parametrize("new_order", [False, True])
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("size", [1, 30])
+def test_attend(rng, heads, new_order, size):
+  # At size 30 exponentials of the logits overflow, unless their largest is taken away first.
+  qkv = (size * rng.normal(size=(2, 7, 36))).astype(np.float32)
+  wanted = numpy_attention(qkv, heads, new_order)
+  np.testing.assert_allclose(attend(jnp.asarray(qkv), heads, new_order), wanted, rtol=0, atol=5e-5 * abs(wanted).max())
+
+
+@pytest.mark.parametrize("new_order", [False, True])
+def test_attention_block(rng, new_order):
+  x = jnp.asarray(rng.normal(size=(2, 3, 4, 8)), jnp.float32)
+  block = AttentionBlock(num_heads=2, use_new_attention_order=new_order)
+  params = random_params(block, x)
+  p = jax.tree.map(np.asarray, params["params"])
+  h = numpy_group_norm(x, p["norm"]["scale"], p["norm"]["bias"], 8).reshape(2, 12, 8)
+  h = numpy_attention(h @ p["qkv"]["kernel"] + p["qkv"]["bias"], 2, new_order)
+  wanted = x + (h @ p["proj_out"]["kernel"] + p["proj_out"]["bias"]).reshape(x.shape)
+  np.testing.assert_allclose(block.apply(params, x), wanted, rtol=0, atol=1e-5)
+
+
+def test_attention_pool(rng):
+  x = jnp.asarray(rng.normal(size=(2, 3, 4, 8)), jnp.float32)
+  pool = AttentionPool(features=5, num_head_channels=4)
+  params = random_params(pool, x)
+  p = jax.tree.map(np.asarray, params["params"])
+  pixels = np.asarray(x, np.float64).reshape(2, 12, 8)
+  tokens = np.concatenate([pixels.mean(1, keepdims=True), pixels], axis=1) + p["positional_embedding"]
+  h = numpy_attention(tokens @ p["qkv_proj"]["kernel"] + p["qkv_proj"]["bias"], 2, True)[:, 0]
+  wanted = h @ p["c_proj"]["kernel"] + p["c_proj"]["bias"]
+  np.testing.assert_allclose(pool.apply(params, x), wanted, rtol=0, atol=1e-5)
+
+
+def test_resampling(rng):
+  x = jnp.asarray(rng.normal(size=(2, 4, 6, 3)), jnp.float32)
+  np.testing.assert_array_equal(upsample(x), np.asarray(x).repeat(2, 1).repeat(2, 2))
+  wanted = (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
+  np.testing.assert_allclose(downsample(x), wanted, rtol=0, atol=1e-6)
+  np.testing.assert_array_equal(Downsample(use_conv=False).apply({}, x), downsample(x))
+  np.testing.assert_array_equal(Upsample(use_conv=False).apply({}, x), upsample(x))
+
+
+def test_resampling_by_convolution(rng):
+  x = jnp.asarray(rng.normal(size=(2, 4, 6, 3)), jnp.float32)
+  down, up = Downsample(use_conv=True), Upsample(use_conv=True)
+  kernel, bias = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(3, 3, 3, 3), (3,)])
+  out = down.apply({"params": {"op": {"kernel": kernel, "bias": bias}}}, x)
+  np.testing.assert_allclose(out, loop_convolve(x, kernel, 2) + bias, rtol=0, atol=1e-5)
+  out = up.apply({"params": {"conv": {"kernel": kernel, "bias": bias}}}, x)
+  np.testing.assert_allclose(out, loop_convolve(upsample(x), kernel, 1) + bias, rtol=0, atol=1e-5)
+
+
+# --- The networks ---
+
+
+@pytest.mark.parametrize(("sides", "channels"), [((8, 8), 1), ((12, 20), 3), ((32, 32), 4)])
+def test_networks_take_any_image(sides, channels):
+  x, t = batch(2, *sides, channels)
+  y = jnp.array([0, 10])
+  out, params = jax.eval_shape(UNet(**SMALL).init_with_output, jax.random.key(0), x, t)
+  assert out.shape == x.shape
+  # The network is convolutional: what was made for one size of image takes another.
+  bigger = jnp.zeros((2, 2 * sides[0], 2 * sides[1], channels))
+  assert jax.eval_shape(UNet(**SMALL).apply, params, bigger, t).shape == bigger.shape
+  twice = UNet(**SMALL, num_classes=10, out_channels=2 * channels)
+  assert jax.eval_shape(twice.init_with_output, jax.random.key(0), x, t, y)[0].shape == (2, *sides, 2 * channels)
+  for pool in ("attention", "adaptive", "spatial", "spatial_v2"):
+    classifier = Classifier(**SMALL, out_channels=7, pool=pool)
+    out = jax.eval_shape(classifier.init_with_output, jax.random.key(0), x, t)[0]
+    assert (out.shape, out.dtype) == ((2, 7), jnp.float32)
+
+
+def test_spatial_v2_pool():
+  """No published array has it: here are its last layers in NumPy, on the means of blocks that the network reports."""
+  x, t = batch()
+  classifier = Classifier(**SMALL, out_channels=5, pool="spatial_v2")
+  params = random_params(classifier, x, t)
+  apply = functools.partial(classifier.apply, capture_intermediates=True, mutable=["intermediates"])
+  out, state = quick_jit(apply)(params, x, t)
+  seen, p = state["intermediates"], params["params"]
+  blocks = ["input_blocks_0_0", "input_blocks_1_0", "input_blocks_2_0", "input_blocks_3_1", "middle_block_2"]
+  h = np.concatenate([np.asarray(seen[name]["__call__"][0]).mean((1, 2)) for name in blocks], axis=-1)
+  h = h @ p["out_0"]["kernel"] + p["out_0"]["bias"]
+  h = numpy_group_norm(h, p["out_1"]["scale"], p["out_1"]["bias"], 32)
+  h = h / (1 + np.exp(-h)) @ p["out_3"]["kernel"] + p["out_3"]["bias"]
+  np.testing.assert_allclose(out, h, rtol=0, atol=1e-4)
+
+
+def test_a_new_unet_gives_zero():
+  x, t = batch()
+  out, params = quick_jit(UNet(**ONE_LEVEL).init_with_output)(jax.random.key(0), x, t)
+  assert out.shape == x.shape
+  assert not out.any()
+  # Every residual branch starts at zero as well.
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    name = jax.tree_util.keystr(path)
+    if re.search(r"out_layers_3|proj_out|'out_2'|'bias'", name):
+      assert not leaf.any(), name
+    elif "'kernel'" in name:
+      assert leaf.std() > 0, name
+
+
+def test_every_argument_matters():
+  x, t = batch(3)
+  y = jnp.array([0, 1, 10])
+  unet = UNet(**SMALL, num_classes=10)
+  params = random_params(unet, x, t, y)
+  apply = quick_jit(unet.apply)
+  out = apply(params, x, t, y)
+  for other in [(x[::-1], t, y), (x, t + 1, y), (x, t + 0.5, y), (x, t, y.at[2].set(2))]:
+    assert abs(apply(params, *other) - out).max() > 1e-3
+  # Examples do not see one another.
+  np.testing.assert_allclose(apply(params, x, t, y.at[2].set(2))[:2], out[:2], rtol=0, atol=1e-5)
+
+
+def test_vmapped_examples_equal_the_batch():
+  x, t = batch(4)
+  y = jnp.array([0, 1, 2, 10])
+  unet, classifier = UNet(**ONE_LEVEL, num_classes=10), Classifier(**ONE_LEVEL)
+  for module, args in [(unet, (x, t, y)), (classifier, (x, t))]:
+    params = random_params(module, *args)
+
+    def one(*args, module=module, params=params):
+      return module.apply(params, *(arg[None] for arg in args))[0]
+
+    wanted = quick_jit(module.apply)(params, *args)
+    np.testing.assert_allclose(quick_jit(jax.vmap(one))(*args), wanted, rtol=0, atol=2e-5)
+
+
+def test_bfloat16():
+  x, t = batch()
+  y = jnp.array([1, 10])
+  exact, unet = (UNet(**ONE_LEVEL, num_classes=10, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
+  params = random_params(exact, x, t, y)
+  shapes = jax.eval_shape(unet.init, jax.random.key(0), x, t, y)
+  assert jax.tree.map(lambda a: (a.shape, a.dtype), shapes) == jax.tree.map(lambda a: (a.shape, a.dtype), params)
+
+  out, wanted = (quick_jit(module.apply)(params, x, t, y) for module in (unet, exact))
+  assert out.dtype == jnp.float32
+  error = jnp.linalg.norm(out - wanted) / jnp.linalg.norm(wanted)
+  assert 1e-4 < error < 0.02  # bfloat16 rounds to 2**-9, in some 20 layers; and it is bfloat16, not float32
+  assert jax.eval_shape(unet.apply, params, x.astype(jnp.bfloat16), t, y).dtype == jnp.bfloat16
+  assert jax.eval_shape(exact.apply, params, x.astype(jnp.bfloat16), t, y).dtype == jnp.bfloat16
+
+  whole = UNet(**SMALL, num_classes=10, dtype=jnp.bfloat16)
+  shapes = jax.eval_shape(whole.init, jax.random.key(0), x, t, y)
+  used = list(equations(jax.make_jaxpr(whole.apply)(shapes, x, t, y).jaxpr))
+
+  def types(*primitives):
+    return [e.invars[0].aval.dtype for e in used if e.primitive.name in primitives]
+
+  # Normalisation, softmax, time and label embedding are float32; so is the last convolution.
+  assert set(types("rsqrt", "exp", "cos", "sin", "gather")) == {jnp.dtype(jnp.float32)}
+  convolutions = types("jaxguide_convolve", "conv_general_dilated")
+  assert convolutions[:-1] == [jnp.bfloat16] * (len(convolutions) - 1)
+  assert convolutions[-1] == jnp.float32
+  assert types("dot_general").count(jnp.float32) == 2  # the time embedding's
+
+
+def test_bfloat16_classifier():
+  x, t = batch()
+  exact, classifier = (Classifier(**ONE_LEVEL, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
+  params = random_params(exact, x, t)
+  out, wanted = (quick_jit(module.apply)(params, x, t) for module in (classifier, exact))
+  assert out.dtype == jnp.float32
+  assert 1e-4 < jnp.linalg.norm(out - wanted) / jnp.linalg.norm(wanted) < 0.03
+
+
+def test_dropout_is_for_training():
+  x, t = batch()
+  unet, plain = UNet(**ONE_LEVEL, dropout=0.3), UNet(**ONE_LEVEL)
+  params = random_params(plain, x, t)
+  still = quick_jit(unet.apply)(params, x, t)
+  np.testing.assert_array_equal(still, quick_jit(plain.apply)(params, x, t))
+
+  @quick_jit
+  def train(key):
+    return unet.apply(params, x, t, train=True, rngs={"dropout": key})
+
+  first, again, other = (train(jax.random.key(seed)) for seed in (0, 0, 1))
+  np.testing.assert_array_equal(first, again)
+  assert abs(first - other).max() > 1e-2
+  assert abs(first - still).max() > 1e-2
+  with pytest.raises(Exception, match="dropout"):
+    unet.apply(params, x, t, train=True)
+
+
+@pytest.mark.slow
+def test_use_checkpoint_changes_nothing_but_memory():
+  x, t = batch()
+  fields = {**ONE_LEVEL, "dropout": 0.3}
+  params = random_params(UNet(**fields), x, t)
+
+  def loss(params, x, module):
+    return jnp.sin(module.apply(params, x, t, train=True, rngs={"dropout": jax.random.key(0)})).sum()
+
+  def run(module):
+    return quick_jit(jax.value_and_grad(lambda *args: loss(*args, module), (0, 1)))(params, x)
+
+  module = UNet(**fields, use_checkpoint=True)
+  used = [e.primitive.name for e in equations(jax.make_jaxpr(lambda p: module.apply(p, x, t))(params).jaxpr)]
+  assert sum("remat" in name or name == "checkpoint" for name in used) == 5 + 4  # residual and attention blocks
+  wanted = run(UNet(**fields))
+  close = 1e-4 * max(float(abs(leaf).max()) for leaf in jax.tree.leaves(wanted[1]))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=close), run(module), wanted)
+
+
+def test_null_class():
+  x, t = batch()
+  y = jnp.array([0, 3])
+
+  def rows(**fields):
+    params = jax.eval_shape(UNet(**SMALL, **fields).init, jax.random.key(0), x, t, y)
+    return params["params"]["label_emb"]["embedding"].shape[0]
+
+  assert rows(num_classes=4) == 5
+  assert rows(num_classes=4, null_class=False) == 4
+  assert "label_emb" not in jax.eval_shape(UNet(**SMALL).init, jax.random.key(0), x, t)["params"]
+
+
+def test_fields_may_be_lists():
+  lists, tuples = (
+    {"channel_mult": kind([1, 2]), "attention_resolutions": kind([1, 2]), "model_channels": 8} for kind in (list, tuple)
+  )
+  for module in (UNet, Classifier):
+    assert module(**lists) == module(**tuples)
+    assert hash(module(**lists)) == hash(module(**tuples))
+    assert module(**lists) != module(model_channels=8)
+  assert UNet(**lists).clone(num_classes=3).channel_mult == (1, 2)
+
+
+@pytest.mark.parametrize(
+  ("fields", "sides", "message"),
+  [
+    ({}, (7, 8), "multiples of 2; got 7x8"),
+    ({"channel_mult": (1, 1, 1, 2)}, (16, 12), "multiples of 8; got 16x12"),
+  ],
+)
+@pytest.mark.parametrize("module", [UNet, Classifier])
+def test_sides_that_do_not_halve(module, fields, sides, message):
+  x, t = batch(2, *sides)
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(module(**SMALL, **fields).init, jax.random.key(0), x, t)
+
+
+@pytest.mark.parametrize("module", [UNet, Classifier])
+def test_wrong_shapes(module):
+  x, t = batch()
+  init = module(**SMALL).init
+  with pytest.raises(ValueError, match=r"images of shape \(n, height, width, channels\), got \(8, 8, 3\)"):
+    jax.eval_shape(init, jax.random.key(0), x[0], t)
+  for wrong in (t[:1], t[0], t[:, None]):
+    with pytest.raises(ValueError, match="one time for each of 2 images"):
+      jax.eval_shape(init, jax.random.key(0), x, wrong)
+
+
+def test_labels_given_or_not():
+  x, t = batch()
+  y = jnp.array([0, 1])
+  with pytest.raises(ValueError, match="num_classes=10 was given no labels"):
+    jax.eval_shape(UNet(**SMALL, num_classes=10).init, jax.random.key(0), x, t)
+  with pytest.raises(ValueError, match="num_classes=None was given unexpected labels"):
+    jax.eval_shape(UNet(**SMALL).init, jax.random.key(0), x, t, y)
+
+
+def test_unknown_pool():
+  x, t = batch()
+  with pytest.raises(ValueError, match="unknown pool 'adaptve': did you mean 'adaptive'"):
+    jax.eval_shape(Classifier(**SMALL, pool="adaptve").init, jax.random.key(0), x, t)
+
+
+def test_attention_pool_counts_heads_by_channels():
+  x, t = batch()
+  with pytest.raises(ValueError, match="give num_head_channels"):
+    jax.eval_shape(Classifier(8, num_res_blocks=1).init, jax.random.key(0), x, t)
+
+
+def test_heads_that_do_not_divide():
+  x, t = batch()
+  for fields in ({"num_heads": 3}, {"num_head_channels": 5}, {"num_heads": 2, "num_heads_upsample": 3}):
+    name, number = list(fields.items())[-1]
+    name = name.removesuffix("_upsample")
+    with pytest.raises(ValueError, match=f"{name} {number} must divide the 16 channels"):
+      jax.eval_shape(UNet(8, num_res_blocks=1, **fields).init, jax.random.key(0), x, t)
+
+
+def test_gradients_inside_shard_map(rng):
+  # JAX's own rules have to take over there: the primitive's would be refused, or summed over the devices unasked.
+  from jax.sharding import Mesh, PartitionSpec
+
+  mesh, parts = Mesh(np.asarray(jax.devices()[:4]), ("d",)), PartitionSpec("d")
+  x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((8, 4, 4, 2), (3, 3, 2, 3)))
+
+  def gradient(x, kernel):
+    return jax.grad(lambda kernel: jnp.square(convolve(x, kernel)).sum())(kernel)
+
+  sharded = jax.shard_map(gradient, mesh=mesh, in_specs=(parts, PartitionSpec()), out_specs=PartitionSpec())
+  np.testing.assert_allclose(sharded(x, kernel), gradient(x, kernel), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"channel_mult": ()}, "at least one level"),
+    ({"attention_resolutions": (16,)}, r"downsampling factors, from \[1, 2\] with 2 levels; got \[16\]"),
+    ({"dropout": 1.5}, "dropout must be between 0 and 1"),
+  ],
+)
+def test_fields_out_of_range(fields, message):
+  with pytest.raises(ValueError, match=message):
+    UNet(**fields)
+
+
+def test_inputs_that_would_be_broadcast_or_cast_in_silence():
+  unet = UNet(num_classes=3)
+  x, t = jnp.zeros((2, 8, 8, 1)), jnp.zeros(2)
+  for y, message in (
+    (jnp.zeros(1, int), r"one label for each of 2 images, got shape \(1,\)"),
+    (jnp.array([0, 4]), "label 4 is not one of the 3 classes"),
+    (jnp.array([0, -1]), "label -1 is not one of the 3 classes"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      unet.init(jax.random.key(0), x, t, y)
+  with pytest.raises(ValueError, match="takes floating-point images"):
+    unet.init(jax.random.key(0), x.astype(jnp.uint8), t, jnp.zeros(2, int))

@@ -1,0 +1,28 @@
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebook_runs(path, tmp_path, monkeypatch):
+  # A notebook is on a machine of its own: one device, and this source tree.
+  monkeypatch.delenv("XLA_FLAGS", raising=False)
+  monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+  notebook = nbformat.read(path, as_version=4)
+  NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+  pictures = [
+    output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
+  ]
+  assert pictures
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebook_has_no_outputs(path):
+  cells = nbformat.read(path, as_version=4).cells
+  assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)

@@ -1,0 +1,487 @@
+"""The structure of sampling, over every guidance and solver: traces, constants, batches, devices, memory, gradients."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import ClosedJaxpr
+from jax.tree_util import Partial
+
+import jaxguide as jg
+from jaxguide import scaling, schedules
+
+SHAPE = (2,)
+GRID = jg.karras(4, 0.05, 10.0)
+
+
+def draw(guided, key, label, sigmas, solver):
+  return jg.sample(guided, key, SHAPE, sigmas, solver, label)[0]
+
+
+@pytest.fixture
+def model(random_mixture, no_rank_promotion):
+  return random_mixture(0, SHAPE)
+
+
+@pytest.fixture
+def image_network():
+  """A small network of one convolution and a label, as a denoiser, with a record of its traces."""
+  traces = []
+
+  def apply(params, x, c_noise, cond):
+    traces.append(1)
+    shift = params["embedding"][cond][:, None, None, :]
+    time = jnp.reshape(c_noise / 1000, (-1, 1, 1, 1))
+    return jax.lax.conv_general_dilated(
+      jnp.tanh(x + shift) + time, params["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+  rng = np.random.default_rng(0)
+  params = {
+    "embedding": jnp.asarray(rng.normal(size=(4, 2)), jnp.float32),
+    "kernel": jnp.asarray(0.2 * rng.normal(size=(3, 3, 2, 2)), jnp.float32),
+  }
+  return params, apply, traces
+
+
+# --- one program ----------------------------------------------------------------------------------
+
+
+def counted(denoiser, traces):
+  """The denoiser, with a record of its traces; as a user wraps one of their own."""
+
+  def run(denoiser, x, sigma, cond):
+    traces.append(1)
+    return denoiser(x, sigma, cond)
+
+  return Partial(_Same(run), denoiser)
+
+
+class _Same:
+  """Functions that are equal to each other, so that only what jaxguide does can cause a second trace."""
+
+  def __init__(self, run):
+    self.run = run
+
+  def __call__(self, *args):
+    return self.run(*args)
+
+  def __hash__(self):
+    return 0
+
+  def __eq__(self, other):
+    return isinstance(other, _Same)
+
+
+def test_a_sweep_is_one_trace_of_the_users_jit(make_guidance, solver, random_mixture, no_rank_promotion):
+  traces, compiled = [], []
+
+  @jax.jit
+  def images(guided, solver, sigmas, key, label):
+    compiled.append(1)
+    return draw(guided, key, label, sigmas, solver)
+
+  for seed, (scale, label) in enumerate([(1.0, 0), (2.0, 1), (3, 2), (np.float32(0.5), 0)]):
+    mixture = random_mixture(seed, SHAPE)  # other weights
+    guided = make_guidance(mixture, scale)(counted(mixture.denoiser, traces))
+    grid = jg.karras(4, 0.02 + 0.01 * seed, 10.0 + seed)
+    # What a call does before it compiles.
+    traced = images.trace(guided, solver, grid, jax.random.key(seed), jnp.asarray(label))
+    if seed == 0:
+      first = len(traces)
+  assert len(compiled) == 1
+  assert len(traces) == first
+  # The weights, the scale and the levels came as arguments: nothing above a number is baked into the program.
+  assert all(size <= 1 for size in constants(traced.jaxpr))
+
+
+def constants(closed):
+  """Sizes of all arrays baked into a closed jaxpr or into one inside it."""
+  yield from (np.size(const) for const in closed.consts)
+  for equation in closed.jaxpr.eqns:
+    for value in jax.tree.leaves(equation.params, is_leaf=lambda v: isinstance(v, ClosedJaxpr)):
+      if isinstance(value, ClosedJaxpr):
+        yield from constants(value)
+
+
+def test_a_sweep_compiles_nothing_after_the_first_call_of_sample_batch(pair, random_mixture, no_rank_promotion, caplog):
+  make_guidance, solver = pair
+  # What JAX itself says it compiles: a trace may be found again in a cache while the program is not.
+  with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
+    for seed, (scale, label) in enumerate([(1.0, 0), (2.0, 1), (3, 2)]):
+      mixture = random_mixture(seed, SHAPE)
+      guided = make_guidance(mixture, scale)(mixture.denoiser)
+      grid = jg.karras(4, 0.02 + 0.01 * seed, 10.0 + seed)
+      # 7 in micro-batches of 4: the second is short, and no other program.
+      jg.sample_batch(
+        guided, jax.random.key(seed), label, num=7, shape=SHAPE, sigmas=grid, solver=solver, start=seed, batch_size=4
+      )
+      if seed:
+        assert not compilations(caplog)
+      caplog.clear()
+
+
+def compilations(caplog):
+  return [record for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
+
+
+def test_compilations_are_heard_of(model, caplog):
+  # As a guard of the test above: another number of steps is another program.
+  with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
+    jg.sample_batch(model.denoiser, jax.random.key(0), 1, num=1, shape=SHAPE, sigmas=jg.karras(9), solver=jg.Euler())
+  assert compilations(caplog)
+
+
+def test_eta_is_no_reason_to_compile(model):
+  compiled = []
+
+  @jax.jit
+  def image(solver):
+    compiled.append(1)
+    return draw(model.denoiser, jax.random.key(0), 1, GRID, solver)
+
+  images = [image(jg.DDIM(eta)) for eta in (0.0, 0.5, 1, np.float32(0.7))]
+  assert len(compiled) == 1
+  assert not np.array_equal(images[0], images[1])
+
+
+def test_the_search_for_constants_finds_one(model):
+  # As a guard of the test above: a closure over the mixture bakes it in, under a scan.
+  closure = lambda x, sigma, cond: model.denoise(x, sigma, cond)  # noqa: E731
+  jaxpr = jax.make_jaxpr(lambda key: draw(closure, key, 1, GRID, jg.Euler()))(jax.random.key(0))
+  assert max(constants(jaxpr)) > 1
+
+
+def test_weights_of_a_network_are_no_constants(image_network):
+  params, apply, _ = image_network
+
+  def image(denoise, key, label):
+    return jg.sample(denoise, key, (4, 4, 2), GRID, jg.Heun(), label)[0]
+
+  denoise = jg.classifier_free(3, 2.0)(jg.NetworkDenoiser(params, apply, scaling.eps(schedules.Cosine())))
+  jaxpr = jax.make_jaxpr(image)(denoise, jax.random.key(0), jnp.asarray(1))
+  weights = {np.size(leaf) for leaf in jax.tree.leaves(params)}
+  assert not weights & set(constants(jaxpr))
+
+
+# --- sample i is sample i -------------------------------------------------------------------------
+
+
+# XLA may sum in another order in another shape of batch, and sampling amplifies the rounding.
+close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sample_does_not_know_its_batch(pair, model):
+  make_guidance, solver = pair
+  guided = make_guidance(model, 2.0)(model.denoiser)
+  labels = np.arange(16) % 3
+  key = jax.random.key(7)
+  options = dict(shape=SHAPE, sigmas=GRID, solver=solver)
+
+  whole = jg.sample_batch(guided, key, labels, **options)
+  assert whole.shape == (16, 2)
+  assert len(np.unique(whole.round(5), axis=0)) == 16
+  close(jg.sample_batch(guided, key, labels, batch_size=5, **options), whole)
+  alone = jax.jit(draw)
+  for i in (0, 13):
+    close(alone(guided, jg.sample_keys(key, 16)[i], jnp.asarray(labels[i]), GRID, solver), whole[i])
+  close(alone(guided, jg.sample_keys(key, 1, start=13)[0], jnp.asarray(labels[13]), GRID, solver), whole[13])
+
+
+def test_a_sample_does_not_know_where_it_is_made(model):
+  guided = jg.interval(jg.classifier_free(3, 2.0), 0.2, 5.0)(model.denoiser)
+  labels = np.arange(16) % 3
+  key, devices = jax.random.key(7), jax.devices()
+  assert len(devices) == 4
+  options = dict(shape=SHAPE, sigmas=GRID, solver=jg.DDPM())
+  whole = jg.sample_batch(guided, key, labels, **options)
+  close(jg.sample_batch(guided, key, labels[:5], **options), whole[:5])
+  close(jg.sample_batch(guided, key, labels[:1], **options), whole[:1])
+  close(jg.sample_batch(guided, key, labels[10:], start=10, **options), whole[10:])
+  close(jg.sample_batch(guided, key, labels, devices=devices[:1], **options), whole)
+  close(jg.sample_batch(guided, key, labels, devices=devices[1:3], batch_size=7, **options), whole)
+  close(jg.sample_batch(guided, key, labels, devices=devices[3:], batch_size=1, **options), whole)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_a_network_gives_the_same_on_any_number_of_devices(image_network, devices):
+  params, apply, _ = image_network
+  assert len(jax.devices()) == 4
+  denoise = jg.classifier_free(3, 2.0)(jg.NetworkDenoiser(params, apply, scaling.v(schedules.Cosine())))
+  labels = np.arange(6) % 3
+  options = dict(shape=(4, 4, 2), sigmas=GRID, solver=jg.DDPM())
+  made = jg.sample_batch(denoise, jax.random.key(0), labels, devices=jax.devices()[:devices], **options)
+  # By the documented recipe, with nothing of `sample_batch`.
+  keys = jg.sample_keys(jax.random.key(0), 6)
+  one = lambda key, y: jg.sample(denoise, key, (4, 4, 2), GRID, jg.DDPM(), y)[0]  # noqa: E731
+  np.testing.assert_allclose(made, jax.jit(jax.vmap(one))(keys, labels), rtol=1e-5, atol=1e-5)
+
+
+def test_vmap_is_a_loop(model):
+  guided, solver = jg.interval(jg.classifier_free(3, 2.0), 0.2, 5.0)(model.denoiser), jg.DDPM()
+  keys, labels = jg.sample_keys(jax.random.key(3), 4), jnp.array([0, 1, 2, 1])
+  one = jax.jit(lambda key, label: draw(guided, key, label, GRID, solver))
+  looped = jnp.stack([one(keys[i], labels[i]) for i in range(4)])
+  vmapped = jax.vmap(one)(keys, labels)
+  np.testing.assert_allclose(vmapped, looped, rtol=1e-5, atol=1e-5)
+
+
+def test_raw_keys_are_typed_keys(model):
+  options = dict(num=3, shape=SHAPE, sigmas=GRID, solver=jg.DDPM())
+  typed = jg.sample_batch(model.denoiser, jax.random.key(5), 1, **options)
+  np.testing.assert_array_equal(jg.sample_batch(model.denoiser, jax.random.PRNGKey(5), 1, **options), typed)
+
+
+def test_start_continues(model):
+  options = dict(shape=SHAPE, sigmas=GRID, solver=jg.DDPM())
+  key = jax.random.key(0)
+  whole = jg.sample_batch(model.denoiser, key, 1, num=9, **options)
+  parts = [jg.sample_batch(model.denoiser, key, 1, num=n, start=s, **options) for s, n in ((0, 4), (4, 5))]
+  np.testing.assert_allclose(np.concatenate(parts), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_conditions_of_any_structure():
+  def by_parts(scale, x, sigma, cond):
+    return scale * cond["shift"] + cond["which"] + 0 * x
+
+  denoise = Partial(by_parts, jnp.asarray(2.0))
+  cond = {"shift": np.arange(10.0, dtype=np.float32).reshape(5, 2), "which": np.arange(5)}
+  made = jg.sample_batch(denoise, jax.random.key(0), cond, shape=(2,), sigmas=GRID, solver=jg.Euler(), batch_size=4)
+  np.testing.assert_allclose(made, 2 * cond["shift"] + cond["which"][:, None], rtol=1e-6)
+
+
+# --- memory, gradients ----------------------------------------------------------------------------
+
+
+def test_memory_does_not_grow_with_the_steps(solver, model):
+  keys, labels = jg.sample_keys(jax.random.key(0), 64), jnp.zeros(64, int)
+
+  def temporary(steps, collect=None):
+    def batch(guided, sigmas):
+      return jax.vmap(lambda key, y: jg.sample(guided, key, SHAPE, sigmas, solver, y, collect))(keys, labels)
+
+    guided = jg.classifier_free(3, 2.0)(model.denoiser)
+    analysis = jax.jit(batch).lower(guided, jg.karras(steps)).compile().memory_analysis()
+    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+
+  growth = temporary(1000) - temporary(10)
+  # The grid itself is sliced into levels and steps; the samples, 512 bytes a step, are not kept.
+  assert growth < 990 * 20
+  if isinstance(solver, jg.Euler):
+    assert temporary(1000, lambda state: state.x) - temporary(10, lambda state: state.x) > 990 * 512
+
+
+def test_gradients_match_finite_differences(pair, random_mixture, float64, no_rank_promotion):
+  make_guidance, solver = pair
+  mixture = random_mixture(0, SHAPE)
+
+  def total(at):
+    scale, shift = at
+    moved = mixture.replace(means=mixture.means + shift)
+    guided = make_guidance(moved, scale)(moved.denoiser)
+    return draw(guided, jax.random.key(2), 1, jg.karras(4, 0.1, 3.0), solver).sum()
+
+  gradient = check_gradient(total, jnp.array([1.7, 0.02]))
+  assert (np.abs(gradient) > 1e-4).all()
+
+
+def check_gradient(function, at, number=None, step=1e-5):
+  """Compare the gradient in the first ``number`` elements with central differences; give the gradient."""
+  both = jax.jit(jax.value_and_grad(function))
+  gradient = both(at)[1]
+  assert np.isfinite(gradient).all()
+  steps = step * np.eye(at.size)[:number]
+  wanted = [(both(at + h)[0] - both(at - h)[0]) / (2 * step) for h in steps]
+  np.testing.assert_allclose(gradient[:number], wanted, rtol=1e-5, atol=1e-7)
+  return gradient
+
+
+def test_gradients_in_the_levels_match_finite_differences(solver, random_mixture, float64):
+  denoiser = random_mixture(0, SHAPE).denoiser
+  # The last level is 0 and stays there; its gradient is only finite.
+  check_gradient(
+    lambda grid: draw(denoiser, jax.random.key(2), 1, grid, solver).sum(), jnp.array([3.0, 1.0, 0.3, 0.0]), 3
+  )
+
+
+def test_the_gradient_in_eta_matches_finite_differences(random_mixture, float64):
+  denoiser, grid = random_mixture(0, SHAPE).denoiser, jg.karras(4, 0.1, 3.0)
+  check_gradient(lambda eta: draw(denoiser, jax.random.key(2), 1, grid, jg.DDIM(eta[0])).sum(), jnp.array([0.5]))
+
+
+# --- what else `sample` does ----------------------------------------------------------------------
+
+
+def test_collect_stacks_what_it_is_asked_for(solver, model):
+  x, history = jg.sample(
+    model.denoiser, jax.random.key(0), SHAPE, GRID, solver, 1, lambda s: {"x": s.x, "x0": s.x0, "sum": s.x.sum()}
+  )
+  assert {name: value.shape for name, value in history.items()} == {"x": (4, 2), "x0": (4, 2), "sum": (4,)}
+  np.testing.assert_array_equal(history["x"][-1], x)
+  np.testing.assert_allclose(history["x0"][-1], x, rtol=1e-5)
+  x_again, nothing = jg.sample(model.denoiser, jax.random.key(0), SHAPE, GRID, solver, 1)
+  assert nothing is None
+  np.testing.assert_array_equal(x_again, x)
+
+
+def test_x_init_replaces_the_starting_noise(model):
+  key, x_init = jax.random.key(0), jnp.array([7.0, -5.0])
+  x0 = model.denoise(x_init, jnp.asarray(10.0), 1)
+  grid = jnp.array([10.0, 0.0])
+  np.testing.assert_allclose(
+    jg.sample(model.denoiser, key, SHAPE, grid, jg.Euler(), 1, x_init=x_init)[0], x0, rtol=1e-5
+  )
+  with pytest.raises(ValueError, match="x_init must have the shape"):
+    jg.sample(model.denoiser, key, SHAPE, grid, jg.Euler(), 1, x_init=jnp.zeros(3))
+
+
+def test_the_start_has_the_first_levels_noise():
+  keys = jg.sample_keys(jax.random.key(0), 4000)
+  identity = lambda x, sigma, cond: x  # noqa: E731
+  starts = jax.vmap(lambda key: jg.sample(identity, key, (1,), jnp.array([5.0, 0.0]), jg.Euler())[0])(keys)
+  np.testing.assert_allclose([starts.mean(), starts.std()], [0, 5], atol=0.3)
+
+
+def test_the_noises_of_steps_and_start_are_independent():
+  zero = lambda x, sigma, cond: jnp.zeros_like(x)  # noqa: E731
+  grid = jnp.array([4.0, 2.0, 1.0, 0.5, 0.0])
+
+  def noises(key):
+    _, xs = jg.sample(zero, key, (1,), grid, jg.DDPM(), collect=lambda s: s.x)
+    return xs[:3, 0]
+
+  xs = np.asarray(jax.vmap(noises)(jg.sample_keys(jax.random.key(0), 4000)))
+  # With x0 = 0: x' = (σ'/σ)² x + noise, which the previous x says nothing of.
+  fresh = np.stack([xs[:, 0], xs[:, 1] - xs[:, 0] / 4, xs[:, 2] - xs[:, 1] / 4], axis=1)
+  correlation = np.corrcoef(fresh.T)
+  assert np.abs(correlation - np.eye(3)).max() < 0.07
+
+
+def test_progress_hears_of_every_sample(model):
+  made = []
+  jg.sample_batch(
+    model.denoiser, jax.random.key(0), 1, num=10, shape=SHAPE, sigmas=GRID, solver=jg.Euler(), batch_size=4,
+    progress=made.append,
+  )  # fmt: skip
+  assert made == [4, 4, 2]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_the_levels_type_is_the_samples(solver, model, dtype):
+  half = jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, model)
+  grid = jg.karras(4, 0.05, 10.0).astype(dtype)
+  x, _ = jg.sample(jg.classifier_free(3, 2.0)(half.denoiser), jax.random.key(0), SHAPE, grid, solver, 1)
+  assert x.dtype == dtype
+  assert np.isfinite(np.asarray(x, np.float32)).all()
+
+
+def test_sample_keys_are_folded_in():
+  key = jax.random.key(9)
+  wanted = [jax.random.key_data(jax.random.fold_in(key, i)) for i in range(3, 6)]
+  np.testing.assert_array_equal(jax.random.key_data(jg.sample_keys(key, 3, start=3)), jnp.stack(wanted))
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+RING = jg.ring(4)
+
+
+def batch(**changes):
+  args = {"cond": 1, "num": 2, "shape": SHAPE, "sigmas": GRID, "solver": jg.Euler(), **changes}
+  denoise = args.pop("denoise", RING.denoiser)
+  return jg.sample_batch(denoise, jax.random.key(0), **args)
+
+
+@pytest.mark.parametrize(
+  ("grid", "message"),
+  [
+    ([1.0, 2.0, 0.0], r"decrease strictly, but sigmas\[0\]"),
+    ([2.0, 1.0, 1.0, 0.0], r"sigmas\[1\] = 1.0 is followed by sigmas\[2\]"),
+    ([2.0, 1.0], "must end in 0, but the last is 1.0"),
+    ([2.0, 1.0, -1.0], "must end in 0"),
+    ([0.0], "at least two levels"),
+    ([], "at least two levels"),
+    ([[1.0, 0.0]], "one axis"),
+    (3.0, "one axis"),
+    ([2.0, np.nan, 0.0], r"sigmas\[1\] is not"),
+    ([np.inf, 1.0, 0.0], r"sigmas\[0\] is not"),
+  ],
+)
+def test_a_grid_that_is_none_is_refused(grid, message):
+  with pytest.raises(ValueError, match=message):
+    batch(sigmas=np.asarray(grid))
+  with pytest.raises(ValueError, match=message):
+    jg.sample(RING.denoiser, jax.random.key(0), SHAPE, jnp.asarray(grid), jg.Euler(), 1)
+
+
+def test_a_grid_of_whole_numbers_is_one():
+  x, _ = jg.sample(RING.denoiser, jax.random.key(0), SHAPE, np.array([3, 1, 0]), jg.Euler(), 1)
+  wanted, _ = jg.sample(RING.denoiser, jax.random.key(0), SHAPE, np.array([3.0, 1.0, 0.0]), jg.Euler(), 1)
+  np.testing.assert_allclose(x, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"num": 0}, "num must be a whole number of at least 1"),
+    ({"num": -3}, "num must be"),
+    ({"num": None}, "one row for each sample"),
+    ({"num": None, "cond": None}, "say how many samples"),
+    ({"num": None, "cond": np.zeros(0, int)}, "number of samples must be"),
+    ({"num": 3, "cond": np.array([0, 1])}, "one row for each sample"),
+    ({"num": None, "cond": {"a": np.zeros(2, int), "b": np.zeros(3, int)}}, "one row for each sample"),
+    ({"batch_size": 0}, "batch_size must be"),
+    ({"devices": []}, "at least one device"),
+    ({"cond": 5}, "label 5 is not one of the 4 classes"),
+    ({"cond": np.array([0, -1])}, "label -1 is not one of the 4 classes"),
+    ({"start": -1}, "start"),
+  ],
+)
+def test_bad_arguments_are_named(changes, message):
+  with pytest.raises(ValueError, match=message):
+    batch(**changes)
+
+
+def test_labels_are_whole_numbers():
+  with pytest.raises(TypeError, match="label must be whole numbers"):
+    batch(cond=np.array([0.0, 1.0]))
+
+
+def test_functions_that_are_no_pytrees_are_refused():
+  array = jnp.ones(2)
+
+  def closure(x, sigma, cond):
+    return array * x
+
+  for denoise in (closure, jg.classifier_free(4, 2.0)(closure), jg.classifier(closure, 1.0)(RING.denoiser)):
+    with pytest.raises(TypeError, match=r"pytree of arrays.*Partial"):
+      batch(denoise=denoise)
+
+
+def test_a_users_own_function_goes_through_partial():
+  denoise = Partial(lambda mean, x, sigma, cond: mean + 0 * x, jnp.array([2.0, 3.0]))
+  np.testing.assert_allclose(batch(denoise=denoise), [[2.0, 3.0]] * 2)
+
+
+def test_samples_that_are_not_finite_are_named():
+  def bad(at, x, sigma, cond):
+    return jnp.where((cond == 2) & (sigma < at), jnp.nan, x)
+
+  denoise = Partial(bad, jnp.asarray(2.0))
+  labels = np.array([0, 0, 0, 2, 0, 2])
+  grid = jnp.array([8.0, 4.0, 1.5, 0.5, 0.0])
+  with pytest.raises(FloatingPointError, match=r"sample 3 first at step 2 of 4, sigma 1\.5"):
+    batch(denoise=denoise, cond=labels, num=None, sigmas=grid)
+  # In a later micro-batch, of a later call.
+  with pytest.raises(FloatingPointError, match="sample 103 first at step 2"):
+    batch(denoise=denoise, cond=labels, num=None, sigmas=grid, start=100, batch_size=1, devices=jax.devices()[:1])
+
+
+def test_parameters_that_are_not_finite_are_found(image_network):
+  params, apply, _ = image_network
+  broken = {**params, "kernel": params["kernel"].at[0, 0, 0, 0].set(jnp.nan)}
+  with pytest.raises(FloatingPointError, match=r"2 of 2 samples are not finite; sample 0 first at step 0"):
+    batch(denoise=jg.NetworkDenoiser(broken, apply, scaling.eps(schedules.Cosine())), shape=(4, 4, 2))

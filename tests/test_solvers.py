@@ -1,0 +1,280 @@
+"""Solvers: their order of convergence, the papers' steps written again in NumPy, and the distribution they sample."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+from scipy.integrate import solve_ivp
+
+import jaxguide as jg
+
+MEANS, VARIANCES = np.array([[-0.8, 0.1], [0.5, 1.0], [1.2, -0.4]]), np.array([0.2, 0.35, 0.1])
+WEIGHTS = np.array([0.3, 0.5, 0.2])
+
+
+def mixture():
+  return jg.gaussian_mixture(MEANS, VARIANCES, [0, 1, 2], WEIGHTS)
+
+
+def exact_x0(x, sigma):
+  """The mixture's denoiser, with NumPy."""
+  variance = (VARIANCES + sigma**2)[:, None]
+  log = np.log(WEIGHTS) - 0.5 * ((x - MEANS) ** 2 / variance + np.log(variance)).sum(1)
+  weights = np.exp(log - log.max())
+  return (weights / weights.sum()) @ (MEANS + VARIANCES[:, None] / variance * (x - MEANS))
+
+
+def walk(solver, denoise, x, sigmas, keys):
+  """Take the steps of a grid, which need not end in 0 as a sampler's does."""
+
+  def step(state, inputs):
+    return solver.step(denoise, state, *inputs), None
+
+  return jax.lax.scan(step, solver.init(x), (sigmas[:-1], sigmas[1:], keys))[0].x
+
+
+def is_random(solver):
+  """Whether a step looks at its key."""
+  denoise = lambda x, sigma: 0.5 * x  # noqa: E731
+  steps = [
+    solver.step(denoise, solver.init(jnp.ones(2)), jnp.asarray(2.0), jnp.asarray(1.0), jax.random.key(i)).x
+    for i in (0, 1)
+  ]
+  return not np.array_equal(*steps)
+
+
+def slope(counts, errors):
+  return -np.polyfit(np.log(counts), np.log(errors), 1)[0]
+
+
+def smooth_grid(steps, high, low):
+  return np.geomspace(high, low, steps + 1)
+
+
+def uneven_grid(steps, high, low):
+  """Every second step is twice as long: a multistep method that forgets it loses its order."""
+  lengths = np.where(np.arange(steps) % 2, 2.0, 1.0)
+  return high * (low / high) ** np.append(0, np.cumsum(lengths) / lengths.sum())
+
+
+# --- order ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def given_noise(monkeypatch):
+  """Each draw of noise is the "key" itself, so that a test may choose it."""
+
+  def normal(key, shape=(), dtype=None):
+    assert key.shape == tuple(shape)
+    return key.astype(dtype)
+
+  monkeypatch.setattr(jax.random, "normal", normal)
+
+
+@pytest.mark.parametrize("grid", [smooth_grid, uneven_grid])
+def test_deterministic_solvers_converge_at_their_order(solver, grid, float64):
+  if is_random(solver):
+    pytest.skip("random: its order is that of the distribution, below")
+  x, high, low = np.array([4.0, -3.0]), 5.0, 0.4
+  flow = solve_ivp(lambda sigma, x: (x - exact_x0(x, sigma)) / sigma, (high, low), x, "DOP853", rtol=1e-12, atol=1e-13)
+  model, counts, errors = mixture(), [32, 64, 128, 256], []
+  for n in counts:
+    sigmas = jnp.asarray(grid(n, high, low))
+    got = jax.jit(lambda sigmas, keys: walk(solver, model.denoise, jnp.asarray(x), sigmas, keys))(
+      sigmas, jax.random.split(jax.random.key(0), n)
+    )
+    errors.append(np.linalg.norm(got - flow.y[:, -1]))
+  assert abs(slope(counts, errors) - solver.order) < 0.1
+  assert errors[-1] < 0.05
+
+
+@pytest.mark.parametrize("grid", [smooth_grid, uneven_grid])
+def test_the_variance_of_a_gaussian_converges_at_the_order(solver, grid, given_noise, float64):
+  # Data of one Gaussian make every step affine in the start and in the noises, so that the mean and the variance of
+  # what comes out are known exactly, from derivatives: no sampling error hides the solver's.
+  m, v, high, low = 0.7, 0.3, 6.0, 0.3
+
+  def denoise(x, sigma):
+    return m + v / (v + sigma**2) * (x - m)
+
+  counts, errors = [128, 256, 512, 1024], []
+  for n in counts:
+    sigmas = jnp.asarray(grid(n, high, low))
+    path = jax.jit(jax.value_and_grad(lambda x, z: walk(solver, denoise, x, sigmas, z), (0, 1)))  # noqa: B023
+    mean, (by_start, by_noise) = path(jnp.asarray(m), jnp.zeros(n))
+    variance = by_start**2 * (v + high**2) + (by_noise**2).sum()
+    np.testing.assert_allclose(mean, m, rtol=1e-12)
+    errors.append(abs(variance - (v + low**2)))
+  assert abs(slope(counts, errors) - solver.order) < 0.1
+  assert errors[-1] < 0.05 * (v + low**2)
+
+
+# --- the papers' steps, in their own variables: x_t = sqrt(ᾱ_t) x ------------------------------------
+
+ALPHA_BARS = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+
+
+@pytest.fixture(params=[(999, 998), (700, 650), (400, 10), (3, 2), (0, None)], ids=str)
+def ddpm_step(request, float64):
+  """``x_t``, x0, noise and ᾱ at two steps of DDPM's process; ``None`` is the clean end, ᾱ = 1."""
+  t, before = request.param
+  alpha_bar, alpha_bar_before = ALPHA_BARS[t], 1.0 if before is None else ALPHA_BARS[before]
+  x_t, x0, z = np.random.default_rng(t).normal(size=(3, 4))
+  return x_t, x0, z, alpha_bar, alpha_bar_before
+
+
+def one_step(solver, x_t, x0, z, alpha_bar, alpha_bar_before):
+  """A step of ours, in and out of the papers' variables."""
+  sigma, sigma_next = (np.sqrt((1 - a) / a) for a in (alpha_bar, alpha_bar_before))
+  state = solver.init(jnp.asarray(x_t / np.sqrt(alpha_bar)))
+  state = solver.step(lambda x, s: jnp.asarray(x0), state, jnp.asarray(sigma), jnp.asarray(sigma_next), jnp.asarray(z))
+  np.testing.assert_array_equal(state.x0, x0)
+  return np.sqrt(alpha_bar_before) * np.asarray(state.x)
+
+
+def test_ddpm_is_the_papers_posterior(ddpm_step, given_noise):
+  x_t, x0, z, alpha_bar, before = ddpm_step
+  # Ho et al., arXiv:2006.11239, eq. 6 and 7.
+  alpha = alpha_bar / before
+  beta = 1 - alpha
+  mean = (np.sqrt(before) * beta * x0 + np.sqrt(alpha) * (1 - before) * x_t) / (1 - alpha_bar)
+  variance = (1 - before) / (1 - alpha_bar) * beta
+  np.testing.assert_allclose(one_step(jg.DDPM(), *ddpm_step), mean + np.sqrt(variance) * z, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.2, 0.5, 1.0])
+def test_ddim_is_the_papers_step(ddpm_step, eta, given_noise):
+  x_t, x0, z, alpha_bar, before = ddpm_step
+  # Song et al., arXiv:2010.02502, eq. 16 and 12.
+  eps = (x_t - np.sqrt(alpha_bar) * x0) / np.sqrt(1 - alpha_bar)
+  sigma = eta * np.sqrt((1 - before) / (1 - alpha_bar)) * np.sqrt(1 - alpha_bar / before)
+  wanted = np.sqrt(before) * x0 + np.sqrt(max(1 - before - sigma**2, 0)) * eps + sigma * z
+  np.testing.assert_allclose(one_step(jg.DDIM(eta), *ddpm_step), wanted, rtol=1e-8, atol=1e-9)
+
+
+def vp_x0(x_t, alpha, s):
+  return exact_x0(x_t / alpha, s / alpha)
+
+
+@pytest.mark.parametrize("grid", [smooth_grid, uneven_grid])
+def test_dpmpp_2m_is_algorithm_2(grid, float64):
+  sigmas = np.append(grid(9, 20.0, 0.05), 0.0)
+  alphas = 1 / np.sqrt(1 + sigmas**2)
+  s = sigmas * alphas
+  x = start = np.array([3.0, -1.0])
+  with np.errstate(divide="ignore"):
+    lambdas = np.log(alphas / s)
+  # Lu et al., arXiv:2211.01095, Algorithm 2; the step to λ = ∞ is its first-order one, e^{-h} = 0.
+  before = None
+  for i in range(1, len(sigmas)):
+    h = lambdas[i] - lambdas[i - 1]
+    model = vp_x0(x, alphas[i - 1], s[i - 1])
+    if before is None or np.isinf(h):
+      d = model
+    else:
+      r = (lambdas[i - 1] - lambdas[i - 2]) / h
+      d = (1 + 1 / (2 * r)) * model - 1 / (2 * r) * before
+    x = s[i] / s[i - 1] * x - alphas[i] * (np.exp(-h) - 1) * d
+    before = model
+  got = jg.sample(
+    mixture().denoiser, jax.random.key(0), (2,), sigmas, jg.DPMpp2M(), x_init=jnp.asarray(start / alphas[0])
+  )[0]
+  np.testing.assert_allclose(got, x, rtol=1e-11)
+
+
+def test_heun_is_algorithm_1(float64):
+  t = np.append(smooth_grid(7, 20.0, 0.05), 0.0)
+  x = start = np.array([30.0, -10.0])
+  # Karras et al., arXiv:2206.00364, Algorithm 1 with σ(t) = t, s(t) = 1.
+  for i in range(len(t) - 1):
+    d = (x - exact_x0(x, t[i])) / t[i]
+    x_next = x + (t[i + 1] - t[i]) * d
+    if t[i + 1] != 0:
+      d_next = (x_next - exact_x0(x_next, t[i + 1])) / t[i + 1]
+      x_next = x + (t[i + 1] - t[i]) * (0.5 * d + 0.5 * d_next)
+    x = x_next
+  got = jg.sample(mixture().denoiser, jax.random.key(0), (2,), t, jg.Heun(), x_init=jnp.asarray(start))[0]
+  np.testing.assert_allclose(got, x, rtol=1e-11)
+
+
+@pytest.mark.parametrize(("one", "other"), [(jg.DDIM(0.0), jg.Euler()), (jg.DDIM(1.0), jg.DDPM())], ids=str)
+def test_ddims_ends_are_euler_and_ddpm(one, other, float64):
+  model, keys = mixture().denoiser, jax.random.split(jax.random.key(0), 5)
+  paths = [
+    jax.vmap(lambda key: jg.sample(model, key, (2,), jg.karras(12), s, collect=lambda state: state.x)[1])(keys)  # noqa: B023
+    for s in (one, other)
+  ]
+  np.testing.assert_allclose(*paths, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1e-2, 1e-4])
+def test_ddim_1_is_ddpm_over_long_steps_in_float32(ratio, given_noise):
+  # What is left of eps is sigma'² / sigma, the small difference of two large numbers if written as in the paper.
+  x, z = np.random.default_rng(0).normal(size=(2, 6)).astype(np.float32)
+  args = lambda x0: x0, jnp.asarray(1.0), jnp.asarray(ratio, jnp.float32), jnp.asarray(z)
+  states = [s.step(lambda x, sigma: 0 * x, s.init(jnp.asarray(x)), *args[1:]).x for s in (jg.DDIM(1.0), jg.DDPM())]
+  np.testing.assert_allclose(*states, rtol=1e-5, atol=2e-6 * ratio)
+
+
+# --- every solver ---------------------------------------------------------------------------------
+
+
+def test_the_last_step_lands_on_x0(solver, no_rank_promotion):
+  x0 = jnp.array([0.3, -2.0])
+  state = solver.init(jnp.array([5.0, 7.0]))
+  np.testing.assert_array_equal(state.x, [5.0, 7.0])
+  for sigma, sigma_next in ((3.0, 1.0), (1.0, 0.0)):
+    state = solver.step(lambda x, s: x0, state, jnp.asarray(sigma), jnp.asarray(sigma_next), jax.random.key(0))
+  np.testing.assert_allclose(state.x, x0, rtol=1e-6)
+  np.testing.assert_array_equal(state.x0, x0)
+
+
+def test_a_step_evaluates_as_often_as_declared(solver):
+  calls = []
+
+  def denoise(x, sigma):
+    calls.append(1)
+    return 0.5 * x
+
+  solver.step(denoise, solver.init(jnp.ones(2)), jnp.asarray(2.0), jnp.asarray(1.0), jax.random.key(0))
+  assert len(calls) == solver.evaluations
+
+
+def test_solvers_by_name():
+  for name, cls in jg.solvers.SOLVERS.items():
+    assert type(jg.solvers.solver(name)) is cls
+  assert jg.solvers.solver("ddim", eta=0.3).eta == 0.3
+  with pytest.raises(ValueError, match="did you mean 'heun'"):
+    jg.solvers.solver("heunn")
+  with pytest.raises(ValueError, match="has no option 'eta'"):
+    jg.solvers.solver("euler", eta=1.0)
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.1, np.nan, np.inf])
+def test_eta_lies_between_0_and_1(eta):
+  with pytest.raises(ValueError, match="eta must be"):
+    jg.DDIM(eta)
+
+
+# --- what they sample -----------------------------------------------------------------------------
+
+
+def pvalues(solver, scale, steps, num=3000):
+  """Two-sample tests of guided samples of class 0 against exact draws, along each axis and the diagonal."""
+  means = [[-1.0, 0.0], [1.0, 0.3], [0.2, 1.0], [0.0, -0.5]]
+  model = jg.gaussian_mixture(means, [0.1, 0.2, 0.2, 0.1], [0, 0, 1, 1], [0.6, 0.4, 0.5, 0.5])
+  guided = jg.classifier_free(2, scale)(model.denoiser)
+  made = jg.sample_batch(
+    guided, jax.random.key(1), 0, num=num, shape=(2,), sigmas=jg.karras(steps, 0.01, 40.0), solver=solver
+  )
+  exact = np.asarray(jax.vmap(lambda key: model.sample(key, 0))(jax.random.split(jax.random.key(2), num)))
+  directions = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, -1.0]])
+  return [stats.ks_2samp(made @ d, exact @ d).pvalue for d in directions]
+
+
+def test_at_scale_1_solvers_sample_the_conditional(solver):
+  steps = 40 if solver.order == 2 else 160
+  assert min(pvalues(solver, 1.0, steps)) > 1e-3
+  # The same test, the same program, another scale: sharper than the conditional, and seen to be.
+  assert min(pvalues(solver, 3.0, steps)) < 1e-9

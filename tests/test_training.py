@@ -1,0 +1,218 @@
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxguide as jg
+from jaxguide import training
+from jaxguide.data import Images
+from jaxguide.training import ModelConfig, TrainingConfig, loop, model
+
+TINY = {
+  "model_channels": 8,
+  "channel_mult": (1,),
+  "num_res_blocks": 1,
+  "attention_resolutions": (),
+  "num_head_channels": 8,
+}
+UNET = ModelConfig("unet", TINY, image_shape=(4, 4, 1), num_classes=2)
+CLASSIFIER = ModelConfig("classifier", TINY, image_shape=(4, 4, 1), num_classes=2)
+
+
+@pytest.fixture(scope="module")
+def images():
+  """Two classes that anyone can tell apart: bright on top, bright below."""
+  rng = np.random.default_rng(0)
+  labels = np.arange(40, dtype=np.int32) % 2
+  pixels = rng.integers(0, 60, (40, 4, 4, 1)).astype(np.uint8)
+  pixels[labels == 0, :2] += 180
+  pixels[labels == 1, 2:] += 180
+  return Images(pixels, labels, 2, "halves")
+
+
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory):
+  """A model of one step, and the folder that it is in; tests that change the folder work on a copy."""
+  folder = tmp_path_factory.mktemp("trained") / "model"
+  # Three examples do not divide over the four devices of the tests, and one device compiles in half the time.
+  return training.fit(UNET, TrainingConfig(steps=1, batch_size=3), images, folder, progress=False), folder
+
+
+def leaves_equal(a, b):
+  return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_both_networks_learn(images, tmp_path):
+  config = TrainingConfig(steps=60, batch_size=16, learning_rate=5e-3, warmup=5, ema_decay=0.9)
+  denoiser = training.fit(UNET, config, images, tmp_path / "denoiser", progress=False)
+  classifier = training.fit(CLASSIFIER, config, images, tmp_path / "classifier", progress=False)
+  x0 = jnp.asarray(images.images[:8] / 127.5 - 1, jnp.float32)
+  log_prob = jax.vmap(classifier.log_prob, (0, None, 0))(x0, jnp.asarray(0.1), jnp.asarray(images.labels[:8]))
+  assert (jnp.exp(log_prob) > 0.9).all()
+  noisy = x0 + 0.3 * jax.random.normal(jax.random.key(0), x0.shape)
+  seen = jax.vmap(denoiser.denoiser, (0, None, 0))(noisy, jnp.asarray(0.3), jnp.asarray(images.labels[:8]))
+  assert jnp.square(seen - x0).mean() < 0.5 * jnp.square(noisy - x0).mean()
+
+
+def test_a_killed_run_ends_where_an_unbroken_one_does(images, tmp_path, monkeypatch):
+  config = TrainingConfig(steps=50, batch_size=3, save_every=20)
+  whole = training.fit(UNET, config, images, tmp_path / "whole", progress=False)
+
+  step, seen = loop.train_step(UNET, config), []
+
+  def killed(state, *batch):
+    seen.append(int(state.step))
+    if len(seen) == 45:
+      raise KeyboardInterrupt
+    return step(state, *batch)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, "train_step", lambda *args: killed)
+    with pytest.raises(KeyboardInterrupt):
+      training.fit(UNET, config, images, tmp_path / "killed", progress=False)
+    with pytest.raises(FileNotFoundError, match="there is no model"):
+      training.load(tmp_path / "killed")
+    seen.clear()
+    resumed = training.fit(UNET, config, images, tmp_path / "killed", progress=False)
+  assert seen == list(range(40, 50))
+  assert leaves_equal(resumed.params, whole.params)
+
+
+def test_trained_once_is_trained(images, trained, tmp_path, monkeypatch):
+  first, folder = trained
+  folder = shutil.copytree(folder, tmp_path / "model")
+  config = TrainingConfig(steps=1, batch_size=3)
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, "train_step", None)
+    again = training.fit(UNET, config, images, folder, progress=False)
+    assert leaves_equal(first.params, again.params)
+    assert again.config == UNET
+    with pytest.raises(ValueError, match="configured otherwise: retrain it, or choose another folder"):
+      training.fit(UNET, dataclasses.replace(config, seed=1), images, folder, progress=False)
+  other = training.fit(UNET, dataclasses.replace(config, seed=1), images, folder, retrain=True, progress=False)
+  assert not leaves_equal(first.params, other.params)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(images, tmp_path, monkeypatch):
+  config = TrainingConfig(steps=60, batch_size=3, save_every=20)
+  make = loop.train_step
+
+  def poisoned(*args):
+    step = make(*args)
+
+    def run(state, *batch):
+      k = int(state.step)
+      state, metrics = step(state, *batch)
+      return state, {**metrics, "loss": metrics["loss"] * (jnp.nan if k == 47 else 1)}
+
+    return run
+
+  monkeypatch.setattr(loop, "train_step", poisoned)
+  with pytest.raises(FloatingPointError, match=r"not finite at step 47; the checkpoint of step 40 is kept in .*lower"):
+    training.fit(UNET, config, images, tmp_path, progress=False)
+  assert (tmp_path / "checkpoints" / "40").is_dir()
+  # What a torn checkpoint would do to the run that goes on from it.
+  for path in sorted((tmp_path / "checkpoints" / "40").rglob("*")):
+    if path.is_file() and path.stat().st_size > 100:
+      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  with pytest.raises(ValueError, match=r"checkpoint of step 40 in .* is torn"):
+    training.fit(UNET, config, images, tmp_path, progress=False)
+
+
+def test_the_running_mean_is_what_its_definition_says(images):
+  config = TrainingConfig(steps=4, batch_size=4, ema_decay=0.15)
+  state, step = loop.init_state(UNET, config), loop.train_step(UNET, config)
+  mean = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(state.params)]
+  for k in range(4):
+    state, _ = step(state, images.images[:4], images.labels[:4])
+    decay = min(0.15, (1 + k) / (10 + k))
+    mean = [decay * m + (1 - decay) * np.asarray(p) for m, p in zip(mean, jax.tree.leaves(state.params), strict=True)]
+  for ours, theirs in zip(jax.tree.leaves(state.ema_params), mean, strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_torn_model_is_told_from_a_whole_one(trained, tmp_path):
+  params, whole = trained[0].params, shutil.copytree(trained[1], tmp_path / "whole")
+
+  torn = shutil.copytree(whole, tmp_path / "torn")
+  for path in sorted((torn / "params").rglob("*")):
+    if path.is_file() and path.stat().st_size > 100:
+      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  with pytest.raises(ValueError, match="torn"):
+    training.load(torn)
+
+  shutil.rmtree(torn / "params")
+  with pytest.raises(ValueError, match="torn"):
+    training.load(torn)
+
+  (torn / "config.json").write_text('{"network": "unet"')
+  with pytest.raises(ValueError, match="does not describe a model"):
+    training.load(torn)
+
+  other = json.loads((whole / "config.json").read_text())
+  other["fields"]["model_channels"] = 16
+  (whole / "config.json").write_text(json.dumps(other))
+  with pytest.raises(ValueError, match="torn or not this model's"):
+    training.load(whole)
+
+  with pytest.raises(FileNotFoundError, match="there is no model in"):
+    training.load(tmp_path / "nowhere")
+  with pytest.raises(ValueError, match="do not fit UNet"):
+    model.save(tmp_path / "bad", model.Model(UNET, {"params": params["params"]["out_2"]}))
+  assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"network": "unett"}, "unknown network 'unett': did you mean 'unet'"),
+    ({"fields": {"num_head": 2}}, "unknown field of UNet 'num_head': did you mean 'num_heads'"),
+    ({"prediction": "w"}, "unknown prediction 'w'"),
+    ({"schedule": "cosin"}, "did you mean 'cosine'"),
+  ],
+)
+def test_a_bad_model_config(change, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(UNET, **change)
+
+
+@pytest.mark.parametrize(
+  "change",
+  [{"steps": 0}, {"batch_size": 0}, {"learning_rate": float("nan")}, {"p_uncond": 1.5}, {"ema_decay": -0.1}],
+)
+def test_a_bad_training_config(change):
+  (name,) = change
+  with pytest.raises(ValueError, match=name):
+    dataclasses.replace(TrainingConfig(steps=1), **change)
+
+
+def test_images_that_do_not_suit(images, tmp_path):
+  with pytest.raises(ValueError, match=r"images of shape \(8, 8, 1\) in 2 classes, but halves has \(4, 4, 1\) in 2"):
+    training.fit(dataclasses.replace(UNET, image_shape=(8, 8, 1)), TrainingConfig(steps=1), images, tmp_path)
+  (tmp_path / "file").touch()
+  with pytest.raises(OSError, match="cannot write"):
+    training.fit(UNET, TrainingConfig(steps=1), images, tmp_path / "file" / "model")
+
+
+def test_the_wrong_kind_of_model(trained):
+  with pytest.raises(ValueError, match="needs a classifier, but the model is a unet"):
+    _ = trained[0].log_prob
+  assert isinstance(trained[0].denoiser, jg.NetworkDenoiser)
+
+
+def test_denoisers_of_one_configuration_are_one_program(trained):
+  traces = 0
+
+  @jax.jit
+  def denoise(denoiser, x):
+    nonlocal traces
+    traces += 1
+    return denoiser(x, jnp.asarray(1.0), jnp.asarray(0))
+
+  for source in (trained[0], training.load(trained[1]), training.load(trained[1])):
+    denoise(source.denoiser, jnp.zeros((4, 4, 1)))
+  assert traces == 1
