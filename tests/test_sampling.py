@@ -149,9 +149,8 @@ def test_eta_is_no_reason_to_compile(model):
 
 
 def test_the_search_for_constants_finds_one(model):
-  # As a guard of the test above: a closure over the mixture bakes it in, under a scan.
-  closure = lambda x, sigma, cond: model.denoise(x, sigma, cond)  # noqa: E731
-  jaxpr = jax.make_jaxpr(lambda key: draw(closure, key, 1, GRID, jg.Euler()))(jax.random.key(0))
+  # As a guard of the test above: a method of the mixture bakes it in, under a scan.
+  jaxpr = jax.make_jaxpr(lambda key: draw(model.denoise, key, 1, GRID, jg.Euler()))(jax.random.key(0))
   assert max(constants(jaxpr)) > 1
 
 
@@ -177,18 +176,15 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 def test_a_sample_does_not_know_its_batch(pair, model):
   make_guidance, solver = pair
   guided = make_guidance(model, 2.0)(model.denoiser)
-  labels = np.arange(16) % 3
+  labels = np.arange(7) % 3
   key = jax.random.key(7)
-  options = dict(shape=SHAPE, sigmas=GRID, solver=solver)
-
-  whole = jg.sample_batch(guided, key, labels, **options)
-  assert whole.shape == (16, 2)
-  assert len(np.unique(whole.round(5), axis=0)) == 16
-  close(jg.sample_batch(guided, key, labels, batch_size=5, **options), whole)
-  alone = jax.jit(draw)
-  for i in (0, 13):
-    close(alone(guided, jg.sample_keys(key, 16)[i], jnp.asarray(labels[i]), GRID, solver), whole[i])
-  close(alone(guided, jg.sample_keys(key, 1, start=13)[0], jnp.asarray(labels[13]), GRID, solver), whole[13])
+  made = jg.sample_batch(guided, key, labels, shape=SHAPE, sigmas=GRID, solver=solver, batch_size=4)
+  assert made.shape == (7, 2)
+  assert len(np.unique(made.round(5), axis=0)) == 7
+  alone, keys = jax.jit(draw), jg.sample_keys(key, 7)
+  for i in (0, 3, 6):
+    close(alone(guided, keys[i], jnp.asarray(labels[i]), GRID, solver), made[i])
+  close(alone(guided, jg.sample_keys(key, 1, start=6)[0], jnp.asarray(labels[6]), GRID, solver), made[6])
 
 
 def test_a_sample_does_not_know_where_it_is_made(model):
@@ -200,24 +196,24 @@ def test_a_sample_does_not_know_where_it_is_made(model):
   whole = jg.sample_batch(guided, key, labels, **options)
   close(jg.sample_batch(guided, key, labels[:5], **options), whole[:5])
   close(jg.sample_batch(guided, key, labels[:1], **options), whole[:1])
+  close(jg.sample_batch(guided, key, labels, batch_size=5, **options), whole)
   close(jg.sample_batch(guided, key, labels[10:], start=10, **options), whole[10:])
   close(jg.sample_batch(guided, key, labels, devices=devices[:1], **options), whole)
   close(jg.sample_batch(guided, key, labels, devices=devices[1:3], batch_size=7, **options), whole)
   close(jg.sample_batch(guided, key, labels, devices=devices[3:], batch_size=1, **options), whole)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
-def test_a_network_gives_the_same_on_any_number_of_devices(image_network, devices):
+def test_a_network_gives_the_same_on_any_number_of_devices(image_network):
   params, apply, _ = image_network
-  assert len(jax.devices()) == 4
   denoise = jg.classifier_free(3, 2.0)(jg.NetworkDenoiser(params, apply, scaling.v(schedules.Cosine())))
   labels = np.arange(6) % 3
-  options = dict(shape=(4, 4, 2), sigmas=GRID, solver=jg.DDPM())
-  made = jg.sample_batch(denoise, jax.random.key(0), labels, devices=jax.devices()[:devices], **options)
   # By the documented recipe, with nothing of `sample_batch`.
   keys = jg.sample_keys(jax.random.key(0), 6)
   one = lambda key, y: jg.sample(denoise, key, (4, 4, 2), GRID, jg.DDPM(), y)[0]  # noqa: E731
-  np.testing.assert_allclose(made, jax.jit(jax.vmap(one))(keys, labels), rtol=1e-5, atol=1e-5)
+  wanted = jax.jit(jax.vmap(one))(keys, labels)
+  for devices in (1, 2, 4):
+    options = dict(shape=(4, 4, 2), sigmas=GRID, solver=jg.DDPM(), devices=jax.devices()[:devices])
+    close(jg.sample_batch(denoise, jax.random.key(0), labels, **options), wanted)
 
 
 def test_vmap_is_a_loop(model):
@@ -369,8 +365,8 @@ def test_progress_hears_of_every_sample(model):
   assert made == [4, 4, 2]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
-def test_the_levels_type_is_the_samples(solver, model, dtype):
+def test_the_levels_type_is_the_samples(solver, model):
+  dtype = jnp.bfloat16
   half = jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, model)
   grid = jg.karras(4, 0.05, 10.0).astype(dtype)
   x, _ = jg.sample(jg.classifier_free(3, 2.0)(half.denoiser), jax.random.key(0), SHAPE, grid, solver, 1)

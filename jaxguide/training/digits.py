@@ -18,4 +18,4 @@ CLASSIFIER = ModelConfig(
   image_shape=SHAPE,
   num_classes=10,
 )
-CLASSIFIER_TRAINING = TrainingConfig(steps=400, learning_rate=1e-3, weight_decay=0.05, noise_mean=0.0, noise_std=1.5)
+CLASSIFIER_TRAINING = TrainingConfig(steps=500, weight_decay=0.3, noise_mean=0.0, noise_std=1.5)
