@@ -122,7 +122,7 @@ def run(out: PathLike = "runs/demo", *, retrain: bool = False, seed: int = 0, pr
     f"{digits.DENOISER_TRAINING.batch_size}, label dropped with probability {digits.DENOISER_TRAINING.p_uncond:g}",
     "classifier": f"noisy classifier of {size[1]:,} parameters, {digits.CLASSIFIER_TRAINING.steps} steps of "
     f"{digits.CLASSIFIER_TRAINING.batch_size}",
-    "training": f"{trained:.0f} s in this run, or loaded from an earlier one",
+    "training": f"{trained:.0f} s in this run; what an earlier run trained is reused",
     "sampling": f"DPM-Solver++(2M), {STEPS} steps from sigma {SIGMA_MAX:g} to {SIGMA_MIN:g}, seed {seed}; "
     "the same noise and labels for every row",
     "machine": f"{jax.default_backend()}, {os.cpu_count()} cores, jax {jax.__version__}, "
