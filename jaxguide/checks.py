@@ -4,6 +4,7 @@ They look at values where there are values: inside ``jit`` an argument is a trac
 passes. Each error says what was wrong, what was expected and what to do.
 """
 
+import dataclasses
 import difflib
 import math
 import operator
@@ -104,6 +105,16 @@ def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
   near = difflib.get_close_matches(str(name), table, n=1, cutoff=0.0)
   hint = f": did you mean {near[0]!r}?" if near else "."
   raise ValueError(f"unknown {kind} {name!r}{hint} There are {', '.join(sorted(table))}")
+
+
+def options(name: str, cls: type, given: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Give ``given`` back if each key of it is a field of the dataclass ``cls``, which the user calls ``name``."""
+  known = [field.name for field in dataclasses.fields(cls)]
+  for option in given:
+    if option not in known:
+      has = f"it has {', '.join(known)}" if known else "it has none"
+      raise ValueError(f"{name!r} has no option {option!r}; {has}")
+  return given
 
 
 def labels(name: str, value: T, num_classes: int, null: bool = False) -> T:

@@ -76,6 +76,8 @@ def _classifier_free(denoise, null_cond, scale, x, sigma, cond):
   given, null = jax.tree.structure(cond), jax.tree.structure(null_cond)
   if str(given) != str(null):
     raise ValueError(f"null_cond must have the structure of cond, {given}; got {null}")
+  if not jax.tree.leaves(cond):
+    raise ValueError("classifier_free needs a cond to guide towards, got none")
   both = jax.tree.map(
     lambda y, null: jnp.stack([jnp.asarray(y), jnp.asarray(null, jnp.result_type(y))]), cond, null_cond
   )

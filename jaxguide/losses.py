@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxguide import checks
 from jaxguide.scaling import Scaling
 from jaxguide.schedules import NoiseLevels
-from jaxguide.typing import Array, ArrayLike, Float, Key, PyTree
+from jaxguide.typing import Array, ArrayLike, Float, Int, Key, PyTree
 
 
 def stratified_uniform(key: Key, num: int) -> Float[Array, " num"]:
@@ -34,8 +34,8 @@ def stratified_uniform(key: Key, num: int) -> Float[Array, " num"]:
 
 
 def add_noise(
-  key: Key, x0: Float[Array, n * shape], noise_levels: NoiseLevels
-) -> tuple[Float[Array, n * shape], Float[Array, " n"]]:
+  key: Key, x0: Float[Array, " n *shape"], noise_levels: NoiseLevels
+) -> tuple[Float[Array, " n *shape"], Float[Array, " n"]]:
   """Draw a noise level for each example and add as much noise: ``x = x0 + sigma eps``.
 
   Args:
@@ -73,7 +73,7 @@ def denoising_loss(
   params: PyTree,
   apply: Callable[..., Any],
   key: Key,
-  x0: Float[Array, n * shape],
+  x0: Float[Array, " n *shape"],
   cond: PyTree = None,
   *,
   scaling: Scaling,
@@ -91,8 +91,8 @@ def denoising_loss(
 
   Args:
     params: the network's parameters; the loss is differentiable in them.
-    apply: ``apply(params, x, c_noise, cond) -> F``, on a batch.
-    key: a random key, for the dropped conditions, the levels, the noise, and the network's dropout.
+    apply: ``apply(params, x, c_noise, cond) -> F``, on a batch; dropout in the network takes its key in a closure here.
+    key: a random key, for the dropped conditions, the levels and the noise.
     x0: (n, *shape) clean examples.
     cond: each leaf (n, ...), or None.
     scaling: what the network predicts.
@@ -142,8 +142,8 @@ def classifier_loss(
   params: PyTree,
   apply: Callable[..., Any],
   key: Key,
-  x0: Float[Array, n * shape],
-  labels: Float[Array, " n"] | Any,
+  x0: Float[Array, " n *shape"],
+  labels: Int[Array, " n"],
   *,
   scaling: Scaling,
   noise_levels: NoiseLevels,

@@ -7,6 +7,9 @@ model to teach and try things with: no training, two dimensions, and the right a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +39,7 @@ class GaussianMixture:
     The ``r_k`` are the posterior probabilities of the components.
     """
     shrink = self.variances / (self.variances + sigma**2)
-    expected = self.means + shrink * (x - self.means)
+    expected = self.means + shrink * (x[None] - self.means)
     return jnp.tensordot(jax.nn.softmax(self._log_joint(x, sigma, cond)), expected, 1).astype(x.dtype)
 
   def log_density(self, x: Example, sigma: Scalar, cond: PyTree = None) -> Scalar:
@@ -74,7 +77,7 @@ class GaussianMixture:
 
   def _log_joint(self, x: Example, sigma: Scalar, cond: PyTree) -> Array:
     variances = self.variances + sigma**2
-    terms = (x - self.means) ** 2 / variances + jnp.log(2 * jnp.pi * variances)
+    terms = (x[None] - self.means) ** 2 / variances + jnp.log(2 * jnp.pi * variances)
     return self._log_weights(cond) - 0.5 * terms.reshape(terms.shape[0], -1).sum(1)
 
 
@@ -124,6 +127,8 @@ def gaussian_mixture(
   means = jnp.asarray(means, float)
   if means.ndim < 1 or means.shape[0] == 0:
     raise ValueError(f"means must have a first axis of at least one component, got shape {means.shape}")
+  if checks.is_concrete(means) and not np.isfinite(means).all():
+    raise ValueError("means must be finite")
   components = means.shape[0]
   classes = np.asarray(classes)
   weights = np.ones(components) if weights is None else np.asarray(weights, np.float64)

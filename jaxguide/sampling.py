@@ -110,16 +110,17 @@ def sample_batch(
   batch_size: int | None = None,
   devices: Sequence[jax.Device] | None = None,
   progress: Callable[[int], object] | None = None,
-) -> Float[np.ndarray, num * shape]:
+) -> Float[np.ndarray, " num *shape"]:
   """Draw many examples: compiled, in micro-batches, spread over the devices.
 
   Nothing compiles anew for other scales, weights, labels, keys or levels, nor for a short last micro-batch.
 
   Args:
     denoise: a pytree, as the denoisers and guidances here are. For a function of your own,
-      ``jax.tree_util.Partial(function, params)`` with ``function(params, x, sigma, cond) -> x0`` of one example.
+      ``jax.tree_util.Partial(function, params)`` with ``function(params, x, sigma, cond) -> x0`` of one example. Arrays
+      that such a function closes over, and does not take as ``params``, become constants of the program.
     key: sample ``i`` is made from ``fold_in(key, i)``.
-    cond: each leaf (num, ...); or, with ``num``, the condition of every sample; or None.
+    cond: each leaf (num, ...); or, with ``num``, one number, as a label, for every sample; or None.
     shape: shape of one example.
     sigmas: (steps + 1,) noise levels that decrease and end in 0.
     solver: see `jaxguide.solvers`.
@@ -150,6 +151,7 @@ def sample_batch(
   _check_pytree("denoise", denoise)
   _check_pytree("solver", solver)
   num, cond = _broadcast(cond, num)
+  start = checks.at_least("start", start, 0)
   devices = jax.local_devices() if devices is None else list(devices)
   if not devices:
     raise ValueError("devices must name at least one device, or be left out to use all")

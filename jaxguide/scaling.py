@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
 from jaxguide import checks
@@ -101,7 +102,10 @@ def edm(sigma_data: ArrayLike = 0.5) -> Scaling:
   >>> [round(float(c), 3) for c in edm(0.5)(0.5)]
   [0.5, 0.354, 1.414, -0.173]
   """
-  return Partial(_edm, checks.finite("sigma_data", sigma_data))
+  sigma_data = checks.finite("sigma_data", sigma_data)
+  if checks.is_concrete(sigma_data) and not np.all(np.asarray(sigma_data) > 0):
+    raise ValueError(f"sigma_data must be above 0, got {sigma_data}")
+  return Partial(_edm, sigma_data)
 
 
 def _edm(sigma_data, sigma):

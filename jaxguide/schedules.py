@@ -252,18 +252,21 @@ class LogSNRCosine(_Continuous):
   def sigma(self, t: ArrayLike) -> Array:
     """Give the noise level at ``t`` in [0, 1]."""
     low, high = self._ends()
-    return jnp.tan(low + jnp.asarray(t) * (high - low))
+    span = jnp.pi / 2 - low - high
+    t = jnp.asarray(t)
+    # tan of the angle as sin / cos, and cos by the angle left to pi / 2: each is exact at its own end.
+    return jnp.sin(low + t * span) / jnp.sin(high + (1 - t) * span)
 
   def time(self, sigma: ArrayLike) -> Array:
     """Give the time in [0, 1] of a noise level."""
     low, high = self._ends()
-    return jnp.clip((jnp.arctan(sigma) - low) / (high - low), 0, 1)
+    return jnp.clip((jnp.arctan(sigma) - low) / (jnp.pi / 2 - low - high), 0, 1)
 
   def _ends(self) -> tuple[Array, Array]:
-    return (
-      jnp.arctan(log_snr_to_sigma(self.log_snr_max)),
-      jnp.arctan(log_snr_to_sigma(self.log_snr_min)),
-    )
+    """Give the angle at the least noise, and what the angle at the most leaves to pi / 2."""
+    least = jnp.arctan(log_snr_to_sigma(self.log_snr_max))
+    most = jnp.arctan(1 / log_snr_to_sigma(self.log_snr_min))
+    return least, most
 
 
 @struct.dataclass(eq=False)
@@ -381,7 +384,7 @@ def schedule(name: str, **options: ArrayLike) -> NoiseSchedule:
   """Make a continuous noise schedule by name.
 
   Raises:
-    ValueError: for an unknown name (with the nearest) or an option that is not finite.
+    ValueError: for an unknown name or option (with the nearest), or one that is not finite.
 
   >>> schedule("log-snr", log_snr_min=-10.0).log_snr_min
   -10.0
@@ -391,7 +394,7 @@ def schedule(name: str, **options: ArrayLike) -> NoiseSchedule:
   ValueError: unknown schedule 'cosin': did you mean 'cosine'? There are cosine, edm, linear, log-snr, ...
   """
   cls = checks.lookup("schedule", name, SCHEDULES)
-  return cls(**{key: checks.finite(key, value) for key, value in options.items()})
+  return cls(**checks.options(name, cls, {key: checks.finite(key, value) for key, value in options.items()}))
 
 
 # --- grids ----------------------------------------------------------------------------------------
@@ -464,6 +467,8 @@ def from_schedule(schedule: NoiseSchedule, steps: int) -> Float[Array, " levels"
   [152.2, 3.4, 0.0]
   """
   steps = checks.at_least("steps", steps, 1)
+  if isinstance(schedule, Table):
+    raise TypeError("a table's time is a step and not in [0, 1]: use respaced(table, steps)")
   return _end_in_zero(schedule.sigma(jnp.linspace(1, 1 / steps, steps)))
 
 
@@ -495,9 +500,11 @@ def respaced(table: Table, steps: int | Sequence[int] | np.ndarray) -> Float[Arr
     chosen = chosen if count > 1 else np.array([total - 1])
   else:
     chosen = np.asarray(steps)
+    if chosen.size == 0:
+      raise ValueError("there must be at least one step to visit")
     if not np.issubdtype(chosen.dtype, np.integer):
       raise ValueError(f"the steps to visit must be whole numbers, got {chosen.dtype}")
-    if chosen.size == 0 or chosen.min() < 0 or chosen.max() >= total:
+    if chosen.min() < 0 or chosen.max() >= total:
       raise ValueError(f"the steps to visit must lie in 0 to {total - 1}")
     if np.unique(chosen).size != chosen.size:
       raise ValueError("the steps to visit must differ from each other")

@@ -8,7 +8,6 @@ as often as it needs to. The last step, to ``sigma_next = 0``, lands on ``x0`` i
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
@@ -68,7 +67,11 @@ class DDIM:
     x, _ = state
     x0 = denoise(x, sigma)
     up = jnp.asarray(self.eta, x.dtype) * _posterior_std(sigma, sigma_next)
-    kept = jnp.sqrt(jnp.maximum(sigma_next**2 - up**2, 0))
+    # sqrt(sigma'^2 - up^2), without its cancellation, and with a finite gradient at sigma' = 0
+    eta = jnp.asarray(self.eta, x.dtype)
+    ratio = sigma_next / sigma
+    square = (1 - eta) * (1 + eta) + (eta * ratio) ** 2
+    kept = sigma_next * jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
     return State(_move(x, x0, sigma, kept) + up * jax.random.normal(key, x.shape, x.dtype), x0)
 
 
@@ -207,7 +210,4 @@ def solver(name: str, **options: ArrayLike) -> Solver:
   ValueError: unknown solver 'huen': did you mean 'heun'? There are ddim, ddpm, dpmpp-2m, euler, heun
   """
   cls = checks.lookup("solver", name, SOLVERS)
-  for option in options:
-    if option not in {field.name for field in dataclasses.fields(cls)}:
-      raise ValueError(f"solver {name!r} has no option {option!r}")
-  return cls(**options)
+  return cls(**checks.options(name, cls, options))

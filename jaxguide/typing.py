@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 ArrayLike = jax.typing.ArrayLike
 Key = jax.Array
@@ -85,6 +85,7 @@ __all__ = [
   "Example",
   "Float",
   "Guidance",
+  "Int",
   "Key",
   "Leaf",
   "LogProb",

@@ -93,7 +93,7 @@ def test_sample_draws_a_picture(run, tmp_path):
     (["--batch-size", 0], "batch_size must be a whole number of at least 1"),
     (["--seed", -1], "seed must be a whole number of at least 0"),
     (["--solver", "dim"], "unknown solver 'dim': did you mean 'ddim'?"),
-    (["--solver", "heun", "--eta", 1], "solver 'heun' has no option 'eta'"),
+    (["--solver", "heun", "--eta", 1], "'heun' has no option 'eta'"),
     (["--eta", 2], "eta must be between 0 and 1, got 2.0"),
     (["--guidance", "cgf"], "unknown guidance 'cgf': did you mean 'cfg'?"),
     (["--grid", "kras"], "unknown grid 'kras': did you mean 'karras'?"),

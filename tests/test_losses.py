@@ -275,3 +275,11 @@ def test_a_network_in_bfloat16_has_a_loss_in_float32():
   half = lambda params, x, c_noise, cond: (params * x).astype(jnp.bfloat16)  # noqa: E731
   loss = jg.denoising_loss(jnp.asarray(0.1), half, jax.random.key(0), jnp.ones((4, 2)), **OPTIONS)
   assert loss.dtype == jnp.float32
+
+
+def test_shapes_and_types_are_checked_under_test():
+  # An annotation that is not a string of jaxtyping's is no check at all, and nothing else would say so.
+  from jaxtyping import TypeCheckError
+
+  with pytest.raises(TypeCheckError):
+    losses.add_noise(jax.random.key(0), jnp.zeros((2, 3), jnp.complex64), schedules.Cosine())

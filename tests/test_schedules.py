@@ -293,7 +293,8 @@ def test_an_unknown_schedule_names_the_nearest():
     (11, "at most"),
     (0, "at least 1"),
     (True, "whole"),
-    (np.array([], int), "0 to 9"),
+    (np.array([], int), "at least one step"),
+    ([], "at least one step"),
     (np.array([0.5]), "whole"),
   ],
 )
