@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxguide import data, evaluation, guidance, sampling, schedules, solvers, training
+from jaxguide import checks, data, evaluation, guidance, sampling, schedules, solvers, training
 from jaxguide.files import PathLike, check_writable, write_atomically
 from jaxguide.training import digits
 from jaxguide.typing import Denoiser, Guidance
@@ -80,13 +80,14 @@ def run(out: PathLike = "runs/demo", *, retrain: bool = False, seed: int = 0, pr
 
   Raises:
     OSError: if ``out`` cannot be written, before any work.
-    ValueError: if ``out`` holds models that were configured otherwise, or torn ones.
+    ValueError: if ``out`` holds models that were configured otherwise, or torn ones, or the seed is below 0.
     FloatingPointError: if a loss or a sample is not finite.
   """
   from tqdm.auto import tqdm
 
   out = Path(out)
   check_writable(out / "report.html")
+  seed = checks.at_least("seed", seed, 0)
   began = time.perf_counter()
   denoiser, classifier = train(out, retrain=retrain, progress=progress)
   trained = time.perf_counter() - began

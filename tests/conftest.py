@@ -49,13 +49,21 @@ def solver(request):
   return SOLVERS[request.param]()
 
 
-# What compiles a program takes a second for each: every guidance with one solver and every solver with one guidance.
-PAIRS = [(name, "dpmpp_2m") for name in GUIDANCES] + [("interval", name) for name in SOLVERS if name != "dpmpp_2m"]
+# What compiles a program takes seconds for each: quickly, every guidance with one solver and every solver with one
+# guidance; slowly, all.
+QUICK = [(name, "dpmpp_2m") for name in GUIDANCES] + [("interval", name) for name in SOLVERS if name != "dpmpp_2m"]
+PAIRS = [
+  pytest.param(
+    (guidance, solver), id=f"{guidance}-{solver}", marks=() if (guidance, solver) in QUICK else pytest.mark.slow
+  )
+  for guidance in GUIDANCES
+  for solver in SOLVERS
+]
 
 
-@pytest.fixture(params=PAIRS, ids="-".join)
+@pytest.fixture(params=PAIRS)
 def pair(request):
-  """A guidance, as ``(mixture, scale) -> Guidance``, and a solver: each at least once."""
+  """A guidance, as ``(mixture, scale) -> Guidance``, and a solver."""
   guidance, solver = request.param
   return GUIDANCES[guidance], SOLVERS[solver]()
 

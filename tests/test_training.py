@@ -93,7 +93,9 @@ def test_trained_once_is_trained(images, trained, tmp_path, monkeypatch):
     assert again.config == UNET
     with pytest.raises(ValueError, match="configured otherwise: retrain it, or choose another folder"):
       training.fit(UNET, dataclasses.replace(config, seed=1), images, folder, progress=False)
+  (folder / "notes.txt").touch()
   other = training.fit(UNET, dataclasses.replace(config, seed=1), images, folder, retrain=True, progress=False)
+  assert (folder / "notes.txt").exists()
   assert not leaves_equal(first.params, other.params)
 
 

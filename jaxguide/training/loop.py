@@ -143,7 +143,7 @@ def fit(
   record = json.dumps({"data": images.name, **dataclasses.asdict(model), **dataclasses.asdict(training)}, indent=2)
   check_writable(folder / "training.json")
   if retrain:
-    shutil.rmtree(folder, ignore_errors=True)
+    models.remove(folder)
   elif (folder / "training.json").exists() and (folder / "training.json").read_text() != record:
     raise ValueError(f"{folder} holds a model that was configured otherwise: retrain it, or choose another folder")
   if (folder / "config.json").exists():

@@ -113,8 +113,9 @@ def load(folder: PathLike) -> Model:
 
 
 def remove(folder: PathLike) -> None:
-  """Remove a model and its training state, if they are there."""
+  """Remove a model and its training's checkpoints, and nothing else that may lie in the folder."""
   folder = Path(folder)
-  for part in ("params", "training"):
+  for part in ("params", "checkpoints"):
     shutil.rmtree(folder / part, ignore_errors=True)
-  (folder / "config.json").unlink(missing_ok=True)
+  for part in ("config.json", "training.json"):
+    (folder / part).unlink(missing_ok=True)
