@@ -1,4 +1,4 @@
-"""Noise schedules, and the grids of noise levels that samplers walk.
+"""Noise schedules: time to noise level, and back.
 
 Everything is in ``sigma``, the standard deviation of the noise on a clean example, ``x = x0 + sigma * eps``. Other
 conventions are functions of it. With the variance-preserving ``x_vp = alpha * x``:
@@ -8,19 +8,15 @@ conventions are functions of it. With the variance-preserving ``x_vp = alpha * x
 A *noise schedule* maps time to noise: ``sigma(t)``, its inverse ``time(sigma)``, and ``quantile(u)``, the level below
 which a fraction ``u`` of the training draws fall when ``t`` is drawn uniformly, as DDPM's training does. Whatever has a
 ``quantile`` can say how training draws its noise levels; `LogNormal` does nothing else.
-
-A *grid* is a decreasing array of ``steps + 1`` levels that ends in 0.
 """
 
-import itertools
-from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from jaxguide import checks
 from jaxguide.typing import ArrayLike, Leaf
@@ -395,122 +391,3 @@ def schedule(name: str, **options: ArrayLike) -> NoiseSchedule:
   """
   cls = checks.lookup("schedule", name, SCHEDULES)
   return cls(**checks.options(name, cls, {key: checks.finite(key, value) for key, value in options.items()}))
-
-
-# --- grids ----------------------------------------------------------------------------------------
-
-
-def _bounds(steps: int, sigma_min: ArrayLike, sigma_max: ArrayLike) -> int:
-  ends = checks.finite("sigma_min", sigma_min), checks.finite("sigma_max", sigma_max)
-  if checks.is_concrete(ends) and not 0 < np.asarray(sigma_min) < np.asarray(sigma_max):
-    raise ValueError(f"sigma_min must be above 0 and below sigma_max, got {sigma_min} and {sigma_max}")
-  return checks.at_least("steps", steps, 1)
-
-
-def _end_in_zero(sigmas: Array) -> Array:
-  return jnp.append(sigmas, 0)
-
-
-def karras(
-  steps: int,
-  sigma_min: Leaf = 0.002,
-  sigma_max: Leaf = 80.0,
-  rho: Leaf = 7.0,
-) -> Float[Array, " levels"]:
-  """The grid of Karras et al. (2022, arXiv:2206.00364, eq. 5): uniform in ``sigma**(1/rho)``, then 0.
-
-  Args:
-    steps: number of steps, at least 1.
-    sigma_min: the last level above 0.
-    sigma_max: the first level. Data in [-1, 1] are drowned at 80.
-    rho: 1 is uniform in sigma; more puts more of the steps at small noise.
-
-  Returns:
-    (steps + 1,) decreasing levels.
-
-  Raises:
-    ValueError: for steps below 1, or not 0 < sigma_min < sigma_max, or rho below 1.
-
-  >>> [round(float(s), 3) for s in karras(3)]
-  [80.0, 2.515, 0.002, 0.0]
-  """
-  steps = _bounds(steps, sigma_min, sigma_max)
-  grid = EDM(sigma_min, sigma_max, checks.in_range("rho", rho, 1))
-  return _end_in_zero(grid.sigma(jnp.linspace(1, 0, steps)))
-
-
-def log_snr_uniform(steps: int, sigma_min: ArrayLike = 0.002, sigma_max: ArrayLike = 80.0) -> Float[Array, " levels"]:
-  """A grid uniform in ``log_snr = -2 log sigma`` (geometric in sigma), then 0.
-
-  Lu et al. (2022, arXiv:2206.00927) walk it; its steps in ``log sigma`` are equal, which multistep solvers like.
-
-  Args:
-    steps: number of steps, at least 1.
-    sigma_min: the last level above 0.
-    sigma_max: the first level.
-
-  Returns:
-    (steps + 1,) decreasing levels.
-
-  >>> [round(float(s), 3) for s in log_snr_uniform(3, 0.01, 100.0)]
-  [100.0, 1.0, 0.01, 0.0]
-  """
-  steps = _bounds(steps, sigma_min, sigma_max)
-  low, high = jnp.log(sigma_min), jnp.log(sigma_max)
-  return _end_in_zero(jnp.exp(high + jnp.linspace(0, 1, steps) * (low - high)))
-
-
-def from_schedule(schedule: NoiseSchedule, steps: int) -> Float[Array, " levels"]:
-  """A grid uniform in the time of a continuous schedule: ``sigma(1), sigma(1 - 1/steps), ..., sigma(1/steps), 0``.
-
-  >>> [round(float(s), 1) for s in from_schedule(Linear(), 2)]
-  [152.2, 3.4, 0.0]
-  """
-  steps = checks.at_least("steps", steps, 1)
-  if isinstance(schedule, Table):
-    raise TypeError("a table's time is a step and not in [0, 1]: use respaced(table, steps)")
-  return _end_in_zero(schedule.sigma(jnp.linspace(1, 1 / steps, steps)))
-
-
-def respaced(table: Table, steps: int | Sequence[int] | np.ndarray) -> Float[Array, " levels"]:
-  """A grid that visits chosen steps of a discrete process, from the noisiest down, then 0.
-
-  Args:
-    table: the process that the network was trained on.
-    steps: how many, spread evenly from 0 to T-1 and rounded (half to even, as Nichol & Dhariwal's code does), or the
-      steps themselves, (n,) whole numbers in [0, T-1] in any order.
-
-  Returns:
-    (n + 1,) decreasing levels.
-
-  Raises:
-    ValueError: for more steps than the table has, a step outside it, or one named twice.
-
-  >>> respaced(Table.from_betas(linear_betas(1000)), [0, 999]).shape
-  (3,)
-  """
-  total = table.num_steps
-  if isinstance(steps, int | np.integer):
-    count = checks.at_least("steps", steps, 1)
-    if count > total:
-      raise ValueError(f"steps must be at most the {total} of the table, got {count}")
-    stride = (total - 1) / max(count - 1, 1)
-    # Summed up and not multiplied: the rounding of the published grids depends on it.
-    chosen = np.round(list(itertools.accumulate([0.0] + [stride] * (count - 1)))).astype(int)
-    chosen = chosen if count > 1 else np.array([total - 1])
-  else:
-    chosen = np.asarray(steps)
-    if chosen.size == 0:
-      raise ValueError("there must be at least one step to visit")
-    if not np.issubdtype(chosen.dtype, np.integer):
-      raise ValueError(f"the steps to visit must be whole numbers, got {chosen.dtype}")
-    if chosen.min() < 0 or chosen.max() >= total:
-      raise ValueError(f"the steps to visit must lie in 0 to {total - 1}")
-    if np.unique(chosen).size != chosen.size:
-      raise ValueError("the steps to visit must differ from each other")
-  order = np.sort(chosen.astype(int))[::-1]
-  return _end_in_zero(jnp.asarray(table.sigmas)[order.copy()])
-
-
-GRIDS = {"karras": karras, "log-snr": log_snr_uniform}
-"""Grids by the names that the command line takes; each is a function of ``(steps, sigma_min, sigma_max)``."""

@@ -1,0 +1,54 @@
+"""Noise schedules, which map time to noise, and grids, the noise levels that samplers walk.
+
+Everything is in ``sigma``, the standard deviation of the noise on a clean example.
+"""
+
+from jaxguide.schedules.grids import GRIDS, from_schedule, karras, log_snr_uniform, respaced
+from jaxguide.schedules.noise import (
+  EDM,
+  SCHEDULES,
+  Cosine,
+  Linear,
+  LogNormal,
+  LogSNR,
+  LogSNRCosine,
+  NoiseLevels,
+  NoiseSchedule,
+  Sigmoid,
+  Table,
+  alpha_bar_to_sigma,
+  betas_of,
+  cosine_betas,
+  linear_betas,
+  log_snr_to_sigma,
+  schedule,
+  sigma_to_alpha_bar,
+  sigma_to_log_snr,
+)
+
+__all__ = [
+  "EDM",
+  "GRIDS",
+  "SCHEDULES",
+  "Cosine",
+  "Linear",
+  "LogNormal",
+  "LogSNR",
+  "LogSNRCosine",
+  "NoiseLevels",
+  "NoiseSchedule",
+  "Sigmoid",
+  "Table",
+  "alpha_bar_to_sigma",
+  "betas_of",
+  "cosine_betas",
+  "from_schedule",
+  "karras",
+  "linear_betas",
+  "log_snr_to_sigma",
+  "log_snr_uniform",
+  "respaced",
+  "schedule",
+  "sigma_to_alpha_bar",
+  "sigma_to_log_snr",
+]
