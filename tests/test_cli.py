@@ -34,7 +34,7 @@ def run(folders, monkeypatch, capsys):
   """Run the command; give its exit status, what it printed, and its errors."""
 
   def run(*args):
-    models = ["--model", folders / "denoiser", "--classifier", folders / "classifier", "--no-progress"]
+    models = ["--model", folders / "denoiser", "--no-progress"]
     monkeypatch.setattr(
       sys, "argv", ["jaxguide", *map(str, args), *(map(str, models) if args[:1] == ("sample",) else [])]
     )
@@ -95,6 +95,8 @@ def test_sample_draws_a_picture(run, tmp_path):
     (["--solver", "dim"], "unknown solver 'dim': did you mean 'ddim'?"),
     (["--solver", "heun", "--eta", 1], "'heun' has no option 'eta'"),
     (["--eta", 2], "eta must be between 0 and 1, got 2.0"),
+    (["--guidance", "none", "--scale", 2], "guidance 'none' takes no scale"),
+    (["--classifier", "somewhere"], "guidance 'cfg' takes no classifier"),
     (["--guidance", "cgf"], "unknown guidance 'cgf': did you mean 'cfg'?"),
     (["--grid", "kras"], "unknown grid 'kras': did you mean 'karras'?"),
     (["--sigma-min", 0], "sigma_min must be above 0"),

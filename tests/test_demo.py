@@ -112,7 +112,7 @@ def test_run_again_it_reuses_what_it_trained_and_gives_the_same(ran, rows, out):
 
 
 def test_sample_finds_the_trained_model(ran, out, tmp_path):
-  common = ("--model", out / "denoiser", "--classifier", out / "classifier", "--label", 3, "--num", 16)
+  common = ("--model", out / "denoiser", "--label", 3, "--num", 16)
   train = data.load("digits", "train")
   judge = evaluation.Judge.fit(train.images, train.labels)
   for guidance, scale in (("cfg", 2), ("classifier", 5)):

@@ -60,12 +60,12 @@ def sample(
   num: Annotated[int, typer.Option(help="Number of samples.")] = 16,
   guidance: Annotated[str, typer.Option(help="cfg, classifier or none.")] = "cfg",
   scale: Annotated[
-    float,
+    float | None,
     typer.Option(
       help="Power in p(x) p(y|x)^scale: 0 unconditional, 1 conditional, more is sharper and less diverse. "
-      "For cfg the paper's w is scale - 1; classifier guides the unconditional denoiser."
+      "For cfg the paper's w is scale - 1; classifier guides the unconditional denoiser. [default: 2]"
     ),
-  ] = 2.0,
+  ] = None,
   solver: Annotated[str, typer.Option(help="euler, ddim, ddpm, heun or dpmpp-2m.")] = "ddim",
   steps: Annotated[int, typer.Option(help="Steps of the solver.")] = 50,
   eta: Annotated[float | None, typer.Option(help="Randomness of ddim: 0 none, 1 as ddpm.")] = None,
@@ -75,7 +75,9 @@ def sample(
   seed: Annotated[int, typer.Option(help="Seed: sample i depends on seed, i and its label alone.")] = 0,
   batch_size: Annotated[int, typer.Option(help="Samples at a time.")] = 256,
   model: Annotated[Path, typer.Option(help="Folder of the denoiser.")] = DEMO / "denoiser",
-  classifier: Annotated[Path, typer.Option(help="Folder of the classifier.")] = DEMO / "classifier",
+  classifier: Annotated[
+    Path | None, typer.Option(help="Folder of the classifier; the one beside the model if left out.")
+  ] = None,
   progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
   """Sample from a trained model, guided, into an .npz or .png file."""
