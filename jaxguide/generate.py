@@ -1,6 +1,7 @@
 """Samples from a trained model into a file: what ``jaxguide sample`` does."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,17 @@ from jaxguide.files import PathLike, check_writable
 from jaxguide.training import Model
 from jaxguide.typing import Guidance
 
-FORMATS: dict[str, Callable[..., None]] = {".npz": data.save_npz, ".png": data.save_png}
+
+def _save_png(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
+  """Draw every sample: a row for each label, or a square where there is only one."""
+  counts = np.bincount(labels)
+  if np.count_nonzero(counts) == 1:
+    data.save_png(path, images, columns=math.ceil(math.sqrt(len(images))), title=f"label {labels[0]}")
+  else:
+    data.save_png(path, images, labels, columns=int(counts.max()))
+
+
+FORMATS: dict[str, Callable[..., None]] = {".npz": data.save_npz, ".png": _save_png}
 
 
 def _cfg(model: Model, scale: float | int = 2.0) -> Guidance:

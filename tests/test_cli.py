@@ -70,14 +70,18 @@ def test_sample_takes_all_classes_in_turn(run, tmp_path, guidance):
   assert data.load_npz(tmp_path / "s.npz")[1].tolist() == [*range(10), 0, 1]
 
 
-def test_sample_draws_a_picture(run, tmp_path):
+@pytest.mark.parametrize(("labels", "num", "rows", "columns"), [([3], 16, 4, 4), ([3, 7], 24, 2, 12)])
+def test_sample_draws_every_sample(run, tmp_path, labels, num, rows, columns):
   from PIL import Image
 
-  status, _, _ = run(
-    "sample", "--out", tmp_path / "s.png", "--label", 3, "--label", 7, "--num", 4, "--steps", 2, "--eta", 1
-  )
+  asked = [part for label in labels for part in ("--label", label)]
+  status, _, _ = run("sample", "--out", tmp_path / "s.png", *asked, "--num", num, "--steps", 2, "--eta", 1)
   assert status == 0
-  assert Image.open(tmp_path / "s.png").format == "PNG"
+  picture = Image.open(tmp_path / "s.png")
+  assert picture.format == "PNG"
+  # Each is 48 pixels wide; margins and the text take less than one more.
+  assert picture.size[0] // 48 >= columns
+  assert picture.size[1] // 48 >= rows
 
 
 @pytest.mark.parametrize(
