@@ -16,14 +16,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 from flax.errors import FlaxError
 
-from jaxguide import checks
+from jaxguide import checks, struct
 from jaxguide.typing import Array, ArrayLike, Example, Leaf, PyTree, Scalar
 
 
-@struct.dataclass(eq=False)
+@struct.dataclass
 class NetworkDenoiser:
   """A network with its parameters, as a `Denoiser`.
 
@@ -69,7 +68,7 @@ class NetworkDenoiser:
       checks.labels("label", cond, num_classes, getattr(module, "null_class", False))
 
 
-@struct.dataclass(eq=False)
+@struct.dataclass
 class ClassifierLogProb:
   """A classifier trained on noisy examples, as a `LogProb`: ``log softmax(logits)[label]``.
 

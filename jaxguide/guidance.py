@@ -17,14 +17,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.tree_util import Partial
 
-from jaxguide import checks
+from jaxguide import checks, struct
 from jaxguide.typing import ArrayLike, Denoiser, Guidance, Leaf, LogProb, PyTree
 
 
-@struct.dataclass(eq=False)
+@struct.dataclass
 class Rule:
   """A guidance method with its parameters: ``formula(denoise, *parameters, x, sigma, cond) -> x0``.
 

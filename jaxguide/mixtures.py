@@ -13,13 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
-from jaxguide import checks
+from jaxguide import checks, struct
 from jaxguide.typing import Array, ArrayLike, Denoiser, Example, Key, Leaf, LogProb, PyTree, Scalar
 
 
-@struct.dataclass(eq=False)
+@struct.dataclass
 class GaussianMixture:
   """A mixture of Gaussians with diagonal covariances, each component of a class. Make one with `gaussian_mixture`.
 
@@ -81,7 +80,7 @@ class GaussianMixture:
     return self._log_weights(cond) - 0.5 * terms.reshape(terms.shape[0], -1).sum(1)
 
 
-@struct.dataclass(eq=False)
+@struct.dataclass
 class _Denoiser:
   mixture: GaussianMixture
 
@@ -92,7 +91,7 @@ class _Denoiser:
     checks.labels("label", cond, self.mixture.num_classes, null=True)
 
 
-@struct.dataclass(eq=False)
+@struct.dataclass
 class _LogProb:
   mixture: GaussianMixture
 

@@ -14,9 +14,8 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
-from jaxguide import checks
+from jaxguide import checks, struct
 from jaxguide.typing import ArrayLike, Example, Key, Leaf, Scalar, Solver
 
 Denoise = Callable[[Example, Scalar], Example]
@@ -34,7 +33,7 @@ def _move(x: Example, x0: Example, sigma: Scalar, sigma_next: Scalar) -> Example
   return x0 + (sigma_next / sigma) * (x - x0)
 
 
-@struct.dataclass(eq=False)
+@struct.dataclass
 class DDIM:
   r"""DDIM (Song et al. 2021, arXiv:2010.02502, eq. 12 and 16); with ``eta = 0`` it is Euler's method.
 
@@ -75,7 +74,7 @@ class DDIM:
     return State(_move(x, x0, sigma, kept) + up * jax.random.normal(key, x.shape, x.dtype), x0)
 
 
-@struct.dataclass(eq=False)
+@struct.dataclass
 class Euler:
   """Euler's method on the probability flow: `DDIM` with ``eta = 0``, and no noise drawn."""
 
@@ -93,7 +92,7 @@ class Euler:
     return State(_move(state.x, x0, sigma, sigma_next), x0)
 
 
-@struct.dataclass(eq=False)
+@struct.dataclass
 class DDPM:
   r"""Ancestral sampling (Ho et al. 2020, arXiv:2006.11239, eq. 6 and 7) with the posterior's variance.
 
@@ -119,7 +118,7 @@ class DDPM:
     return State(mean + _posterior_std(sigma, sigma_next) * jax.random.normal(key, x.shape, x.dtype), x0)
 
 
-@struct.dataclass(eq=False)
+@struct.dataclass
 class Heun:
   """Heun's second-order method (Karras et al. 2022, arXiv:2206.00364, Algorithm 1).
 
@@ -155,7 +154,7 @@ class MultistepState(NamedTuple):
   sigma: Leaf
 
 
-@struct.dataclass(eq=False)
+@struct.dataclass
 class DPMpp2M:
   r"""DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, Algorithm 2): second order at one evaluation a step.
 

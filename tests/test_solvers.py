@@ -278,3 +278,9 @@ def test_at_scale_1_solvers_sample_the_conditional(solver):
   assert min(pvalues(solver, 1.0, steps)) > 1e-3
   # The same test, the same program, another scale: sharper than the conditional, and seen to be.
   assert min(pvalues(solver, 3.0, steps)) < 1e-9
+
+
+def test_solvers_are_told_apart_by_their_class():
+  # Equal structures of two solvers would let one run the other's compiled program.
+  structures = [jax.tree.structure(solver) for solver in (jg.Euler(), jg.DDPM(), jg.Heun(), jg.DPMpp2M())]
+  assert all((a == b) == (i == j) for i, a in enumerate(structures) for j, b in enumerate(structures))

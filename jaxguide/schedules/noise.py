@@ -15,10 +15,9 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array
 
-from jaxguide import checks
+from jaxguide import checks, struct
 from jaxguide.typing import ArrayLike, Leaf
 
 # --- conventions ----------------------------------------------------------------------------------
@@ -85,7 +84,7 @@ class _Continuous:
     return self.sigma(u)
 
 
-@struct.dataclass(eq=False)
+@struct.dataclass
 class Linear(_Continuous):
   r"""``beta(t)`` linear in ``t``, the continuous limit of DDPM's table (Song et al. 2021, arXiv:2011.13456, eq. 32).
 
@@ -111,7 +110,7 @@ class Linear(_Continuous):
     return jnp.clip(2 * log / (root + self.beta_min), 0, 1)
 
 
-@struct.dataclass(eq=False)
+@struct.dataclass
 class Cosine(_Continuous):
   r"""Nichol & Dhariwal's cosine schedule (2021, arXiv:2102.09672, eq. 17), cut off at ``sigma_max``.
 
@@ -143,7 +142,7 @@ class Cosine(_Continuous):
     return jnp.clip(now / quarter * (1 + self.s) - self.s, 0, 1)
 
 
-@struct.dataclass(eq=False)
+@struct.dataclass
 class Sigmoid(_Continuous):
   r"""Sigmoid schedule (Jabri et al. 2022, arXiv:2212.11972, Algorithm 1 of Chen 2023, arXiv:2301.10972).
 
@@ -176,7 +175,7 @@ class Sigmoid(_Continuous):
     return jax.nn.sigmoid(self.start / self.tau), jax.nn.sigmoid(self.end / self.tau)
 
 
-@struct.dataclass(eq=False)
+@struct.dataclass
 class EDM(_Continuous):
   r"""The levels of Karras et al. (2022, arXiv:2206.00364, eq. 5) as a function of continuous time.
 
@@ -204,7 +203,7 @@ class EDM(_Continuous):
     return jnp.asarray(self.sigma_min) ** power, jnp.asarray(self.sigma_max) ** power
 
 
-@struct.dataclass(eq=False)
+@struct.dataclass
 class LogSNR(_Continuous):
   r"""``log_snr`` linear in time: ``sigma(t)`` is geometric between two ends.
 
@@ -229,7 +228,7 @@ class LogSNR(_Continuous):
     return self.log_snr_min - self.log_snr_max
 
 
-@struct.dataclass(eq=False)
+@struct.dataclass
 class LogSNRCosine(_Continuous):
   r"""The cosine schedule truncated in log-SNR, from which the classifier-free guidance paper draws its noise levels.
 
@@ -265,7 +264,7 @@ class LogSNRCosine(_Continuous):
     return least, most
 
 
-@struct.dataclass(eq=False)
+@struct.dataclass
 class LogNormal:
   r"""``log sigma ~ N(mean, std²)``, how EDM draws its training noise (arXiv:2206.00364, table 1)."""
 
@@ -277,7 +276,7 @@ class LogNormal:
     return jnp.exp(self.mean + self.std * jax.scipy.special.ndtri(jnp.asarray(u)))
 
 
-@struct.dataclass(eq=False)
+@struct.dataclass
 class Table:
   """A discrete process of ``T`` steps, as DDPM trains it: ``t`` in [0, T-1], ``sigmas`` rising.
 

@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxguide import losses, schedules
+from jaxguide import losses, schedules, struct
 from jaxguide.data import Images, batches
 from jaxguide.files import PathLike, check_writable, write_atomically
 from jaxguide.training import model as models
@@ -30,7 +29,7 @@ from jaxguide.typing import Leaf
 CHUNK = 20
 
 
-@struct.dataclass(eq=False)
+@struct.dataclass
 class TrainState:
   """What a checkpoint holds."""
 

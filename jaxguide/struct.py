@@ -1,0 +1,35 @@
+"""Dataclasses that are pytrees, told apart by their class.
+
+``jax.tree_util.register_dataclass`` (and ``flax.struct`` with it) makes trees whose structures compare equal where two
+classes have as many leaves and the same static fields: ``Euler()`` and ``Heun()``, say. A compiled program could then be
+taken for another's. Here the class is part of what is compared.
+"""
+
+import dataclasses
+from typing import Any, dataclass_transform
+
+import jax
+
+
+def field(*, pytree_node: bool = True, **options: Any) -> Any:
+  """A field, which is static (hashed and compared, not traced) if ``pytree_node`` is false."""
+  return dataclasses.field(metadata={"pytree_node": pytree_node}, **options)
+
+
+@dataclass_transform(field_specifiers=(field,), frozen_default=True)
+def dataclass(cls):
+  """Make a class a frozen dataclass and a pytree; compared by identity, since its leaves are arrays."""
+  cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+  fields = dataclasses.fields(cls)
+  leaves = [f.name for f in fields if f.metadata.get("pytree_node", True)]
+  static = [f.name for f in fields if f.name not in leaves]
+
+  def flatten(tree):
+    children = [(jax.tree_util.GetAttrKey(name), getattr(tree, name)) for name in leaves]
+    return children, (cls, *(getattr(tree, name) for name in static))
+
+  def unflatten(aux, children):
+    return cls(**dict(zip(leaves, children, strict=True)), **dict(zip(static, aux[1:], strict=True)))
+
+  jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+  return cls
