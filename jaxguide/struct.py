@@ -1,8 +1,8 @@
 """Dataclasses that are pytrees, told apart by their class.
 
 ``jax.tree_util.register_dataclass`` (and ``flax.struct`` with it) makes trees whose structures compare equal where two
-classes have as many leaves and the same static fields: ``Euler()`` and ``Heun()``, say. A compiled program could then be
-taken for another's. Here the class is part of what is compared.
+classes have as many leaves and the same static fields: ``Euler()`` and ``Heun()``, say. A compiled program could then
+be taken for another's. Here the class is part of what is compared.
 """
 
 import dataclasses
