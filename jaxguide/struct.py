@@ -20,6 +20,7 @@ def field(*, pytree_node: bool = True, **options: Any) -> Any:
 def dataclass(cls):
   """Make a class a frozen dataclass and a pytree; compared by identity, since its leaves are arrays."""
   cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+  cls.replace = dataclasses.replace  # as flax.struct's have it
   fields = dataclasses.fields(cls)
   leaves = [f.name for f in fields if f.metadata.get("pytree_node", True)]
   static = [f.name for f in fields if f.name not in leaves]
