@@ -93,7 +93,7 @@ def sample_keys(key: Key, num: int, start: int = 0) -> Key:
   >>> sample_keys(jax.random.key(0), 3).shape
   (3,)
   """
-  num = checks.at_least("num", num, 0)
+  num, start = checks.at_least("num", num, 0), checks.at_least("start", start, 0)
   return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(start, start + num))
 
 

@@ -1,7 +1,7 @@
 """A network with its parameters, in memory and on disk.
 
-A model is a folder: ``config.json`` says what it is, ``params`` holds its parameters as an Orbax checkpoint. The folder
-takes its place only when it is whole.
+A model is a folder: ``config.json`` says what it is, ``params`` holds its parameters as an Orbax checkpoint. The first
+is written last and removed first, so that where writing was cut short there is no model instead of half of one.
 """
 
 import dataclasses
@@ -72,6 +72,7 @@ def save(folder: PathLike, model: Model) -> None:
   check_params(model.config.module, model.params, *_inputs(model.config))
   check_writable(folder / "config.json")
   folder.mkdir(parents=True, exist_ok=True)
+  (folder / "config.json").unlink(missing_ok=True)
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(folder / "params", model.params, force=True)
   write_atomically(folder / "config.json", json.dumps(dataclasses.asdict(model.config), indent=2).encode())
@@ -115,7 +116,7 @@ def load(folder: PathLike) -> Model:
 def remove(folder: PathLike) -> None:
   """Remove a model and its training's checkpoints, and nothing else that may lie in the folder."""
   folder = Path(folder)
-  for part in ("params", "checkpoints"):
-    shutil.rmtree(folder / part, ignore_errors=True)
   for part in ("config.json", "training.json"):
     (folder / part).unlink(missing_ok=True)
+  for part in ("params", "checkpoints"):
+    shutil.rmtree(folder / part, ignore_errors=True)
