@@ -1,0 +1,37 @@
+r"""Solvers: one step from ``sigma`` to ``sigma_next``.
+
+In ``x = x0 + sigma eps`` the probability flow is ``dx / dsigma = (x - D(x, sigma)) / sigma`` (Karras et al. 2022,
+arXiv:2206.00364, eq. 1 with s = 1), and its stochastic relatives add noise while they remove as much more. A solver is
+``init(x) -> state`` and ``step(denoise, state, sigma, sigma_next, key) -> state``; it calls ``denoise(x, sigma) -> x0``
+as often as it needs to. The last step, to ``sigma_next = 0``, lands on ``x0`` in every one of them.
+"""
+
+from jaxguide import checks
+from jaxguide.solvers.base import State
+from jaxguide.solvers.ddim import DDIM, Euler
+from jaxguide.solvers.ddpm import DDPM
+from jaxguide.solvers.heun import Heun
+from jaxguide.solvers.multistep import DPMpp2M, MultistepState
+from jaxguide.typing import ArrayLike, Solver
+
+SOLVERS: dict[str, type] = {"euler": Euler, "ddim": DDIM, "ddpm": DDPM, "heun": Heun, "dpmpp-2m": DPMpp2M}
+
+
+def solver(name: str, **options: ArrayLike) -> Solver:
+  """Make a solver by name.
+
+  Raises:
+    ValueError: for an unknown name (with the nearest), or an option that the solver does not have.
+
+  >>> solver("ddim", eta=1.0)
+  DDIM(eta=1.0)
+  >>> solver("huen")
+  Traceback (most recent call last):
+  ...
+  ValueError: unknown solver 'huen': did you mean 'heun'? There are ddim, ddpm, dpmpp-2m, euler, heun
+  """
+  cls = checks.lookup("solver", name, SOLVERS)
+  return cls(**checks.options(name, cls, options))
+
+
+__all__ = ["DDIM", "DDPM", "SOLVERS", "DPMpp2M", "Euler", "Heun", "MultistepState", "State", "solver"]

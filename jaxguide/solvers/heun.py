@@ -1,0 +1,35 @@
+"""Heun's method."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import jax
+
+from jaxguide import struct
+from jaxguide.solvers.base import Denoise, Memoryless, State, move
+from jaxguide.typing import Key, Scalar
+
+
+@struct.dataclass
+class Heun(Memoryless):
+  """Heun's second-order method (Karras et al. 2022, arXiv:2206.00364, Algorithm 1).
+
+  Two evaluations a step, and one in the last, where the slope at ``sigma = 0`` is not defined.
+  """
+
+  order: ClassVar[int] = 2
+  evaluations: ClassVar[int] = 2
+
+  def step(self, denoise: Denoise, state: State, sigma: Scalar, sigma_next: Scalar, key: Key) -> State:
+    """Take one step."""
+    del key
+    x0 = denoise(state.x, sigma)
+    guess = move(state.x, x0, sigma, sigma_next)
+
+    def correct(guess):
+      slope = (state.x - x0) / sigma
+      slope_next = (guess - denoise(guess, sigma_next)) / sigma_next
+      return state.x + (sigma_next - sigma) * (slope + slope_next) / 2
+
+    return State(jax.lax.cond(sigma_next > 0, correct, lambda guess: guess, guess), x0)
