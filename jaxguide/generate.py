@@ -117,6 +117,8 @@ def run(
   levels = checks.lookup("grid", grid, schedules.GRIDS)(steps, *sigmas)
   denoiser = training.load(model)
   classes = denoiser.config.num_classes
+  if classes is None:
+    raise ValueError(f"the model in {model} has no classes")
   each = np.resize(np.arange(classes) if labels is None else np.asarray(labels), num).astype(np.int32)
   checks.labels("label", each, classes)
   guided = guide.chain(make_guidance(denoiser, **options), guide.clip_x0())(denoiser.denoiser)

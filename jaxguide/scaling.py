@@ -45,52 +45,55 @@ Scaling = Callable[[ArrayLike], Coefficients]
 """``sigma -> Coefficients``; ``sigma`` of any shape, above 0. A pytree, as everything that a denoiser holds."""
 
 
-def eps(schedule: NoiseSchedule) -> Scaling:
+def eps(schedule: NoiseSchedule, time_scale: ArrayLike | None = None) -> Scaling:
   """The network predicts the noise (Ho et al. 2020, arXiv:2006.11239, eq. 11).
 
   Args:
-    schedule: tells the network its time: the step for a `Table`, ``1000 t`` for a continuous schedule, since
-      sinusoidal embeddings are laid out for a thousand steps.
+    schedule: tells the network its time.
+    time_scale: the network is told ``time_scale`` times the schedule's time. If left out, the step itself for a
+      `Table`, and ``1000 t`` for a continuous schedule, since sinusoidal embeddings are laid out for a thousand steps.
 
   >>> from jaxguide import schedules
   >>> float(eps(schedules.Cosine())(2.0).c_out)
   -2.0
   """
-  return Partial(_eps, schedule)
+  return Partial(_eps, schedule, _time_scale(schedule, time_scale))
 
 
-def _eps(schedule, sigma):
+def _eps(schedule, time_scale, sigma):
   sigma = jnp.asarray(sigma)
-  return Coefficients(jnp.ones_like(sigma), -sigma, _alpha(sigma), _time(schedule, sigma))
+  return Coefficients(jnp.ones_like(sigma), -sigma, _alpha(sigma), time_scale * schedule.time(sigma))
 
 
-def x0(schedule: NoiseSchedule) -> Scaling:
+def x0(schedule: NoiseSchedule, time_scale: ArrayLike | None = None) -> Scaling:
   """The network predicts the clean example.
 
   Args:
-    schedule: tells the network its time, as in `eps`.
+    schedule: tells the network its time.
+    time_scale: as in `eps`.
   """
-  return Partial(_x0, schedule)
+  return Partial(_x0, schedule, _time_scale(schedule, time_scale))
 
 
-def _x0(schedule, sigma):
+def _x0(schedule, time_scale, sigma):
   sigma = jnp.asarray(sigma)
-  return Coefficients(jnp.zeros_like(sigma), jnp.ones_like(sigma), _alpha(sigma), _time(schedule, sigma))
+  return Coefficients(jnp.zeros_like(sigma), jnp.ones_like(sigma), _alpha(sigma), time_scale * schedule.time(sigma))
 
 
-def v(schedule: NoiseSchedule) -> Scaling:
+def v(schedule: NoiseSchedule, time_scale: ArrayLike | None = None) -> Scaling:
   """The network predicts the velocity (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
 
   Args:
-    schedule: tells the network its time, as in `eps`.
+    schedule: tells the network its time.
+    time_scale: as in `eps`.
   """
-  return Partial(_v, schedule)
+  return Partial(_v, schedule, _time_scale(schedule, time_scale))
 
 
-def _v(schedule, sigma):
+def _v(schedule, time_scale, sigma):
   sigma = jnp.asarray(sigma)
   alpha = _alpha(sigma)
-  return Coefficients(alpha**2, -alpha * sigma, alpha, _time(schedule, sigma))
+  return Coefficients(alpha**2, -alpha * sigma, alpha, time_scale * schedule.time(sigma))
 
 
 def edm(sigma_data: ArrayLike = 0.5) -> Scaling:
@@ -135,21 +138,28 @@ def _alpha(sigma):
   return jnp.sqrt(sigma_to_alpha_bar(sigma))
 
 
-def _time(schedule, sigma):
-  return schedule.time(sigma) * (1 if isinstance(schedule, Table) else 1000)
+def _time_scale(schedule, given):
+  if given is None:
+    return 1.0 if isinstance(schedule, Table) else 1000.0
+  return checks.finite("time_scale", given)
 
 
 PREDICTIONS: dict[str, Callable[..., Scaling]] = {"eps": eps, "x0": x0, "v": v, "edm": edm, "flow": flow}
 
 
-def scaling(prediction: str, schedule: NoiseSchedule) -> Scaling:
+def scaling(prediction: str, schedule: NoiseSchedule, time_scale: ArrayLike | None = None) -> Scaling:
   """Make a scaling by the name of what the network predicts; ``edm`` and ``flow`` need no schedule.
+
+  Args:
+    prediction: ``eps``, ``x0``, ``v``, ``edm`` or ``flow``.
+    schedule: tells the network its time.
+    time_scale: as in `eps`.
 
   Raises:
     ValueError: for an unknown name, with the nearest.
   """
   make = checks.lookup("prediction", prediction, PREDICTIONS)
-  return make() if make in (edm, flow) else make(schedule)
+  return make() if make in (edm, flow) else make(schedule, time_scale)
 
 
 # --- weights of the loss, on |x0 - D|² -------------------------------------------------------------

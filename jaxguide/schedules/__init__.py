@@ -15,18 +15,16 @@ from jaxguide.schedules.noise import (
   NoiseLevels,
   NoiseSchedule,
   Sigmoid,
-  Table,
   alpha_bar_to_sigma,
-  betas_of,
-  cosine_betas,
-  linear_betas,
   log_snr_to_sigma,
   schedule,
   sigma_to_alpha_bar,
   sigma_to_log_snr,
 )
+from jaxguide.schedules.tables import BETAS, Table, betas_of, cosine_betas, linear_betas, table
 
 __all__ = [
+  "BETAS",
   "EDM",
   "GRIDS",
   "SCHEDULES",
@@ -51,4 +49,5 @@ __all__ = [
   "schedule",
   "sigma_to_alpha_bar",
   "sigma_to_log_snr",
+  "table",
 ]

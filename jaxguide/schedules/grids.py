@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxguide import checks
-from jaxguide.schedules.noise import EDM, NoiseSchedule, Table
+from jaxguide.schedules.noise import EDM, NoiseSchedule
+from jaxguide.schedules.tables import Table
 from jaxguide.typing import ArrayLike
 
 

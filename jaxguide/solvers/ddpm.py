@@ -11,6 +11,8 @@ from jaxguide.solvers.base import Denoise, Memoryless, State
 from jaxguide.solvers.ddim import posterior_std
 from jaxguide.typing import Key, Scalar
 
+VARIANCES = ("small", "large", "learned_range")
+
 
 @struct.dataclass
 class DDPM(Memoryless):

@@ -7,6 +7,7 @@ from typing import Any
 from flax import linen
 
 from jaxguide import checks, nn, scaling, schedules
+from jaxguide.solvers.ddpm import VARIANCES
 
 NETWORKS: dict[str, type[linen.Module]] = {"unet": nn.UNet, "classifier": nn.Classifier}
 
@@ -19,9 +20,14 @@ class ModelConfig:
     network: ``unet`` or ``classifier``.
     fields: the network's own fields, as `jaxguide.UNet` and `jaxguide.Classifier` have them.
     image_shape: (height, width, channels).
-    num_classes: number of classes.
+    num_classes: number of classes, or None for an unconditional network.
     prediction: what the network predicts, from `jaxguide.scaling`; a classifier shares the input's scaling with it.
-    schedule: what tells the network its time, from `jaxguide.schedules`.
+    schedule: what tells the network its time, from `jaxguide.schedules`: a continuous one, or the betas of a table if
+      there are ``diffusion_steps``.
+    diffusion_steps: number of steps of the discrete process that the network was trained on; None for continuous time.
+    rescale_timesteps: whether a table's steps are told to the network as if there were 1000 of them.
+    variance: the noise that `jaxguide.DDPM` adds for this network, ``small``, ``large`` or ``learned_range``.
+    scale: the scale of guidance that is recommended for a classifier, if one is.
 
   Raises:
     ValueError: for a name that is not known, naming the nearest, or a field that the network does not have.
@@ -30,9 +36,13 @@ class ModelConfig:
   network: str
   fields: Mapping[str, Any]
   image_shape: Sequence[int]
-  num_classes: int
+  num_classes: int | None
   prediction: str = "v"
   schedule: str = "cosine"
+  diffusion_steps: int | None = None
+  rescale_timesteps: bool = False
+  variance: str = "small"
+  scale: float | int | None = None
 
   def __post_init__(self):
     # What was read from JSON has lists for tuples.
@@ -44,7 +54,21 @@ class ModelConfig:
     for name in self.fields:
       checks.lookup(f"field of {cls.__name__}", name, known)
     checks.lookup("prediction", self.prediction, scaling.PREDICTIONS)
-    checks.lookup("schedule", self.schedule, schedules.SCHEDULES)
+    checks.lookup("variance", self.variance, dict.fromkeys(VARIANCES))
+    if self.diffusion_steps is None:
+      checks.lookup("schedule", self.schedule, schedules.SCHEDULES)
+      if self.rescale_timesteps:
+        raise ValueError("rescale_timesteps is for a network of discrete steps: give diffusion_steps")
+    else:
+      checks.lookup("schedule of discrete steps", self.schedule, schedules.BETAS)
+      checks.at_least("diffusion_steps", self.diffusion_steps, 1)
+
+  @property
+  def noise_schedule(self) -> schedules.NoiseSchedule:
+    """What tells the network its time; a `jaxguide.schedules.Table` if it was trained on discrete steps."""
+    if self.diffusion_steps is None:
+      return schedules.schedule(self.schedule)
+    return schedules.table(self.schedule, self.diffusion_steps)
 
   @property
   def module(self) -> linen.Module:
@@ -55,7 +79,8 @@ class ModelConfig:
   @property
   def scaling(self) -> scaling.Scaling:
     """How the network's input and output are scaled."""
-    return scaling.scaling(self.prediction, schedules.schedule(self.schedule))
+    time_scale = 1000 / self.diffusion_steps if self.diffusion_steps and self.rescale_timesteps else None
+    return scaling.scaling(self.prediction, self.noise_schedule, time_scale)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,8 +39,8 @@ class Model:
     return ClassifierLogProb(self.params, self.config.module.apply, self.config.scaling)
 
   @property
-  def null_cond(self) -> int:
-    """The label that stands for none."""
+  def null_cond(self) -> int | None:
+    """The label that stands for none; None for a network without classes."""
     return self.config.num_classes
 
   def _expect(self, network: str) -> None:
@@ -56,7 +56,9 @@ def init_params(config: ModelConfig, key: jax.Array) -> PyTree:
 def _inputs(config: ModelConfig) -> tuple[Any, ...]:
   """The least that the network can be called on."""
   x, t = jnp.zeros((1, *config.image_shape)), jnp.zeros(1)
-  return (x, t, jnp.zeros(1, int)) if config.network == "unet" else (x, t)
+  if config.network == "classifier":
+    return x, t
+  return x, t, None if config.num_classes is None else jnp.zeros(1, int)
 
 
 def save(folder: PathLike, model: Model) -> None:
