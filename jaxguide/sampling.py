@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxguide import checks
 from jaxguide.denoisers import check_cond
+from jaxguide.solvers.base import Conditioned
 from jaxguide.typing import ArrayLike, Denoiser, Example, Float, Key, PyTree, Solver
 
 
@@ -62,7 +63,7 @@ def sample(
   ((2,), (8, 2), True)
   """
   checks.sigmas(sigmas)
-  check_cond(denoise, cond)
+  check_cond((denoise, solver), cond)
   sigmas = jnp.asarray(sigmas)
   if not jnp.issubdtype(sigmas.dtype, jnp.floating):
     sigmas = sigmas.astype(float)
@@ -74,12 +75,11 @@ def sample(
   else:
     raise ValueError(f"x_init must have the shape {tuple(shape)} of the example, got {x_init.shape}")
 
-  def denoise_cond(x, sigma):
-    return denoise(x, sigma, cond)
+  conditioned = Conditioned(denoise, cond)
 
   def step(state, inputs):
     i, sigma, sigma_next = inputs
-    state = solver.step(denoise_cond, state, sigma, sigma_next, jax.random.fold_in(step_key, i))
+    state = solver.step(conditioned, state, sigma, sigma_next, jax.random.fold_in(step_key, i))
     return state, None if collect is None else collect(state)
 
   steps = (jnp.arange(sigmas.shape[0] - 1), sigmas[:-1], sigmas[1:])
@@ -147,7 +147,7 @@ def sample_batch(
   (5, 2)
   """
   checks.sigmas(sigmas)
-  check_cond(denoise, cond)
+  check_cond((denoise, solver), cond)
   _check_pytree("denoise", denoise)
   _check_pytree("solver", solver)
   num, cond = _broadcast(cond, num)

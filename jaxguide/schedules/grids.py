@@ -1,6 +1,7 @@
 """Grids: the noise levels that samplers walk, ``steps + 1`` of them, decreasing and ending in 0."""
 
 import itertools
+import re
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -86,13 +87,57 @@ def from_schedule(schedule: NoiseSchedule, steps: int) -> Float[Array, " levels"
   return _end_in_zero(schedule.sigma(jnp.linspace(1, 1 / steps, steps)))
 
 
-def respaced(table: Table, steps: int | Sequence[int] | np.ndarray) -> Float[Array, " levels"]:
+def spaced_timesteps(total: int, spec: str) -> np.ndarray:
+  """Choose steps of a discrete process as OpenAI's guided-diffusion writes it on its command lines.
+
+  Args:
+    total: number of steps of the process, T.
+    spec: ``250``: as many, spread evenly from 0 to T-1; ``10,15,20``: as many in each of three equal sections;
+      ``ddim25``: with the first whole stride from 0 that makes as many, as the DDIM paper has it (as a rule T-1 is not
+      visited).
+
+  Returns:
+    The steps, rising; rounded half to even.
+
+  Raises:
+    ValueError: for a spec of another form, more steps in a section than it has, or a count that no whole stride makes.
+
+  >>> spaced_timesteps(1000, "ddim5").tolist(), spaced_timesteps(9, "2,1").tolist()
+  ([0, 200, 400, 600, 800], [0, 4, 5])
+  """
+  total = checks.at_least("total", total, 1)
+  if re.fullmatch(r"ddim[0-9]+", spec):
+    count = checks.at_least("the count after ddim", int(spec[4:]), 1)
+    for stride in range(1, total + 1):
+      if len(range(0, total, stride)) == count:
+        return np.arange(0, total, stride)
+    raise ValueError(f"no whole stride through {total} steps visits {count} of them, as {spec!r} asks")
+  if not re.fullmatch(r"[0-9]+(,[0-9]+)*", spec):
+    raise ValueError(
+      f"timesteps are chosen by a count (250), a count for each section (10,15,20) or ddim25; got {spec!r}"
+    )
+  counts = [checks.at_least("each count", int(count), 1) for count in spec.split(",")]
+  size, longer = divmod(total, len(counts))
+  chosen: list[int] = []
+  first = 0
+  for section, count in enumerate(counts):
+    length = size + (section < longer)
+    if count > length:
+      raise ValueError(f"section {section} of {spec!r} has {length} steps, of which {count} cannot be chosen")
+    fraction = (length - 1) / max(count - 1, 1)
+    # Summed up and not multiplied: the rounding of the published steps depends on it.
+    chosen += [first + round(position) for position in itertools.accumulate([0.0] + [fraction] * (count - 1))]
+    first += length
+  return np.array(chosen)
+
+
+def respaced(table: Table, steps: int | str | Sequence[int] | np.ndarray) -> Float[Array, " levels"]:
   """A grid that visits chosen steps of a discrete process, from the noisiest down, then 0.
 
   Args:
     table: the process that the network was trained on.
-    steps: how many, spread evenly from 0 to T-1 and rounded (half to even, as Nichol & Dhariwal's code does), or the
-      steps themselves, (n,) whole numbers in [0, T-1] in any order.
+    steps: how many, spread evenly from 0 to T-1 (1 visits the last); or a text, ``ddim25`` or ``10,10,10``, as in
+      `spaced_timesteps`; or the steps themselves, (n,) whole numbers in [0, T-1] in any order.
 
   Returns:
     (n + 1,) decreasing levels.
@@ -101,18 +146,18 @@ def respaced(table: Table, steps: int | Sequence[int] | np.ndarray) -> Float[Arr
     ValueError: for more steps than the table has, a step outside it, or one named twice.
 
   >>> from jaxguide.schedules import linear_betas
-  >>> respaced(Table.from_betas(linear_betas(1000)), [0, 999]).shape
-  (3,)
+  >>> table = Table.from_betas(linear_betas(1000))
+  >>> respaced(table, [0, 999]).shape, respaced(table, "ddim25").shape
+  ((3,), (26,))
   """
   total = table.num_steps
-  if isinstance(steps, int | np.integer):
+  if isinstance(steps, str):
+    chosen = spaced_timesteps(total, steps)
+  elif isinstance(steps, int | np.integer):
     count = checks.at_least("steps", steps, 1)
     if count > total:
       raise ValueError(f"steps must be at most the {total} of the table, got {count}")
-    stride = (total - 1) / max(count - 1, 1)
-    # Summed up and not multiplied: the rounding of the published grids depends on it.
-    chosen = np.round(list(itertools.accumulate([0.0] + [stride] * (count - 1)))).astype(int)
-    chosen = chosen if count > 1 else np.array([total - 1])
+    chosen = spaced_timesteps(total, str(count)) if count > 1 else np.array([total - 1])
   else:
     chosen = np.asarray(steps)
     if chosen.size == 0:

@@ -7,7 +7,7 @@ from typing import Any
 from flax import linen
 
 from jaxguide import checks, nn, scaling, schedules
-from jaxguide.solvers.ddpm import VARIANCES
+from jaxguide.posterior import VARIANCES
 
 NETWORKS: dict[str, type[linen.Module]] = {"unet": nn.UNet, "classifier": nn.Classifier}
 
