@@ -39,6 +39,7 @@ from jaxguide.sampling import sample, sample_batch, sample_keys
 from jaxguide.schedules import from_schedule, karras, log_snr_uniform, respaced
 from jaxguide.solvers import DDIM, DDPM, DPMpp2M, Euler, Heun
 from jaxguide.typing import Denoiser, Guidance, LogProb, Prediction, Solver
+from jaxguide.variational import variational_loss
 
 __version__ = "0.1.0"
 
@@ -87,4 +88,6 @@ __all__ = [
   "solvers",
   "typing",
   "unconditional",
+  "variational",
+  "variational_loss",
 ]

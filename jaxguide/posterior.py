@@ -83,25 +83,29 @@ def reverse_variance(
     ValueError: for an unknown kind, with the nearest, or a learned range without ``learned``.
 
   >>> small, large = (float(reverse_variance(kind, 1.0, 0.5, 2.0).value) for kind in ("small", "large"))
-  >>> small, large
-  (0.1875, 0.46875)
+  >>> round(small, 4), round(large, 4)
+  (0.1875, 0.4688)
   """
   checks.lookup("variance", kind, dict.fromkeys(VARIANCES))
   last = jnp.asarray(sigma_next) <= 0
+  sum_and_difference = (sigma - sigma_next) * (sigma + sigma_next)
   small = posterior_variance(sigma, sigma_next)
-  beta = (1 + jnp.square(sigma_next)) * (sigma - sigma_next) * (sigma + sigma_next) / (1 + jnp.square(sigma))
+  beta = (1 + jnp.square(sigma_next)) * sum_and_difference / (1 + jnp.square(sigma))
   # At the last step alpha' is 1, so that the papers' variance of the step before it is the one in our units.
   before = posterior_variance(sigma_last, sigma) / (1 + jnp.square(sigma))
-  clipped = jnp.where(last, before, small)
+  log_small = jnp.log(jnp.where(last, before, small))
   if kind == "small":
-    return Variance(small, jnp.log(clipped))
+    return Variance(small, log_small)
+  # log(beta / small): the difference of the two logarithms would cancel at large sigma.
+  inner = jnp.where(last, sigma, sigma_next)
+  log_ratio = jnp.log1p(sum_and_difference / (1 + jnp.square(sigma)) / jnp.square(inner))
   if kind == "large":
-    large = jnp.where(last, before, beta)
-    return Variance(large, jnp.log(large))
+    log = jnp.where(last, log_small, log_small + log_ratio)
+    return Variance(jnp.exp(log), log)
   if learned is None:
     raise ValueError(
       "a learned_range needs the network's variance: make the denoiser with learned_variance=True, of a network with "
       "twice the channels of x"
     )
-  log = (1 + learned) / 2 * jnp.log(beta) + (1 - learned) / 2 * jnp.log(clipped)
+  log = log_small + (1 + learned) / 2 * jnp.where(last, jnp.log(beta) - log_small, log_ratio)
   return Variance(jnp.exp(log), log)

@@ -1,7 +1,5 @@
 """Grids: the noise levels that samplers walk, ``steps + 1`` of them, decreasing and ending in 0."""
 
-import itertools
-import re
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -10,7 +8,7 @@ from jaxtyping import Array, Float
 
 from jaxguide import checks
 from jaxguide.schedules.noise import EDM, NoiseSchedule
-from jaxguide.schedules.tables import Table
+from jaxguide.schedules.tables import Table, spaced_timesteps
 from jaxguide.typing import ArrayLike
 
 
@@ -85,50 +83,6 @@ def from_schedule(schedule: NoiseSchedule, steps: int) -> Float[Array, " levels"
   if isinstance(schedule, Table):
     raise TypeError("a table's time is a step and not in [0, 1]: use respaced(table, steps)")
   return _end_in_zero(schedule.sigma(jnp.linspace(1, 1 / steps, steps)))
-
-
-def spaced_timesteps(total: int, spec: str) -> np.ndarray:
-  """Choose steps of a discrete process as OpenAI's guided-diffusion writes it on its command lines.
-
-  Args:
-    total: number of steps of the process, T.
-    spec: ``250``: as many, spread evenly from 0 to T-1; ``10,15,20``: as many in each of three equal sections;
-      ``ddim25``: with the first whole stride from 0 that makes as many, as the DDIM paper has it (as a rule T-1 is not
-      visited).
-
-  Returns:
-    The steps, rising; rounded half to even.
-
-  Raises:
-    ValueError: for a spec of another form, more steps in a section than it has, or a count that no whole stride makes.
-
-  >>> spaced_timesteps(1000, "ddim5").tolist(), spaced_timesteps(9, "2,1").tolist()
-  ([0, 200, 400, 600, 800], [0, 4, 5])
-  """
-  total = checks.at_least("total", total, 1)
-  if re.fullmatch(r"ddim[0-9]+", spec):
-    count = checks.at_least("the count after ddim", int(spec[4:]), 1)
-    for stride in range(1, total + 1):
-      if len(range(0, total, stride)) == count:
-        return np.arange(0, total, stride)
-    raise ValueError(f"no whole stride through {total} steps visits {count} of them, as {spec!r} asks")
-  if not re.fullmatch(r"[0-9]+(,[0-9]+)*", spec):
-    raise ValueError(
-      f"timesteps are chosen by a count (250), a count for each section (10,15,20) or ddim25; got {spec!r}"
-    )
-  counts = [checks.at_least("each count", int(count), 1) for count in spec.split(",")]
-  size, longer = divmod(total, len(counts))
-  chosen: list[int] = []
-  first = 0
-  for section, count in enumerate(counts):
-    length = size + (section < longer)
-    if count > length:
-      raise ValueError(f"section {section} of {spec!r} has {length} steps, of which {count} cannot be chosen")
-    fraction = (length - 1) / max(count - 1, 1)
-    # Summed up and not multiplied: the rounding of the published steps depends on it.
-    chosen += [first + round(position) for position in itertools.accumulate([0.0] + [fraction] * (count - 1))]
-    first += length
-  return np.array(chosen)
 
 
 def respaced(table: Table, steps: int | str | Sequence[int] | np.ndarray) -> Float[Array, " levels"]:

@@ -1,5 +1,7 @@
 """Discrete processes: tables of noise levels, made of betas as DDPM has them."""
 
+import itertools
+import re
 from collections.abc import Callable
 
 import jax
@@ -40,7 +42,27 @@ class Table:
     if betas.ndim != 1 or betas.size == 0 or not ((betas > 0) & (betas < 1)).all():
       raise ValueError("betas must be one axis of numbers between 0 and 1, both excluded")
     log_alpha_bar = np.cumsum(np.log1p(-betas))
-    return cls(jnp.asarray(np.sqrt(np.expm1(-log_alpha_bar))))
+    return cls(np.sqrt(np.expm1(-log_alpha_bar)))
+
+  def respaced(self, spec: str) -> "Table":
+    """Make the process that visits some of the steps, as `spaced_timesteps` chooses them.
+
+    >>> Table.from_betas(linear_betas(1000)).respaced("ddim25").num_steps
+    25
+    """
+    return Table(self.sigmas[spaced_timesteps(self.num_steps, spec)])
+
+  @property
+  def alpha_bar(self) -> np.ndarray:
+    """(T,) the papers' cumulative products of ``1 - beta``, in float64."""
+    return 1 / (1 + np.square(np.asarray(self.sigmas, np.float64)))
+
+  @property
+  def betas(self) -> np.ndarray:
+    """(T,) in float64, the inverse of `from_betas`."""
+    sigmas = np.asarray(self.sigmas, np.float64)
+    below = np.append(0, sigmas[:-1])
+    return (sigmas - below) * (sigmas + below) / (1 + sigmas**2)
 
   @property
   def num_steps(self) -> int:
@@ -49,18 +71,76 @@ class Table:
 
   def sigma(self, t: ArrayLike) -> Array:
     """Give the noise level at step ``t`` in [0, T-1], which need not be whole."""
-    steps = jnp.arange(self.num_steps, dtype=self.sigmas.dtype)
-    return jnp.exp(jnp.interp(jnp.asarray(t, self.sigmas.dtype), steps, jnp.log(self.sigmas)))
+    t = jnp.clip(jnp.asarray(t, float), 0, self.num_steps - 1)
+    below = jnp.floor(t).astype(int)
+    level, log_ratio = self._rise(below)
+    return level * jnp.exp((t - below) * log_ratio)
 
   def time(self, sigma: ArrayLike) -> Array:
-    """Give the (fractional) step in [0, T-1] of a noise level."""
-    steps = jnp.arange(self.num_steps, dtype=self.sigmas.dtype)
-    return jnp.interp(jnp.log(jnp.asarray(sigma, self.sigmas.dtype)), jnp.log(self.sigmas), steps)
+    """Give the (fractional) step in [0, T-1] of a noise level; exactly whole for the table's own."""
+    sigmas = jnp.asarray(self.sigmas)
+    sigma = jnp.clip(jnp.asarray(sigma, sigmas.dtype), sigmas[0], sigmas[-1])
+    below = jnp.searchsorted(sigmas, sigma, side="right") - 1
+    level, log_ratio = self._rise(below)
+    return below + jnp.log1p((sigma - level) / level) / jnp.where(log_ratio > 0, log_ratio, 1)
 
   def quantile(self, u: ArrayLike) -> Array:
     """Give the level of step ``floor(u T)``: training draws the steps uniformly."""
-    step = jnp.floor(jnp.asarray(u) * self.num_steps).astype(int)
-    return jnp.asarray(self.sigmas)[jnp.clip(step, 0, self.num_steps - 1)]
+    return jnp.asarray(self.sigmas)[self.step(u)]
+
+  def step(self, u: ArrayLike) -> Array:
+    """Give step ``floor(u T)``, a whole number, for ``u`` in [0, 1]."""
+    return jnp.clip(jnp.floor(jnp.asarray(u) * self.num_steps).astype(int), 0, self.num_steps - 1)
+
+  def _rise(self, step):
+    """Level of a step, and by how much the logarithm of the next is greater; 0 after the last."""
+    sigmas = jnp.asarray(self.sigmas)
+    level = sigmas[step]
+    return level, jnp.log1p((sigmas[jnp.minimum(step + 1, self.num_steps - 1)] - level) / level)
+
+
+def spaced_timesteps(total: int, spec: str) -> np.ndarray:
+  """Choose steps of a discrete process as OpenAI's guided-diffusion writes it on its command lines.
+
+  Args:
+    total: number of steps of the process, T.
+    spec: ``250``: as many, spread evenly from 0 to T-1; ``10,15,20``: as many in each of three equal sections;
+      ``ddim25``: with the first whole stride from 0 that makes as many, as the DDIM paper has it (as a rule T-1 is not
+      visited).
+
+  Returns:
+    The steps, rising; rounded half to even.
+
+  Raises:
+    ValueError: for a spec of another form, more steps in a section than it has, or a count that no whole stride makes.
+
+  >>> spaced_timesteps(1000, "ddim5").tolist(), spaced_timesteps(9, "2,1").tolist()
+  ([0, 200, 400, 600, 800], [0, 4, 5])
+  """
+  total = checks.at_least("total", total, 1)
+  if re.fullmatch(r"ddim[0-9]+", spec):
+    count = checks.at_least("the count after ddim", int(spec[4:]), 1)
+    for stride in range(1, total + 1):
+      if len(range(0, total, stride)) == count:
+        return np.arange(0, total, stride)
+    raise ValueError(f"no whole stride through {total} steps visits {count} of them, as {spec!r} asks")
+  if not re.fullmatch(r"[0-9]+(,[0-9]+)*", spec):
+    raise ValueError(
+      f"timesteps are chosen by a count (250), a count for each section (10,15,20) or ddim25; got {spec!r}"
+    )
+  counts = [checks.at_least("each count", int(count), 1) for count in spec.split(",")]
+  size, longer = divmod(total, len(counts))
+  chosen: list[int] = []
+  first = 0
+  for section, count in enumerate(counts):
+    length = size + (section < longer)
+    if count > length:
+      raise ValueError(f"section {section} of {spec!r} has {length} steps, of which {count} cannot be chosen")
+    fraction = (length - 1) / max(count - 1, 1)
+    # Summed up and not multiplied: the rounding of the published steps depends on it.
+    chosen += [first + round(position) for position in itertools.accumulate([0.0] + [fraction] * (count - 1))]
+    first += length
+  return np.array(chosen)
 
 
 def linear_betas(steps: int) -> np.ndarray:
