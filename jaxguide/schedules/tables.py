@@ -163,7 +163,8 @@ def betas_of(schedule: NoiseSchedule, steps: int, max_beta: ArrayLike = 0.999) -
     (steps,) betas for `Table.from_betas`.
   """
   steps = checks.at_least("steps", steps, 1)
-  with jax.enable_x64(True):
+  # Also while a program that a table is made in is being traced.
+  with jax.enable_x64(True), jax.ensure_compile_time_eval():
     t = jnp.linspace(0, 1, steps + 1, dtype=jnp.float64)
     alpha_bar = np.asarray(sigma_to_alpha_bar(schedule.sigma(t)))
   return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)

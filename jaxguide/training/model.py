@@ -42,7 +42,7 @@ class Model:
   @property
   def null_cond(self) -> int | None:
     """The label that stands for none; None where the network has no such label."""
-    return self.config.num_classes if getattr(self.config.module, "null_class", False) else None
+    return self.config.null_cond
 
   def _expect(self, network: str) -> None:
     if self.config.network != network:
