@@ -1,5 +1,6 @@
 """Noise schedules and grids, against the papers' formulas written again in NumPy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -220,6 +221,70 @@ def test_log_snr_uniform_is_geometric(float64):
 def test_from_schedule_is_uniform_in_time(float64):
   wanted = [*karras_2022(np.array([1.0, 0.75, 0.5, 0.25])), 0.0]
   np.testing.assert_allclose(S.from_schedule(S.EDM(), 4), wanted, rtol=1e-12)
+
+
+def test_from_schedule_down_to_a_time(float64):
+  wanted = np.sqrt(np.expm1(0.5 * 19.9 * (t := np.linspace(1, 1e-3, 7)) ** 2 + 0.1 * t))
+  np.testing.assert_allclose(S.from_schedule(S.Linear(), 7, t_min=1e-3)[:-1], wanted, rtol=1e-12)
+  for t_min in (0.0, 1.1, np.nan):
+    with pytest.raises(ValueError, match="t_min must be"):
+      S.from_schedule(S.Linear(), 7, t_min=t_min)
+
+
+def test_grids_of_numbers_are_rounded_once():
+  for grid in (S.karras, S.log_snr_uniform):
+    with jax.enable_x64(True):
+      exact = np.asarray(grid(18))
+    np.testing.assert_array_equal(grid(18), exact.astype(np.float32))
+    np.testing.assert_allclose(jax.jit(lambda low: grid(18, low))(0.002), exact, rtol=1e-5)  # noqa: B023
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9, 16])
+def test_iddpm_is_table_1(steps, float64):
+  # Karras et al., arXiv:2206.00364, table 1, iDDPM: u_{j-1} = √((u_j² + 1) / max(ᾱ_{j-1} / ᾱ_j, C_1) - 1), u_M = 0.
+  total, c_1, c_2 = 1000, 0.001, 0.008
+  alpha_bar = np.sin(np.pi / 2 * np.arange(total + 1) / (total * (c_2 + 1))) ** 2
+  u = np.zeros(total + 1)
+  for j in range(total, 0, -1):
+    u[j - 1] = np.sqrt((u[j] ** 2 + 1) / max(alpha_bar[j - 1] / alpha_bar[j], c_1) - 1)
+  # j_0 is the first whose level is small enough; its last is the least level that the range lets in.
+  j = np.flatnonzero((u >= 0.03) & (u <= 90.0))
+  wanted = u[j[0] + np.round((j[-1] - j[0]) / max(steps - 1, 1) * np.arange(steps)).astype(int)]
+  np.testing.assert_allclose(S.iddpm(steps, 0.03, 90.0)[:-1], wanted, rtol=1e-8)
+
+
+def test_iddpm_needs_as_many_levels_as_steps():
+  with pytest.raises(ValueError, match=r"the table has 10 levels from 1e-05 to 10000.0: too few for 11 steps"):
+    S.iddpm(11, 1e-5, 1e4, table=S.table("cosine", 10))
+
+
+def test_the_nearest_step():
+  table = S.table("cosine", 50)
+  levels = np.append(0, table.sigmas)
+  sigmas = np.random.default_rng(0).uniform(0, 3, 200).astype(np.float32)
+  wanted = np.abs(sigmas[:, None] - levels).argmin(1)
+  np.testing.assert_array_equal(S.nearest_step(table, sigmas), wanted - 1)
+  np.testing.assert_array_equal(S.round_sigma(table, sigmas), levels[wanted].astype(np.float32))
+  np.testing.assert_array_equal(S.round_sigma(table, table.sigmas), table.sigmas.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", ["linear", "edm", "log-snr"])
+def test_inverses_lead_beyond_the_ends_where_times_stay(name, float64):
+  schedule, t = S.schedule(name), np.array([0.2, 1.0, 1.3])
+  np.testing.assert_allclose(schedule.inverse(schedule.sigma(t)), t, rtol=1e-10)
+  np.testing.assert_allclose(schedule.time(schedule.sigma(t)), [0.2, 1.0, 1.0], rtol=1e-10)
+
+
+@pytest.mark.parametrize(("low", "high", "t_min"), [(0.02, 100.0, 1e-3), (0.002, 80.0, 1e-3), (0.5, 3.0, 0.2)])
+def test_linear_between_two_levels(low, high, t_min, float64):
+  schedule = S.Linear.between(low, high, t_min)
+  np.testing.assert_allclose(schedule.sigma(np.array([t_min, 1.0])), [low, high], rtol=1e-10)
+
+
+def test_uniform_times_are_drawn_from_a_part(float64):
+  u = np.linspace(0, 1, 5)
+  wanted = S.Linear().sigma(0.2 + 0.5 * u)
+  np.testing.assert_allclose(S.UniformTime(S.Linear(), 0.2, 0.7).quantile(u), wanted, rtol=1e-14)
 
 
 def space_timesteps(num_timesteps, count):

@@ -3,7 +3,17 @@
 Everything is in ``sigma``, the standard deviation of the noise on a clean example.
 """
 
-from jaxguide.schedules.grids import GRIDS, from_schedule, karras, log_snr_uniform, respaced, spaced_timesteps
+from jaxguide.schedules.grids import (
+  GRIDS,
+  from_schedule,
+  iddpm,
+  karras,
+  log_snr_uniform,
+  nearest_step,
+  respaced,
+  round_sigma,
+  spaced_timesteps,
+)
 from jaxguide.schedules.noise import (
   EDM,
   SCHEDULES,
@@ -15,6 +25,7 @@ from jaxguide.schedules.noise import (
   NoiseLevels,
   NoiseSchedule,
   Sigmoid,
+  UniformTime,
   alpha_bar_to_sigma,
   log_snr_to_sigma,
   schedule,
@@ -37,15 +48,19 @@ __all__ = [
   "NoiseSchedule",
   "Sigmoid",
   "Table",
+  "UniformTime",
   "alpha_bar_to_sigma",
   "betas_of",
   "cosine_betas",
   "from_schedule",
+  "iddpm",
   "karras",
   "linear_betas",
   "log_snr_to_sigma",
   "log_snr_uniform",
+  "nearest_step",
   "respaced",
+  "round_sigma",
   "schedule",
   "sigma_to_alpha_bar",
   "sigma_to_log_snr",

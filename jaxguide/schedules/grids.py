@@ -1,14 +1,18 @@
-"""Grids: the noise levels that samplers walk, ``steps + 1`` of them, decreasing and ending in 0."""
+"""Grids: the noise levels that samplers walk, ``steps + 1`` of them, decreasing and ending in 0.
 
-from collections.abc import Sequence
+Where the ends are plain numbers the levels are computed in NumPy's float64 and then rounded, since powers lose several
+units in the last place of float32, which a trajectory shows at large noise.
+"""
+
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxguide import checks
-from jaxguide.schedules.noise import EDM, NoiseSchedule
-from jaxguide.schedules.tables import Table, spaced_timesteps
+from jaxguide.schedules.noise import NoiseSchedule
+from jaxguide.schedules.tables import Table, cosine_betas, spaced_timesteps
 from jaxguide.typing import ArrayLike
 
 
@@ -19,7 +23,7 @@ def _bounds(steps: int, sigma_min: ArrayLike, sigma_max: ArrayLike) -> int:
   return checks.at_least("steps", steps, 1)
 
 
-def _end_in_zero(sigmas: Array) -> Array:
+def _end_in_zero(sigmas: ArrayLike) -> Array:
   return jnp.append(sigmas, 0)
 
 
@@ -46,15 +50,17 @@ def karras(
   >>> [round(float(s), 3) for s in karras(3)]
   [80.0, 2.515, 0.002, 0.0]
   """
-  steps = _bounds(steps, sigma_min, sigma_max)
-  grid = EDM(sigma_min, sigma_max, checks.in_range("rho", rho, 1))
-  return _end_in_zero(grid.sigma(jnp.linspace(1, 0, steps)))
+  ramp = np.linspace(0, 1, _bounds(steps, sigma_min, sigma_max))
+  rho = checks.in_range("rho", rho, 1)
+  first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+  return _end_in_zero((first + ramp * (last - first)) ** rho)
 
 
 def log_snr_uniform(steps: int, sigma_min: ArrayLike = 0.002, sigma_max: ArrayLike = 80.0) -> Float[Array, " levels"]:
   """A grid uniform in ``log_snr = -2 log sigma`` (geometric in sigma), then 0.
 
-  Lu et al. (2022, arXiv:2206.00927) walk it; its steps in ``log sigma`` are equal, which multistep solvers like.
+  Lu et al. (2022, arXiv:2206.00927) walk it; its steps in ``log sigma`` are equal, which multistep solvers like. From
+  100 to 0.02 it is the grid of Song et al.'s VE sampler (table 1 in arXiv:2206.00364).
 
   Args:
     steps: number of steps, at least 1.
@@ -67,13 +73,25 @@ def log_snr_uniform(steps: int, sigma_min: ArrayLike = 0.002, sigma_max: ArrayLi
   >>> [round(float(s), 3) for s in log_snr_uniform(3, 0.01, 100.0)]
   [100.0, 1.0, 0.01, 0.0]
   """
-  steps = _bounds(steps, sigma_min, sigma_max)
-  low, high = jnp.log(sigma_min), jnp.log(sigma_max)
-  return _end_in_zero(jnp.exp(high + jnp.linspace(0, 1, steps) * (low - high)))
+  ramp = np.linspace(0, 1, _bounds(steps, sigma_min, sigma_max))
+  return _end_in_zero(sigma_max * (sigma_min / sigma_max) ** ramp)
 
 
-def from_schedule(schedule: NoiseSchedule, steps: int) -> Float[Array, " levels"]:
+def from_schedule(schedule: NoiseSchedule, steps: int, t_min: ArrayLike | None = None) -> Float[Array, " levels"]:
   """A grid uniform in the time of a continuous schedule: ``sigma(1), sigma(1 - 1/steps), ..., sigma(1/steps), 0``.
+
+  Args:
+    schedule: any continuous one. Song et al.'s sampler (2021, arXiv:2011.13456; the VP column of table 1 in
+      arXiv:2206.00364) walks `Linear` down to 1e-3.
+    steps: number of steps, at least 1.
+    t_min: the last time above 0, at most 1; ``1 / steps`` if left out.
+
+  Returns:
+    (steps + 1,) decreasing levels.
+
+  Raises:
+    ValueError: for steps below 1, or a ``t_min`` outside (0, 1].
+    TypeError: for a table.
 
   >>> from jaxguide.schedules import Linear
   >>> [round(float(s), 1) for s in from_schedule(Linear(), 2)]
@@ -82,7 +100,10 @@ def from_schedule(schedule: NoiseSchedule, steps: int) -> Float[Array, " levels"
   steps = checks.at_least("steps", steps, 1)
   if isinstance(schedule, Table):
     raise TypeError("a table's time is a step and not in [0, 1]: use respaced(table, steps)")
-  return _end_in_zero(schedule.sigma(jnp.linspace(1, 1 / steps, steps)))
+  t_min = 1 / steps if t_min is None else checks.finite("t_min", t_min)
+  if checks.is_concrete(t_min) and not 0 < np.asarray(t_min) <= 1:
+    raise ValueError(f"t_min must be above 0 and at most 1, got {t_min}")
+  return _end_in_zero(schedule.sigma(jnp.linspace(1, t_min, steps)))
 
 
 def respaced(table: Table, steps: int | str | Sequence[int] | np.ndarray) -> Float[Array, " levels"]:
@@ -126,5 +147,59 @@ def respaced(table: Table, steps: int | str | Sequence[int] | np.ndarray) -> Flo
   return _end_in_zero(jnp.asarray(table.sigmas)[order.copy()])
 
 
-GRIDS = {"karras": karras, "log-snr": log_snr_uniform}
+def iddpm(
+  steps: int, sigma_min: float | int = 0.002, sigma_max: float | int = 81.0, table: Table | None = None
+) -> Float[Array, " levels"]:
+  """A grid that visits some of a table's levels between two ends, evenly by their number in the table.
+
+  The iDDPM + DDIM column of table 1 in Karras et al. (2022, arXiv:2206.00364).
+
+  Args:
+    steps: number of steps, at least 1.
+    sigma_min: levels below are left out.
+    sigma_max: levels above are left out.
+    table: the process; Nichol & Dhariwal's cosine table of 1000 steps if left out.
+
+  Returns:
+    (steps + 1,) decreasing levels, the last of them 0.
+
+  Raises:
+    ValueError: for steps below 1, not 0 < sigma_min < sigma_max, or fewer levels between them than steps.
+
+  >>> [round(float(sigma), 3) for sigma in iddpm(3)]
+  [80.204, 1.0, 0.006, 0.0]
+  """
+  steps = _bounds(steps, sigma_min, sigma_max)
+  levels = np.asarray((Table.from_betas(cosine_betas(1000)) if table is None else table).sigmas)[::-1]
+  levels = levels[(levels >= sigma_min) & (levels <= sigma_max)]
+  if levels.size < steps:
+    raise ValueError(f"the table has {levels.size} levels from {sigma_min} to {sigma_max}: too few for {steps} steps")
+  visited = np.round((levels.size - 1) / max(steps - 1, 1) * np.arange(steps)).astype(int)
+  return _end_in_zero(jnp.asarray(levels[visited]))
+
+
+def nearest_step(table: Table, sigma: ArrayLike) -> Int[Array, "*shape"]:
+  """Give the step of a table whose level is nearest, or -1 where no noise at all is nearer than the least level.
+
+  In table 1 of Karras et al. (2022, arXiv:2206.00364) it is ``M - 1 - argmin_j |u_j - sigma|``, with ``u_M = 0``.
+
+  >>> from jaxguide.schedules import linear_betas
+  >>> nearest_step(Table.from_betas(linear_betas(1000)), jnp.array([0.0, 157.0])).tolist()
+  [-1, 999]
+  """
+  levels = jnp.append(0, table.sigmas)
+  return jnp.searchsorted((levels[1:] + levels[:-1]) / 2, jnp.asarray(sigma, levels.dtype), side="right") - 1
+
+
+def round_sigma(table: Table, sigma: ArrayLike) -> Float[Array, "*shape"]:
+  """Give the level of a table, or 0, that is nearest: what a network of discrete steps was trained on.
+
+  >>> from jaxguide.schedules import linear_betas
+  >>> round_sigma(Table.from_betas(linear_betas(1000)), jnp.array([0.004, 0.009])).round(4)
+  Array([0.  , 0.01], dtype=float32)
+  """
+  return jnp.append(table.sigmas, 0)[nearest_step(table, sigma)]
+
+
+GRIDS: dict[str, Callable[..., Array]] = {"karras": karras, "log-snr": log_snr_uniform, "iddpm": iddpm}
 """Grids by the names that the command line takes; each is a function of ``(steps, sigma_min, sigma_max)``."""

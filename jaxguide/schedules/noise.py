@@ -78,6 +78,14 @@ class _Continuous:
   def sigma(self, t: ArrayLike) -> Array:
     raise NotImplementedError
 
+  def inverse(self, sigma: ArrayLike) -> Array:
+    """Give the time of a noise level; beyond the ends, where the formula leads."""
+    raise NotImplementedError
+
+  def time(self, sigma: ArrayLike) -> Array:
+    """Give the time in [0, 1] of a noise level; beyond the ends, the nearest end."""
+    return jnp.clip(self.inverse(sigma), 0, 1)
+
   def quantile(self, u: ArrayLike) -> Array:
     """Give ``sigma(u)``: training draws ``t`` uniformly from [0, 1]."""
     return self.sigma(u)
@@ -97,16 +105,36 @@ class Linear(_Continuous):
   beta_min: Leaf = 0.1
   beta_max: Leaf = 20.0
 
+  @classmethod
+  def between(cls, sigma_min: ArrayLike, sigma_max: ArrayLike, t_min: ArrayLike = 1e-3) -> "Linear":
+    """Make the schedule that has ``sigma(t_min) = sigma_min`` and ``sigma(1) = sigma_max``.
+
+    Karras et al. (2022, arXiv:2206.00364, appendix C.1) bring Song et al.'s sampler to any range of noise so.
+
+    Args:
+      sigma_min: above 0.
+      sigma_max: above ``sigma_min``.
+      t_min: in (0, 1).
+
+    >>> schedule = Linear.between(0.02, 100.0)
+    >>> [round(float(schedule.sigma(t)), 3) for t in (1e-3, 1.0)]
+    [0.02, 100.0]
+    """
+    low, high = (jnp.log1p(jnp.square(sigma)) for sigma in (sigma_min, sigma_max))
+    spread = 2 * (high - low / t_min) / (1 - t_min)
+    start = high - spread / 2
+    return cls(start, start + spread)
+
   def sigma(self, t: ArrayLike) -> Array:
     """Give the noise level at ``t`` in [0, 1]."""
     t = jnp.asarray(t)
     return jnp.sqrt(jnp.expm1(0.5 * (self.beta_max - self.beta_min) * t**2 + self.beta_min * t))
 
-  def time(self, sigma: ArrayLike) -> Array:
-    """Give the time in [0, 1] of a noise level."""
+  def inverse(self, sigma: ArrayLike) -> Array:
+    """Give the time of a noise level; beyond the ends, where the formula leads."""
     log = jnp.log1p(jnp.square(sigma))
     root = jnp.sqrt(jnp.square(self.beta_min) + 2 * (self.beta_max - self.beta_min) * log)
-    return jnp.clip(2 * log / (root + self.beta_min), 0, 1)
+    return 2 * log / (root + self.beta_min)
 
 
 @struct.dataclass
@@ -132,13 +160,13 @@ class Cosine(_Continuous):
     noise = jnp.sin(now - start) * jnp.sin(now + start)
     return jnp.minimum(jnp.sqrt(noise) / jnp.maximum(jnp.cos(now), 1e-30), self.sigma_max)
 
-  def time(self, sigma: ArrayLike) -> Array:
-    """Give the time in [0, 1] of a noise level."""
+  def inverse(self, sigma: ArrayLike) -> Array:
+    """Give the time of a noise level; beyond the ends, where the formula leads."""
     quarter = jnp.pi / 2
     start = jnp.asarray(self.s) / (1 + self.s) * quarter
     # tan² now = sigma² + (1 + sigma²) tan² start, from ᾱ = cos² now / cos² start.
     now = jnp.arctan(jnp.sqrt(jnp.square(sigma) / jnp.cos(start) ** 2 + jnp.tan(start) ** 2))
-    return jnp.clip(now / quarter * (1 + self.s) - self.s, 0, 1)
+    return now / quarter * (1 + self.s) - self.s
 
 
 @struct.dataclass
@@ -163,12 +191,12 @@ class Sigmoid(_Continuous):
     now = jax.nn.sigmoid((self.start + jnp.asarray(t) * (self.end - self.start)) / self.tau)
     return jnp.sqrt((now - first) / jnp.maximum(last - now, jnp.asarray(self.alpha_bar_min) * (last - first)))
 
-  def time(self, sigma: ArrayLike) -> Array:
-    """Give the time in [0, 1] of a noise level."""
+  def inverse(self, sigma: ArrayLike) -> Array:
+    """Give the time of a noise level; beyond the ends, where the formula leads."""
     first, last = self._ends()
     now = last - (last - first) * sigma_to_alpha_bar(sigma)
     logit = jnp.log(now) - jnp.log1p(-now)
-    return jnp.clip((logit * self.tau - self.start) / (self.end - self.start), 0, 1)
+    return (logit * self.tau - self.start) / (self.end - self.start)
 
   def _ends(self) -> tuple[Array, Array]:
     return jax.nn.sigmoid(self.start / self.tau), jax.nn.sigmoid(self.end / self.tau)
@@ -192,10 +220,10 @@ class EDM(_Continuous):
     low, high = self._ends()
     return (low + jnp.asarray(t) * (high - low)) ** self.rho
 
-  def time(self, sigma: ArrayLike) -> Array:
-    """Give the time in [0, 1] of a noise level."""
+  def inverse(self, sigma: ArrayLike) -> Array:
+    """Give the time of a noise level; beyond the ends, where the formula leads."""
     low, high = self._ends()
-    return jnp.clip((jnp.asarray(sigma) ** (1 / self.rho) - low) / (high - low), 0, 1)
+    return (jnp.asarray(sigma) ** (1 / self.rho) - low) / (high - low)
 
   def _ends(self) -> tuple[Array, Array]:
     power = 1 / self.rho
@@ -219,9 +247,9 @@ class LogSNR(_Continuous):
     """Give the noise level at ``t`` in [0, 1]."""
     return log_snr_to_sigma(self.log_snr_max + jnp.asarray(t) * self._span())
 
-  def time(self, sigma: ArrayLike) -> Array:
-    """Give the time in [0, 1] of a noise level."""
-    return jnp.clip((sigma_to_log_snr(sigma) - self.log_snr_max) / self._span(), 0, 1)
+  def inverse(self, sigma: ArrayLike) -> Array:
+    """Give the time of a noise level; beyond the ends, where the formula leads."""
+    return (sigma_to_log_snr(sigma) - self.log_snr_max) / self._span()
 
   def _span(self) -> Leaf:
     return self.log_snr_min - self.log_snr_max
@@ -251,10 +279,10 @@ class LogSNRCosine(_Continuous):
     # tan of the angle as sin / cos, and cos by the angle left to pi / 2: each is exact at its own end.
     return jnp.sin(low + t * span) / jnp.sin(high + (1 - t) * span)
 
-  def time(self, sigma: ArrayLike) -> Array:
-    """Give the time in [0, 1] of a noise level."""
+  def inverse(self, sigma: ArrayLike) -> Array:
+    """Give the time of a noise level; beyond the ends, where the formula leads."""
     low, high = self._ends()
-    return jnp.clip((jnp.arctan(sigma) - low) / (jnp.pi / 2 - low - high), 0, 1)
+    return (jnp.arctan(sigma) - low) / (jnp.pi / 2 - low - high)
 
   def _ends(self) -> tuple[Array, Array]:
     """Give the angle at the least noise, and what the angle at the most leaves to pi / 2."""
@@ -273,6 +301,28 @@ class LogNormal:
   def quantile(self, u: ArrayLike) -> Array:
     """Give the level below which a fraction ``u`` in (0, 1) of the draws fall."""
     return jnp.exp(self.mean + self.std * jax.scipy.special.ndtri(jnp.asarray(u)))
+
+
+@struct.dataclass
+class UniformTime:
+  """Training draws the time of a schedule uniformly from a part of it, as Song et al. do from [1e-5, 1].
+
+  Args:
+    schedule: any continuous one.
+    t_min: least time.
+    t_max: largest time.
+
+  >>> UniformTime(LogSNR(-20.0, 20.0), 0.5, 1.0).quantile(0.0).item()
+  1.0
+  """
+
+  schedule: Leaf
+  t_min: Leaf = 1e-5
+  t_max: Leaf = 1.0
+
+  def quantile(self, u: ArrayLike) -> Array:
+    """Give the level below which a fraction ``u`` in [0, 1] of the draws fall."""
+    return self.schedule.sigma(self.t_min + jnp.asarray(u) * (self.t_max - self.t_min))
 
 
 SCHEDULES: dict[str, type] = {
