@@ -176,3 +176,50 @@ def classifier_loss(
 def wide(per_example: Array, like: Array) -> Array:
   """Give (n,) the axes that it needs to meet (n, ...) of ``like``."""
   return per_example.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def uncertainty_loss(
+  params: PyTree,
+  apply: Callable[..., Any],
+  key: Key,
+  x0: Float[Array, " n *shape"],
+  cond: PyTree = None,
+  *,
+  scaling: Scaling,
+  noise_levels: NoiseLevels,
+  weight: Callable[[Array], Any],
+) -> Float[Array, ""]:
+  r"""The loss of a denoiser whose network learns how hard each noise level is (Karras et al. 2024, arXiv:2312.02696).
+
+  .. math:: E\Big[ \frac{\lambda(\sigma)}{e^{u(\sigma)}} \| D - x_0 \|^2 + u(\sigma) \Big]
+    \qquad \text{(eq. 14, per element)}
+
+  Where ``u`` is best, ``e^u`` is the mean of ``λ |D - x0|²`` at its level, so that every level counts the same.
+
+  Args:
+    params: the network's parameters; the loss is differentiable in them.
+    apply: ``apply(params, x, c_noise, cond) -> (F, u)``, on a batch: ``F`` as in `denoising_loss`, ``u`` (n,) from
+      ``c_noise`` alone.
+    key: a random key, for the levels and the noise.
+    x0: (n, *shape) clean examples.
+    cond: each leaf (n, ...), or None; see `drop_cond` to drop it now and then.
+    scaling: what the network predicts.
+    noise_levels: where the noise levels come from. EDM2 has ``LogNormal(-0.4, 1.0)``.
+    weight: ``sigma -> λ``. EDM2 has `jaxguide.scaling.edm_weight`.
+
+  Returns:
+    A scalar: the mean over the examples and their elements.
+
+  Raises:
+    ValueError: if the shape of ``F`` is not that of ``x0``, or that of ``u`` not (n,).
+  """
+  x, sigma = add_noise(key, x0, noise_levels)
+  c_skip, c_out, c_in, c_noise = scaling(sigma)
+  output, u = apply(params, wide(c_in, x) * x, c_noise, cond)
+  if output.shape != x0.shape or u.shape != sigma.shape:
+    raise ValueError(
+      f"the network gave shapes {output.shape} and {u.shape} for examples of shape {x0.shape}; "
+      f"expected {x0.shape} and {sigma.shape}"
+    )
+  error = jnp.square(wide(c_skip, x) * x + wide(c_out, x) * output.astype(x.dtype) - x0)
+  return (wide(weight(sigma) * jnp.exp(-u), x) * error).mean() + u.mean()

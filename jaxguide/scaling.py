@@ -15,6 +15,7 @@ the standard deviation of the data:
     v       alpha (eps - sigma x0)  alpha²            -alpha sigma              alpha             time
     edm     mix of eps and x0       s² / (s²+sigma²)  s sigma / √(s²+sigma²)    1 / √(s²+sigma²)  log(sigma) / 4
     flow    eps - x0                1 / (1+sigma)     -sigma / (1+sigma)        1 / (1+sigma)     time
+    ve      -eps                    1                 sigma                     1                 log(sigma / 2)
     ======  ======================  ================  ========================  ================  =============
 
 The network's regression target is ``(x0 - c_skip x) / c_out``; `jaxguide.losses` follows from it.
@@ -28,7 +29,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from jaxguide import checks
-from jaxguide.schedules import NoiseSchedule, Table, sigma_to_alpha_bar
+from jaxguide.schedules import NoiseSchedule, Table, nearest_step, sigma_to_alpha_bar
 from jaxguide.typing import ArrayLike, Leaf
 
 
@@ -134,6 +135,39 @@ def _flow(time_scale, sigma):
   return Coefficients(keep, -sigma * keep, keep, time_scale * sigma * keep)
 
 
+def ve() -> Scaling:
+  """The network sees ``x`` itself and predicts ``-eps``: VE in table 1 of Karras et al. (2022, arXiv:2206.00364).
+
+  It is Song et al.'s score network (2021, arXiv:2011.13456), whose output is divided by sigma.
+
+  >>> [round(float(c), 3) for c in ve()(4.0)]
+  [1.0, 4.0, 1.0, 0.693]
+  """
+  return Partial(_ve)
+
+
+def _ve(sigma):
+  sigma = jnp.asarray(sigma)
+  return Coefficients(jnp.ones_like(sigma), sigma, jnp.ones_like(sigma), jnp.log(sigma / 2))
+
+
+def iddpm(table: Table) -> Scaling:
+  """`eps`, told the whole step of a table that is nearest: iDDPM in table 1 of Karras et al. (2022, arXiv:2206.00364).
+
+  At the table's own levels it is ``eps(table)``, which between them tells a fraction of a step.
+
+  >>> from jaxguide import schedules
+  >>> float(iddpm(schedules.table("linear", 1000))(0.3).c_noise)
+  88.0
+  """
+  return Partial(_iddpm, table)
+
+
+def _iddpm(table, sigma):
+  sigma = jnp.asarray(sigma)
+  return Coefficients(jnp.ones_like(sigma), -sigma, _alpha(sigma), nearest_step(table, sigma).astype(sigma.dtype))
+
+
 def _alpha(sigma):
   return jnp.sqrt(sigma_to_alpha_bar(sigma))
 
@@ -144,14 +178,21 @@ def _time_scale(schedule, given):
   return checks.finite("time_scale", given)
 
 
-PREDICTIONS: dict[str, Callable[..., Scaling]] = {"eps": eps, "x0": x0, "v": v, "edm": edm, "flow": flow}
+PREDICTIONS: dict[str, Callable[..., Scaling]] = {
+  "eps": eps,
+  "x0": x0,
+  "v": v,
+  "edm": edm,
+  "flow": flow,
+  "ve": ve,
+}
 
 
 def scaling(prediction: str, schedule: NoiseSchedule, time_scale: ArrayLike | None = None) -> Scaling:
-  """Make a scaling by the name of what the network predicts; ``edm`` and ``flow`` need no schedule.
+  """Make a scaling by the name of what the network predicts; ``edm``, ``flow`` and ``ve`` need no schedule.
 
   Args:
-    prediction: ``eps``, ``x0``, ``v``, ``edm`` or ``flow``.
+    prediction: ``eps``, ``x0``, ``v``, ``edm``, ``flow`` or ``ve``.
     schedule: tells the network its time.
     time_scale: as in `eps`.
 
@@ -159,7 +200,7 @@ def scaling(prediction: str, schedule: NoiseSchedule, time_scale: ArrayLike | No
     ValueError: for an unknown name, with the nearest.
   """
   make = checks.lookup("prediction", prediction, PREDICTIONS)
-  return make() if make in (edm, flow) else make(schedule, time_scale)
+  return make() if make in (edm, flow, ve) else make(schedule, time_scale)
 
 
 # --- weights of the loss, on |x0 - D|² -------------------------------------------------------------
@@ -178,3 +219,13 @@ def x0_weight(sigma: ArrayLike) -> Leaf:
 def min_snr_weight(sigma: ArrayLike, gamma: ArrayLike = 5.0) -> Leaf:
   """``min(1 / sigma², gamma)`` (Hang et al. 2023, arXiv:2303.09556, eq. 8): eps loss, bounded at small noise."""
   return jnp.minimum(1 / jnp.square(sigma), gamma)
+
+
+def edm_weight(sigma: ArrayLike, sigma_data: ArrayLike = 0.5) -> Leaf:
+  """``(sigma² + s²) / (sigma s)²`` (Karras et al. 2022, arXiv:2206.00364, table 1): 1 on what `edm` predicts.
+
+  Args:
+    sigma: noise levels.
+    sigma_data: ``s``, standard deviation of the data.
+  """
+  return 1 / jnp.square(sigma) + 1 / jnp.square(sigma_data)

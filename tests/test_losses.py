@@ -75,6 +75,7 @@ def test_every_prediction_and_weight_is_a_weighted_loss_of_x0(prediction, weight
       lambda x, f: w(0.25 / total**2) * x + w(0.5 * sigma / total) * f,
       (sigma**2 + 0.25) / (0.5 * sigma) ** 2,  # λ(σ) of arXiv:2206.00364, table 1
     ),
+    "ve": (sigma**0.0, lambda x, f: x + w(sigma) * f, sigma**-2.0),
     "flow": (1 / (1 + sigma), lambda x, f: w(1 / (1 + sigma)) * (x - w(sigma) * f), ((1 + sigma) / sigma) ** 2),
   }[prediction]
   x = x0 + w(sigma) * eps

@@ -26,6 +26,8 @@ def perfect(prediction, x0, eps, alpha, s, sigma, sigma_data=0.5):
     y, n = x0, sigma * eps
     total = sigma**2 + sigma_data**2
     return (y + n) / np.sqrt(total), (y - sigma_data**2 / total * (y + n)) / (sigma * sigma_data / np.sqrt(total))
+  if prediction == "ve":  # Song et al., arXiv:2011.13456: x itself, and sigma times the score
+    return x0 + sigma * eps, -eps
   t = s / (s + alpha)  # Lipman et al., arXiv:2210.02747: a straight path, noise at t = 1 here
   return (1 - t) * x0 + t * eps, eps - x0
 
