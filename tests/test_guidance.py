@@ -61,6 +61,22 @@ def test_classifier_on_the_conditional_has_the_power_one_plus_scale(mixture, rel
   assert relative_error(twice, jg.classifier_free(3, 2.5)(mixture.denoiser)(x, at, label)) < 1e-12
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_autoguidance_with_the_unconditional_is_classifier_free(mixture, scale, relative_error):
+  x, at, label = noisy(mixture, 7, 0.7), jnp.asarray(0.7), jnp.asarray(1)
+  guided = jg.autoguidance(jg.unconditional(3)(mixture.denoiser), scale)(mixture.denoiser)
+  assert relative_error(guided(x, at, label), jg.classifier_free(3, scale)(mixture.denoiser)(x, at, label)) < 1e-13
+
+
+def test_autoguidance_is_a_power_of_the_ratio_of_densities(mixture, relative_error):
+  # Karras et al., arXiv:2406.02507, eq. 3 for scores: that of p · (p / p_weak)^(w - 1), D = x + σ² score.
+  weak = mixture.replace(variances=2 * mixture.variances)
+  x, sigma, label, w = noisy(mixture, 8, 0.7), jnp.asarray(0.7), jnp.asarray(2), 2.3
+  score = jax.grad(lambda x: w * mixture.log_density(x, sigma, label) - (w - 1) * weak.log_density(x, sigma, label))
+  guided = jg.autoguidance(weak.denoiser, w)(mixture.denoiser)
+  assert relative_error(guided(x, sigma, label), x + sigma**2 * score(x)) < 1e-12
+
+
 def test_scale_0_is_unconditional_and_1_conditional(mixture):
   x, at, label = noisy(mixture, 1, 0.7), jnp.asarray(0.7), jnp.asarray(2)
   conditional, unconditional = mixture.denoise(x, at, label), mixture.denoise(x, at, None)
