@@ -31,13 +31,13 @@ from jaxguide import (
   typing,
 )
 from jaxguide.denoisers import ClassifierLogProb, NetworkDenoiser
-from jaxguide.guidance import chain, classifier, classifier_free, clip_x0, interval, unconditional
-from jaxguide.losses import classifier_loss, denoising_loss
+from jaxguide.guidance import autoguidance, chain, classifier, classifier_free, clip_x0, interval, unconditional
+from jaxguide.losses import classifier_loss, denoising_loss, uncertainty_loss
 from jaxguide.mixtures import GaussianMixture, gaussian_mixture, ring
 from jaxguide.nn import Classifier, UNet
 from jaxguide.sampling import sample, sample_batch, sample_keys
 from jaxguide.schedules import from_schedule, karras, log_snr_uniform, respaced
-from jaxguide.solvers import DDIM, DDPM, DPMpp2M, Euler, Heun
+from jaxguide.solvers import DDIM, DDPM, DPMpp2M, EDMStochastic, Euler, Heun
 from jaxguide.typing import Denoiser, Guidance, LogProb, Prediction, Solver
 from jaxguide.variational import variational_loss
 
@@ -50,6 +50,7 @@ __all__ = [
   "ClassifierLogProb",
   "DPMpp2M",
   "Denoiser",
+  "EDMStochastic",
   "Euler",
   "GaussianMixture",
   "Guidance",
@@ -59,6 +60,7 @@ __all__ = [
   "Prediction",
   "Solver",
   "UNet",
+  "autoguidance",
   "chain",
   "checks",
   "classifier",
@@ -87,6 +89,7 @@ __all__ = [
   "schedules",
   "solvers",
   "typing",
+  "uncertainty_loss",
   "unconditional",
   "variational",
   "variational_loss",

@@ -24,6 +24,7 @@ GUIDANCES = {
   "classifier_free_after_classifier": lambda m, scale: jg.chain(
     jg.classifier(m.log_prob, scale), jg.classifier_free(m.num_classes, 1.5)
   ),
+  "autoguidance": lambda m, scale: jg.autoguidance(m.replace(variances=1.5 * m.variances + 0.1).denoiser, scale),
 }
 
 SOLVERS = {
@@ -35,6 +36,8 @@ SOLVERS = {
   "ddpm_large": lambda: jg.DDPM("large"),
   "heun": jg.Heun,
   "dpmpp_2m": jg.DPMpp2M,
+  "edm_0": jg.EDMStochastic,
+  "edm_churn": lambda: jg.EDMStochastic.from_churn(4, num_steps=40, s_min=0.02, s_max=50.0),
 }
 
 
@@ -80,6 +83,17 @@ def float64():
   """Double precision for one test."""
   with jax.enable_x64(True):
     yield
+
+
+@pytest.fixture
+def given_noise(monkeypatch):
+  """Each draw of noise is the "key" itself, so that a test may choose it."""
+
+  def normal(key, shape=(), dtype=None):
+    assert key.shape == tuple(shape)
+    return key.astype(dtype)
+
+  monkeypatch.setattr(jax.random, "normal", normal)
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@ r"""Solvers: one step from ``sigma`` to ``sigma_next``.
 In ``x = x0 + sigma eps`` the probability flow is ``dx / dsigma = (x - D(x, sigma)) / sigma`` (Karras et al. 2022,
 arXiv:2206.00364, eq. 1 with s = 1), and its stochastic relatives add noise while they remove as much more. A solver is
 ``init(x) -> state`` and ``step(denoise, state, sigma, sigma_next, key) -> state``; it calls ``denoise(x, sigma) -> x0``
-as often as it needs to. The last step, to ``sigma_next = 0``, lands on ``x0`` in every one of them.
+as often as it needs to. The last step, to ``sigma_next = 0``, lands on ``x0`` in every one of them (unless
+`EDMStochastic` is told to step straight in another time or scale).
 """
 
 from typing import Any
@@ -12,11 +13,19 @@ from jaxguide import checks
 from jaxguide.solvers.base import Conditioned, MultistepState, State
 from jaxguide.solvers.ddim import DDIM, Euler
 from jaxguide.solvers.ddpm import DDPM
+from jaxguide.solvers.edm import EDMStochastic
 from jaxguide.solvers.heun import Heun
 from jaxguide.solvers.multistep import DPMpp2M
 from jaxguide.typing import Solver
 
-SOLVERS: dict[str, type] = {"euler": Euler, "ddim": DDIM, "ddpm": DDPM, "heun": Heun, "dpmpp-2m": DPMpp2M}
+SOLVERS: dict[str, type] = {
+  "euler": Euler,
+  "ddim": DDIM,
+  "ddpm": DDPM,
+  "heun": Heun,
+  "dpmpp-2m": DPMpp2M,
+  "edm-stochastic": EDMStochastic,
+}
 
 
 def solver(name: str, **options: Any) -> Solver:
@@ -30,10 +39,22 @@ def solver(name: str, **options: Any) -> Solver:
   >>> solver("huen")
   Traceback (most recent call last):
   ...
-  ValueError: unknown solver 'huen': did you mean 'heun'? There are ddim, ddpm, dpmpp-2m, euler, heun
+  ValueError: unknown solver 'huen': did you mean 'heun'? There are ddim, ddpm, dpmpp-2m, edm-stochastic, euler, heun
   """
   cls = checks.lookup("solver", name, SOLVERS)
   return cls(**checks.options(name, cls, options))
 
 
-__all__ = ["DDIM", "DDPM", "SOLVERS", "Conditioned", "DPMpp2M", "Euler", "Heun", "MultistepState", "State", "solver"]
+__all__ = [
+  "DDIM",
+  "DDPM",
+  "SOLVERS",
+  "Conditioned",
+  "DPMpp2M",
+  "EDMStochastic",
+  "Euler",
+  "Heun",
+  "MultistepState",
+  "State",
+  "solver",
+]

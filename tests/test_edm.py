@@ -1,0 +1,397 @@
+"""EDM and EDM2: the arrays of the published samplers, preconditionings and losses, and the sampler's own mathematics.
+
+Where the arrays come from is told in `data/README.md`.
+"""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import optimize, stats
+
+import jaxguide as jg
+from jaxguide import losses, scaling, schedules
+
+
+@functools.cache
+def arrays(name):
+  with np.load(Path(__file__).parent / "data" / f"{name}.npz") as file:
+    return dict(file)
+
+
+def mixture(data, name):
+  return jg.gaussian_mixture(*(data[f"{name}/{key}"] for key in ("means", "variances", "classes", "weights")))
+
+
+def cases(name):
+  return [key.removesuffix("/xs") for key in arrays(name) if key.endswith("/xs")]
+
+
+def wide(per_example):
+  return jnp.reshape(per_example, (-1, 1, 1, 1))
+
+
+# --- the samplers' trajectories -------------------------------------------------------------------
+
+CHURN = {"s_min": 0.05, "s_max": 50.0, "s_noise": 1.003}
+VP_CHURN = {"s_min": 0.01, "s_max": 20.0, "s_noise": 1.005}
+# Of table 1 in arXiv:2206.00364: the least and the largest level of each time step discretization.
+ENDS = {"vp": (0.0103, 152.17), "ve": (0.02, 100.0), "iddpm": (0.002, 81.0), "edm": (0.002, 80.0)}
+
+
+def edm(case):
+  """Give the grid and the solver of one of EDM's cases."""
+  if case == "abl-edm-alpha0.5":
+    return schedules.karras(12), jg.EDMStochastic(alpha=0.5)
+  if case.startswith("edm-"):
+    range_ = {"edm-18-range": (18, 0.01, 20.0, 5.0), "edm-9-netlimits": (9, 0.02, 40.0)}.get(case, (18,))
+    return schedules.karras(*range_), jg.EDMStochastic.from_churn(40 * case.endswith("churn"), 18, **CHURN)
+  churn = case == "abl-vp-churn"
+  _, discretization, schedule, signal, method, steps = ("abl-vp-vp-vp-heun-16" if churn else case).split("-")
+  low, high = ENDS[discretization]
+  if discretization == "vp":
+    low, high = (float(schedules.Linear().sigma(t)) for t in (1e-3, 1.0))
+  vp = schedules.Linear.between(low, high, 1e-3)
+  grid = {
+    "vp": lambda steps: schedules.from_schedule(vp, steps, 1e-3),
+    "ve": lambda steps: schedules.log_snr_uniform(steps, low, high),
+    "iddpm": lambda steps: schedules.iddpm(steps, low, high),
+    "edm": lambda steps: schedules.karras(steps, low, high),
+  }[discretization](int(steps))
+  return grid, jg.EDMStochastic.from_churn(
+    20 * churn, 16, **VP_CHURN, alpha={"heun": 1.0, "euler": None}[method],
+    schedule={"vp": vp, "ve": schedules.EDM(0.0, 1.0, 0.5), "linear": None}[schedule],
+    variance_preserving=signal == "vp",
+  )  # fmt: skip
+
+
+def edm2(case):
+  """The same of one of EDM2's."""
+  return schedules.karras(32), jg.EDMStochastic.from_churn(40 * case.endswith("churn"), 32, **CHURN)
+
+
+def walk(denoise, solver, x, sigmas, noise):
+  """Give x before each step, and after the last; and what the denoiser was called on."""
+  calls = []
+
+  def told(x, sigma):
+    calls.append((x, sigma))
+    return denoise(x, sigma)
+
+  state, xs = solver.init(x), [x]
+  with jax.disable_jit():  # so that every call is seen, also those inside a branch
+    for step in zip(sigmas[:-1], sigmas[1:], noise, strict=True):
+      state = solver.step(told, state, *step)
+      xs.append(state.x)
+  return np.stack(xs), *(np.stack(told) for told in zip(*calls, strict=True))
+
+
+def in_float32_too(cases):
+  """Cases with a precision: the published EDM sampler computes in float64, ours in the type of the grid."""
+  return [(case, "float64") for case in cases] + [(case, "float32") for case in cases if "image" in case]
+
+
+@pytest.fixture
+def precision(request):
+  """One of the two."""
+  with jax.enable_x64(request.param == "float64"):
+    yield request.param
+
+
+@pytest.mark.parametrize(("case", "precision"), in_float32_too(cases("edm_samplers")), indirect=["precision"])
+def test_edms_samplers(case, given_noise, precision):
+  data, (where, name) = arrays("edm_samplers"), case.split("/")
+  model, (sigmas, solver) = mixture(data, f"{where}/mixture"), edm(name)
+  labels = data[f"{where}/labels"]
+  labels = labels if name.endswith("cond") else np.full(len(labels), model.num_classes)
+  x, noise = (jnp.asarray(data[f"{where}/{key}"], sigmas.dtype) for key in ("latents", "noise"))
+  denoise = lambda x, sigma: jax.vmap(model.denoise, (0, None, 0))(x, sigma, labels)  # noqa: E731
+  xs, _, told = walk(denoise, solver, x * sigmas[0], sigmas, noise[: len(sigmas) - 1])
+  if solver.variance_preserving:  # there the published state is x_t
+    xs = xs * wide(1 / np.sqrt(1 + np.asarray(sigmas) ** 2))[..., None]
+  wanted, deviation = data[f"{case}/xs"], data[f"{case}/deviation"]
+  # The published code rounds the cosine table's betas to float32, which moves its least levels by 5e-4.
+  table = "iddpm" in name
+  if precision == "float64" and not table:  # down to the rounding in which the arrays are kept
+    np.testing.assert_allclose(xs, wanted, rtol=1e-7, atol=1e-7)
+  np.testing.assert_allclose(xs, wanted, rtol=0, atol=max(1e-5, 10 * deviation))
+  np.testing.assert_allclose(
+    told, data[f"{case}/sigmas"], rtol=1e-3 if table else 1e-10 if precision == "float64" else 1e-5
+  )
+
+
+@pytest.mark.parametrize(("case", "precision"), in_float32_too(cases("edm2_samplers")), indirect=["precision"])
+def test_edm2s_sampler_with_guidance(case, given_noise, precision):
+  data, (where, name) = arrays("edm2_samplers"), case.split("/")
+  model, weak = (mixture(data, f"{where}/{which}") for which in ("mixture", "weak"))
+  sigmas, solver = edm2(name)
+  poor = jg.unconditional(model.num_classes)(model.denoiser) if "cfg" in name else weak.denoiser
+  scale = {"churn": 1.5, "f64": 1.5}.get(name.split("-")[1]) or float(name.split("-w")[1])
+  guided = jg.autoguidance(poor, scale)(model.denoiser)
+  denoise = lambda x, sigma: jax.vmap(guided, (0, None, 0))(x, sigma, data[f"{where}/labels"])  # noqa: E731
+  # Noise was drawn only where it is added.
+  raised = (sigmas[:-1] >= CHURN["s_min"]) & (sigmas[:-1] <= CHURN["s_max"])
+  noise = jnp.zeros((32, *data[f"{where}/latents"].shape), sigmas.dtype).at[raised].set(data[f"{where}/noise"])
+  x = jnp.asarray(data[f"{where}/latents"], sigmas.dtype) * sigmas[0]
+  xs, seen, told = walk(denoise, solver, x, sigmas, noise)
+  # Two calls a step but the last: the published trajectory is what the first of each saw, and the result.
+  wanted, deviation = data[f"{case}/xs"], data[f"{case}/deviation"]
+  sampler_deviation = data[f"{case}/sampler_deviation"]
+  # Theirs is in float32, its grid too, and so away from the exact one.
+  tolerance = max(1e-5, 10 * deviation, 2 * sampler_deviation)
+  np.testing.assert_allclose(np.append(seen[::2], xs[-1:], axis=0), wanted, rtol=0, atol=tolerance)
+  np.testing.assert_allclose(xs[-1], wanted[-1], rtol=0, atol=2e-6)
+  np.testing.assert_allclose(told, data[f"{case}/sigmas"], rtol=2e-6)
+
+
+# --- the sampler's mathematics --------------------------------------------------------------------
+
+MEANS, VARIANCES = np.array([[-0.8], [1.1]]), np.array([0.3, 0.1])
+
+
+def below(x, sigma):
+  """The part of a mixture in one dimension that lies below x, which the flow keeps."""
+  return stats.norm.cdf(x, MEANS[:, 0], np.sqrt(VARIANCES + sigma**2)).mean()
+
+
+PATHS = {
+  "midpoint": jg.EDMStochastic(alpha=0.5),
+  "two thirds": jg.EDMStochastic(alpha=2 / 3),
+  "Euler": jg.EDMStochastic(alpha=None),
+  "VP": jg.EDMStochastic(schedule=schedules.Linear(), variance_preserving=True),
+  "VP, Euler": jg.EDMStochastic(schedule=schedules.Linear(), variance_preserving=True, alpha=None),
+  "VE": jg.EDMStochastic(schedule=schedules.EDM(0.0, 1.0, 0.5)),
+  "sigma in VP's scale": jg.EDMStochastic(variance_preserving=True),
+  "VP's time": jg.EDMStochastic(schedule=schedules.Linear(), alpha=0.5),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_path_converges_at_its_order(path, given_noise, float64):
+  solver, high, low, start = PATHS[path], 5.0, 0.4, 3.0
+  model = jg.gaussian_mixture(MEANS, VARIANCES, [0, 1])
+  exact = optimize.brentq(lambda x: below(x, low) - below(start, high), -5, 5, xtol=1e-13)
+  counts, errors = [40, 80, 160, 320], []
+  for n in counts:
+    sigmas = jnp.asarray(np.geomspace(high, low, n + 1))
+
+    @jax.jit
+    def end(sigmas, x):
+      step = lambda state, inputs: (solver.step(model.denoise, state, *inputs, jnp.zeros(1)), None)  # noqa: E731
+      return jax.lax.scan(step, solver.init(x), (sigmas[:-1], sigmas[1:]))[0].x
+
+    errors.append(abs(end(sigmas, jnp.asarray([start]))[0] - exact))
+  order = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
+  assert abs(order - solver.order) < 0.1
+  assert errors[-1] < 0.01
+
+
+def test_without_churn_it_is_heun(float64, random_mixture):
+  model, keys = random_mixture(0, (2,)).denoiser, jax.random.split(jax.random.key(0), 3)
+  paths = [
+    jax.vmap(lambda key: jg.sample(model, key, (2,), jg.karras(9), solver, 1, lambda s: s.x)[1])(keys)  # noqa: B023
+    for solver in (jg.EDMStochastic(), jg.Heun())
+  ]
+  np.testing.assert_allclose(*paths, rtol=1e-12)
+
+
+def test_noise_is_added_between_the_bounds_only(given_noise, float64):
+  solver = jg.EDMStochastic(gamma=0.2, s_min=1.0, s_max=3.0, s_noise=1.5, alpha=None)
+  for sigma, raised in ((0.9, False), (1.0, True), (3.0, True), (3.1, False)):
+    seen = []
+    solver.step(
+      lambda x, sigma: seen.append((x, sigma)) or x, solver.init(jnp.asarray(2.0)), jnp.asarray(sigma),  # noqa: B023
+      jnp.asarray(0.5), jnp.asarray(0.7),
+    )  # fmt: skip
+    hat = 1.2 * sigma if raised else sigma
+    np.testing.assert_allclose(seen[0], (2.0 + 1.5 * 0.7 * np.sqrt(hat**2 - sigma**2), hat), rtol=1e-14)
+
+
+def test_a_level_may_rise_above_the_schedules_end(given_noise, float64):
+  # Time goes on beyond 1, or the level that the denoiser is told would not be that of the noise.
+  solver = jg.EDMStochastic(gamma=0.4, schedule=schedules.Linear(), variance_preserving=True)
+  seen = []
+  top = schedules.Linear().sigma(1.0)
+  solver.step(lambda x, sigma: seen.append(sigma) or x, solver.init(top), top, top / 2, jnp.asarray(1.0))
+  np.testing.assert_allclose(seen[0], 1.4 * top, rtol=1e-12)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.1])
+def test_gradients_in_the_solver_are_finite(gamma, random_mixture, float64):
+  solver = jg.EDMStochastic(gamma, alpha=0.7, schedule=schedules.Linear(), variance_preserving=True)
+  model = random_mixture(0, (2,)).denoiser
+  draw = jax.jit(lambda solver: jg.sample(model, jax.random.key(0), (2,), jg.karras(6), solver, 1)[0].sum())
+  gradient = jax.grad(draw)(solver)
+  assert all(np.isfinite(leaf) for leaf in jax.tree.leaves(gradient))
+  for name in ("s_noise", "alpha"):
+    up, down = (draw(solver.replace(**{name: getattr(solver, name) + step})) for step in (1e-5, -1e-5))
+    np.testing.assert_allclose(getattr(gradient, name), (up - down) / 2e-5, rtol=1e-5, atol=1e-8)
+
+
+def test_churn_is_spread_over_the_steps_up_to_a_bound():
+  assert jg.EDMStochastic.from_churn(40, num_steps=256).gamma == 40 / 256
+  assert jg.EDMStochastic.from_churn(40, num_steps=18).gamma == np.sqrt(2) - 1
+  np.testing.assert_allclose(jax.jit(lambda churn: jg.EDMStochastic.from_churn(churn, 8).gamma)(2.0), 0.25)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"gamma": 0.5}, "gamma must be between 0 and 0.414"),
+    ({"gamma": -0.1}, "gamma must be between"),
+    ({"s_min": -1.0}, "s_min must be at least 0"),
+    ({"s_max": np.nan}, "s_max must be at least 0"),
+    ({"s_noise": np.inf}, "s_noise must be finite"),
+    ({"alpha": 0}, "alpha must be above 0 and at most 1, or None for Euler's method; got 0"),
+  ],
+)
+def test_bad_options(options, message):
+  with pytest.raises(ValueError, match=message):
+    jg.EDMStochastic(**options)
+
+
+def test_bad_churn_and_tables():
+  with pytest.raises(ValueError, match="s_churn must be at least 0"):
+    jg.EDMStochastic.from_churn(-1, num_steps=5)
+  with pytest.raises(ValueError, match="num_steps must be a whole number"):
+    jg.EDMStochastic.from_churn(1, num_steps=0)
+  with pytest.raises(TypeError, match="give a schedule"):
+    jg.EDMStochastic(schedule=schedules.table("linear", 10))
+
+
+# --- preconditioning and losses -------------------------------------------------------------------
+
+SCALINGS = {
+  "EDM": scaling.edm,
+  "EDM-sd": lambda: scaling.edm(1.0),
+  "VP": lambda: scaling.eps(schedules.Linear(), time_scale=999.0),
+  "VE": scaling.ve,
+  "iDDPM": lambda: scaling.iddpm(schedules.table("cosine", 1000)),
+}
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_preconditionings(name):
+  data = arrays("edm_losses")
+  for key, value in SCALINGS[name]()(data["precond/sigma_grid"])._asdict().items():
+    wanted = data[f"precond/{name}/{key}"]
+    # float32 leaves the published time of VP few digits at small noise, where it cancels.
+    np.testing.assert_allclose(value, wanted, rtol=1e-6, atol=1e-3 if (name, key) == ("VP", "c_noise") else 0)
+
+
+def test_iddpms_table():
+  data = arrays("edm_losses")
+  levels = data["precond/iDDPM/u"][::-1]  # rising, from 0
+  ours = schedules.table("cosine", 1000)
+  # Theirs is a recursion in float32: good to 5e-4 at the least levels.
+  np.testing.assert_allclose(np.append(0, ours.sigmas), levels, rtol=5e-4)
+  np.testing.assert_allclose(ours.sigmas[100:], levels[101:], rtol=1e-5)
+  theirs, grid = schedules.Table(jnp.asarray(levels[1:])), data["precond/sigma_grid"]
+  np.testing.assert_array_equal(schedules.round_sigma(theirs, grid), data["precond/iDDPM/round_sigma"])
+  np.testing.assert_array_equal(scaling.iddpm(theirs)(grid).c_noise, data["precond/iDDPM/c_noise"])
+
+
+EDM_LEVELS = (schedules.LogNormal(), scaling.edm_weight)
+EDM_LEVELS_P = (schedules.LogNormal(-0.4, 1.0), functools.partial(scaling.edm_weight, sigma_data=0.7))
+LOSSES = {
+  "EDMLoss": (*EDM_LEVELS, "rnd_normal"),
+  "EDMLoss-P": (*EDM_LEVELS_P, "rnd_normal"),
+  "VPLoss": (schedules.UniformTime(schedules.Linear()), scaling.eps_weight, "rnd_uniform down"),
+  "VELoss": (schedules.LogSNR(-2 * np.log(100.0), -2 * np.log(0.02)), scaling.eps_weight, "rnd_uniform"),
+}
+
+
+def quantiles(data, draws):
+  """The published draws as what our noise levels take: the fraction of levels that are lower."""
+  drawn = data[draws.split()[0]].astype(np.float64).ravel()
+  if "rnd_normal" in draws:
+    return jnp.asarray(stats.norm.cdf(drawn))
+  return jnp.asarray(1 - drawn if "down" in draws else drawn)  # VP's time falls with its draw
+
+
+@pytest.fixture
+def given_draws(monkeypatch):
+  """``(u, noise)``: the next losses draw these quantiles and this noise."""
+
+  def give(u, noise):
+    monkeypatch.setattr(losses, "stratified_uniform", lambda key, num: u)
+    monkeypatch.setattr(jax.random, "normal", lambda key, shape, dtype: noise.astype(dtype))
+
+  return give
+
+
+def perfect(model, scale, to_sigma, log_variance=None):
+  """A network that answers as the mixture's denoiser does, in the variables of a scaling."""
+
+  def apply(params, x, c_noise, cond):
+    sigma = to_sigma(c_noise)
+    c_skip, c_out, c_in, _ = map(wide, scale(sigma))
+    x = x / c_in
+    x0 = jax.vmap(model.denoise)(x, sigma, cond)
+    output = (x0 - c_skip * x) / c_out
+    return output if log_variance is None else (output, log_variance(sigma))
+
+  return apply
+
+
+@pytest.mark.parametrize("cond", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_edms_losses(name, cond, float64, given_draws):
+  data, (levels, weight, draws) = arrays("edm_losses"), LOSSES[name]
+  case = f"{name}-cond" if cond else name
+  model, x0, noise = mixture(data, "mixture"), data["images"].astype(np.float64), data["unit_noise"].astype(np.float64)
+  labels = data["labels"] if cond else np.full(len(x0), model.num_classes)
+  u = quantiles(data, draws)
+  sigma = levels.quantile(u)
+  np.testing.assert_allclose(sigma, data[f"{case}/sigma"].ravel(), rtol=1e-5)
+  answer = jax.vmap(model.denoise)(jnp.asarray(x0 + wide(sigma) * noise), sigma, labels)
+  wanted = data[f"{case}/loss"]
+  np.testing.assert_allclose(wide(weight(sigma)) * (answer - x0) ** 2, wanted, rtol=1e-4, atol=1e-5)
+
+  given_draws(u, noise)
+  scale = scaling.edm()
+  loss = jg.denoising_loss(
+    None, perfect(model, scale, lambda c: jnp.exp(4 * c)), jax.random.key(0), jnp.asarray(x0), jnp.asarray(labels),
+    scaling=scale, noise_levels=levels, weight=weight,
+  )  # fmt: skip
+  np.testing.assert_allclose(loss, wanted.astype(np.float64).mean(), rtol=2e-6)
+
+
+def test_edm2s_loss(float64, given_draws):
+  data = arrays("edm_losses")
+  model, x0 = mixture(data, "edm2/mixture"), jnp.asarray(data["edm2/images"], float)
+  levels, scale = schedules.LogNormal(-0.4, 1.0), scaling.edm()
+  u = jnp.asarray(stats.norm.cdf(data["edm2/rnd_normal"].astype(float).ravel()))
+  np.testing.assert_allclose(levels.quantile(u), data["edm2/sigma"].ravel(), rtol=1e-6)
+  given_draws(u, data["edm2/unit_noise"])
+  log_variance = lambda sigma: 0.3 * jnp.log(sigma) - 0.2  # noqa: E731
+  apply = perfect(model, scale, lambda c: jnp.exp(4 * c), log_variance)
+  loss = jg.uncertainty_loss(
+    None, apply, jax.random.key(0), x0, jnp.full(len(x0), model.num_classes),
+    scaling=scale, noise_levels=levels, weight=scaling.edm_weight,
+  )  # fmt: skip
+  np.testing.assert_allclose(loss, data["edm2/loss"].astype(float).mean(), rtol=1e-6)
+
+
+def test_the_best_log_variance_is_that_of_the_weighted_error():
+  # e^u = E λ |D - x0|², for a denoiser that says 0 of data that are N(0, 1), at one level.
+  def loss(u):
+    return jg.uncertainty_loss(
+      u, lambda params, x, c_noise, cond: (jnp.zeros_like(x), jnp.full(len(x), params)), jax.random.key(0),
+      jax.random.normal(jax.random.key(1), (4000, 2)), scaling=scaling.x0(schedules.Linear()),
+      noise_levels=schedules.LogNormal(0.0, 0.0), weight=lambda sigma: 3.0 * sigma**0,
+    )  # fmt: skip
+
+  assert abs(jax.grad(loss)(np.log(3.0))) < 0.05
+  assert abs(jax.grad(loss)(np.log(2.0))) > 0.3
+
+
+def test_a_log_variance_of_another_shape_is_refused():
+  with pytest.raises(ValueError, match=r"expected \(4, 2\) and \(4,\)"):
+    jg.uncertainty_loss(
+      None, lambda params, x, c_noise, cond: (x, jnp.zeros(())), jax.random.key(0), jnp.zeros((4, 2)),
+      scaling=scaling.edm(), noise_levels=schedules.LogNormal(), weight=scaling.edm_weight,
+    )  # fmt: skip
