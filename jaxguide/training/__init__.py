@@ -6,7 +6,9 @@
 """
 
 from jaxguide.training.config import ModelConfig, TrainingConfig
+from jaxguide.training.ema import PowerFunctionEMA
 from jaxguide.training.loop import fit
 from jaxguide.training.model import Model, load, save
+from jaxguide.training.rates import inverse_sqrt
 
-__all__ = ["Model", "ModelConfig", "TrainingConfig", "fit", "load", "save"]
+__all__ = ["Model", "ModelConfig", "PowerFunctionEMA", "TrainingConfig", "fit", "inverse_sqrt", "load", "save"]
