@@ -106,6 +106,8 @@ def test_sample_draws_every_sample(run, tmp_path, labels, num, rows, columns):
     (["--variance", "small"], "'ddim' has no option 'variance'"),
     (["--solver", "ddpm", "--variance", "big"], "unknown variance 'big'"),
     (["--solver", "ddpm", "--gradient-at", "mean"], "gradient_at is for solver 'ddpm' with guidance 'classifier'"),
+    (["--churn", 10], "churn is for solver 'edm-stochastic', not 'ddim'"),
+    (["--churn", -1, "--solver", "edm-stochastic"], "churn must be at least 0"),
     (["--steps", "ddim25"], "grid 'karras' takes a number of steps, got 'ddim25'"),
     (["--grid", "respaced"], "grid 'respaced' is for models of a discrete process"),
     (["--guidance", "cgf"], "unknown guidance 'cgf': did you mean 'cfg'?"),
@@ -255,6 +257,7 @@ def sample_published(published, monkeypatch, capsys, tmp_path):
     ["--guidance", "classifier", "--solver", "ddim", "--steps", "ddim5"],
     ["--guidance", "classifier", "--solver", "dpmpp-2m", "--steps", "4", "--grid", "karras"],
     ["--solver", "ddpm", "--steps", "4", "--no-clip"],
+    ["--solver", "edm-stochastic", "--steps", "4", "--churn", "2"],
   ],
   ids=" ".join,
 )

@@ -82,12 +82,6 @@ class Network:
 network_of = functools.cache(Network)
 
 
-@pytest.fixture
-def given_noise(monkeypatch):
-  """Each draw of noise is the "key" itself, so that a test may choose it."""
-  monkeypatch.setattr(jax.random, "normal", lambda key, shape=(), dtype=None: key.astype(dtype))
-
-
 @jax.jit
 def trajectory(guided, solver, sigmas, x, cond, noise):
   def step(state, inputs):

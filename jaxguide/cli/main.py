@@ -91,6 +91,9 @@ def sample(
   variance: Annotated[
     str | None, typer.Option(help="Of ddpm: small, large or learned_range. [default: the model's]")
   ] = None,
+  churn: Annotated[
+    float | None, typer.Option(help="S_churn of edm-stochastic: noise that all its steps add. [default: 0, Heun]")
+  ] = None,
   gradient_at: Annotated[
     str | None,
     typer.Option(help="Where ddpm takes the classifier's gradient: x, as released, or mean, as in the paper."),
@@ -123,6 +126,7 @@ def sample(
     steps=steps,
     eta=eta,
     variance=variance,
+    churn=churn,
     gradient_at=gradient_at,
     grid=grid,
     sigma_min=sigma_min,

@@ -33,6 +33,7 @@ class Settings:
     steps: steps of the solver; with the grid ``respaced`` also a text, as `jaxguide.schedules.spaced_timesteps` has it.
     eta: randomness of ``ddim``, in [0, 1].
     variance: of ``ddpm``, ``small``, ``large`` or ``learned_range``; the model's own if left out.
+    churn: ``S_churn`` of ``edm-stochastic``, at least 0.
     gradient_at: where ``ddpm`` takes the classifier's gradient, ``x`` or ``mean``; see `jaxguide.DDPM`.
     grid: ``respaced`` (steps of the model's own discrete process) or a name from `jaxguide.schedules`; if left out,
       ``respaced`` where the model has one, else ``karras``.
@@ -53,6 +54,7 @@ class Settings:
   steps: int | str = 50
   eta: float | int | None = None
   variance: str | None = None
+  churn: float | int | None = None
   gradient_at: str | None = None
   grid: str | None = None
   sigma_min: float | int | None = None
@@ -95,6 +97,8 @@ def plan(settings: Settings) -> Plan:
   solvers.solver(settings.solver, **options)
   model = training.load(settings.model)
   sigmas = _sigmas(settings, model)
+  if settings.churn is not None:
+    options = {"gamma": solvers.EDMStochastic.from_churn(settings.churn, len(sigmas) - 1).gamma}
   name = _guidance(settings, model)
   for option, value, of in (
     ("scale", settings.scale, ("cfg", "classifier")),
@@ -137,6 +141,10 @@ def plan(settings: Settings) -> Plan:
 
 def _solver_options(settings: Settings) -> dict[str, Any]:
   given = {name: getattr(settings, name) for name in ("eta", "variance", "gradient_at")}
+  if settings.churn is not None:
+    if settings.solver != "edm-stochastic":
+      raise ValueError(f"churn is for solver 'edm-stochastic', not {settings.solver!r}")
+    checks.in_range("churn", settings.churn, 0)
   return {name: value for name, value in given.items() if value is not None}
 
 
