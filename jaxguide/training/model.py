@@ -29,7 +29,7 @@ class Model:
   @property
   def denoiser(self) -> NetworkDenoiser:
     """The network as a denoiser, if it is a UNet."""
-    self._expect("unet")
+    self._expect("unet", "super_res_unet")
     return NetworkDenoiser(self.params, self.config.module.apply, self.config.scaling)
 
   @property
@@ -40,12 +40,12 @@ class Model:
 
   @property
   def null_cond(self) -> int | None:
-    """The label that stands for none; None for a network without classes."""
-    return self.config.num_classes
+    """The label that stands for none; None for a network that has no such class."""
+    return self.config.num_classes if getattr(self.config.module, "null_class", False) else None
 
-  def _expect(self, network: str) -> None:
-    if self.config.network != network:
-      raise ValueError(f"this needs a {network}, but the model is a {self.config.network}")
+  def _expect(self, *networks: str) -> None:
+    if self.config.network not in networks:
+      raise ValueError(f"this needs a {networks[0]}, but the model is a {self.config.network}")
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> PyTree:
@@ -58,7 +58,10 @@ def _inputs(config: ModelConfig) -> tuple[Any, ...]:
   x, t = jnp.zeros((1, *config.image_shape)), jnp.zeros(1)
   if config.network == "classifier":
     return x, t
-  return x, t, None if config.num_classes is None else jnp.zeros(1, int)
+  label = None if config.num_classes is None else jnp.zeros(1, int)
+  if config.low_res_shape is not None:
+    return x, t, {"label": label, "low_res": jnp.zeros((1, *config.low_res_shape))}
+  return x, t, label
 
 
 def save(folder: PathLike, model: Model) -> None:
