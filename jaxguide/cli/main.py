@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from jaxguide.cli import interop
+
 app = typer.Typer(
   name="jaxguide",
   help="Guided diffusion in JAX.",
@@ -13,6 +15,8 @@ app = typer.Typer(
   add_completion=False,
   pretty_exceptions_enable=False,
 )
+
+app.add_typer(interop.app)
 
 DEMO = Path("runs/demo")
 

@@ -122,7 +122,7 @@ class SuperResUNet(UNet):
   """
 
   @nn.compact
-  def __call__(self, x, t, cond, *, train: bool = False):
+  def __call__(self, x, t, cond, *, train: bool = False):  # type: ignore[override]
     """Predict.
 
     Args:
