@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxguide import checks, training
@@ -117,7 +118,7 @@ def to_params(state_dict: Mapping[str, Any], config: ModelConfig) -> PyTree:
     config: the network, from `PRESETS`, `infer` or one's own hand.
 
   Returns:
-    ``{"params": ...}`` of float32 NumPy arrays, as the network's ``apply`` takes them.
+    ``{"params": ...}`` of float32 arrays, as the network's ``apply`` takes them.
 
   Raises:
     ValueError: for names that are missing or unknown, a shape that differs, or a weight that is not finite.
@@ -151,7 +152,7 @@ def to_params(state_dict: Mapping[str, Any], config: ModelConfig) -> PyTree:
     if not np.isfinite(array).all():
       raise ValueError(f"{key} holds numbers that are not finite in float32: the weights are damaged")
     *parents, last = weight.path
-    functools.reduce(lambda tree, part: tree.setdefault(part, {}), parents, params)[last] = array
+    functools.reduce(lambda tree, part: tree.setdefault(part, {}), parents, params)[last] = jnp.asarray(array)
   return params
 
 
