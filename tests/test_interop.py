@@ -286,7 +286,7 @@ def test_what_can_be_read_in_two_ways_is_asked():
   # Six channels in and six out: of images with six, or with three and a learned variance beside a small image.
   upsampler = config("super_res_unet", out_channels=6, null_class=False)
   shapes, told = openai.shapes(upsampler), open_questions(upsampler)
-  with pytest.raises(ValueError, match="give network"):
+  with pytest.raises(ValueError, match=r"give network \(unet or super_res_unet"):
     openai.infer(shapes, **told)
   assert openai.infer(shapes, **told, network="unet").image_shape == (8, 8, 6)
   assert openai.infer(shapes, **told, low_res_size=4).low_res_shape == (4, 4, 3)
@@ -306,6 +306,9 @@ def test_what_is_not_told_is_asked_at_once():
     ({"num_haeds": 2}, "unknown option 'num_haeds': did you mean 'num_heads'?"),
     ({"num_heads": 2}, "num_heads cannot be chosen for this classifier"),
     ({"variance": "large"}, "variance cannot be chosen for this classifier"),
+    ({"num_head_channels": 0}, "num_head_channels must be a whole number of at least 1, got 0"),
+    ({"num_head_channels": -1}, "give num_head_channels (channels of an attention head)"),
+    ({"scale": math.nan}, "scale must be finite, got nan"),
     ({"image_size": 32}, "the pool by attention is for images of side 8, not 32"),
     ({"noise_schedule": "cosin"}, "unknown schedule of discrete steps 'cosin': did you mean 'cosine'?"),
   ],
@@ -349,11 +352,15 @@ FIRST = "input_blocks.0.0.weight"
 BROKEN = {
   "another architecture": (
     {"conv1.weight": np.ones((8, 3, 7, 7), np.float32), "fc.bias": np.ones(10, np.float32)},
-    "another architecture than guided-diffusion's: there is no time_embed.0.weight, but conv1.weight, fc.bias",
+    "of another architecture than guided-diffusion's: there is no time_embed.0.weight, but conv1.weight, fc.bias",
   ),
   "a name is missing": (
     {name: array for name, array in GOOD.items() if name != "middle_block.0.in_layers.0.bias"},
     "the weights do not fit Classifier: 1 name is missing (middle_block.0.in_layers.0.bias)",
+  ),
+  "a name that tells the structure is missing": (
+    {name: array for name, array in GOOD.items() if name != "input_blocks.3.0.in_layers.2.weight"},
+    "not whole, or of another architecture than guided-diffusion's: there is no input_blocks.3.0.in_layers.2.weight",
   ),
   "names are missing and unknown": (
     {name.replace("middle_block.2", "middle_block.9"): array for name, array in GOOD.items()},
@@ -366,7 +373,7 @@ BROKEN = {
   ),
   "axes are missing": (
     {**GOOD, FIRST: np.ones((32, 27), np.float32)},
-    f"another architecture than guided-diffusion's: {FIRST} has shape (32, 27), not 4 axes",
+    f"of another architecture than guided-diffusion's: {FIRST} has shape (32, 27), and not 4 axes",
   ),
   "not finite": ({**GOOD, FIRST: np.full_like(GOOD[FIRST], np.nan)}, f"{FIRST} holds numbers that are not finite"),
   "whole numbers": (

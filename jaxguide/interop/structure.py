@@ -58,14 +58,13 @@ def structure(shapes: Mapping[str, Sequence[int]]) -> Structure:
   Raises:
     ValueError: if these are not the names and shapes of such a network.
   """
+  other = "not whole, or of another architecture than guided-diffusion's"
 
   def size(name: str, axis: int, ndim: int) -> int:
     if name not in shapes:
-      raise ValueError(f"another architecture than guided-diffusion's: there is no {name}, but {first(list(shapes))}")
+      raise ValueError(f"{other}: there is no {name}, but {first(list(shapes))}")
     if len(shapes[name]) != ndim:
-      raise ValueError(
-        f"another architecture than guided-diffusion's: {name} has shape {tuple(shapes[name])}, not {ndim} axes"
-      )
+      raise ValueError(f"{other}: {name} has shape {tuple(shapes[name])}, and not {ndim} axes")
     return shapes[name][axis]
 
   width, taken = size("time_embed.0.weight", 1, 2), size("input_blocks.0.0.weight", 1, 4)
@@ -95,7 +94,7 @@ def structure(shapes: Mapping[str, Sequence[int]]) -> Structure:
         }
       )
   if not readings:
-    raise ValueError("another architecture than guided-diffusion's: its blocks do not part into equal levels")
+    raise ValueError(f"{other}: its blocks do not part into equal levels")
 
   if not is_unet:
     pool, num_classes, coarsest_size = _pool(shapes, size)
@@ -177,11 +176,16 @@ def infer(shapes: Mapping[str, Sequence[int]], **options: Any) -> ModelConfig:
   >>> infer(shapes, noise_schedule="cosine")
   Traceback (most recent call last):
   ...
-  ValueError: another architecture than guided-diffusion's: there is no input_blocks.0.0.weight, but time_embed.0.weight
+  ValueError: not whole, or of another architecture than guided-diffusion's: there is no input_blocks.0.0.weight, ...
   """
   for name in options:
     checks.lookup("option", name, OPTIONS)
-  found, given, missing = structure(shapes), dict(options), []
+  # -1 stands for "not given", as in the reference's own flags.
+  given = {name: value for name, value in options.items() if not (name.startswith("num_head") and value == -1)}
+  for name in given.keys() & {"image_size", "low_res_size", "num_heads", "num_head_channels", "num_heads_upsample"}:
+    checks.at_least(name, given[name], 1)
+  checks.finite("scale", given.get("scale", 1.0))
+  found, missing = structure(shapes), []
 
   def needed(name: str) -> Any:
     if name not in given:
