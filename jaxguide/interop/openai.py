@@ -236,9 +236,11 @@ def import_model(file: PathLike, out: PathLike, preset: str | None = None, **opt
   except ValueError as error:
     which = f" as preset {preset}" if preset else ""
     raise ValueError(f"{file} cannot be imported{which}: {error}") from error
+  dtypes = Counter(tensor.dtype for tensor in tensors.values())
+  # What was read of a mapped file stays in memory for as long as there are tensors of it.
+  del tensors
   training.save(out, Model(config, params))
-  count = sum(leaf.size for leaf in jax.tree.leaves(params))
-  return Imported(config, count, Counter(tensor.dtype for tensor in tensors.values()))
+  return Imported(config, sum(leaf.size for leaf in jax.tree.leaves(params)), dtypes)
 
 
 @dataclasses.dataclass(frozen=True)
