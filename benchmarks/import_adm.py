@@ -61,7 +61,7 @@ def main() -> None:
     diffusion, classifier = (training.load(Path(folder, preset)) for preset in PRESETS)
     print(f"both loaded in {time.perf_counter() - began:.1f} s")
 
-  guided = jg.chain(jg.classifier(classifier.log_prob, classifier.config.scale), jg.clip_x0())(diffusion.denoiser)
+  guided = jg.chain(jg.clip_x0(), jg.classifier(classifier.log_prob, classifier.config.scale))(diffusion.denoiser)
   grid = jg.respaced(diffusion.config.noise_schedule, 1)
   for what in ("compiled and taken", "taken again"):
     began = time.perf_counter()

@@ -16,7 +16,20 @@ This is the mathematics and the networks. The programs built from them are impor
 `jaxguide.training`, `jaxguide.evaluation`, `jaxguide.interop`, and the command ``jaxguide``.
 """
 
-from jaxguide import checks, denoisers, guidance, losses, mixtures, nn, sampling, scaling, schedules, solvers, typing
+from jaxguide import (
+  checks,
+  denoisers,
+  guidance,
+  losses,
+  mixtures,
+  nn,
+  posterior,
+  sampling,
+  scaling,
+  schedules,
+  solvers,
+  typing,
+)
 from jaxguide.denoisers import ClassifierLogProb, NetworkDenoiser
 from jaxguide.guidance import chain, classifier, classifier_free, clip_x0, interval, unconditional
 from jaxguide.losses import classifier_loss, denoising_loss
@@ -25,7 +38,8 @@ from jaxguide.nn import Classifier, SuperResUNet, UNet
 from jaxguide.sampling import sample, sample_batch, sample_keys
 from jaxguide.schedules import from_schedule, karras, log_snr_uniform, respaced
 from jaxguide.solvers import DDIM, DDPM, DPMpp2M, Euler, Heun
-from jaxguide.typing import Denoiser, Guidance, LogProb, Solver
+from jaxguide.typing import Denoiser, Guidance, LogProb, Prediction, Solver
+from jaxguide.variational import variational_loss
 
 __version__ = "0.1.0"
 
@@ -42,6 +56,7 @@ __all__ = [
   "Heun",
   "LogProb",
   "NetworkDenoiser",
+  "Prediction",
   "Solver",
   "SuperResUNet",
   "UNet",
@@ -62,6 +77,7 @@ __all__ = [
   "losses",
   "mixtures",
   "nn",
+  "posterior",
   "respaced",
   "ring",
   "sample",
@@ -73,4 +89,6 @@ __all__ = [
   "solvers",
   "typing",
   "unconditional",
+  "variational",
+  "variational_loss",
 ]

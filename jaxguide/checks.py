@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -73,6 +73,16 @@ def in_range(name: str, value: T, low: int | float, high: int | float = math.inf
       wanted = f"at least {low}" if high == math.inf else f"between {low} and {high}"
       raise ValueError(f"{name} must be {wanted}, got {value}")
   return value
+
+
+def written(self: Any, name: str, check: Callable[..., Any], *bounds: int | float) -> None:
+  """Check a field of a frozen dataclass if it is a number that somebody wrote, and keep what the check gives.
+
+  Trees of gradients, of shapes or of axes are made of the same classes, and may hold anything.
+  """
+  value = getattr(self, name)
+  if isinstance(value, int | float | np.number):
+    object.__setattr__(self, name, check(name, value, *bounds))
 
 
 def at_least(name: str, value: Any, low: int) -> int:

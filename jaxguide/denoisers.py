@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax.errors import FlaxError
 
 from jaxguide import checks, struct
-from jaxguide.typing import Array, ArrayLike, Example, Leaf, PyTree, Scalar
+from jaxguide.typing import Array, ArrayLike, Example, Leaf, Prediction, PyTree, Scalar
 
 
 @struct.dataclass
@@ -30,8 +30,10 @@ class NetworkDenoiser:
     params: the network's parameters, any pytree; for Flax the dictionary that ``init`` gives.
     apply: ``apply(params, x, c_noise, cond) -> F``, on a batch: ``x`` (n, *shape), ``c_noise`` (n,), each leaf of
       ``cond`` (n, ...). A Flax module's ``apply`` is one; ``cond=None`` is passed on as ``None``. An output with
-      twice the channels of ``x`` has the learned variance in its second half, which is left out here.
+      twice the channels of ``x`` has the learned variance in its second half.
     scaling: what the network predicts, from `jaxguide.scaling`.
+    learned_variance: whether to give a `jaxguide.typing.Prediction` that holds the learned variance, for
+      ``DDPM(variance="learned_range")``; otherwise it is left out.
 
   Where ``apply`` is a Flax module's, ``params`` are held against the module's own, the first time that they meet, and
   labels against its ``num_classes``.
@@ -46,19 +48,21 @@ class NetworkDenoiser:
   params: Leaf
   apply: Callable[..., Any] = struct.field(pytree_node=False)
   scaling: Leaf
+  learned_variance: bool = struct.field(pytree_node=False, default=False)
 
   def __post_init__(self):
     object.__setattr__(self, "apply", _by_value(self.apply))
 
-  def __call__(self, x: Example, sigma: Scalar, cond: PyTree = None) -> Example:
-    """Give ``x0``, of the shape and type of ``x``."""
+  def __call__(self, x: Example, sigma: Scalar, cond: PyTree = None) -> Example | Prediction:
+    """Give ``x0``, of the shape and type of ``x``, or a `Prediction` that holds it."""
     c_skip, c_out, _, _ = self.scaling(sigma)
-    output = _apply(self, x, sigma, cond)
-    if output.shape[-1] == 2 * x.shape[-1]:
-      output = output[..., : x.shape[-1]]
-    if output.shape != x.shape:
-      raise ValueError(f"the network gave shape {output.shape} for an example of shape {x.shape}")
-    return (c_skip * x + c_out * output.astype(x.dtype)).astype(x.dtype)
+    output, variance = split_variance(_apply(self, x, sigma, cond), x)
+    x0 = (c_skip * x + c_out * output.astype(x.dtype)).astype(x.dtype)
+    if not self.learned_variance:
+      return x0
+    if variance is None:
+      raise ValueError(f"the network gave shape {output.shape} for an example of that shape: it learned no variance")
+    return Prediction(x0, variance.astype(x.dtype))
 
   def check_cond(self, cond: PyTree) -> None:
     """Raise ValueError where ``cond``, or its ``label`` if it is a dictionary, is outside the network's classes."""
@@ -100,6 +104,21 @@ class ClassifierLogProb:
     num_classes = getattr(_module(self.apply), "out_channels", None)
     if num_classes is not None:
       checks.labels("label", cond, num_classes)
+
+
+def split_variance(output: Array, x: Array) -> tuple[Array, Array | None]:
+  """Part what a network gave for ``x`` into its prediction and its learned variance, if it has one.
+
+  Raises:
+    ValueError: if the output has neither the shape of ``x`` nor twice its channels.
+  """
+  channels = x.shape[-1]
+  variance = None
+  if output.shape[-1] == 2 * channels:
+    output, variance = output[..., :channels], output[..., channels:]
+  if output.shape != x.shape:
+    raise ValueError(f"the network gave shape {output.shape} for an input of shape {x.shape}")
+  return output, variance
 
 
 def check_cond(tree: PyTree, cond: PyTree) -> None:

@@ -12,6 +12,7 @@ serves a sweep. They compose by application, ``guidance(denoise)``, or with `cha
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -20,7 +21,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from jaxguide import checks, struct
-from jaxguide.typing import ArrayLike, Denoiser, Guidance, Leaf, LogProb, PyTree
+from jaxguide.typing import ArrayLike, Denoiser, Guidance, Leaf, LogProb, PyTree, map_x0
 
 
 @struct.dataclass
@@ -80,8 +81,9 @@ def _classifier_free(denoise, null_cond, scale, x, sigma, cond):
   both = jax.tree.map(
     lambda y, null: jnp.stack([jnp.asarray(y), jnp.asarray(null, jnp.result_type(y))]), cond, null_cond
   )
-  x0, x0_null = jax.vmap(denoise, (None, None, 0))(x, sigma, both)
-  return x0_null + jnp.asarray(scale, x.dtype) * (x0 - x0_null)
+  said = jax.vmap(denoise, (None, None, 0))(x, sigma, both)
+  given, null = (jax.tree.map(operator.itemgetter(i), said) for i in (0, 1))
+  return map_x0(lambda x0, x0_null: x0_null + jnp.asarray(scale, x.dtype) * (x0 - x0_null), given, null)
 
 
 def classifier(log_prob: LogProb, scale: ArrayLike) -> Guidance:
@@ -117,7 +119,7 @@ def classifier(log_prob: LogProb, scale: ArrayLike) -> Guidance:
 
 def _classifier(denoise, log_prob, scale, x, sigma, cond):
   gradient = jax.grad(log_prob)(x, sigma, cond)
-  return denoise(x, sigma, cond) + jnp.asarray(scale, x.dtype) * sigma**2 * gradient
+  return map_x0(lambda x0: x0 + jnp.asarray(scale, x.dtype) * sigma**2 * gradient, denoise(x, sigma, cond))
 
 
 def unconditional(null_cond: PyTree) -> Guidance:
@@ -184,7 +186,7 @@ def clip_x0(bound: ArrayLike = 1.0) -> Guidance:
 
 def _clip_x0(denoise, bound, x, sigma, cond):
   bound = jnp.asarray(bound, x.dtype)
-  return jnp.clip(denoise(x, sigma, cond), -bound, bound)
+  return map_x0(lambda x0: jnp.clip(x0, -bound, bound), denoise(x, sigma, cond))
 
 
 def chain(*guidances: Guidance) -> Guidance:

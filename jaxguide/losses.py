@@ -49,7 +49,7 @@ def add_noise(
   """
   level_key, noise_key = jax.random.split(key)
   sigma = noise_levels.quantile(stratified_uniform(level_key, x0.shape[0])).astype(x0.dtype)
-  return x0 + _wide(sigma, x0) * jax.random.normal(noise_key, x0.shape, x0.dtype), sigma
+  return x0 + wide(sigma, x0) * jax.random.normal(noise_key, x0.shape, x0.dtype), sigma
 
 
 def drop_cond(key: Key, cond: PyTree, null_cond: PyTree, p_uncond: ArrayLike) -> PyTree:
@@ -61,12 +61,20 @@ def drop_cond(key: Key, cond: PyTree, null_cond: PyTree, p_uncond: ArrayLike) ->
     null_cond: one condition, of the same structure.
     p_uncond: in [0, 1]; the paper finds 0.1 and 0.2 best.
 
+  Raises:
+    ValueError: if ``p_uncond`` is outside [0, 1], or above 0 without a condition to drop and a ``null_cond`` for it.
+
   >>> drop_cond(jax.random.key(0), jnp.array([3, 1, 4]), 10, 1.0).tolist()
   [10, 10, 10]
   """
+  p_uncond = checks.in_range("p_uncond", p_uncond, 0, 1)
+  if checks.is_concrete(p_uncond) and p_uncond == 0:
+    return cond
+  if cond is None or null_cond is None:
+    raise ValueError("p_uncond above 0 needs a cond to drop, and null_cond to put in its place")
   leaves = jax.tree.leaves(cond)
   drop = jax.random.bernoulli(key, p_uncond, (leaves[0].shape[0],))
-  return jax.tree.map(lambda y, null: jnp.where(_wide(drop, y), jnp.asarray(null, y.dtype), y), cond, null_cond)
+  return jax.tree.map(lambda y, null: jnp.where(wide(drop, y), jnp.asarray(null, y.dtype), y), cond, null_cond)
 
 
 def denoising_loss(
@@ -118,23 +126,19 @@ def denoising_loss(
   >>> bool(abs(loss - 1) < 0.1)  # saying "no noise" is wrong by the noise's variance
   True
   """
-  p_uncond = checks.in_range("p_uncond", p_uncond, 0, 1)
   drop_key, noise_key = jax.random.split(key)
-  if not (checks.is_concrete(p_uncond) and p_uncond == 0):
-    if cond is None or null_cond is None:
-      raise ValueError("p_uncond above 0 needs a cond to drop, and null_cond to put in its place")
-    cond = drop_cond(drop_key, cond, null_cond, p_uncond)
+  cond = drop_cond(drop_key, cond, null_cond, p_uncond)
   x, sigma = add_noise(noise_key, x0, noise_levels)
   c_skip, c_out, c_in, c_noise = scaling(sigma)
-  output = apply(params, _wide(c_in, x) * x, c_noise, cond)
+  output = apply(params, wide(c_in, x) * x, c_noise, cond)
   if output.shape != x0.shape:
     raise ValueError(
       f"the network gave shape {output.shape} for examples of shape {x0.shape}; "
-      "this loss does not train a learned variance"
+      "jaxguide.variational.variational_loss trains a learned variance, this loss does not"
     )
-  error = jnp.square(output.astype(x.dtype) - (x0 - _wide(c_skip, x) * x) / _wide(c_out, x))
+  error = jnp.square(output.astype(x.dtype) - (x0 - wide(c_skip, x) * x) / wide(c_out, x))
   if weight is not None:
-    error *= _wide(weight(sigma) * c_out**2, x)
+    error *= wide(weight(sigma) * c_out**2, x)
   return error.mean()
 
 
@@ -164,11 +168,11 @@ def classifier_loss(
   """
   x, sigma = add_noise(key, x0, noise_levels)
   _, _, c_in, c_noise = scaling(sigma)
-  logits = apply(params, _wide(c_in, x) * x, c_noise)
+  logits = apply(params, wide(c_in, x) * x, c_noise)
   log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
   return -log_prob.mean(), (logits.argmax(1) == labels).mean()
 
 
-def _wide(per_example: Array, like: Array) -> Array:
-  """Give (n,) the axes that it needs to meet (n, ...)."""
+def wide(per_example: Array, like: Array) -> Array:
+  """Give (n,) the axes that it needs to meet (n, ...) of ``like``."""
   return per_example.reshape(-1, *[1] * (like.ndim - 1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxguide import checks
 from jaxguide.denoisers import check_cond
+from jaxguide.solvers.base import Conditioned
 from jaxguide.typing import ArrayLike, Denoiser, Example, Float, Key, PyTree, Solver
 
 
@@ -62,7 +63,7 @@ def sample(
   ((2,), (8, 2), True)
   """
   checks.sigmas(sigmas)
-  check_cond(denoise, cond)
+  check_cond((denoise, solver), cond)
   sigmas = jnp.asarray(sigmas)
   if not jnp.issubdtype(sigmas.dtype, jnp.floating):
     sigmas = sigmas.astype(float)
@@ -74,12 +75,11 @@ def sample(
   else:
     raise ValueError(f"x_init must have the shape {tuple(shape)} of the example, got {x_init.shape}")
 
-  def denoise_cond(x, sigma):
-    return denoise(x, sigma, cond)
+  conditioned = Conditioned(denoise, cond)
 
   def step(state, inputs):
     i, sigma, sigma_next = inputs
-    state = solver.step(denoise_cond, state, sigma, sigma_next, jax.random.fold_in(step_key, i))
+    state = solver.step(conditioned, state, sigma, sigma_next, jax.random.fold_in(step_key, i))
     return state, None if collect is None else collect(state)
 
   steps = (jnp.arange(sigmas.shape[0] - 1), sigmas[:-1], sigmas[1:])
@@ -146,8 +146,66 @@ def sample_batch(
   ... ).shape
   (5, 2)
   """
+  made = []
+  for x in sample_batches(
+    denoise,
+    key,
+    cond,
+    shape=shape,
+    sigmas=sigmas,
+    solver=solver,
+    num=num,
+    start=start,
+    batch_size=batch_size,
+    devices=devices,
+  ):
+    made.append(x)
+    if progress is not None:
+      progress(len(x))
+  return np.concatenate(made)
+
+
+def sample_batches(
+  denoise: Denoiser,
+  key: Key,
+  cond: PyTree = None,
+  *,
+  shape: Sequence[int],
+  sigmas: ArrayLike,
+  solver: Solver,
+  num: int | None = None,
+  start: int = 0,
+  batch_size: int | None = None,
+  devices: Sequence[jax.Device] | None = None,
+  skip: int = 0,
+) -> Iterator[Float[np.ndarray, " n *shape"]]:
+  """Draw many examples as `sample_batch` does, one micro-batch after another.
+
+  Nothing is kept, so that what is drawn may be more than fits.
+
+  Args:
+    denoise: as in `sample_batch`, and so the rest but one.
+    key: sample ``i`` is made from ``fold_in(key, i)``.
+    cond: each leaf (num, ...); or, with ``num``, one number for every sample; or None.
+    shape: shape of one example.
+    sigmas: (steps + 1,) noise levels that decrease and end in 0.
+    solver: see `jaxguide.solvers`.
+    num: how many, if ``cond`` does not say.
+    start: index of the first sample.
+    batch_size: the most samples at a time, over all devices; all at once if left out.
+    devices: where to run; all devices of this process if left out.
+    skip: how many of the ``num`` there are already, from an earlier run that was cut off. The rest comes out as it
+      would have then, to the last bit if ``skip`` is a whole number of micro-batches.
+
+  Returns:
+    An iterator over arrays (n, *shape) in host memory.
+
+  Raises:
+    ValueError, TypeError: as `sample_batch`, before the first is drawn.
+    FloatingPointError: if a sample is not finite.
+  """
   checks.sigmas(sigmas)
-  check_cond(denoise, cond)
+  check_cond((denoise, solver), cond)
   _check_pytree("denoise", denoise)
   _check_pytree("solver", solver)
   num, cond = _broadcast(cond, num)
@@ -163,19 +221,21 @@ def sample_batch(
   same = jax.sharding.NamedSharding(spread.mesh, jax.sharding.PartitionSpec())
   fixed = jax.device_put((denoise, jnp.asarray(sigmas), solver), same)
 
-  batches = []
-  for first in range(0, num, size):
+  skip = checks.at_least("skip", skip, 0)
+  return _micro_batches(fixed, spread, key, cond, tuple(shape), range(skip, num, size), start)
+
+
+def _micro_batches(fixed, spread, key, cond, shape, firsts, start):
+  num, size = firsts.stop, firsts.step
+  for first in firsts:
     # The last micro-batch is filled up with copies of the last sample, so that every one has the same shape.
     rows = np.minimum(np.arange(first, first + size), num - 1)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(start + rows)
     conds = _rows(cond, rows)
-    made = np.asarray(_sample_many(*fixed, *jax.device_put((keys, conds), spread), shape=tuple(shape)))
+    made = np.asarray(_sample_many(*fixed, *jax.device_put((keys, conds), spread), shape=shape))
     made = made[: num - first]
-    _check_finite(made, fixed, keys, conds, tuple(shape), start + first)
-    batches.append(made)
-    if progress is not None:
-      progress(len(made))
-  return np.concatenate(batches)
+    _check_finite(made, fixed, keys, conds, shape, start + first)
+    yield made
 
 
 @functools.partial(jax.jit, static_argnames="shape")

@@ -4,11 +4,14 @@ The state of a sampler is ``x = x0 + sigma * eps`` with ``eps ~ N(0, I)`` (varia
 classifiers and solvers see *one example* of shape ``(*shape)`` and a scalar ``sigma``; a batch is ``jax.vmap`` outside.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, Int, PyTree
+
+from jaxguide import struct
 
 ArrayLike = jax.typing.ArrayLike
 Key = jax.Array
@@ -21,12 +24,46 @@ Example = Float[Array, "*shape"]
 Scalar = Float[Array, ""]
 
 
+@struct.dataclass
+class Prediction:
+  """What a denoiser gives that says more than ``x0``.
+
+  Guidance changes ``x0`` and lets the rest be; only a solver that has a use for the rest looks at it.
+
+  Args:
+    x0: the clean example.
+    variance: the network's word on the variance of `jaxguide.DDPM`'s step, of the shape of ``x0``: -1 for the smallest
+      and 1 for the largest (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15).
+  """
+
+  x0: Leaf
+  variance: Leaf
+
+
+def x0_of(prediction: Any) -> Example:
+  """The clean example in what a denoiser gave."""
+  return prediction.x0 if isinstance(prediction, Prediction) else prediction
+
+
+def map_x0(function: Callable[..., Example], prediction: Any, *others: Any) -> Any:
+  """Apply a function to the clean examples in what denoisers gave; the first one's variance, if any, stays.
+
+  Guidance is written with it, so that it never touches a learned variance.
+
+  >>> import jax.numpy as jnp
+  >>> float(map_x0(lambda a, b: a - b, jnp.asarray(3.0), jnp.asarray(1.0)))
+  2.0
+  """
+  x0 = function(x0_of(prediction), *map(x0_of, others))
+  return dataclasses.replace(prediction, x0=x0) if isinstance(prediction, Prediction) else x0
+
+
 @runtime_checkable
 class Denoiser(Protocol):
   """``E[x0 | x; sigma, cond]``: the clean example that is expected behind a noisy one."""
 
-  def __call__(self, x: Example, sigma: Scalar, cond: Any, /) -> Example:
-    """Give ``x0`` of the shape of ``x``."""
+  def __call__(self, x: Example, sigma: Scalar, cond: Any, /) -> Example | Prediction:
+    """Give ``x0`` of the shape of ``x``, or a `Prediction` that holds it."""
     ...
 
 
@@ -89,8 +126,11 @@ __all__ = [
   "Key",
   "Leaf",
   "LogProb",
+  "Prediction",
   "PyTree",
   "Scalar",
   "Solver",
   "SolverState",
+  "map_x0",
+  "x0_of",
 ]

@@ -32,6 +32,7 @@ SOLVERS = {
   "ddim_half": lambda: jg.DDIM(0.5),
   "ddim_1": lambda: jg.DDIM(1.0),
   "ddpm": jg.DDPM,
+  "ddpm_large": lambda: jg.DDPM("large"),
   "heun": jg.Heun,
   "dpmpp_2m": jg.DPMpp2M,
 }

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jaxguide import cli, data
+from jaxguide.generate import unfinished
 from jaxguide.training import ModelConfig
 from jaxguide.training import model as models
 
@@ -100,7 +101,13 @@ def test_sample_draws_every_sample(run, tmp_path, labels, num, rows, columns):
     (["--solver", "heun", "--eta", 1], "'heun' has no option 'eta'"),
     (["--eta", 2], "eta must be between 0 and 1, got 2.0"),
     (["--guidance", "none", "--scale", 2], "guidance 'none' takes no scale"),
-    (["--classifier", "somewhere"], "guidance 'cfg' takes no classifier"),
+    (["--guidance", "cfg", "--classifier", "somewhere"], "guidance 'cfg' takes no classifier"),
+    (["--classifier", "somewhere"], "there is no model in"),
+    (["--variance", "small"], "'ddim' has no option 'variance'"),
+    (["--solver", "ddpm", "--variance", "big"], "unknown variance 'big'"),
+    (["--solver", "ddpm", "--gradient-at", "mean"], "gradient_at is for solver 'ddpm' with guidance 'classifier'"),
+    (["--steps", "ddim25"], "grid 'karras' takes a number of steps, got 'ddim25'"),
+    (["--grid", "respaced"], "grid 'respaced' is for models of a discrete process"),
     (["--guidance", "cgf"], "unknown guidance 'cgf': did you mean 'cfg'?"),
     (["--grid", "kras"], "unknown grid 'kras': did you mean 'karras'?"),
     (["--sigma-min", 0], "sigma_min must be above 0"),
@@ -157,3 +164,126 @@ def test_help_says_what_scale_means(run):
   assert status == 0
   assert "demo" in printed
   assert "sample" in printed
+
+
+# --- a run that is cut off ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_run_that_was_killed_goes_on(run, tmp_path, monkeypatch, at):
+  args = ["--num", 11, "--steps", 2, "--batch-size", 4, "--solver", "ddpm", "--guidance", "classifier"]
+  run("sample", "--out", tmp_path / "whole.npz", *args)
+  append, made = unfinished.Unfinished.append, []
+
+  def killed(self, images):
+    if len(made) == at:
+      # As far as it gets: the images are there, and the count of them is not.
+      self.images[self.done : self.done + len(images)] = 7
+      raise KeyboardInterrupt
+    made.append(len(images))
+    append(self, images)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(unfinished.Unfinished, "append", killed)
+    assert run("sample", "--out", tmp_path / "s.npz", *args)[0] != 0
+  assert not (tmp_path / "s.npz").exists()
+  status, _, errors = run("sample", "--out", tmp_path / "s.npz", *args, "--seed", 1)
+  assert status == 2
+  assert "unfinished run with seed 0, not 1" in errors
+
+  monkeypatch.setattr(unfinished.Unfinished, "append", lambda self, x: (made.append(len(x)), append(self, x)))
+  assert run("sample", "--out", tmp_path / "s.npz", *args)[0] == 0
+  assert made == [4, 4, 3]  # nothing twice
+  for got, wanted in zip(data.load_npz(tmp_path / "s.npz"), data.load_npz(tmp_path / "whole.npz"), strict=True):
+    np.testing.assert_array_equal(got, wanted)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["s.npz", "whole.npz"]
+
+
+def test_an_unfinished_run_that_is_torn(run, tmp_path, monkeypatch):
+  with monkeypatch.context() as patch:
+    patch.setattr(unfinished.Unfinished, "append", lambda self, x: sys.exit(9))
+    assert run("sample", "--out", tmp_path / "s.npz", "--steps", 2)[0] == 9
+  (tmp_path / "s.npz.unfinished" / "images.npy").write_bytes(b"no array")
+  status, _, errors = run("sample", "--out", tmp_path / "s.npz", "--steps", 2)
+  assert status == 2
+  assert "s.npz.unfinished is torn" in errors
+  assert errors.count("\n") == 1
+
+
+# --- models of a discrete process -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+  """What the published models are, in small: a learned variance, no null class, a table; with and without classes."""
+  folder = tmp_path_factory.mktemp("published")
+  common = {"prediction": "eps", "schedule": "linear", "diffusion_steps": 1000}
+  learned = {**TINY, "out_channels": 2, "null_class": False}
+  for name, network, fields, classes, extra in (
+    ("conditional", "unet", learned, 10, {"variance": "learned_range"}),
+    ("unconditional", "unet", learned, None, {"variance": "learned_range"}),
+    ("classifier", "classifier", {**TINY, "num_head_channels": 8}, 10, {"scale": 4.0}),
+  ):
+    config = ModelConfig(network, fields, (8, 8, 1), classes, **common, **extra)
+    params = jax.jit(lambda key, config=config: models.init_params(config, key))(jax.random.key(0))
+    params = jax.tree.map(lambda leaf: leaf + 0.02 * jax.random.normal(jax.random.key(1), leaf.shape), params)
+    models.save(folder / name, models.Model(config, params))
+  return folder
+
+
+@pytest.fixture
+def sample_published(published, monkeypatch, capsys, tmp_path):
+  def sample(name, *args):
+    command = ["sample", "--model", published / name, "--out", tmp_path / "s.npz", "--no-progress", *args]
+    monkeypatch.setattr(sys, "argv", ["jaxguide", *map(str, command)])
+    with pytest.raises(SystemExit) as exit:
+      cli.main()
+    if exit.value.code:
+      return exit.value.code, capsys.readouterr().err
+    with np.load(tmp_path / "s.npz") as arrays:
+      return dict(arrays)
+
+  return sample
+
+
+@pytest.mark.parametrize("name", ["conditional", "unconditional"])
+@pytest.mark.parametrize(
+  "args",
+  [
+    ["--guidance", "classifier", "--solver", "ddpm", "--steps", "6"],
+    ["--guidance", "classifier", "--solver", "ddpm", "--steps", "3,3", "--gradient-at", "mean", "--variance", "large"],
+    ["--guidance", "classifier", "--solver", "ddim", "--steps", "ddim5"],
+    ["--guidance", "classifier", "--solver", "dpmpp-2m", "--steps", "4", "--grid", "karras"],
+    ["--solver", "ddpm", "--steps", "4", "--no-clip"],
+  ],
+  ids=" ".join,
+)
+def test_published_models(sample_published, name, args):
+  arrays = sample_published(name, "--num", 3, *args)
+  assert isinstance(arrays, dict), arrays
+  assert arrays["arr_0"].shape == (3, 8, 8, 1)
+  assert arrays["arr_0"].dtype == np.uint8
+  assert len(np.unique(arrays["arr_0"])) > 1
+  # Without classes or a classifier there are no labels to write.
+  assert ("arr_1" in arrays) == (name == "conditional" or "classifier" in args)
+  if "classifier" in args:
+    # The recommended scale, 4, is the default, and a scale does something.
+    np.testing.assert_array_equal(sample_published(name, "--num", 3, "--scale", 4, *args)["arr_0"], arrays["arr_0"])
+    assert (sample_published(name, "--num", 3, "--scale", 40, *args)["arr_0"] != arrays["arr_0"]).any()
+
+
+@pytest.mark.parametrize(
+  ("name", "args", "message"),
+  [
+    ("conditional", ["--guidance", "cfg"], "the model knows no null class"),
+    ("unconditional", ["--label", 3], "the model has no classes"),
+    ("unconditional", ["--steps", "ddim600"], "no whole stride through 1000 steps visits 600"),
+    ("unconditional", ["--steps", 1001], "steps must be at most the 1000 of the table"),
+    ("unconditional", ["--sigma-max", 80], "grid 'respaced' takes its levels from the model"),
+    ("unconditional", ["--scale", 2], "guidance 'none' takes no scale"),
+  ],
+)
+def test_what_published_models_cannot_do(sample_published, name, args, message):
+  status, errors = sample_published(name, *args)
+  assert status == 2
+  assert message in errors

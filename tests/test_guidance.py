@@ -297,3 +297,21 @@ def test_rules_of_one_kind_are_one_program(mixture, make_guidance):
   one, two = (jax.tree.structure(make_guidance(mixture, scale)) for scale in (1.0, 2.0))
   assert one == two
   assert isinstance(make_guidance(mixture, 1.0), Rule)
+
+
+# --- a learned variance ---------------------------------------------------------------------------
+
+
+def test_guidance_never_touches_a_learned_variance(make_guidance, random_mixture, float64):
+  mixture = random_mixture(0, (2,))
+  # What each evaluation says of the variance tells its condition: the one for the sample's own has to come out.
+  bare = mixture.denoiser
+  learned = lambda x, sigma, cond: jg.Prediction(bare(x, sigma, cond), x * 0 + cond)  # noqa: E731
+  x, guidance = noisy(mixture, 0, 1.0), make_guidance(mixture, 3.0)
+  for sigma in (0.1, 1.0):  # outside and inside the interval
+    args = x, jnp.asarray(sigma), jnp.asarray(1)
+    said = guidance(learned)(*args)
+    np.testing.assert_allclose(said.x0, guidance(bare)(*args), rtol=1e-14)
+    # The unconditional denoiser was asked without the condition.
+    unconditional = len(guidance.parameters) == 1 and "unconditional" in str(guidance.parameters[0])
+    np.testing.assert_array_equal(said.variance, np.full(2, mixture.num_classes if unconditional else 1))

@@ -284,3 +284,85 @@ def test_solvers_are_told_apart_by_their_class():
   # Equal structures of two solvers would let one run the other's compiled program.
   structures = [jax.tree.structure(solver) for solver in (jg.Euler(), jg.DDPM(), jg.Heun(), jg.DPMpp2M())]
   assert all((a == b) == (i == j) for i, a in enumerate(structures) for j, b in enumerate(structures))
+
+
+# --- DDPM as published: tests/test_guided_diffusion.py has its arrays; here what they do not hold -----
+
+
+def classifier_bend(x, sigma, cond):
+  return -0.5 * ((x - cond) ** 2).sum() / (1 + sigma**2)
+
+
+def exact_bend(x, sigma, cond):
+  return (cond - x) / (1 + sigma**2)
+
+
+def test_the_mean_shift_at_the_mean_is_the_papers(given_noise, float64):
+  # Dhariwal & Nichol, arXiv:2105.05233, section 4.1: x_{t-1} ~ N(mu + s Sigma g, Sigma) with g the gradient of
+  # log p(y | x_{t-1}) at x_{t-1} = mu, in x_t = alpha x.
+  x, z, y, sigma, below, s = np.array([1.5, -2.0]), np.array([0.3, -1.1]), np.array([0.4, 0.2]), 2.0, 1.2, 3.0
+  alpha, alpha_below = (1 / np.sqrt(1 + level**2) for level in (sigma, below))
+  x0 = exact_x0(x, sigma)
+  beta = 1 - alpha**2 / alpha_below**2
+  variance = beta * (1 - alpha_below**2) / (1 - alpha**2)
+  mu = (
+    alpha_below * beta / (1 - alpha**2) * x0 + alpha / alpha_below * (1 - alpha_below**2) / (1 - alpha**2) * alpha * x
+  )
+  g = exact_bend(mu / alpha_below, below, y) / alpha_below
+  wanted = (mu + s * variance * g + np.sqrt(variance) * z) / alpha_below
+  solver = jg.DDPM("small", classifier_bend, s, gradient_at="mean")
+  conditioned = jg.solvers.Conditioned(lambda x, sigma, cond: jnp.asarray(x0), y)
+  got = solver.step(conditioned, solver.init(jnp.asarray(x)), jnp.asarray(sigma), jnp.asarray(below), jnp.asarray(z)).x
+  np.testing.assert_allclose(got, wanted, rtol=1e-12)
+
+
+def test_the_two_points_of_the_gradient_agree_in_small_steps(float64):
+  model = mixture()
+
+  def end(point, steps):
+    solver = jg.DDPM("small", model.log_prob, 1.0, gradient_at=point)
+    grid = jg.respaced(jg.schedules.table("linear", 1000), steps)
+    return jg.sample(jg.unconditional(3)(model.denoiser), jax.random.key(0), (2,), grid, solver, 1)[0]
+
+  # Not the same numbers, and nearer with each refinement; the last steps make the difference of one sample small.
+  apart = [float(jnp.abs(end("x", steps) - end("mean", steps)).max()) for steps in (20, 100, 500)]
+  assert apart[0] > 1e-6
+  assert apart[2] < apart[0] / 5
+
+
+def test_a_learned_range_needs_one():
+  with pytest.raises(ValueError, match="learned_variance=True"):
+    jg.sample(mixture().denoiser, jax.random.key(0), (2,), jg.karras(3), jg.DDPM("learned_range"), 1)
+
+
+def test_a_mean_shift_needs_the_condition():
+  solver = jg.DDPM(log_prob=classifier_bend)
+  with pytest.raises(TypeError, match="Conditioned"):
+    solver.step(lambda x, sigma: x, solver.init(jnp.ones(2)), jnp.asarray(1.0), jnp.asarray(0.5), jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"variance": "lerned_range"}, "did you mean 'learned_range'"),
+    ({"gradient_at": "mu"}, "unknown point for the gradient 'mu'"),
+    ({"scale": float("nan")}, "scale must be finite"),
+  ],
+)
+def test_bad_options_of_ddpm(options, message):
+  with pytest.raises(ValueError, match=message):
+    jg.DDPM(**options)
+
+
+def test_learned_variance_costs_one_evaluation_a_step():
+  calls = []
+
+  def apply(params, x, c_noise, cond):
+    jax.debug.callback(lambda: calls.append(1))
+    return jnp.concatenate([params * x, x], -1)
+
+  scaling = jg.scaling.eps(jg.schedules.Cosine())
+  denoise = jg.NetworkDenoiser(jnp.asarray(0.5), apply, scaling, learned_variance=True)
+  jax.block_until_ready(jg.sample(denoise, jax.random.key(0), (4, 4, 1), jg.karras(7), jg.DDPM("learned_range")))
+  jax.effects_barrier()
+  assert len(calls) == 7

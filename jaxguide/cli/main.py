@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from jaxguide.cli import interop
+from jaxguide.solvers import SOLVERS
 
 app = typer.Typer(
   name="jaxguide",
@@ -58,37 +59,65 @@ def demo(
 @app.command()
 def sample(
   out: Annotated[Path, typer.Option(help="File to write: .npz (arr_0 uint8 NHWC, arr_1 labels) or .png (a grid).")],
+  model: Annotated[Path, typer.Option(help="Folder of the denoiser.")] = DEMO / "denoiser",
+  classifier: Annotated[
+    Path | None,
+    typer.Option(help="Folder of the classifier; for guidance classifier, the one beside the model if left out."),
+  ] = None,
   label: Annotated[
     list[int] | None, typer.Option(help="Class to sample; repeat for several. All classes in turn if left out.")
   ] = None,
   num: Annotated[int, typer.Option(help="Number of samples.")] = 16,
-  guidance: Annotated[str, typer.Option(help="cfg, classifier or none.")] = "cfg",
+  guidance: Annotated[
+    str | None,
+    typer.Option(help="cfg, classifier or none. [default: classifier with --classifier, else cfg where the model can]"),
+  ] = None,
   scale: Annotated[
     float | None,
     typer.Option(
       help="Power in p(x) p(y|x)^scale: 0 unconditional, 1 conditional, more is sharper and less diverse. "
-      "For cfg the paper's w is scale - 1; classifier guides the unconditional denoiser. [default: 2]"
+      "For cfg the paper's w is scale - 1; classifier guides the unconditional network, and where the model cannot be "
+      "one, the conditional, whose power then is 1 + scale. [default: as recommended for the classifier, or 2]"
     ),
   ] = None,
-  solver: Annotated[str, typer.Option(help="euler, ddim, ddpm, heun or dpmpp-2m.")] = "ddim",
-  steps: Annotated[int, typer.Option(help="Steps of the solver.")] = 50,
+  solver: Annotated[
+    str,
+    typer.Option(
+      help=f"{', '.join(SOLVERS)}. With ddpm a classifier shifts the mean (Dhariwal & Nichol's Algorithm 1), "
+      "with the others it bends the score (their Algorithm 2)."
+    ),
+  ] = "ddim",
+  steps: Annotated[
+    str, typer.Option(help="Steps of the solver; for the grid respaced also ddim25 or 10,10,10.")
+  ] = "50",
   eta: Annotated[float | None, typer.Option(help="Randomness of ddim: 0 none, 1 as ddpm.")] = None,
-  grid: Annotated[str, typer.Option(help="Noise levels: karras or log-snr.")] = "karras",
-  sigma_min: Annotated[float, typer.Option(help="Last noise level above 0.")] = 0.01,
-  sigma_max: Annotated[float, typer.Option(help="First noise level.")] = 80.0,
+  variance: Annotated[
+    str | None, typer.Option(help="Of ddpm: small, large or learned_range. [default: the model's]")
+  ] = None,
+  gradient_at: Annotated[
+    str | None,
+    typer.Option(help="Where ddpm takes the classifier's gradient: x, as released, or mean, as in the paper."),
+  ] = None,
+  grid: Annotated[
+    str | None,
+    typer.Option(help="Noise levels: respaced (of a discrete process), karras or log-snr. [default: by the model]"),
+  ] = None,
+  sigma_min: Annotated[float | None, typer.Option(help="Last noise level above 0. [default: 0.01]")] = None,
+  sigma_max: Annotated[float | None, typer.Option(help="First noise level. [default: 80]")] = None,
+  clip: Annotated[bool, typer.Option(help="Keep x0 in [-1, 1].")] = True,
   seed: Annotated[int, typer.Option(help="Seed: sample i depends on seed, i and its label alone.")] = 0,
   batch_size: Annotated[int, typer.Option(help="Samples at a time.")] = 256,
-  model: Annotated[Path, typer.Option(help="Folder of the denoiser.")] = DEMO / "denoiser",
-  classifier: Annotated[
-    Path | None, typer.Option(help="Folder of the classifier; the one beside the model if left out.")
-  ] = None,
   progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
-  """Sample from a trained model, guided, into an .npz or .png file."""
+  """Sample from a trained model, guided, into an .npz or .png file.
+
+  Killed and started again with the same options, it goes on where it stopped.
+  """
   from jaxguide import generate
 
-  generate.run(
-    out,
+  settings = generate.Settings(
+    model=str(model),
+    classifier=None if classifier is None else str(classifier),
     labels=label,
     num=num,
     guidance=guidance,
@@ -96,12 +125,14 @@ def sample(
     solver=solver,
     steps=steps,
     eta=eta,
+    variance=variance,
+    gradient_at=gradient_at,
     grid=grid,
-    sigmas=(sigma_min, sigma_max),
+    sigma_min=sigma_min,
+    sigma_max=sigma_max,
+    clip=clip,
     seed=seed,
     batch_size=batch_size,
-    model=model,
-    classifier=classifier,
-    progress=progress,
   )
+  generate.run(out, settings, progress=progress)
   print(f"{num} samples are in {out}.")

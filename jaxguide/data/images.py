@@ -74,13 +74,13 @@ def from_uint8(images: np.ndarray) -> np.ndarray:
   return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
-def save_npz(path: PathLike, images: np.ndarray, labels: np.ndarray) -> None:
+def save_npz(path: PathLike, images: np.ndarray, labels: np.ndarray | None = None) -> None:
   """Write samples in the format of OpenAI's guided-diffusion evaluator, atomically.
 
   Args:
     path: the file, taken as it is; missing folders are made.
     images: ``uint8`` of shape (n, h, w, c), stored as ``arr_0``.
-    labels: whole numbers of shape (n,), stored as ``arr_1`` in ``int64``.
+    labels: whole numbers of shape (n,), stored as ``arr_1`` in ``int64``; without them there is none.
 
   Raises:
     ValueError: if the images or the labels are not that.
@@ -88,7 +88,10 @@ def save_npz(path: PathLike, images: np.ndarray, labels: np.ndarray) -> None:
   """
   check_images(images, labels)
   with replacing(path) as file:
-    np.savez(file, arr_0=images, arr_1=labels.astype(np.int64))
+    if labels is None:
+      np.savez(file, arr_0=images)
+    else:
+      np.savez(file, arr_0=images, arr_1=labels.astype(np.int64))
 
 
 def load_npz(path: PathLike) -> tuple[np.ndarray, np.ndarray]:

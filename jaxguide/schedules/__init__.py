@@ -3,7 +3,7 @@
 Everything is in ``sigma``, the standard deviation of the noise on a clean example.
 """
 
-from jaxguide.schedules.grids import GRIDS, from_schedule, karras, log_snr_uniform, respaced
+from jaxguide.schedules.grids import GRIDS, from_schedule, karras, log_snr_uniform, respaced, spaced_timesteps
 from jaxguide.schedules.noise import (
   EDM,
   SCHEDULES,
@@ -49,5 +49,6 @@ __all__ = [
   "schedule",
   "sigma_to_alpha_bar",
   "sigma_to_log_snr",
+  "spaced_timesteps",
   "table",
 ]

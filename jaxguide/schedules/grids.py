@@ -1,6 +1,5 @@
 """Grids: the noise levels that samplers walk, ``steps + 1`` of them, decreasing and ending in 0."""
 
-import itertools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ from jaxtyping import Array, Float
 
 from jaxguide import checks
 from jaxguide.schedules.noise import EDM, NoiseSchedule
-from jaxguide.schedules.tables import Table
+from jaxguide.schedules.tables import Table, spaced_timesteps
 from jaxguide.typing import ArrayLike
 
 
@@ -86,13 +85,13 @@ def from_schedule(schedule: NoiseSchedule, steps: int) -> Float[Array, " levels"
   return _end_in_zero(schedule.sigma(jnp.linspace(1, 1 / steps, steps)))
 
 
-def respaced(table: Table, steps: int | Sequence[int] | np.ndarray) -> Float[Array, " levels"]:
+def respaced(table: Table, steps: int | str | Sequence[int] | np.ndarray) -> Float[Array, " levels"]:
   """A grid that visits chosen steps of a discrete process, from the noisiest down, then 0.
 
   Args:
     table: the process that the network was trained on.
-    steps: how many, spread evenly from 0 to T-1 and rounded (half to even, as Nichol & Dhariwal's code does), or the
-      steps themselves, (n,) whole numbers in [0, T-1] in any order.
+    steps: how many, spread evenly from 0 to T-1 (1 visits the last); or a text, ``ddim25`` or ``10,10,10``, as in
+      `spaced_timesteps`; or the steps themselves, (n,) whole numbers in [0, T-1] in any order.
 
   Returns:
     (n + 1,) decreasing levels.
@@ -101,18 +100,18 @@ def respaced(table: Table, steps: int | Sequence[int] | np.ndarray) -> Float[Arr
     ValueError: for more steps than the table has, a step outside it, or one named twice.
 
   >>> from jaxguide.schedules import linear_betas
-  >>> respaced(Table.from_betas(linear_betas(1000)), [0, 999]).shape
-  (3,)
+  >>> table = Table.from_betas(linear_betas(1000))
+  >>> respaced(table, [0, 999]).shape, respaced(table, "ddim25").shape
+  ((3,), (26,))
   """
   total = table.num_steps
-  if isinstance(steps, int | np.integer):
+  if isinstance(steps, str):
+    chosen = spaced_timesteps(total, steps)
+  elif isinstance(steps, int | np.integer):
     count = checks.at_least("steps", steps, 1)
     if count > total:
       raise ValueError(f"steps must be at most the {total} of the table, got {count}")
-    stride = (total - 1) / max(count - 1, 1)
-    # Summed up and not multiplied: the rounding of the published grids depends on it.
-    chosen = np.round(list(itertools.accumulate([0.0] + [stride] * (count - 1)))).astype(int)
-    chosen = chosen if count > 1 else np.array([total - 1])
+    chosen = spaced_timesteps(total, str(count)) if count > 1 else np.array([total - 1])
   else:
     chosen = np.asarray(steps)
     if chosen.size == 0:

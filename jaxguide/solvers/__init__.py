@@ -6,18 +6,20 @@ arXiv:2206.00364, eq. 1 with s = 1), and its stochastic relatives add noise whil
 as often as it needs to. The last step, to ``sigma_next = 0``, lands on ``x0`` in every one of them.
 """
 
+from typing import Any
+
 from jaxguide import checks
-from jaxguide.solvers.base import State
+from jaxguide.solvers.base import Conditioned, MultistepState, State
 from jaxguide.solvers.ddim import DDIM, Euler
 from jaxguide.solvers.ddpm import DDPM
 from jaxguide.solvers.heun import Heun
-from jaxguide.solvers.multistep import DPMpp2M, MultistepState
-from jaxguide.typing import ArrayLike, Solver
+from jaxguide.solvers.multistep import DPMpp2M
+from jaxguide.typing import Solver
 
 SOLVERS: dict[str, type] = {"euler": Euler, "ddim": DDIM, "ddpm": DDPM, "heun": Heun, "dpmpp-2m": DPMpp2M}
 
 
-def solver(name: str, **options: ArrayLike) -> Solver:
+def solver(name: str, **options: Any) -> Solver:
   """Make a solver by name.
 
   Raises:
@@ -34,4 +36,4 @@ def solver(name: str, **options: ArrayLike) -> Solver:
   return cls(**checks.options(name, cls, options))
 
 
-__all__ = ["DDIM", "DDPM", "SOLVERS", "DPMpp2M", "Euler", "Heun", "MultistepState", "State", "solver"]
+__all__ = ["DDIM", "DDPM", "SOLVERS", "Conditioned", "DPMpp2M", "Euler", "Heun", "MultistepState", "State", "solver"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxguide.typing import Example, Leaf, Scalar
+from jaxguide import struct
+from jaxguide.typing import Denoiser, Example, Leaf, Prediction, PyTree, Scalar, x0_of
 
 Denoise = Callable[[Example, Scalar], Example]
 
@@ -15,6 +16,33 @@ class State(NamedTuple):
 
   x: Leaf
   x0: Leaf
+
+
+class MultistepState(NamedTuple):
+  """A `State` that also remembers the level of its ``x0``; infinite before the first step."""
+
+  x: Leaf
+  x0: Leaf
+  sigma: Leaf
+
+
+@struct.dataclass
+class Conditioned:
+  """A denoiser with its condition: what a solver is given by `jaxguide.sample`.
+
+  It is ``(x, sigma) -> x0``; a solver that has a use for more asks it to `predict`, or for its ``cond``.
+  """
+
+  denoise: Denoiser
+  cond: PyTree
+
+  def __call__(self, x: Example, sigma: Scalar) -> Example:
+    """Give ``x0``."""
+    return x0_of(self.predict(x, sigma))
+
+  def predict(self, x: Example, sigma: Scalar) -> Example | Prediction:
+    """Give all that the denoiser says."""
+    return self.denoise(x, sigma, self.cond)
 
 
 class Memoryless:

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxguide import checks, struct
+from jaxguide.posterior import posterior_std
 from jaxguide.solvers.base import Denoise, Memoryless, State, move
 from jaxguide.typing import Key, Leaf, Scalar
 
@@ -33,9 +33,7 @@ class DDIM(Memoryless):
   evaluations: ClassVar[int] = 1
 
   def __post_init__(self):
-    # Only numbers that somebody wrote: a tree of gradients is made of this class too, and may hold anything.
-    if isinstance(self.eta, int | float | np.number):
-      object.__setattr__(self, "eta", checks.in_range("eta", self.eta, 0, 1))
+    checks.written(self, "eta", checks.in_range, 0, 1)
 
   def step(self, denoise: Denoise, state: State, sigma: Scalar, sigma_next: Scalar, key: Key) -> State:
     """Take one step, with one evaluation."""
@@ -62,8 +60,3 @@ class Euler(Memoryless):
     del key
     x0 = denoise(state.x, sigma)
     return State(move(state.x, x0, sigma, sigma_next), x0)
-
-
-def posterior_std(sigma: Scalar, sigma_next: Scalar) -> Scalar:
-  """Standard deviation of ``q(x' | x, x0)``; its gradient is kept finite at ``sigma_next = 0``."""
-  return sigma_next / sigma * jnp.sqrt(jnp.maximum(sigma**2 - sigma_next**2, 0))

@@ -1,36 +1,87 @@
-"""Ancestral sampling."""
+"""Ancestral sampling, with the variances and the classifier guidance of the papers."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 
-from jaxguide import struct
-from jaxguide.solvers.base import Denoise, Memoryless, State
-from jaxguide.solvers.ddim import posterior_std
-from jaxguide.typing import Key, Scalar
+from jaxguide import checks, struct
+from jaxguide.posterior import VARIANCES, posterior_mean, reverse_variance
+from jaxguide.solvers.base import Conditioned, Denoise, MultistepState
+from jaxguide.typing import Example, Key, Leaf, LogProb, Prediction, Scalar, x0_of
 
-VARIANCES = ("small", "large", "learned_range")
+GRADIENTS = ("x", "mean")
 
 
 @struct.dataclass
-class DDPM(Memoryless):
-  r"""Ancestral sampling (Ho et al. 2020, arXiv:2006.11239, eq. 6 and 7) with the posterior's variance.
+class DDPM:
+  r"""Ancestral sampling (Ho et al. 2020, arXiv:2006.11239, Algorithm 2).
 
   .. math::
-    x' \sim q(x' | x, x_0 = D) = N\Big(D + \frac{\sigma'^2}{\sigma^2} (x - D),\;
-      \frac{\sigma'^2}{\sigma^2} (\sigma^2 - \sigma'^2)\Big)
+    x' \sim N(\mu + s \Sigma g,\; \Sigma), \quad \mu = D + \frac{\sigma'^2}{\sigma^2} (x - D)
 
-  which is `DDIM` with ``eta = 1``. Guidance reaches the mean through ``D``.
+  With ``variance="small"`` and no classifier it is `DDIM` with ``eta = 1``. Guidance of the denoiser reaches the mean
+  through ``D``. Here a classifier can also shift the mean by ``s Σ g``, as Dhariwal & Nichol do it (2021,
+  arXiv:2105.05233, Algorithm 1); `jaxguide.classifier` is their Algorithm 2, the ε form. The two agree in the limit of
+  small steps. Where ``g``, the gradient of ``log p(y | x)``, is taken differs between the paper and its code:
+
+  - ``gradient_at="x"``: at the sample before the step and its level, as in the released code; a classifier that
+    costs no more than one gradient a step in either.
+  - ``gradient_at="mean"``: at μ and the level after the step, as in the paper's derivation (eq. 5). In the last step,
+    which leaves no noise, the level before it.
+
+  Args:
+    variance: Σ: ``small``, ``large`` or ``learned_range``; see `jaxguide.posterior.reverse_variance`. The last needs a
+      denoiser made with ``learned_variance=True``. OpenAI's models without a learned variance use ``large``.
+    log_prob: a classifier, ``(x, sigma, cond) -> log p(cond | x; sigma)``, or None.
+    scale: s, the power γ in ``p(x) p(y|x)^γ``. 0 is unguided.
+    gradient_at: ``x`` or ``mean``.
+
+  Raises:
+    ValueError: for an unknown variance or point (naming the nearest), or a scale that is not finite.
+
+  >>> DDPM(variance="large").variance
+  'large'
   """
 
+  variance: str = struct.field(pytree_node=False, default="small")
+  log_prob: LogProb | Leaf | None = None
+  scale: Leaf = 1.0
+  gradient_at: str = struct.field(pytree_node=False, default="x")
   order: ClassVar[int] = 1
   evaluations: ClassVar[int] = 1
 
-  def step(self, denoise: Denoise, state: State, sigma: Scalar, sigma_next: Scalar, key: Key) -> State:
+  def __post_init__(self):
+    checks.lookup("variance", self.variance, dict.fromkeys(VARIANCES))
+    checks.lookup("point for the gradient", self.gradient_at, dict.fromkeys(GRADIENTS))
+    checks.written(self, "scale", checks.finite)
+
+  def init(self, x: Example) -> MultistepState:
+    """Start from ``x``, with no step behind."""
+    return MultistepState(x, x, jnp.asarray(jnp.inf, x.dtype))
+
+  def step(
+    self, denoise: Denoise, state: MultistepState, sigma: Scalar, sigma_next: Scalar, key: Key
+  ) -> MultistepState:
     """Take one step, with one evaluation."""
-    x, _ = state
-    x0 = denoise(x, sigma)
-    mean = x0 + (sigma_next / sigma) ** 2 * (x - x0)
-    return State(mean + posterior_std(sigma, sigma_next) * jax.random.normal(key, x.shape, x.dtype), x0)
+    x = state.x
+    prediction = denoise.predict(x, sigma) if isinstance(denoise, Conditioned) else denoise(x, sigma)
+    learned = prediction.variance if isinstance(prediction, Prediction) else None
+    x0 = x0_of(prediction)
+    mean = posterior_mean(x, x0, sigma, sigma_next)
+    variance = reverse_variance(self.variance, sigma, sigma_next, state.sigma, learned)
+    last = sigma_next <= 0
+    if self.log_prob is not None:
+      if not isinstance(denoise, Conditioned):
+        raise TypeError("a mean shift needs the condition: run the solver in sample, or hand step a Conditioned")
+      if self.gradient_at == "mean":
+        gradient = jax.grad(self.log_prob)(mean, jnp.where(last, sigma, sigma_next), denoise.cond)
+      else:
+        # The papers' gradient is with respect to alpha x, and shifts alpha' x'.
+        gradient = jax.grad(self.log_prob)(x, sigma, denoise.cond)
+        gradient *= jnp.sqrt((1 + sigma**2) / (1 + sigma_next**2))
+      mean += jnp.asarray(self.scale, x.dtype) * variance.value * gradient
+    std = jnp.where(last, 0, jnp.exp(0.5 * variance.log))
+    return MultistepState(mean + std * jax.random.normal(key, x.shape, x.dtype), x0, sigma)

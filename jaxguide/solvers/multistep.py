@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax.numpy as jnp
 
 from jaxguide import struct
-from jaxguide.solvers.base import Denoise, move
-from jaxguide.typing import Example, Key, Leaf, Scalar
-
-
-class MultistepState(NamedTuple):
-  """A `State` that also remembers the level of its ``x0``; infinite before the first step."""
-
-  x: Leaf
-  x0: Leaf
-  sigma: Leaf
+from jaxguide.solvers.base import Denoise, MultistepState, move
+from jaxguide.typing import Example, Key, Scalar
 
 
 @struct.dataclass

@@ -7,7 +7,8 @@ from typing import Any
 from flax import linen
 
 from jaxguide import checks, nn, scaling, schedules
-from jaxguide.solvers.ddpm import VARIANCES
+from jaxguide.posterior import VARIANCES
+from jaxguide.variational import LOSSES
 
 NETWORKS: dict[str, type[linen.Module]] = {
   "unet": nn.UNet,
@@ -65,6 +66,10 @@ class ModelConfig:
       object.__setattr__(self, "low_res_shape", tuple(self.low_res_shape))
     checks.lookup("prediction", self.prediction, scaling.PREDICTIONS)
     checks.lookup("variance", self.variance, dict.fromkeys(VARIANCES))
+    twice = 2 * self.image_shape[-1]
+    learned = self.network != "classifier" and self.variance == "learned_range"
+    if learned and self.fields.get("out_channels") != twice:
+      raise ValueError(f"variance 'learned_range' needs twice the image's channels: give out_channels {twice}")
     if self.diffusion_steps is None:
       checks.lookup("schedule", self.schedule, schedules.SCHEDULES)
       if self.rescale_timesteps:
@@ -87,6 +92,11 @@ class ModelConfig:
     return NETWORKS[self.network](**{**self.fields, **classes})
 
   @property
+  def null_cond(self) -> int | None:
+    """The label that stands for none; None where the network has no such label."""
+    return self.num_classes if getattr(self.module, "null_class", False) else None
+
+  @property
   def scaling(self) -> scaling.Scaling:
     """How the network's input and output are scaled."""
     time_scale = 1000 / self.diffusion_steps if self.diffusion_steps and self.rescale_timesteps else None
@@ -105,9 +115,11 @@ class TrainingConfig:
     weight_decay: of AdamW.
     clip_norm: the largest norm of a gradient.
     ema_decay: of the parameters' running mean, which is what is used after training.
-    p_uncond: probability of dropping the label, for a UNet.
-    noise_mean: mean of log sigma over the training's noise levels.
+    p_uncond: probability of dropping the label, for a UNet with a null class; 0.15 if left out.
+    noise_mean: mean of log sigma over the training's noise levels. A discrete process draws its steps uniformly, and
+      takes neither this nor the next.
     noise_std: its standard deviation.
+    loss: of a UNet on a discrete process, one of `jaxguide.variational.LOSSES`; ``rescaled_mse`` if left out.
     seed: of the parameters, the batches, and the noise.
     save_every: steps between checkpoints.
   """
@@ -119,9 +131,10 @@ class TrainingConfig:
   weight_decay: float = 0.0
   clip_norm: float = 1.0
   ema_decay: float = 0.995
-  p_uncond: float = 0.15
-  noise_mean: float = -0.6
-  noise_std: float = 1.2
+  p_uncond: float | int | None = None
+  noise_mean: float | int | None = None
+  noise_std: float | int | None = None
+  loss: str | None = None
   seed: int = 0
   save_every: int = 200
 
@@ -130,8 +143,14 @@ class TrainingConfig:
       checks.at_least(name, getattr(self, name), 1)
     for name in ("warmup", "seed"):
       checks.at_least(name, getattr(self, name), 0)
-    for name in ("learning_rate", "weight_decay", "clip_norm", "noise_std"):
+    for name in ("learning_rate", "weight_decay", "clip_norm"):
       checks.in_range(name, getattr(self, name), 0)
-    checks.finite("noise_mean", self.noise_mean)
-    for name in ("ema_decay", "p_uncond"):
-      checks.in_range(name, getattr(self, name), 0, 1)
+    if self.noise_std is not None:
+      checks.in_range("noise_std", self.noise_std, 0)
+    if self.noise_mean is not None:
+      checks.finite("noise_mean", self.noise_mean)
+    if self.loss is not None:
+      checks.lookup("loss", self.loss, dict.fromkeys(LOSSES))
+    checks.in_range("ema_decay", self.ema_decay, 0, 1)
+    if self.p_uncond is not None:
+      checks.in_range("p_uncond", self.p_uncond, 0, 1)

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxguide import losses, schedules, struct
+from jaxguide import losses, schedules, struct, variational
 from jaxguide.data import Images, batches
 from jaxguide.files import PathLike, check_writable, write_atomically
 from jaxguide.training import model as models
@@ -49,19 +49,38 @@ def optimizer(config: TrainingConfig) -> optax.GradientTransformation:
 def loss_fn(model: ModelConfig, training: TrainingConfig) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
   """Make ``(params, key, x0, labels) -> (loss, metrics)`` for a network."""
   module = model.module
-  common: dict[str, Any] = {
-    "scaling": model.scaling,
-    "noise_levels": schedules.LogNormal(training.noise_mean, training.noise_std),
-  }
+  levels = _noise_levels(model, training)
+  drop: dict[str, Any] = {"null_cond": model.null_cond, "p_uncond": 0.15 if model.null_cond is not None else 0.0}
+  if training.p_uncond is not None:
+    if model.null_cond is None:
+      raise ValueError("p_uncond is for a UNet with a null class: leave it out")
+    drop["p_uncond"] = training.p_uncond
 
   def denoiser(params, key, x0, labels):
     loss_key, dropout_key = jax.random.split(key)
 
     def apply(params, x, t, y):
+      y = None if model.num_classes is None else y
       return module.apply(params, x, t, y, train=True, rngs={"dropout": dropout_key})
 
-    drop: dict[str, Any] = {"null_cond": model.num_classes, "p_uncond": training.p_uncond}
-    return losses.denoising_loss(params, apply, loss_key, x0, labels, **common, **drop), {}
+    if isinstance(levels, schedules.Table):
+      loss, terms = variational.variational_loss(
+        params,
+        apply,
+        loss_key,
+        x0,
+        labels,
+        scaling=model.scaling,
+        process=levels,
+        loss=training.loss or "rescaled_mse",
+        variance=model.variance,
+        **drop,
+      )
+      return loss, {"mse": terms.mse, "vb": terms.vb}
+    loss = losses.denoising_loss(
+      params, apply, loss_key, x0, labels, scaling=model.scaling, noise_levels=levels, **drop
+    )
+    return loss, {}
 
   def classifier(params, key, x0, labels):
     loss_key, dropout_key = jax.random.split(key)
@@ -69,10 +88,24 @@ def loss_fn(model: ModelConfig, training: TrainingConfig) -> Callable[..., tuple
     def apply(params, x, t):
       return module.apply(params, x, t, train=True, rngs={"dropout": dropout_key})
 
-    loss, accuracy = losses.classifier_loss(params, apply, loss_key, x0, labels, **common)
+    loss, accuracy = losses.classifier_loss(
+      params, apply, loss_key, x0, labels, scaling=model.scaling, noise_levels=levels
+    )
     return loss, {"accuracy": accuracy}
 
   return denoiser if model.network == "unet" else classifier
+
+
+def _noise_levels(model: ModelConfig, training: TrainingConfig) -> schedules.NoiseLevels:
+  given = (training.noise_mean, training.noise_std)
+  if model.diffusion_steps is None:
+    if training.loss is not None:
+      raise ValueError("a loss is chosen for a discrete process: give the model its diffusion_steps, or leave it out")
+    mean, std = (default if value is None else value for value, default in zip(given, (-0.6, 1.2), strict=True))
+    return schedules.LogNormal(mean, std)
+  if given != (None, None):
+    raise ValueError("a discrete process draws its steps uniformly: leave out noise_mean and noise_std")
+  return model.noise_schedule
 
 
 def train_step(model: ModelConfig, training: TrainingConfig) -> Callable[..., Any]:
@@ -136,11 +169,12 @@ def fit(
   folder = Path(folder).absolute()
   if model.network == "super_res_unet":
     raise ValueError("a super_res_unet cannot be trained here: the data hold no low-resolution images")
-  if images.image_shape != model.image_shape or images.num_classes != model.num_classes:
+  if images.image_shape != model.image_shape or model.num_classes not in (images.num_classes, None):
     raise ValueError(
       f"the network is for images of shape {model.image_shape} in {model.num_classes} classes, but {images.name} has "
       f"{images.image_shape} in {images.num_classes}"
     )
+  loss_fn(model, training)  # It says what does not go together, before anything is written.
   record = json.dumps({"data": images.name, **dataclasses.asdict(model), **dataclasses.asdict(training)}, indent=2)
   check_writable(folder / "training.json")
   if retrain:

@@ -28,9 +28,10 @@ class Model:
 
   @property
   def denoiser(self) -> NetworkDenoiser:
-    """The network as a denoiser, if it is a UNet."""
+    """The network as a denoiser, if it is a UNet; one with a learned variance gives a `jaxguide.Prediction`."""
     self._expect("unet", "super_res_unet")
-    return NetworkDenoiser(self.params, self.config.module.apply, self.config.scaling)
+    learned = self.config.variance == "learned_range"
+    return NetworkDenoiser(self.params, self.config.module.apply, self.config.scaling, learned_variance=learned)
 
   @property
   def log_prob(self) -> ClassifierLogProb:
@@ -40,8 +41,8 @@ class Model:
 
   @property
   def null_cond(self) -> int | None:
-    """The label that stands for none; None for a network that has no such class."""
-    return self.config.num_classes if getattr(self.config.module, "null_class", False) else None
+    """The label that stands for none; None where the network has no such label."""
+    return self.config.null_cond
 
   def _expect(self, *networks: str) -> None:
     if self.config.network not in networks:

@@ -1,0 +1,189 @@
+"""From names and numbers to a guided denoiser, a solver, and the levels to walk."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxguide import checks, schedules, solvers, training
+from jaxguide import guidance as guide
+from jaxguide.training import Model
+from jaxguide.typing import Array, Denoiser, Solver
+
+GUIDANCES = ("cfg", "classifier", "none")
+GRIDS = ("respaced", *schedules.GRIDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """All that samples depend on.
+
+  Args:
+    model: folder of a denoiser.
+    classifier: folder of a classifier; for ``classifier`` guidance, the one beside the model if left out.
+    labels: classes to take in turn; all of them if left out.
+    num: number of samples.
+    guidance: ``cfg``, ``classifier`` (of the unconditional network, where the model can be one) or ``none``. If left
+      out, ``classifier`` where there is one, else ``cfg`` where the model knows a null class, else ``none``.
+    scale: the power in ``p(x) p(y|x)^scale``; if left out, what is recommended for the classifier, or 2.
+    solver: a name from `jaxguide.solvers`. With ``ddpm`` a classifier shifts the mean (Dhariwal & Nichol's Algorithm
+      1), with any other it bends the score (their Algorithm 2).
+    steps: steps of the solver; with the grid ``respaced`` also a text, as `jaxguide.schedules.spaced_timesteps` has it.
+    eta: randomness of ``ddim``, in [0, 1].
+    variance: of ``ddpm``, ``small``, ``large`` or ``learned_range``; the model's own if left out.
+    gradient_at: where ``ddpm`` takes the classifier's gradient, ``x`` or ``mean``; see `jaxguide.DDPM`.
+    grid: ``respaced`` (steps of the model's own discrete process) or a name from `jaxguide.schedules`; if left out,
+      ``respaced`` where the model has one, else ``karras``.
+    sigma_min: the last noise level above 0, for the other grids.
+    sigma_max: their first.
+    clip: whether x0 is kept in [-1, 1]: what ``cfg`` made of it, or before a ``classifier`` changes it.
+    seed: sample ``i`` depends on the seed, ``i`` and its label alone.
+    batch_size: samples at a time.
+  """
+
+  model: str
+  classifier: str | None = None
+  labels: Sequence[int] | None = None
+  num: int = 16
+  guidance: str | None = None
+  scale: float | int | None = None
+  solver: str = "ddim"
+  steps: int | str = 50
+  eta: float | int | None = None
+  variance: str | None = None
+  gradient_at: str | None = None
+  grid: str | None = None
+  sigma_min: float | int | None = None
+  sigma_max: float | int | None = None
+  clip: bool = True
+  seed: int = 0
+  batch_size: int = 256
+
+  def __post_init__(self):
+    for name, low in (("num", 1), ("batch_size", 1), ("seed", 0)):
+      checks.at_least(name, getattr(self, name), low)
+    if self.scale is not None:
+      checks.finite("scale", self.scale)
+    for kind, value, known in (("guidance", self.guidance, GUIDANCES), ("grid", self.grid, GRIDS)):
+      if value is not None:
+        checks.lookup(kind, value, dict.fromkeys(known))
+    checks.lookup("solver", self.solver, solvers.SOLVERS)
+
+
+class Plan(NamedTuple):
+  """What is to be run."""
+
+  denoiser: Denoiser
+  solver: Solver
+  sigmas: Array
+  labels: np.ndarray | None
+  image_shape: Sequence[int]
+  params: Any
+
+
+def plan(settings: Settings) -> Plan:
+  """Load the networks and put them together.
+
+  Raises:
+    ValueError: for a setting that does not suit the model, the guidance or the solver.
+    FileNotFoundError: if there is no model.
+  """
+  options = _solver_options(settings)
+  # Before the networks are read, which takes a while.
+  solvers.solver(settings.solver, **options)
+  model = training.load(settings.model)
+  sigmas = _sigmas(settings, model)
+  name = _guidance(settings, model)
+  for option, value, of in (
+    ("scale", settings.scale, ("cfg", "classifier")),
+    ("classifier", settings.classifier, ("classifier",)),
+  ):
+    if value is not None and name not in of:
+      raise ValueError(f"guidance {name!r} takes no {option}: leave it out, or choose another guidance")
+  shifts = name == "classifier" and settings.solver == "ddpm"
+  if settings.gradient_at is not None and not shifts:
+    raise ValueError("gradient_at is for solver 'ddpm' with guidance 'classifier', where it shifts the mean")
+  classifier = _classifier(settings, model) if name == "classifier" else None
+  scale = settings.scale
+  if scale is None:
+    scale = 2.0 if classifier is None or classifier.config.scale is None else classifier.config.scale
+
+  clip = [guide.clip_x0()] if settings.clip else []
+  guidances = list(clip)
+  if name == "cfg":
+    guidances = [guide.classifier_free(model.null_cond, scale), *clip]
+  elif classifier is not None:
+    if model.null_cond is not None or model.config.num_classes is None:
+      guidances = [guide.unconditional(model.null_cond), *clip]
+    if shifts:
+      options |= {"log_prob": classifier.log_prob, "scale": scale}
+    else:
+      guidances += [guide.classifier(classifier.log_prob, scale)]
+  elif model.config.num_classes is None:
+    guidances = [guide.unconditional(None), *clip]
+  if settings.solver == "ddpm":
+    options.setdefault("variance", model.config.variance)
+  return Plan(
+    denoiser=guide.chain(*guidances)(model.denoiser),
+    solver=solvers.solver(settings.solver, **options),
+    sigmas=sigmas,
+    labels=_labels(settings, model, classifier),
+    image_shape=model.config.image_shape,
+    params=(model.params, None if classifier is None else classifier.params),
+  )
+
+
+def _solver_options(settings: Settings) -> dict[str, Any]:
+  given = {name: getattr(settings, name) for name in ("eta", "variance", "gradient_at")}
+  return {name: value for name, value in given.items() if value is not None}
+
+
+def _guidance(settings: Settings, model: Model) -> str:
+  if settings.guidance == "cfg" and model.null_cond is None:
+    raise ValueError("the model knows no null class, which cfg needs: choose guidance 'classifier' or 'none'")
+  if settings.guidance is not None:
+    return settings.guidance
+  if settings.classifier is not None:
+    return "classifier"
+  return "none" if model.null_cond is None else "cfg"
+
+
+def _classifier(settings: Settings, model: Model) -> Model:
+  folder = settings.classifier or Path(settings.model).parent / "classifier"
+  classifier = training.load(folder)
+  for name in ("image_shape", "num_classes"):
+    ours, theirs = getattr(model.config, name), getattr(classifier.config, name)
+    if ours is not None and ours != theirs:
+      raise ValueError(f"the classifier in {folder} has {name} {theirs}, but the model has {ours}")
+  return classifier
+
+
+def _sigmas(settings: Settings, model: Model) -> Array:
+  table = model.config.noise_schedule
+  grid = settings.grid or ("respaced" if isinstance(table, schedules.Table) else "karras")
+  ends = settings.sigma_min, settings.sigma_max
+  if grid == "respaced":
+    if not isinstance(table, schedules.Table):
+      raise ValueError(f"grid 'respaced' is for models of a discrete process; choose from {', '.join(schedules.GRIDS)}")
+    if ends != (None, None):
+      raise ValueError("grid 'respaced' takes its levels from the model: leave out sigma_min and sigma_max")
+    steps = settings.steps
+    return schedules.respaced(table, int(steps) if str(steps).isdigit() else steps)
+  low, high = (default if end is None else end for end, default in zip(ends, (0.01, 80.0), strict=True))
+  try:
+    steps = int(settings.steps)
+  except ValueError:
+    raise ValueError(f"grid {grid!r} takes a number of steps, got {settings.steps!r}") from None
+  return schedules.GRIDS[grid](steps, low, high)
+
+
+def _labels(settings: Settings, model: Model, classifier: Model | None) -> np.ndarray | None:
+  classes = model.config.num_classes if classifier is None else classifier.config.num_classes
+  if classes is None:
+    if settings.labels is not None:
+      raise ValueError("the model has no classes, and there is no classifier: leave out the labels")
+    return None
+  wanted = np.arange(classes) if settings.labels is None else np.asarray(settings.labels)
+  return checks.labels("label", np.resize(wanted, settings.num).astype(np.int32), classes)
