@@ -13,7 +13,7 @@ down a grid of noise levels:
 (16, 2)
 
 This is the mathematics and the networks. The programs built from them are imported by name: `jaxguide.data`,
-`jaxguide.training`, `jaxguide.evaluation`, and the command ``jaxguide``.
+`jaxguide.training`, `jaxguide.evaluation`, `jaxguide.interop`, and the command ``jaxguide``.
 """
 
 from jaxguide import (
@@ -34,7 +34,7 @@ from jaxguide.denoisers import ClassifierLogProb, NetworkDenoiser
 from jaxguide.guidance import autoguidance, chain, classifier, classifier_free, clip_x0, interval, unconditional
 from jaxguide.losses import classifier_loss, denoising_loss, uncertainty_loss
 from jaxguide.mixtures import GaussianMixture, gaussian_mixture, ring
-from jaxguide.nn import Classifier, UNet
+from jaxguide.nn import Classifier, SuperResUNet, UNet
 from jaxguide.sampling import sample, sample_batch, sample_keys
 from jaxguide.schedules import from_schedule, karras, log_snr_uniform, respaced
 from jaxguide.solvers import DDIM, DDPM, DPMpp2M, EDMStochastic, Euler, Heun
@@ -59,6 +59,7 @@ __all__ = [
   "NetworkDenoiser",
   "Prediction",
   "Solver",
+  "SuperResUNet",
   "UNet",
   "autoguidance",
   "chain",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -65,11 +65,12 @@ class NetworkDenoiser:
     return Prediction(x0, variance.astype(x.dtype))
 
   def check_cond(self, cond: PyTree) -> None:
-    """Raise ValueError where ``cond`` holds labels outside the network's classes."""
+    """Raise ValueError where ``cond``, or its ``label`` if it is a dictionary, is outside the network's classes."""
     module = _module(self.apply)
     num_classes = getattr(module, "num_classes", None)
     if num_classes is not None:
-      checks.labels("label", cond, num_classes, getattr(module, "null_class", False))
+      label = cond.get("label") if isinstance(cond, Mapping) else cond
+      checks.labels("label", label, num_classes, getattr(module, "null_class", False))
 
 
 @struct.dataclass

@@ -206,6 +206,20 @@ def test_the_null_class_passes_where_the_network_has_one(tiny):
     denoisers.check_cond(published, jnp.array([0, 3]))
 
 
+def test_a_condition_of_label_and_image():
+  fields = {"model_channels": 8, "num_res_blocks": 1, "channel_mult": (1,), "attention_resolutions": ()}
+  unet = jg.SuperResUNet(**fields, num_classes=3, null_class=False)
+  x, low_res = jnp.ones((8, 8, 1)), jnp.ones((4, 4, 1))
+  cond = {"label": jnp.asarray(2), "low_res": low_res}
+  params = jax.jit(unet.init)(jax.random.key(0), x[None], jnp.zeros(1), jax.tree.map(lambda leaf: leaf[None], cond))
+  denoise = jg.NetworkDenoiser(params, unet.apply, EPS)
+  many = {"label": np.array([0, 2]), "low_res": np.zeros((2, 4, 4, 1), np.float32)}
+  options = {"shape": x.shape, "sigmas": np.array([1.0, 0.0]), "solver": jg.Euler()}
+  assert jg.sample_batch(denoise, jax.random.key(0), many, **options).shape == (2, 8, 8, 1)
+  with pytest.raises(ValueError, match="label 3 is not one of the 3 classes"):
+    jg.sample_batch(denoise, jax.random.key(0), {**many, "label": np.array([0, 3])}, **options)
+
+
 def test_a_classifier_looks_at_labels_too():
   classifier = jg.Classifier(model_channels=32, out_channels=3, pool="adaptive")
   log_prob = jg.ClassifierLogProb({}, classifier.apply, EPS)

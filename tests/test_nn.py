@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxguide.nn import Classifier, UNet
+from jaxguide.nn import Classifier, SuperResUNet, UNet
 from jaxguide.nn.convolution import convolve
 from jaxguide.nn.layers import (
   AttentionBlock,
@@ -810,3 +810,53 @@ def test_inputs_that_would_be_broadcast_or_cast_in_silence():
       unet.init(jax.random.key(0), x, t, y)
   with pytest.raises(ValueError, match="takes floating-point images"):
     unet.init(jax.random.key(0), x.astype(jnp.uint8), t, jnp.zeros(2, int))
+
+
+# --- Super-resolution ---
+
+
+def bilinear(images, height, width):
+  """Interpolate each axis by its definition: pixels have their values at their centres, and edges go on outwards."""
+  for axis, size in ((1, height), (2, width)):
+    old = images.shape[axis]
+    centres = np.clip((np.arange(size) + 0.5) * old / size - 0.5, 0, old - 1)
+    low = np.floor(centres).astype(int)
+    high = np.minimum(low + 1, old - 1)
+    part = np.moveaxis(images, axis, -1)
+    images = np.moveaxis(part[..., low] * (1 - (centres - low)) + part[..., high] * (centres - low), -1, axis)
+  return images
+
+
+@pytest.mark.parametrize("low_sides", [(4, 4), (2, 3), (8, 6), (1, 1)])
+def test_super_resolution_sees_the_enlarged_image_beside_the_noisy_one(rng, low_sides):
+  x, t = batch(2, 8, 6)
+  low = rng.normal(size=(2, *low_sides, 3)).astype(np.float32)
+  fields = {**SMALL, "num_classes": 5, "out_channels": 3}
+  cond = {"label": jnp.array([1, 4]), "low_res": jnp.asarray(low)}
+  params = random_params(SuperResUNet(**fields), x, t, cond)
+  beside = jnp.concatenate([x, bilinear(low, 8, 6).astype(np.float32)], -1)
+  wanted = quick_jit(UNet(**fields).apply)(params, beside, t, cond["label"])
+  got = quick_jit(SuperResUNet(**fields).apply)(params, x, t, cond)
+  np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * abs(wanted).max())
+  # As many channels as the image unless told otherwise, and not as the network takes.
+  left_out = SuperResUNet(**{**fields, "out_channels": None})
+  assert jax.eval_shape(left_out.apply, params, x, t, cond).shape == x.shape
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda low: None, "takes a condition"),
+    (lambda low: {"label": jnp.array([0, 1])}, "takes a condition"),
+    (lambda low: {"low_res": low, "class": 1}, "takes a condition"),
+    (lambda low: low, "takes a condition"),
+    (lambda low: {"low_res": low[:1]}, r"got shape \(1, 4, 4, 3\)"),
+    (lambda low: {"low_res": low[..., :1]}, r"got shape \(2, 4, 4, 1\)"),
+    (lambda low: {"low_res": jnp.tile(low, (1, 1, 3, 1))}, r"no larger than they are; got shape \(2, 4, 12, 3\)"),
+    (lambda low: {"low_res": low, "label": jnp.array([0, 1])}, "num_classes=None was given unexpected labels"),
+  ],
+)
+def test_a_condition_that_is_none_of_super_resolution(change, message):
+  x, t = batch()
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(SuperResUNet(**SMALL).init, jax.random.key(0), x, t, change(jnp.zeros((2, 4, 4, 3))))

@@ -190,6 +190,8 @@ def test_a_torn_model_is_told_from_a_whole_one(trained, tmp_path):
     ({"diffusion_steps": 10, "schedule": "sigmoid"}, "unknown schedule of discrete steps 'sigmoid'"),
     ({"rescale_timesteps": True}, "give diffusion_steps"),
     ({"schedule": "cosin"}, "did you mean 'cosine'"),
+    ({"low_res_shape": (2, 2, 1)}, "low_res_shape is for a super_res_unet, which needs it; the network is a unet"),
+    ({"network": "super_res_unet"}, "low_res_shape is for a super_res_unet, which needs it"),
   ],
 )
 def test_a_bad_model_config(change, message):
@@ -255,6 +257,26 @@ def test_the_wrong_kind_of_model(trained):
   with pytest.raises(ValueError, match="needs a classifier, but the model is a unet"):
     _ = trained[0].log_prob
   assert isinstance(trained[0].denoiser, jg.NetworkDenoiser)
+
+
+SUPER_RES = ModelConfig("super_res_unet", TINY, image_shape=(4, 4, 1), num_classes=2, low_res_shape=(2, 2, 1))
+
+
+def test_a_super_resolution_model_is_kept_and_used_but_not_trained_here(images, tmp_path):
+  params = jax.jit(lambda key: model.init_params(SUPER_RES, key))(jax.random.key(0))
+  training.save(tmp_path / "model", training.Model(SUPER_RES, params))
+  loaded = training.load(tmp_path / "model")
+  assert loaded.config == SUPER_RES
+  cond = {"label": jnp.asarray(1), "low_res": jnp.zeros((2, 2, 1))}
+  assert loaded.denoiser(jnp.ones((4, 4, 1)), jnp.asarray(1.0), cond).shape == (4, 4, 1)
+  with pytest.raises(ValueError, match="cannot be trained here"):
+    training.fit(SUPER_RES, TrainingConfig(steps=1), images, tmp_path / "trained")
+  assert not (tmp_path / "trained").exists()
+
+
+@pytest.mark.parametrize(("fields", "null"), [({}, 2), ({"null_class": False}, None)])
+def test_only_a_null_class_stands_for_none(fields, null):
+  assert training.Model(dataclasses.replace(UNET, fields={**TINY, **fields}), {}).null_cond == null
 
 
 def test_denoisers_of_one_configuration_are_one_program(trained):

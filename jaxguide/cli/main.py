@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from jaxguide.cli import interop
 from jaxguide.solvers import SOLVERS
 
 app = typer.Typer(
@@ -15,6 +16,8 @@ app = typer.Typer(
   add_completion=False,
   pretty_exceptions_enable=False,
 )
+
+app.add_typer(interop.app)
 
 DEMO = Path("runs/demo")
 

@@ -1,6 +1,9 @@
-"""The UNet of Dhariwal & Nichol 2021."""
+"""The UNet of Dhariwal & Nichol 2021, and the one that makes small images large."""
+
+from collections.abc import Mapping
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from jaxguide import checks
@@ -64,13 +67,19 @@ class UNet(Encoder):
       ValueError: where the shapes do not fit, the sides do not halve evenly, or labels are given to a network without
         classes or not given to one with, or are not of its classes.
     """
+    return self.predict(x, t, y, self.out_channels or x.shape[-1], train)
+
+  @nn.nowrap
+  def predict(self, x, t, y, out_channels: int, train: bool):
+    """Do what calling the network does, for inputs that may have more channels than the image."""
     self.check_input(x, t)
+    name = type(self).__name__
     if (y is None) != (self.num_classes is None):
       raise ValueError(
-        f"UNet with num_classes={self.num_classes} was given {'no' if y is None else 'unexpected'} labels"
+        f"{name} with num_classes={self.num_classes} was given {'no' if y is None else 'unexpected'} labels"
       )
     if y is not None and y.shape != t.shape:
-      raise ValueError(f"UNet takes one label for each of {x.shape[0]} images, got shape {y.shape}")
+      raise ValueError(f"{name} takes one label for each of {x.shape[0]} images, got shape {y.shape}")
     checks.labels("label", y, self.num_classes or 0, self.null_class)
     emb = self.embed_time(t)
     if self.num_classes is not None:
@@ -94,4 +103,53 @@ class UNet(Encoder):
         block += 1
 
     h = nn.silu(GroupNorm(name="out_0")(h))
-    return Conv(self.out_channels or x.shape[-1], kernel_init=zeros, name="out_2")(h).astype(x.dtype)
+    return Conv(out_channels, kernel_init=zeros, name="out_2")(h).astype(x.dtype)
+
+
+class SuperResUNet(UNet):
+  """The super-resolution UNet of Dhariwal & Nichol (2021, arXiv:2105.05233, section 5.2).
+
+  It sees the low-resolution image beside the noisy one, enlarged bilinearly and concatenated to it. Its condition is
+  one pytree: ``unet.apply(params, x, t, {"label": y, "low_res": image})``; without classes ``{"low_res": image}``.
+  The fields are those of `UNet`.
+
+  >>> unet = SuperResUNet(model_channels=32, num_classes=10)
+  >>> x, t = jnp.zeros((2, 16, 16, 3)), jnp.zeros(2)
+  >>> cond = {"label": jnp.array([3, 10]), "low_res": jnp.zeros((2, 4, 4, 3))}
+  >>> params = jax.eval_shape(unet.init, jax.random.key(0), x, t, cond)
+  >>> jax.eval_shape(unet.apply, params, x, t, cond).shape
+  (2, 16, 16, 3)
+  """
+
+  @nn.compact
+  def __call__(self, x, t, cond, *, train: bool = False):  # type: ignore[override]
+    """Predict.
+
+    Args:
+      x: (n, height, width, channels), scaled by ``c_in``.
+      t: (n,) what tells the noise level, ``c_noise``.
+      cond: ``low_res``, (n, low height, low width, channels) in [-1, 1], clean and not scaled; and ``label``, (n,), if
+        the network has classes.
+      train: whether to drop activations; needs ``rngs={"dropout": key}``.
+
+    Returns:
+      (n, height, width, out_channels) in the type of ``x``; as many channels as ``x`` if ``out_channels`` was left out.
+
+    Raises:
+      ValueError: as for `UNet`; where there is no low-resolution image, or not one for each of ``x``, with its channels
+        and no larger than it.
+    """
+    if not isinstance(cond, Mapping) or "low_res" not in cond or cond.keys() - {"label", "low_res"}:
+      raise ValueError(
+        'SuperResUNet takes a condition {"label": y, "low_res": image}, without "label" if unconditional'
+      )
+    low = cond["low_res"]
+    fits = low.ndim == x.ndim == 4 and (low.shape[0], low.shape[3]) == (x.shape[0], x.shape[3])
+    if not fits or low.shape[1] > x.shape[1] or low.shape[2] > x.shape[2]:
+      raise ValueError(
+        f"SuperResUNet takes a low_res image for each of the images of shape {x.shape}, with their channels and no "
+        f"larger than they are; got shape {low.shape}"
+      )
+    # Half-pixel centres, edges repeated: PyTorch's bilinear interpolation with align_corners=False.
+    large = jax.image.resize(low.astype(x.dtype), x.shape, "bilinear", antialias=False)
+    return self.predict(jnp.concatenate([x, large], -1), t, cond.get("label"), self.out_channels or x.shape[-1], train)

@@ -10,7 +10,11 @@ from jaxguide import checks, nn, scaling, schedules
 from jaxguide.posterior import VARIANCES
 from jaxguide.variational import LOSSES
 
-NETWORKS: dict[str, type[linen.Module]] = {"unet": nn.UNet, "classifier": nn.Classifier}
+NETWORKS: dict[str, type[linen.Module]] = {
+  "unet": nn.UNet,
+  "super_res_unet": nn.SuperResUNet,
+  "classifier": nn.Classifier,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +22,8 @@ class ModelConfig:
   """All that has to be known about a network to use its parameters.
 
   Args:
-    network: ``unet`` or ``classifier``.
-    fields: the network's own fields, as `jaxguide.UNet` and `jaxguide.Classifier` have them.
+    network: ``unet``, ``super_res_unet`` or ``classifier``.
+    fields: the network's own fields, as `jaxguide.UNet`, `jaxguide.SuperResUNet` and `jaxguide.Classifier` have them.
     image_shape: (height, width, channels).
     num_classes: number of classes, or None for an unconditional network.
     prediction: what the network predicts, from `jaxguide.scaling`; a classifier shares the input's scaling with it.
@@ -29,6 +33,7 @@ class ModelConfig:
     rescale_timesteps: whether a table's steps are told to the network as if there were 1000 of them.
     variance: the noise that `jaxguide.DDPM` adds for this network, ``small``, ``large`` or ``learned_range``.
     scale: the scale of guidance that is recommended for a classifier, if one is.
+    low_res_shape: (height, width, channels) of the low-resolution image, for a ``super_res_unet``.
 
   Raises:
     ValueError: for a name that is not known, naming the nearest, or a field that the network does not have.
@@ -44,6 +49,7 @@ class ModelConfig:
   rescale_timesteps: bool = False
   variance: str = "small"
   scale: float | int | None = None
+  low_res_shape: Sequence[int] | None = None
 
   def __post_init__(self):
     # What was read from JSON has lists for tuples.
@@ -54,6 +60,10 @@ class ModelConfig:
     known = {field.name: None for field in dataclasses.fields(cls)}
     for name in self.fields:
       checks.lookup(f"field of {cls.__name__}", name, known)
+    if (self.network == "super_res_unet") != (self.low_res_shape is not None):
+      raise ValueError(f"low_res_shape is for a super_res_unet, which needs it; the network is a {self.network}")
+    if self.low_res_shape is not None:
+      object.__setattr__(self, "low_res_shape", tuple(self.low_res_shape))
     checks.lookup("prediction", self.prediction, scaling.PREDICTIONS)
     checks.lookup("variance", self.variance, dict.fromkeys(VARIANCES))
     twice = 2 * self.image_shape[-1]
@@ -78,7 +88,7 @@ class ModelConfig:
   @property
   def module(self) -> linen.Module:
     """The Flax module."""
-    classes = {"num_classes": self.num_classes} if self.network == "unet" else {"out_channels": self.num_classes}
+    classes = {"out_channels" if self.network == "classifier" else "num_classes": self.num_classes}
     return NETWORKS[self.network](**{**self.fields, **classes})
 
   @property

@@ -167,6 +167,8 @@ def fit(
     FloatingPointError: if the loss is not finite, naming the step; the last good checkpoint stays.
   """
   folder = Path(folder).absolute()
+  if model.network == "super_res_unet":
+    raise ValueError("a super_res_unet cannot be trained here: the data hold no low-resolution images")
   if images.image_shape != model.image_shape or model.num_classes not in (images.num_classes, None):
     raise ValueError(
       f"the network is for images of shape {model.image_shape} in {model.num_classes} classes, but {images.name} has "

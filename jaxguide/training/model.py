@@ -29,7 +29,7 @@ class Model:
   @property
   def denoiser(self) -> NetworkDenoiser:
     """The network as a denoiser, if it is a UNet; one with a learned variance gives a `jaxguide.Prediction`."""
-    self._expect("unet")
+    self._expect("unet", "super_res_unet")
     learned = self.config.variance == "learned_range"
     return NetworkDenoiser(self.params, self.config.module.apply, self.config.scaling, learned_variance=learned)
 
@@ -44,9 +44,9 @@ class Model:
     """The label that stands for none; None where the network has no such label."""
     return self.config.null_cond
 
-  def _expect(self, network: str) -> None:
-    if self.config.network != network:
-      raise ValueError(f"this needs a {network}, but the model is a {self.config.network}")
+  def _expect(self, *networks: str) -> None:
+    if self.config.network not in networks:
+      raise ValueError(f"this needs a {networks[0]}, but the model is a {self.config.network}")
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> PyTree:
@@ -59,7 +59,10 @@ def _inputs(config: ModelConfig) -> tuple[Any, ...]:
   x, t = jnp.zeros((1, *config.image_shape)), jnp.zeros(1)
   if config.network == "classifier":
     return x, t
-  return x, t, None if config.num_classes is None else jnp.zeros(1, int)
+  label = None if config.num_classes is None else jnp.zeros(1, int)
+  if config.low_res_shape is not None:
+    return x, t, {"label": label, "low_res": jnp.zeros((1, *config.low_res_shape))}
+  return x, t, label
 
 
 def save(folder: PathLike, model: Model) -> None:

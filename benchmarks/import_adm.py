@@ -1,0 +1,71 @@
+"""Weights of ADM-64 and its classifier, full size, at random: importing them, and one guided step of DDIM on the CPU.
+
+Linux only: the peak of memory is read in /proc.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import jaxguide as jg
+from jaxguide import training
+from jaxguide.interop import openai, state_dicts
+
+PRESETS = ("64x64_diffusion", "64x64_classifier")
+MIB = 2**20
+
+
+def random_state_dict(preset: str, seed: int = 0) -> dict[str, np.ndarray]:
+  """Draw weights that keep activations near one: kernels by their fan-in, norms at one, biases near zero."""
+  rng = np.random.default_rng(seed)
+
+  def draw(name, shape):
+    if len(shape) == 1:
+      return np.full(shape, name.endswith("weight"), np.float32) + 0.02 * rng.standard_normal(shape, np.float32)
+    return rng.standard_normal(shape, np.float32) / np.sqrt(np.prod(shape[1:])).astype(np.float32)
+
+  return {name: draw(name, shape) for name, shape in openai.shapes(openai.PRESETS[preset]).items()}
+
+
+def work(file: str, out: str, preset: str) -> None:
+  """Import, in a process of its own, and print the most memory that it held, in KiB."""
+  openai.import_model(file, out, preset)
+  status = Path("/proc/self/status").read_text()
+  print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+
+
+def main() -> None:
+  """Print the table."""
+  with tempfile.TemporaryDirectory() as folder:
+    for preset in PRESETS:
+      file, out = Path(folder, f"{preset}.safetensors"), Path(folder, preset)
+      state_dicts.write(file, random_state_dict(preset))
+      code = "import sys; from benchmarks import import_adm; import_adm.work(*sys.argv[1:])"
+      began = time.perf_counter()
+      child = subprocess.run(
+        [sys.executable, "-c", code, str(file), str(out), preset], check=True, stdout=subprocess.PIPE, text=True
+      )
+      seconds = time.perf_counter() - began
+      size, peak = file.stat().st_size / MIB, int(child.stdout) / 1024
+      print(
+        f"{preset:18} {size:6.0f} MiB  imported in {seconds:5.1f} s  peak {peak:6.0f} MiB = {peak / size:.2f} files"
+      )
+      file.unlink()
+
+    began = time.perf_counter()
+    diffusion, classifier = (training.load(Path(folder, preset)) for preset in PRESETS)
+    print(f"both loaded in {time.perf_counter() - began:.1f} s")
+
+  guided = jg.chain(jg.clip_x0(), jg.classifier(classifier.log_prob, classifier.config.scale))(diffusion.denoiser)
+  grid = jg.respaced(diffusion.config.noise_schedule, 1)
+  for what in ("compiled and taken", "taken again"):
+    began = time.perf_counter()
+    jg.sample_batch(
+      guided, jax.random.key(0), np.array([7]), shape=diffusion.config.image_shape, sigmas=grid, solver=jg.DDIM()
+    )
+    print(f"one guided step of DDIM, one image: {what} in {time.perf_counter() - began:.1f} s")
