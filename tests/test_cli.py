@@ -225,6 +225,7 @@ def published(tmp_path_factory):
     ("conditional", "unet", learned, 10, {"variance": "learned_range"}),
     ("unconditional", "unet", learned, None, {"variance": "learned_range"}),
     ("classifier", "classifier", {**TINY, "num_head_channels": 8}, 10, {"scale": 4.0}),
+    ("upsampler", "super_res_unet", learned, 10, {"variance": "learned_range", "low_res_shape": (4, 4, 1)}),
   ):
     config = ModelConfig(network, fields, (8, 8, 1), classes, **common, **extra)
     params = jax.jit(lambda key, config=config: models.init_params(config, key))(jax.random.key(0))
@@ -290,3 +291,39 @@ def test_what_published_models_cannot_do(sample_published, name, args, message):
   status, errors = sample_published(name, *args)
   assert status == 2
   assert message in errors
+
+
+def test_an_upsampler_takes_samples_in_turn(sample_published, tmp_path):
+  base = tmp_path / "base.npz"
+  low = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 1)).astype(np.uint8)
+  data.save_npz(base, low, np.array([3, 7]))
+  args = ["--num", 3, "--solver", "ddpm", "--steps", 3]
+  arrays = sample_published("upsampler", "--base-samples", base, *args)
+  assert arrays["arr_0"].shape == (3, 8, 8, 1)
+  assert arrays["arr_1"].tolist() == [3, 7, 3]
+  data.save_npz(base, low[::-1].copy(), np.array([3, 7]))
+  assert (sample_published("upsampler", "--base-samples", base, *args)["arr_0"] != arrays["arr_0"]).any()
+
+  for more, message in (
+    ([], "the model needs base_samples"),
+    (["--base-samples", base, "--label", 3], "the labels are those of base_samples"),
+    (["--base-samples", base, "--guidance", "classifier"], "is sampled with guidance 'none', not 'classifier'"),
+    (["--base-samples", base, "--scale", 2], "guidance 'none' takes no scale"),
+  ):
+    status, errors = sample_published("upsampler", *args, *more)
+    assert status == 2
+    assert message in errors
+  status, errors = sample_published("conditional", "--base-samples", base)
+  assert status == 2
+  assert "the model takes no base_samples" in errors
+  data.save_npz(base, np.zeros((1, 2, 2, 1), np.uint8), np.array([3]))
+  _, errors = sample_published("upsampler", "--base-samples", base)
+  assert "has images of shape (2, 2, 1), but the model takes (4, 4, 1)" in errors
+
+
+def test_networks_compute_in_bfloat16(sample_published):
+  args = ["conditional", "--num", 3, "--steps", "ddim5", "--guidance", "classifier"]
+  full, half = (sample_published(*args, "--dtype", dtype)["arr_0"] for dtype in ("float32", "bfloat16"))
+  assert (half != full).any()
+  assert np.abs(half.astype(int) - full).mean() < 10
+  assert "unknown dtype 'float16'" in sample_published(*args, "--dtype", "float16")[1]

@@ -64,6 +64,9 @@ def sample(
     Path | None,
     typer.Option(help="Folder of the classifier; for guidance classifier, the one beside the model if left out."),
   ] = None,
+  base_samples: Annotated[
+    Path | None, typer.Option(help=".npz of low-resolution samples, for a model of super-resolution.")
+  ] = None,
   label: Annotated[
     list[int] | None, typer.Option(help="Class to sample; repeat for several. All classes in turn if left out.")
   ] = None,
@@ -107,6 +110,7 @@ def sample(
   ] = None,
   sigma_min: Annotated[float | None, typer.Option(help="Last noise level above 0. [default: 0.01]")] = None,
   sigma_max: Annotated[float | None, typer.Option(help="First noise level. [default: 80]")] = None,
+  dtype: Annotated[str, typer.Option(help="What the networks compute in: float32 or bfloat16.")] = "float32",
   clip: Annotated[bool, typer.Option(help="Keep x0 in [-1, 1].")] = True,
   seed: Annotated[int, typer.Option(help="Seed: sample i depends on seed, i and its label alone.")] = 0,
   batch_size: Annotated[int, typer.Option(help="Samples at a time.")] = 256,
@@ -121,6 +125,7 @@ def sample(
   settings = generate.Settings(
     model=str(model),
     classifier=None if classifier is None else str(classifier),
+    base_samples=None if base_samples is None else str(base_samples),
     labels=label,
     num=num,
     guidance=guidance,
@@ -134,6 +139,7 @@ def sample(
     grid=grid,
     sigma_min=sigma_min,
     sigma_max=sigma_max,
+    dtype=dtype,
     clip=clip,
     seed=seed,
     batch_size=batch_size,

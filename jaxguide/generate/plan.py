@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxguide import checks, schedules, solvers, training
+from jaxguide import checks, data, schedules, solvers, training
 from jaxguide import guidance as guide
+from jaxguide.files import PathLike
 from jaxguide.training import Model
 from jaxguide.typing import Array, Denoiser, Solver
 
 GUIDANCES = ("cfg", "classifier", "none")
 GRIDS = ("respaced", *schedules.GRIDS)
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Settings:
   Args:
     model: folder of a denoiser.
     classifier: folder of a classifier; for ``classifier`` guidance, the one beside the model if left out.
+    base_samples: an ``.npz`` of low-resolution samples, for a model of super-resolution, which are taken in turn; their
+      labels, where the model has classes, are those of the file.
     labels: classes to take in turn; all of them if left out.
     num: number of samples.
     guidance: ``cfg``, ``classifier`` (of the unconditional network, where the model can be one) or ``none``. If left
@@ -39,6 +43,7 @@ class Settings:
       ``respaced`` where the model has one, else ``karras``.
     sigma_min: the last noise level above 0, for the other grids.
     sigma_max: their first.
+    dtype: what the networks compute in, ``float32`` or ``bfloat16``.
     clip: whether x0 is kept in [-1, 1]: what ``cfg`` made of it, or before a ``classifier`` changes it.
     seed: sample ``i`` depends on the seed, ``i`` and its label alone.
     batch_size: samples at a time.
@@ -46,6 +51,7 @@ class Settings:
 
   model: str
   classifier: str | None = None
+  base_samples: str | None = None
   labels: Sequence[int] | None = None
   num: int = 16
   guidance: str | None = None
@@ -59,6 +65,7 @@ class Settings:
   grid: str | None = None
   sigma_min: float | int | None = None
   sigma_max: float | int | None = None
+  dtype: str = "float32"
   clip: bool = True
   seed: int = 0
   batch_size: int = 256
@@ -72,17 +79,29 @@ class Settings:
       if value is not None:
         checks.lookup(kind, value, dict.fromkeys(known))
     checks.lookup("solver", self.solver, solvers.SOLVERS)
+    checks.lookup("dtype", self.dtype, dict.fromkeys(DTYPES))
 
 
 class Plan(NamedTuple):
-  """What is to be run."""
+  """What is to be run.
+
+  Args:
+    denoiser: guided.
+    solver: with a classifier in it, if that shifts the mean.
+    sigmas: the levels to walk.
+    cond: of every sample.
+    labels: of every sample, None where there are no classes.
+    image_shape: of one sample.
+    data: all arrays that the samples depend on.
+  """
 
   denoiser: Denoiser
   solver: Solver
   sigmas: Array
+  cond: Any
   labels: np.ndarray | None
   image_shape: Sequence[int]
-  params: Any
+  data: Any
 
 
 def plan(settings: Settings) -> Plan:
@@ -95,7 +114,7 @@ def plan(settings: Settings) -> Plan:
   options = _solver_options(settings)
   # Before the networks are read, which takes a while.
   solvers.solver(settings.solver, **options)
-  model = training.load(settings.model)
+  model = _load(settings.model, settings)
   sigmas = _sigmas(settings, model)
   if settings.churn is not None:
     options = {"gamma": solvers.EDMStochastic.from_churn(settings.churn, len(sigmas) - 1).gamma}
@@ -125,18 +144,26 @@ def plan(settings: Settings) -> Plan:
       options |= {"log_prob": classifier.log_prob, "scale": scale}
     else:
       guidances += [guide.classifier(classifier.log_prob, scale)]
-  elif model.config.num_classes is None:
+  elif model.config.num_classes is None and model.config.low_res_shape is None:
     guidances = [guide.unconditional(None), *clip]
   if settings.solver == "ddpm":
     options.setdefault("variance", model.config.variance)
+  cond, labels = _cond(settings, model, classifier)
   return Plan(
     denoiser=guide.chain(*guidances)(model.denoiser),
     solver=solvers.solver(settings.solver, **options),
     sigmas=sigmas,
-    labels=_labels(settings, model, classifier),
+    cond=cond,
+    labels=labels,
     image_shape=model.config.image_shape,
-    params=(model.params, None if classifier is None else classifier.params),
+    data=(model.params, None if classifier is None else classifier.params, cond),
   )
+
+
+def _load(folder: PathLike, settings: Settings) -> Model:
+  model = training.load(folder)
+  fields = {**model.config.fields, "dtype": settings.dtype}
+  return dataclasses.replace(model, config=dataclasses.replace(model.config, fields=fields))
 
 
 def _solver_options(settings: Settings) -> dict[str, Any]:
@@ -149,10 +176,15 @@ def _solver_options(settings: Settings) -> dict[str, Any]:
 
 
 def _guidance(settings: Settings, model: Model) -> str:
-  if settings.guidance == "cfg" and model.null_cond is None:
+  given = settings.guidance
+  if model.config.low_res_shape is not None:
+    if given not in (None, "none"):
+      raise ValueError(f"a model of super-resolution is sampled with guidance 'none', not {given!r}")
+    return "none"
+  if given == "cfg" and model.null_cond is None:
     raise ValueError("the model knows no null class, which cfg needs: choose guidance 'classifier' or 'none'")
-  if settings.guidance is not None:
-    return settings.guidance
+  if given is not None:
+    return given
   if settings.classifier is not None:
     return "classifier"
   return "none" if model.null_cond is None else "cfg"
@@ -160,7 +192,7 @@ def _guidance(settings: Settings, model: Model) -> str:
 
 def _classifier(settings: Settings, model: Model) -> Model:
   folder = settings.classifier or Path(settings.model).parent / "classifier"
-  classifier = training.load(folder)
+  classifier = _load(folder, settings)
   for name in ("image_shape", "num_classes"):
     ours, theirs = getattr(model.config, name), getattr(classifier.config, name)
     if ours is not None and ours != theirs:
@@ -185,6 +217,28 @@ def _sigmas(settings: Settings, model: Model) -> Array:
   except ValueError:
     raise ValueError(f"grid {grid!r} takes a number of steps, got {settings.steps!r}") from None
   return schedules.GRIDS[grid](steps, low, high)
+
+
+def _cond(settings: Settings, model: Model, classifier: Model | None) -> tuple[Any, np.ndarray | None]:
+  """Give every sample's condition, and the label in it."""
+  shape = model.config.low_res_shape
+  if (shape is None) != (settings.base_samples is None):
+    needs = "takes no" if shape is None else "needs"
+    raise ValueError(f"the model {needs} base_samples: low-resolution images are for models of super-resolution")
+  if settings.base_samples is None:
+    labels = _labels(settings, model, classifier)
+    return labels, labels
+  images, labels = data.load_npz(settings.base_samples)
+  if images.shape[1:] != shape:
+    raise ValueError(f"{settings.base_samples} has images of shape {images.shape[1:]}, but the model takes {shape}")
+  if settings.labels is not None:
+    raise ValueError("the labels are those of base_samples: leave out others")
+  rows = np.arange(settings.num) % len(images)
+  low_res = data.from_uint8(images[rows])
+  if model.config.num_classes is None:
+    return {"low_res": low_res}, None
+  labels = checks.labels("label", labels[rows].astype(np.int32), model.config.num_classes)
+  return {"label": labels, "low_res": low_res}, labels
 
 
 def _labels(settings: Settings, model: Model, classifier: Model | None) -> np.ndarray | None:

@@ -55,14 +55,14 @@ def run(out: PathLike, settings: Settings, *, progress: bool = True) -> None:
   write = checks.lookup("format", out.suffix, FORMATS)
   check_writable(out)
   planned = plan(settings)
-  record = {"version": jaxguide.__version__, **dataclasses.asdict(settings), "params": _fingerprint(planned.params)}
+  record = {"version": jaxguide.__version__, **dataclasses.asdict(settings), "data": _fingerprint(planned.data)}
   shape = (settings.num, *planned.image_shape)
   unfinished = Unfinished(out.with_name(out.name + ".unfinished"), record, shape)
   with tqdm(total=settings.num, initial=unfinished.done, desc="sampling", unit="sample", disable=not progress) as bar:
     batches = sampling.sample_batches(
       planned.denoiser,
       jax.random.key(settings.seed),
-      planned.labels,
+      planned.cond,
       num=settings.num,
       shape=planned.image_shape,
       sigmas=planned.sigmas,
@@ -77,9 +77,9 @@ def run(out: PathLike, settings: Settings, *, progress: bool = True) -> None:
   unfinished.remove()
 
 
-def _fingerprint(params: PyTree) -> int:
-  """A number that other parameters would, as good as surely, not have."""
+def _fingerprint(arrays: PyTree) -> int:
+  """A number that other arrays would, as good as surely, not have."""
   total = 0
-  for leaf in jax.tree.leaves(params):
+  for leaf in jax.tree.leaves(arrays):
     total = zlib.crc32(np.ascontiguousarray(leaf).data, total)
   return total
