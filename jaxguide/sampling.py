@@ -45,7 +45,8 @@ def sample(
     cond: one example's condition, handed to ``denoise``.
     collect: ``state -> pytree``, called after every step; what it gives is stacked along a first axis of ``steps``.
       ``lambda state: state.x0`` shows what the denoiser saw.
-    x_init: start from this at ``sigmas[0]`` instead of from noise.
+    x_init: start from this at ``sigmas[0]`` instead of from noise, ``sigmas[0] * eps``. (The loops of DDPM start from
+      ``x_t = eps``, which is ``sqrt(1 + sigmas[0]²) * eps`` here: at a network's noisiest levels, the same to 1e-4.)
 
   Returns:
     The example, and what ``collect`` gave (``None`` without it).
