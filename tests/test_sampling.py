@@ -281,7 +281,7 @@ def test_gradients_match_finite_differences(pair, random_mixture, float64, no_ra
     return draw(guided, jax.random.key(2), 1, jg.karras(4, 0.1, 3.0), solver).sum()
 
   gradient = check_gradient(total, jnp.array([1.7, 0.02]))
-  assert (np.abs(gradient) > 1e-4).all()
+  assert (np.abs(gradient) > 1e-5).all()
 
 
 def check_gradient(function, at, number=None, step=1e-5):

@@ -10,7 +10,7 @@ DENOISER = ModelConfig(
   image_shape=SHAPE,
   num_classes=10,
 )
-DENOISER_TRAINING = TrainingConfig(steps=1200)
+DENOISER_TRAINING = TrainingConfig(steps=1200, p_uncond=0.15)
 
 CLASSIFIER = ModelConfig(
   network="classifier",
