@@ -106,6 +106,10 @@ def test_sample_draws_every_sample(run, tmp_path, labels, num, rows, columns):
     (["--variance", "small"], "'ddim' has no option 'variance'"),
     (["--solver", "ddpm", "--variance", "big"], "unknown variance 'big'"),
     (["--solver", "ddpm", "--gradient-at", "mean"], "gradient_at is for solver 'ddpm' with guidance 'classifier'"),
+    (["--label", 4294967299], "label 4294967299 is not one of the 10 classes"),
+    (["--steps", "²"], "grid 'karras' takes a number of steps, got '²'"),
+    (["--solver", "ddpm", "--variance", "learned_range"], "has learned no variance: choose small or large"),
+    (["--grid", "iddpm"], "unknown grid 'iddpm'"),
     (["--churn", 10], "churn is for solver 'edm-stochastic', not 'ddim'"),
     (["--churn", -1, "--solver", "edm-stochastic"], "churn must be at least 0"),
     (["--steps", "ddim25"], "grid 'karras' takes a number of steps, got 'ddim25'"),
@@ -148,6 +152,9 @@ def test_models_that_are_missing_torn_or_do_not_match(run, folders, tmp_path, mo
 
   assert "there is no model in" in error("--model", tmp_path / "nowhere")
   assert "needs a unet, but the model is a classifier" in error("--model", folders / "classifier")
+  assert "denoiser holds a unet, not a classifier" in error(
+    "--model", folders / "denoiser", "--classifier", folders / "denoiser"
+  )
   both = ("--model", folders / "denoiser", "--guidance", "classifier", "--classifier")
   assert "has image_shape (16, 16, 1), but the model has (8, 8, 1)" in error(*both, folders / "larger")
   assert not (tmp_path / "s.npz").exists()
@@ -201,15 +208,80 @@ def test_a_run_that_was_killed_goes_on(run, tmp_path, monkeypatch, at):
   assert sorted(path.name for path in tmp_path.iterdir()) == ["s.npz", "whole.npz"]
 
 
-def test_an_unfinished_run_that_is_torn(run, tmp_path, monkeypatch):
+@pytest.fixture
+def begun(run, tmp_path, monkeypatch):
+  """The folder of a run that was killed after its first batch, and how to start it again."""
+  args = ["sample", "--out", tmp_path / "s.npz", "--steps", 2, "--num", 5, "--batch-size", 2]
+  append, calls = unfinished.Unfinished.append, []
+
+  def once(self, images):
+    if calls:
+      sys.exit(9)
+    calls.append(append(self, images))
+
   with monkeypatch.context() as patch:
-    patch.setattr(unfinished.Unfinished, "append", lambda self, x: sys.exit(9))
-    assert run("sample", "--out", tmp_path / "s.npz", "--steps", 2)[0] == 9
-  (tmp_path / "s.npz.unfinished" / "images.npy").write_bytes(b"no array")
-  status, _, errors = run("sample", "--out", tmp_path / "s.npz", "--steps", 2)
+    patch.setattr(unfinished.Unfinished, "append", once)
+    assert run(*args)[0] == 9
+  return tmp_path / "s.npz.unfinished", lambda: run(*args)
+
+
+def cut(path):
+  path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.parametrize(
+  ("name", "harm"),
+  [
+    ("images.npy", lambda path: path.write_bytes(b"")),
+    ("images.npy", lambda path: path.write_bytes(b"no array")),
+    ("images.npy", cut),
+    ("images.npy", lambda path: np.save(path, np.zeros((5, 4, 4, 1), np.uint8))),
+    ("images.npy", lambda path: np.save(path, np.zeros((5, 8, 8, 1), np.int8))),
+    ("done.json", lambda path: path.write_text("99")),
+    ("done.json", lambda path: path.write_text("-1")),
+    ("done.json", lambda path: path.write_text('"x"')),
+    ("done.json", lambda path: path.unlink()),
+    ("settings.json", lambda path: path.write_bytes(b"\xff\xfe")),
+    ("settings.json", lambda path: path.write_text("[1]")),
+    ("settings.json", lambda path: path.write_text("null")),
+  ],
+)
+def test_an_unfinished_run_that_is_torn(begun, name, harm):
+  folder, again = begun
+  harm(folder / name)
+  status, _, errors = again()
   assert status == 2
   assert "s.npz.unfinished is torn" in errors
   assert errors.count("\n") == 1
+
+
+def test_what_is_not_ours_is_left_alone(run, tmp_path):
+  folder = tmp_path / "s.npz.unfinished"
+  folder.mkdir()
+  (folder / "thesis.txt").touch()
+  status, _, errors = run("sample", "--out", tmp_path / "s.npz", "--steps", 2)
+  assert status == 2
+  assert "s.npz.unfinished holds thesis.txt" in errors
+  assert (folder / "thesis.txt").exists()
+  (folder / "thesis.txt").unlink()
+  folder.rmdir()
+  folder.touch()
+  assert "s.npz.unfinished is a file" in run("sample", "--out", tmp_path / "s.npz", "--steps", 2)[2]
+
+
+def test_a_run_does_not_go_on_with_another_model(begun, folders):
+  _, again = begun
+  config, whole = folders / "denoiser" / "config.json", models.load(folders / "denoiser")
+  written = config.read_text()
+  try:
+    config.write_text(written.replace('"schedule": "cosine"', '"schedule": "linear"'))
+    assert "unfinished run with network" in again()[2]
+    moved = jax.tree.map(lambda leaf: leaf + 1e-3, whole.params)
+    models.save(folders / "denoiser", models.Model(whole.config, moved))
+    assert "unfinished run with data" in again()[2]
+  finally:
+    models.save(folders / "denoiser", whole)
+  assert again()[0] == 0
 
 
 # --- models of a discrete process -----------------------------------------------------------------

@@ -246,7 +246,7 @@ def open_questions(network):
   }
 
 
-@pytest.mark.parametrize("name", NETWORKS.keys() - {"rematerialised"})
+@pytest.mark.parametrize("name", sorted(NETWORKS.keys() - {"rematerialised"}))
 def test_names_and_shapes_tell_the_rest(name):
   network, more = NETWORKS[name], {}
   if name == "super resolution":
@@ -574,7 +574,7 @@ def test_commands(run, tmp_path):
     "num_head_channels=16, use_scale_shift_norm=True, resblock_updown=True, use_new_attention_order=False, "
     "use_checkpoint=False, pool='attention')"
   ) in printed
-  assert "--noise_schedule cosine --diffusion_steps 1000 --learn_sigma False" in printed
+  assert "--noise_schedule cosine --diffusion_steps 1000 --rescale_timesteps False" in printed
   assert "Note" not in printed
   same_bits(load_file(exported), load_file(DATA / "classifier_b1.safetensors"))
 

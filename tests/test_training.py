@@ -189,6 +189,12 @@ def test_a_torn_model_is_told_from_a_whole_one(trained, tmp_path):
     ({"variance": "learned_range"}, "give out_channels 2"),
     ({"diffusion_steps": 10, "schedule": "sigmoid"}, "unknown schedule of discrete steps 'sigmoid'"),
     ({"rescale_timesteps": True}, "give diffusion_steps"),
+    ({"diffusion_steps": 10, "prediction": "edm"}, "is told no steps"),
+    ({"scale": 2.0}, "recommended for a classifier"),
+    ({"network": "classifier", "variance": "large"}, "a classifier has no variance"),
+    ({"fields": {"num_classes": 5}}, "num_classes is not one of the fields"),
+    ({"image_shape": (8, 8)}, r"must be \(height, width, channels\), got \(8, 8\)"),
+    ({"num_classes": 0}, "num_classes must be a whole number of at least 1"),
     ({"schedule": "cosin"}, "did you mean 'cosine'"),
     ({"low_res_shape": (2, 2, 1)}, "low_res_shape is for a super_res_unet, which needs it; the network is a unet"),
     ({"network": "super_res_unet"}, "low_res_shape is for a super_res_unet, which needs it"),
@@ -230,7 +236,7 @@ def test_what_a_discrete_process_does_not_take(images, tmp_path):
   for config, change, message in (
     (LEARNED, {"noise_mean": 0.0}, "draws its steps uniformly"),
     (LEARNED, {"p_uncond": 0.1}, "p_uncond is for a UNet with a null class"),
-    (UNET, {"loss": "kl"}, "a loss is chosen for a discrete process"),
+    (UNET, {"loss": "kl"}, "a loss is chosen for a UNet on a discrete process"),
   ):
     with pytest.raises(ValueError, match=message):
       training.fit(config, TrainingConfig(steps=1, **change), images, tmp_path, progress=False)

@@ -32,7 +32,7 @@ def import_adm(
   rescale_timesteps: Annotated[
     bool | None, typer.Option(help="Steps are told as if there were 1000. [default: no]")
   ] = None,
-  prediction: Annotated[str | None, typer.Option(help="What it predicts: eps or x0. [default: eps]")] = None,
+  prediction: Annotated[str | None, typer.Option(help="eps or x0, or jaxguide's v, edm, flow. [default: eps]")] = None,
   variance: Annotated[str | None, typer.Option(help="small or large, where none was learned. [default: large]")] = None,
   scale: Annotated[float | None, typer.Option(help="Scale of guidance recommended for a classifier.")] = None,
 ) -> None:

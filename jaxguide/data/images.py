@@ -94,8 +94,12 @@ def save_npz(path: PathLike, images: np.ndarray, labels: np.ndarray | None = Non
       np.savez(file, arr_0=images, arr_1=labels.astype(np.int64))
 
 
-def load_npz(path: PathLike) -> tuple[np.ndarray, np.ndarray]:
+def load_npz(path: PathLike, labelled: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
   """Read what `save_npz` wrote: ``uint8`` images (n, h, w, c) and ``int64`` labels (n,).
+
+  Args:
+    path: the file.
+    labelled: whether there have to be labels; without them ``None`` is given.
 
   Raises:
     FileNotFoundError: if there is no such file.
@@ -104,7 +108,8 @@ def load_npz(path: PathLike) -> tuple[np.ndarray, np.ndarray]:
   """
   try:
     with np.load(path) as arrays:
-      images, labels = arrays["arr_0"], arrays["arr_1"]
+      images = arrays["arr_0"]
+      labels = arrays["arr_1"] if labelled or "arr_1" in arrays else None
   except FileNotFoundError:
     raise FileNotFoundError(f"there is no file {path}: write one with save_npz") from None
   except OSError as error:
@@ -118,7 +123,7 @@ def load_npz(path: PathLike) -> tuple[np.ndarray, np.ndarray]:
     check_images(images, labels)
   except ValueError as error:
     raise ValueError(f"{path} holds no labelled images: {error}") from None
-  return images, labels.astype(np.int64)
+  return images, None if labels is None else labels.astype(np.int64)
 
 
 def image_grid(images: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:

@@ -73,6 +73,13 @@ class Settings:
   def __post_init__(self):
     for name, low in (("num", 1), ("batch_size", 1), ("seed", 0)):
       checks.at_least(name, getattr(self, name), low)
+    if not isinstance(self.steps, str):
+      checks.at_least("steps", self.steps, 1)
+    if self.labels is not None:
+      labels = np.asarray(self.labels)
+      if labels.ndim != 1 or not labels.size:
+        raise ValueError("labels must be at least one class; leave them out to take all in turn")
+      object.__setattr__(self, "labels", tuple(labels.tolist()))
     if self.scale is not None:
       checks.finite("scale", self.scale)
     for kind, value, known in (("guidance", self.guidance, GUIDANCES), ("grid", self.grid, GRIDS)):
@@ -92,6 +99,7 @@ class Plan(NamedTuple):
     cond: of every sample.
     labels: of every sample, None where there are no classes.
     image_shape: of one sample.
+    record: what the networks are, as plain data.
     data: all arrays that the samples depend on.
   """
 
@@ -101,6 +109,7 @@ class Plan(NamedTuple):
   cond: Any
   labels: np.ndarray | None
   image_shape: Sequence[int]
+  record: Any
   data: Any
 
 
@@ -146,6 +155,8 @@ def plan(settings: Settings) -> Plan:
       guidances += [guide.classifier(classifier.log_prob, scale)]
   elif model.config.num_classes is None and model.config.low_res_shape is None:
     guidances = [guide.unconditional(None), *clip]
+  if settings.variance == "learned_range" and model.config.variance != "learned_range":
+    raise ValueError(f"the model in {settings.model} has learned no variance: choose small or large")
   if settings.solver == "ddpm":
     options.setdefault("variance", model.config.variance)
   cond, labels = _cond(settings, model, classifier)
@@ -156,6 +167,10 @@ def plan(settings: Settings) -> Plan:
     cond=cond,
     labels=labels,
     image_shape=model.config.image_shape,
+    record={
+      "network": dataclasses.asdict(model.config),
+      "classifier_network": None if classifier is None else dataclasses.asdict(classifier.config),
+    },
     data=(model.params, None if classifier is None else classifier.params, cond),
   )
 
@@ -193,6 +208,8 @@ def _guidance(settings: Settings, model: Model) -> str:
 def _classifier(settings: Settings, model: Model) -> Model:
   folder = settings.classifier or Path(settings.model).parent / "classifier"
   classifier = _load(folder, settings)
+  if classifier.config.network != "classifier":
+    raise ValueError(f"{folder} holds a {classifier.config.network}, not a classifier")
   for name in ("image_shape", "num_classes"):
     ours, theirs = getattr(model.config, name), getattr(classifier.config, name)
     if ours is not None and ours != theirs:
@@ -210,13 +227,11 @@ def _sigmas(settings: Settings, model: Model) -> Array:
     if ends != (None, None):
       raise ValueError("grid 'respaced' takes its levels from the model: leave out sigma_min and sigma_max")
     steps = settings.steps
-    return schedules.respaced(table, int(steps) if str(steps).isdigit() else steps)
+    return schedules.respaced(table, int(steps) if str(steps).isdecimal() else steps)
   low, high = (default if end is None else end for end, default in zip(ends, (0.01, 80.0), strict=True))
-  try:
-    steps = int(settings.steps)
-  except ValueError:
-    raise ValueError(f"grid {grid!r} takes a number of steps, got {settings.steps!r}") from None
-  return schedules.GRIDS[grid](steps, low, high)
+  if not str(settings.steps).isdecimal():
+    raise ValueError(f"grid {grid!r} takes a number of steps, got {settings.steps!r}")
+  return schedules.GRIDS[grid](int(settings.steps), low, high)
 
 
 def _cond(settings: Settings, model: Model, classifier: Model | None) -> tuple[Any, np.ndarray | None]:
@@ -228,16 +243,18 @@ def _cond(settings: Settings, model: Model, classifier: Model | None) -> tuple[A
   if settings.base_samples is None:
     labels = _labels(settings, model, classifier)
     return labels, labels
-  images, labels = data.load_npz(settings.base_samples)
+  images, labels = data.load_npz(settings.base_samples, labelled=False)
   if images.shape[1:] != shape:
     raise ValueError(f"{settings.base_samples} has images of shape {images.shape[1:]}, but the model takes {shape}")
   if settings.labels is not None:
     raise ValueError("the labels are those of base_samples: leave out others")
   rows = np.arange(settings.num) % len(images)
-  low_res = data.from_uint8(images[rows])
+  low_res = images[rows]  # The network takes bytes: as floats many would not fit.
   if model.config.num_classes is None:
     return {"low_res": low_res}, None
-  labels = checks.labels("label", labels[rows].astype(np.int32), model.config.num_classes)
+  if labels is None:
+    raise ValueError(f"{settings.base_samples} has no labels, which the model needs: it must have them in arr_1")
+  labels = checks.labels("label", labels[rows], model.config.num_classes).astype(np.int32)
   return {"label": labels, "low_res": low_res}, labels
 
 
@@ -248,4 +265,4 @@ def _labels(settings: Settings, model: Model, classifier: Model | None) -> np.nd
       raise ValueError("the model has no classes, and there is no classifier: leave out the labels")
     return None
   wanted = np.arange(classes) if settings.labels is None else np.asarray(settings.labels)
-  return checks.labels("label", np.resize(wanted, settings.num).astype(np.int32), classes)
+  return np.resize(checks.labels("label", wanted, classes), settings.num).astype(np.int32)

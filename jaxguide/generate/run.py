@@ -55,7 +55,12 @@ def run(out: PathLike, settings: Settings, *, progress: bool = True) -> None:
   write = checks.lookup("format", out.suffix, FORMATS)
   check_writable(out)
   planned = plan(settings)
-  record = {"version": jaxguide.__version__, **dataclasses.asdict(settings), "data": _fingerprint(planned.data)}
+  record = {
+    "version": jaxguide.__version__,
+    **dataclasses.asdict(settings),
+    **planned.record,
+    "data": _fingerprint(planned.data),
+  }
   shape = (settings.num, *planned.image_shape)
   unfinished = Unfinished(out.with_name(out.name + ".unfinished"), record, shape)
   with tqdm(total=settings.num, initial=unfinished.done, desc="sampling", unit="sample", disable=not progress) as bar:

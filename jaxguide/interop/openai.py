@@ -55,7 +55,8 @@ class _Weight(NamedTuple):
 
   def read(self, weight: Any) -> np.ndarray:
     """Turn the reference's layout into ours; float32, in memory of its own."""
-    array = np.asarray(weight).astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):  # What does not fit float32 is refused by whoever asked.
+      array = np.asarray(weight).astype(np.float32, copy=False)
     if len(self.ours) == 4:
       array = array.transpose(2, 3, 1, 0)
     elif self.transposed:
@@ -309,13 +310,13 @@ def _flags(config: ModelConfig) -> str | None:
   """Write the flags of the reference's scripts that describe a process, if it is one that they know."""
   if config.diffusion_steps is None or config.prediction not in ("eps", "x0"):
     return None
-  flags = {
+  flags: dict[str, Any] = {
     "noise_schedule": config.schedule,
     "diffusion_steps": config.diffusion_steps,
-    "learn_sigma": config.variance == "learned_range",
-    "predict_xstart": config.prediction == "x0",
     "rescale_timesteps": config.rescale_timesteps,
   }
+  if config.network != "classifier":
+    flags |= {"learn_sigma": config.variance == "learned_range", "predict_xstart": config.prediction == "x0"}
   return " ".join(f"--{name} {value}" for name, value in flags.items())
 
 
@@ -326,6 +327,10 @@ def _notes(config: ModelConfig) -> list[str]:
     notes.append(f"guided-diffusion's scripts have no such process: the network was trained on {process}")
   if getattr(module, "null_class", False) and config.num_classes is not None:
     notes.append(f"class {config.num_classes} stands for none, for classifier-free guidance")
+  if config.network != "classifier" and _flags(config) is not None and config.variance == "small":
+    notes.append(
+      "its steps have the small variance; guided-diffusion's scripts take the large one where none is learned"
+    )
   odd = sorted({c for level in range(len(module.channel_mult)) if (c := module.channels(level)) % 32})
   if odd:
     notes.append(

@@ -6,6 +6,7 @@ may carry.
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ def read(path: PathLike) -> dict[str, Tensor]:
   if not path.is_file():
     raise FileNotFoundError(f"there is no file {path}")
   tensors = opener(path)
+  if not tensors:
+    raise ValueError(f"{path} holds no tensors")
   for name, tensor in tensors.items():
     if tensor.dtype not in FLOATS:
       raise ValueError(f"{name} in {path} is {tensor.dtype}; weights must be one of {', '.join(FLOATS)}")
@@ -136,7 +139,9 @@ def _read_pt(path: Path) -> dict[str, Tensor]:
   with path.open("rb") as file:
     zipped = file.read(2) == b"PK"  # what PyTorch wrote before 1.6 is not, and cannot be mapped into memory
   try:
-    content = torch.load(path, weights_only=True, mmap=zipped, map_location="cpu")
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # What it would warn of, TorchScript, it then refuses.
+      content = torch.load(path, weights_only=True, mmap=zipped, map_location="cpu")
   except Exception as error:  # PyTorch raises many kinds for a file that is not whole, KeyError among them.
     found = re.search(r"GLOBAL ([\w.]+)", str(error))
     if found:
@@ -145,11 +150,13 @@ def _read_pt(path: Path) -> dict[str, Tensor]:
       ) from error
     reason = re.split(r"\. |\n", str(error))[0]
     raise ValueError(f"{path} is truncated or not a state dict of PyTorch ({reason})") from error
-  if not isinstance(content, dict) or not content:
+  if not isinstance(content, dict):
     raise ValueError(f"{path} must hold a state dict, but holds {type(content).__name__}")
   for name, value in content.items():
     if not isinstance(value, torch.Tensor):
       raise ValueError(f"{path} must hold a state dict of tensors, but {name!r} is of type {type(value).__name__}")
+    if value.layout is not torch.strided or value.device.type != "cpu":
+      raise ValueError(f"{path} must hold plain tensors, but {name!r} is {value.layout} on {value.device}")
 
   def tensor(value: Any) -> Tensor:
     dtype = str(value.dtype).removeprefix("torch.")

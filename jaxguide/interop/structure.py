@@ -24,7 +24,7 @@ OPTIONS = {
   "noise_schedule": "linear or cosine",
   "diffusion_steps": "steps that the network was trained on, 1000 for OpenAI's; 0 for continuous time",
   "rescale_timesteps": "whether steps are told as if there were 1000",
-  "prediction": "eps or x0",
+  "prediction": "eps or x0 as in the reference, or another that jaxguide knows",
   "variance": "small or large",
   "scale": "recommended scale of a classifier's guidance",
 }
@@ -68,6 +68,8 @@ def structure(shapes: Mapping[str, Sequence[int]]) -> Structure:
     return shapes[name][axis]
 
   width, taken = size("time_embed.0.weight", 1, 2), size("input_blocks.0.0.weight", 1, 4)
+  if not width or not taken:
+    raise ValueError(f"{other}: it has layers without channels")
   is_unet = any(name.startswith("output_blocks.") for name in shapes)
   ups = [name for name in shapes if re.fullmatch(r"output_blocks\.\d+\.[12]\.in_layers\.2\.weight", name)]
   indices = {int(found[1]) for name in shapes if (found := re.match(r"input_blocks\.(\d+)\.", name))}
@@ -136,7 +138,11 @@ def _part(width: int, channels: Mapping[int, int], attends: set[int], downs: Seq
 def _pool(shapes: Mapping[str, Sequence[int]], size: Callable[..., int]) -> tuple[str, int, int | None]:
   """Tell a classifier's pool, its classes, and the side of its coarsest level if that is known."""
   if "out.2.positional_embedding" in shapes:
-    return "attention", size("out.2.c_proj.weight", 0, 3), math.isqrt(size("out.2.positional_embedding", 1, 2) - 1)
+    return (
+      "attention",
+      size("out.2.c_proj.weight", 0, 3),
+      math.isqrt(max(size("out.2.positional_embedding", 1, 2) - 1, 0)),
+    )
   if len(shapes.get("out.0.weight", ())) == 1:
     return "adaptive", size("out.3.weight", 0, 4), None
   pool, last = ("spatial_v2", "out.3.weight") if "out.3.weight" in shapes else ("spatial", "out.2.weight")
@@ -198,7 +204,10 @@ def infer(shapes: Mapping[str, Sequence[int]], **options: Any) -> ModelConfig:
     checks.lookup("network of these names and shapes", network, found.networks)
   channels = found.networks[network]
   readings = {reading["num_res_blocks"]: reading for reading in found.readings}
-  blocks = next(iter(readings)) if len(readings) == 1 else needed("num_res_blocks") or next(iter(readings))
+  if len(readings) > 1:
+    needed("num_res_blocks")
+  blocks = options.get("num_res_blocks", next(iter(readings)))
+  given.pop("num_res_blocks", None)
   if blocks not in readings:
     raise ValueError(f"by names and shapes num_res_blocks is {' or '.join(map(str, readings))}, not {blocks}")
   fields = dict(readings[blocks])

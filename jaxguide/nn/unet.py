@@ -128,8 +128,8 @@ class SuperResUNet(UNet):
     Args:
       x: (n, height, width, channels), scaled by ``c_in``.
       t: (n,) what tells the noise level, ``c_noise``.
-      cond: ``low_res``, (n, low height, low width, channels) in [-1, 1], clean and not scaled; and ``label``, (n,), if
-        the network has classes.
+      cond: ``low_res``, (n, low height, low width, channels), clean and not scaled, in [-1, 1] or uint8; and ``label``,
+        (n,), if the network has classes.
       train: whether to drop activations; needs ``rngs={"dropout": key}``.
 
     Returns:
@@ -150,6 +150,7 @@ class SuperResUNet(UNet):
         f"SuperResUNet takes a low_res image for each of the images of shape {x.shape}, with their channels and no "
         f"larger than they are; got shape {low.shape}"
       )
+    low = low.astype(x.dtype) / 127.5 - 1 if low.dtype == jnp.uint8 else low.astype(x.dtype)
     # Half-pixel centres, edges repeated: PyTorch's bilinear interpolation with align_corners=False.
-    large = jax.image.resize(low.astype(x.dtype), x.shape, "bilinear", antialias=False)
+    large = jax.image.resize(low, x.shape, "bilinear", antialias=False)
     return self.predict(jnp.concatenate([x, large], -1), t, cond.get("label"), self.out_channels or x.shape[-1], train)

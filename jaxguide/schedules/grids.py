@@ -111,8 +111,8 @@ def respaced(table: Table, steps: int | str | Sequence[int] | np.ndarray) -> Flo
 
   Args:
     table: the process that the network was trained on.
-    steps: how many, spread evenly from 0 to T-1 (1 visits the last); or a text, ``ddim25`` or ``10,10,10``, as in
-      `spaced_timesteps`; or the steps themselves, (n,) whole numbers in [0, T-1] in any order.
+    steps: how many, spread evenly from 0 to T-1 (1 visits the last, and "1" the first); or a text, ``ddim25`` or
+      ``10,10,10``, as in `spaced_timesteps`; or the steps themselves, (n,) whole numbers in [0, T-1] in any order.
 
   Returns:
     (n + 1,) decreasing levels.
@@ -201,5 +201,5 @@ def round_sigma(table: Table, sigma: ArrayLike) -> Float[Array, "*shape"]:
   return jnp.append(table.sigmas, 0)[nearest_step(table, sigma)]
 
 
-GRIDS: dict[str, Callable[..., Array]] = {"karras": karras, "log-snr": log_snr_uniform, "iddpm": iddpm}
+GRIDS: dict[str, Callable[..., Array]] = {"karras": karras, "log-snr": log_snr_uniform}
 """Grids by the names that the command line takes; each is a function of ``(steps, sigma_min, sigma_max)``."""

@@ -56,10 +56,16 @@ class ModelConfig:
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in self.fields.items()}
     object.__setattr__(self, "fields", fields)
     object.__setattr__(self, "image_shape", tuple(self.image_shape))
+    if len(self.image_shape) != 3:
+      raise ValueError(f"image_shape must be (height, width, channels), got {self.image_shape}")
+    if self.num_classes is not None:
+      checks.at_least("num_classes", self.num_classes, 1)
     cls = checks.lookup("network", self.network, NETWORKS)
     known = {field.name: None for field in dataclasses.fields(cls)}
     for name in self.fields:
       checks.lookup(f"field of {cls.__name__}", name, known)
+      if name == self._classes:
+        raise ValueError(f"{name} is not one of the fields: the model's num_classes tells it")
     if (self.network == "super_res_unet") != (self.low_res_shape is not None):
       raise ValueError(f"low_res_shape is for a super_res_unet, which needs it; the network is a {self.network}")
     if self.low_res_shape is not None:
@@ -67,8 +73,13 @@ class ModelConfig:
     checks.lookup("prediction", self.prediction, scaling.PREDICTIONS)
     checks.lookup("variance", self.variance, dict.fromkeys(VARIANCES))
     twice = 2 * self.image_shape[-1]
-    learned = self.network != "classifier" and self.variance == "learned_range"
-    if learned and self.fields.get("out_channels") != twice:
+    if self.network == "classifier" and self.variance != "small":
+      raise ValueError(f"a classifier has no variance, got {self.variance!r}: leave it out")
+    if self.scale is not None:
+      checks.finite("scale", self.scale)
+      if self.network != "classifier":
+        raise ValueError("scale is what is recommended for a classifier: leave it out")
+    if self.variance == "learned_range" and self.fields.get("out_channels") != twice:
       raise ValueError(f"variance 'learned_range' needs twice the image's channels: give out_channels {twice}")
     if self.diffusion_steps is None:
       checks.lookup("schedule", self.schedule, schedules.SCHEDULES)
@@ -77,6 +88,13 @@ class ModelConfig:
     else:
       checks.lookup("schedule of discrete steps", self.schedule, schedules.BETAS)
       checks.at_least("diffusion_steps", self.diffusion_steps, 1)
+      if self.prediction not in ("eps", "x0", "v"):
+        raise ValueError(f"a network that predicts {self.prediction!r} is told no steps: leave out diffusion_steps")
+
+  @property
+  def _classes(self) -> str:
+    """The network's own name for the number of its classes."""
+    return "out_channels" if self.network == "classifier" else "num_classes"
 
   @property
   def noise_schedule(self) -> schedules.NoiseSchedule:
@@ -88,8 +106,7 @@ class ModelConfig:
   @property
   def module(self) -> linen.Module:
     """The Flax module."""
-    classes = {"out_channels" if self.network == "classifier" else "num_classes": self.num_classes}
-    return NETWORKS[self.network](**{**self.fields, **classes})
+    return NETWORKS[self.network](**self.fields, **{self._classes: self.num_classes})
 
   @property
   def null_cond(self) -> int | None:

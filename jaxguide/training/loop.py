@@ -98,9 +98,9 @@ def loss_fn(model: ModelConfig, training: TrainingConfig) -> Callable[..., tuple
 
 def _noise_levels(model: ModelConfig, training: TrainingConfig) -> schedules.NoiseLevels:
   given = (training.noise_mean, training.noise_std)
+  if training.loss is not None and (model.network == "classifier" or model.diffusion_steps is None):
+    raise ValueError("a loss is chosen for a UNet on a discrete process, which has diffusion_steps: leave it out")
   if model.diffusion_steps is None:
-    if training.loss is not None:
-      raise ValueError("a loss is chosen for a discrete process: give the model its diffusion_steps, or leave it out")
     mean, std = (default if value is None else value for value, default in zip(given, (-0.6, 1.2), strict=True))
     return schedules.LogNormal(mean, std)
   if given != (None, None):

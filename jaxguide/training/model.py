@@ -101,11 +101,11 @@ def load(folder: PathLike) -> Model:
   folder = Path(folder).absolute()
   try:
     config = ModelConfig(**json.loads((folder / "config.json").read_text()))
+    expected = jax.eval_shape(config.module.init, jax.random.key(0), *_inputs(config))
   except FileNotFoundError:
     raise FileNotFoundError(f"there is no model in {folder}: train one, with `jaxguide demo` for example") from None
-  except (NotADirectoryError, json.JSONDecodeError, TypeError) as error:
+  except (NotADirectoryError, UnicodeDecodeError, TypeError, ValueError) as error:
     raise ValueError(f"{folder / 'config.json'} does not describe a model ({error}): train it again") from error
-  expected = jax.eval_shape(config.module.init, jax.random.key(0), *_inputs(config))
   # Orbax warns about placing arrays unless it is told where; the first device is where they are used from.
   where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), expected)

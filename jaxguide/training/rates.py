@@ -7,13 +7,14 @@ from jaxguide import checks
 
 
 def inverse_sqrt(peak: float | int, decay_start: float | int = 70_000, rampup: float | int = 0) -> optax.Schedule:
-  """A linear ramp, a plateau, and a decay with the square root of time (Karras et al. 2024, arXiv:2312.02696, eq. 67).
+  """A linear ramp, a plateau, and a decay with the square root of time (Karras et al. 2024, arXiv:2312.02696).
 
   ``peak * min(step / rampup, 1) / √max(step / decay_start, 1)``. It has no end that would have to be known beforehand,
   which suits `jaxguide.training.ema`.
 
   Args:
-    peak: the largest rate. EDM2 has 0.0065 (its largest network) to 0.0170.
+    peak: the largest rate. EDM2's networks for ImageNet-512 have 0.0120 (XS) to
+      0.0065 (XXL).
     decay_start: steps after which it falls; 0 for never. EDM2 has 70,000 of 2048 images for ImageNet-512, and
       35,000 for ImageNet-64.
     rampup: steps over which it rises from 0; 0 for none. EDM2 has 10 million images, which are 4,883 steps of 2048.
