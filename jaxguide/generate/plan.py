@@ -30,7 +30,8 @@ class Settings:
     labels: classes to take in turn; all of them if left out.
     num: number of samples.
     guidance: ``cfg``, ``classifier`` (of the unconditional network, where the model can be one) or ``none``. If left
-      out, ``classifier`` where there is one, else ``cfg`` where the model knows a null class, else ``none``.
+      out, ``classifier`` where there is one, else ``cfg`` where the model knows a null class, else ``none``. A model of
+      super-resolution takes ``none`` alone.
     scale: the power in ``p(x) p(y|x)^scale``; if left out, what is recommended for the classifier, or 2.
     solver: a name from `jaxguide.solvers`. With ``ddpm`` a classifier shifts the mean (Dhariwal & Nichol's Algorithm
       1), with any other it bends the score (their Algorithm 2).

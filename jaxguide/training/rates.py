@@ -13,8 +13,7 @@ def inverse_sqrt(peak: float | int, decay_start: float | int = 70_000, rampup: f
   which suits `jaxguide.training.ema`.
 
   Args:
-    peak: the largest rate. EDM2's networks for ImageNet-512 have 0.0120 (XS) to
-      0.0065 (XXL).
+    peak: the largest rate. EDM2's networks for ImageNet-512 have 0.0120 (XS) to 0.0065 (XXL).
     decay_start: steps after which it falls; 0 for never. EDM2 has 70,000 of 2048 images for ImageNet-512, and
       35,000 for ImageNet-64.
     rampup: steps over which it rises from 0; 0 for none. EDM2 has 10 million images, which are 4,883 steps of 2048.
