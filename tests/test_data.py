@@ -440,3 +440,18 @@ def test_png_refuses_other_channels(tmp_path):
 def test_public_names():
   assert all(hasattr(data, name) for name in data.__all__)
   assert datasets.load is data.load
+
+
+def test_junk_is_no_npz_and_gets_no_advice_to_unpickle(tmp_path):
+  (tmp_path / "junk.npz").write_bytes(b"junk")
+  with pytest.raises(ValueError, match="it holds no arrays") as error:
+    data.load_npz(tmp_path / "junk.npz")
+  assert "pickle" not in str(error.value)
+
+
+def test_labels_may_be_missing_where_none_are_needed(tmp_path):
+  images = np.zeros((2, 4, 4, 1), np.uint8)
+  data.save_npz(tmp_path / "s.npz", images)
+  assert data.load_npz(tmp_path / "s.npz", labelled=False)[1] is None
+  with pytest.raises(ValueError, match="labels in arr_1"):
+    data.load_npz(tmp_path / "s.npz")

@@ -116,8 +116,10 @@ def load_npz(path: PathLike, labelled: bool = True) -> tuple[np.ndarray, np.ndar
     raise OSError(f"cannot read {path}: {error.strerror or error}") from error
   # A bare .npy file gives an array, which is no context manager and hence a TypeError.
   except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    # NumPy takes whatever is no array for a pickle, and gives advice that would run what it holds.
+    reason = "it holds no arrays" if "pickle" in str(error) else error
     raise ValueError(
-      f"{path} is not an .npz file with images in arr_0 and labels in arr_1 ({error}): write one with save_npz"
+      f"{path} is not an .npz file with images in arr_0 and labels in arr_1 ({reason}): write one with save_npz"
     ) from error
   try:
     check_images(images, labels)
