@@ -37,7 +37,7 @@ from jaxguide.mixtures import GaussianMixture, gaussian_mixture, ring
 from jaxguide.nn import Classifier, SuperResUNet, UNet
 from jaxguide.sampling import sample, sample_batch, sample_keys
 from jaxguide.schedules import from_schedule, karras, log_snr_uniform, respaced
-from jaxguide.solvers import DDIM, DDPM, DPMpp2M, EDMStochastic, Euler, Heun
+from jaxguide.solvers import DDIM, DDPM, DPMpp2M, EDMStochastic, Euler, EulerAncestral, Heun
 from jaxguide.typing import Denoiser, Guidance, LogProb, Prediction, Solver
 from jaxguide.variational import variational_loss
 
@@ -52,6 +52,7 @@ __all__ = [
   "Denoiser",
   "EDMStochastic",
   "Euler",
+  "EulerAncestral",
   "GaussianMixture",
   "Guidance",
   "Heun",

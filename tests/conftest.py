@@ -36,6 +36,7 @@ SOLVERS = {
   "ddpm_large": lambda: jg.DDPM("large"),
   "heun": jg.Heun,
   "dpmpp_2m": jg.DPMpp2M,
+  "euler_ancestral": lambda: jg.EulerAncestral(0.7, 1.0),
   "edm_0": jg.EDMStochastic,
   "edm_churn": lambda: jg.EDMStochastic.from_churn(4, num_steps=40, s_min=0.02, s_max=50.0),
 }

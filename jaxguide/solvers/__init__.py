@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxguide import checks
 from jaxguide.solvers.base import Conditioned, MultistepState, State
-from jaxguide.solvers.ddim import DDIM, Euler
+from jaxguide.solvers.ddim import DDIM, Euler, EulerAncestral
 from jaxguide.solvers.ddpm import DDPM
 from jaxguide.solvers.edm import EDMStochastic
 from jaxguide.solvers.heun import Heun
@@ -24,6 +24,7 @@ SOLVERS: dict[str, type] = {
   "ddpm": DDPM,
   "heun": Heun,
   "dpmpp-2m": DPMpp2M,
+  "euler-ancestral": EulerAncestral,
   "edm-stochastic": EDMStochastic,
 }
 
@@ -39,7 +40,7 @@ def solver(name: str, **options: Any) -> Solver:
   >>> solver("huen")
   Traceback (most recent call last):
   ...
-  ValueError: unknown solver 'huen': did you mean 'heun'? There are ddim, ddpm, dpmpp-2m, edm-stochastic, euler, heun
+  ValueError: unknown solver 'huen': did you mean 'heun'? There are ddim, ddpm, ...
   """
   cls = checks.lookup("solver", name, SOLVERS)
   return cls(**checks.options(name, cls, options))
@@ -53,6 +54,7 @@ __all__ = [
   "DPMpp2M",
   "EDMStochastic",
   "Euler",
+  "EulerAncestral",
   "Heun",
   "MultistepState",
   "State",

@@ -1,0 +1,97 @@
+"""k-diffusion's and diffusers' samplers: their published trajectories, step by step.
+
+Where the arrays come from is told in `data/README.md`.
+"""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxguide as jg
+
+
+@functools.cache
+def arrays():
+  with np.load(Path(__file__).parent / "data" / "kdiffusion.npz") as file:
+    return dict(file)
+
+
+def cases(*solvers):
+  """Give the cases that hold a trajectory of one of these, as ``LIBRARY/MIXTURE/NAME``."""
+  names = [key.removesuffix("/xs") for key in arrays() if key.endswith("/xs")]
+  return [name for name in names if name.split("/")[-1].partition("@")[0] in solvers]
+
+
+def grid(case):
+  library, _, name = case.split("/")
+  if library == "diffusers":
+    return arrays()[f"{case}/sigmas"].astype(np.float32)
+  return arrays()[f"kdiffusion/sigmas/{name.partition('@')[2] or 'karras'}"]
+
+
+def denoiser(case):
+  """Give ``(x, sigma) -> x0`` of a batch: unconditional, conditional (scale 1) or guided."""
+  data, where = arrays(), case.rpartition("/")[0]
+  model = jg.gaussian_mixture(*(data[f"{where}/mixture/{key}"] for key in ("means", "variances", "classes", "weights")))
+  guided = jg.classifier_free(model.num_classes, float(data[f"{case}/scale"]))(model.denoiser)
+  return lambda x, sigma: jax.vmap(guided, (0, None, 0))(x, sigma, data[f"{where}/labels"])
+
+
+def scale_of(case, sigmas):
+  """What a case's states are to be divided by: diffusers holds most in ``sqrt(alpha_bar) x``."""
+  library, _, name = case.split("/")
+  held_scaled = library == "diffusers" and not name.startswith("euler")
+  return 1 / np.sqrt(1 + sigmas**2) if held_scaled else np.ones_like(sigmas)
+
+
+def walk(case, solver):
+  """Give our states over the steps of a case, in the case's own variables."""
+  data, sigmas, where = arrays(), grid(case), case.rpartition("/")[0]
+  denoise, scale = denoiser(case), scale_of(case, sigmas)
+  state = solver.init(jnp.asarray(data[f"{case}/xs"][0] / scale[0]))
+
+  def step(state, inputs):
+    state = solver.step(denoise, state, *inputs)
+    return state, state.x
+
+  noise = data[f"{where}/noise"][: len(sigmas) - 1]
+  xs = jax.lax.scan(step, state, (jnp.asarray(sigmas[:-1]), jnp.asarray(sigmas[1:]), jnp.asarray(noise)))[1]
+  return np.asarray(xs) * scale[1:].reshape(-1, *[1] * (xs.ndim - 1))
+
+
+def compare(case, xs, steps=None):
+  wanted, deviation = arrays()[f"{case}/xs"][1:], arrays()[f"{case}/deviation"]
+  np.testing.assert_allclose(xs[:steps], wanted[:steps], rtol=0, atol=max(1e-5, 10 * deviation))
+
+
+SOLVERS = {
+  "euler": jg.Euler(),
+  "euler-trailing": jg.Euler(),
+  "euler-epsilon-karras": jg.Euler(),
+  "euler-leading-sd": jg.Euler(),
+  "heun": jg.Heun(),
+  "heun-cond": jg.Heun(),
+  "dpmpp_2m": jg.DPMpp2M(),
+  "dpmpp_2m-w": jg.DPMpp2M(),
+  "dpmpp_2m-cond": jg.DPMpp2M(),
+  "dpmpp-o2": jg.DPMpp2M(),
+  "dpmpp-o2-karras": jg.DPMpp2M(),
+  "dpmpp-o2-trailing": jg.DPMpp2M(),
+  "ddim-epsilon": jg.DDIM(),
+  "ddim-trailing": jg.DDIM(),
+  "euler_ancestral": jg.EulerAncestral(),
+  "euler_ancestral-eta0.5": jg.EulerAncestral(0.5, s_noise=1.01),
+  "euler_ancestral-eta0": jg.EulerAncestral(0.0),
+  "eulera": jg.EulerAncestral(),
+  "eulera-epsilon": jg.EulerAncestral(),
+  "eulera-trailing": jg.EulerAncestral(),
+}
+
+
+@pytest.mark.parametrize("case", cases(*SOLVERS))
+def test_published_trajectories(case, given_noise):
+  compare(case, walk(case, SOLVERS[case.split("/")[-1].partition("@")[0]]))
