@@ -37,7 +37,19 @@ from jaxguide.mixtures import GaussianMixture, gaussian_mixture, ring
 from jaxguide.nn import Classifier, SuperResUNet, UNet
 from jaxguide.sampling import sample, sample_batch, sample_keys
 from jaxguide.schedules import from_schedule, karras, log_snr_uniform, respaced
-from jaxguide.solvers import DDIM, DDPM, DPMpp2M, EDMStochastic, Euler, EulerAncestral, Heun
+from jaxguide.solvers import (
+  DDIM,
+  DDPM,
+  DPMpp2M,
+  DPMpp2MSDE,
+  DPMpp3M,
+  DPMpp3MSDE,
+  EDMStochastic,
+  Euler,
+  EulerAncestral,
+  Heun,
+  UniPC,
+)
 from jaxguide.typing import Denoiser, Guidance, LogProb, Prediction, Solver
 from jaxguide.variational import variational_loss
 
@@ -49,6 +61,9 @@ __all__ = [
   "Classifier",
   "ClassifierLogProb",
   "DPMpp2M",
+  "DPMpp2MSDE",
+  "DPMpp3M",
+  "DPMpp3MSDE",
   "Denoiser",
   "EDMStochastic",
   "Euler",
@@ -62,6 +77,7 @@ __all__ = [
   "Solver",
   "SuperResUNet",
   "UNet",
+  "UniPC",
   "autoguidance",
   "chain",
   "checks",

@@ -37,6 +37,11 @@ SOLVERS = {
   "heun": jg.Heun,
   "dpmpp_2m": jg.DPMpp2M,
   "euler_ancestral": lambda: jg.EulerAncestral(0.7, 1.0),
+  "dpmpp_3m": jg.DPMpp3M,
+  "dpmpp_2m_sde": jg.DPMpp2MSDE,
+  "dpmpp_3m_sde": jg.DPMpp3MSDE,
+  "unipc_1": lambda: jg.UniPC(1),
+  "unipc_2": jg.UniPC,
   "edm_0": jg.EDMStochastic,
   "edm_churn": lambda: jg.EDMStochastic.from_churn(4, num_steps=40, s_min=0.02, s_max=50.0),
 }

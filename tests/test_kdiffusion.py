@@ -89,9 +89,77 @@ SOLVERS = {
   "eulera": jg.EulerAncestral(),
   "eulera-epsilon": jg.EulerAncestral(),
   "eulera-trailing": jg.EulerAncestral(),
+  "dpmpp_2m_sde": jg.DPMpp2MSDE(),
+  "dpmpp_2m_sde-heun": jg.DPMpp2MSDE(solver_type="heun"),
+  "dpmpp_2m_sde-eta0.4": jg.DPMpp2MSDE(0.4),
+  "dpmpp_2m_sde-eta0": jg.DPMpp2MSDE(0.0),
+  "sde-dpmpp-o2": jg.DPMpp2MSDE(),
+  "sde-dpmpp-o2-karras": jg.DPMpp2MSDE(),
+  "sde-dpmpp-o2-heun": jg.DPMpp2MSDE(solver_type="heun"),
+  "unipc-o1-bh2": jg.UniPC(1),
+  "unipc-o2-bh2": jg.UniPC(2),
+  "unipc-o2-karras": jg.UniPC(2),
+  "unipc-o2-v": jg.UniPC(2),
 }
 
 
 @pytest.mark.parametrize("case", cases(*SOLVERS))
 def test_published_trajectories(case, given_noise):
   compare(case, walk(case, SOLVERS[case.split("/")[-1].partition("@")[0]]))
+
+
+@pytest.mark.parametrize("case", cases("unipc-o3", "unipc-o3-bh2", "unipc-o3-karras-w3"))
+def test_unipc_3_but_for_the_end(case, given_noise):
+  # diffusers, which knows how many steps are left, lowers the order of the last but one too.
+  xs = walk(case, jg.UniPC(3))
+  compare(case, xs, -2)
+  with pytest.raises(AssertionError, match="Not equal"):
+    compare(case, xs)
+
+
+# --- the curvature of 3M ----------------------------------------------------------------------------
+
+
+def third_order(denoise, x, sigmas, noise, eta, s_noise, curvature):
+  """k-diffusion's ``sample_dpmpp_3m_sde`` in float64, with any weight of the curvature; it has 1/2."""
+  xs, past, steps = [], [], []
+  for sigma, below, z in zip(sigmas[:-1], sigmas[1:], noise, strict=True):
+    x0 = np.asarray(denoise(jnp.asarray(x), sigma))
+    if below == 0:
+      x = x0
+    else:
+      h = np.log(sigma / below)
+      far = (1 + eta) * h
+      x = np.exp(-far) * x - np.expm1(-far) * x0
+      phi_2 = np.expm1(-far) / far + 1
+      phi_3 = phi_2 / far - 0.5
+      if len(past) > 1:
+        r = [steps[-1] / h, steps[-2] / h]
+        d = [(x0 - past[-1]) / r[0], (past[-1] - past[-2]) / r[1]]
+        x = x + phi_2 * (d[0] + (d[0] - d[1]) * r[0] / sum(r)) - 2 * curvature * phi_3 * (d[0] - d[1]) / sum(r)
+      elif past:
+        x = x + phi_2 * (x0 - past[-1]) * h / steps[-1]
+      x = x + s_noise * below * np.sqrt(-np.expm1(-2 * eta * h)) * z
+      steps.append(h)
+    past.append(x0)
+    xs.append(x)
+  return np.stack(xs)
+
+
+@pytest.mark.parametrize("case", cases("dpmpp_3m_sde", "dpmpp_3m_sde-eta0.4", "dpmpp_3m_sde-cond"))
+def test_3m_with_all_of_the_curvature(case, given_noise):
+  eta, s_noise = (0.4, 1.02) if "eta" in case else (1.0, 1.0)
+  data, sigmas, where = arrays(), grid(case).astype(float), case.rpartition("/")[0]
+  with jax.enable_x64(True):
+    walked = [
+      third_order(
+        jax.jit(denoiser(case)), data[f"{case}/xs"][0].astype(float), sigmas,
+        data[f"{where}/noise"][: len(sigmas) - 1].astype(float), eta, s_noise, curvature,
+      )
+      for curvature in (0.5, 1.0)
+    ]  # fmt: skip
+  compare(case, walked[0])
+  got = walk(case, jg.DPMpp3MSDE(eta, s_noise))
+  np.testing.assert_allclose(got, walked[1], rtol=0, atol=max(1e-5, 10 * arrays()[f"{case}/deviation"]))
+  with pytest.raises(AssertionError, match="Not equal"):
+    compare(case, got)

@@ -15,7 +15,7 @@ from jaxguide.solvers.ddim import DDIM, Euler, EulerAncestral
 from jaxguide.solvers.ddpm import DDPM
 from jaxguide.solvers.edm import EDMStochastic
 from jaxguide.solvers.heun import Heun
-from jaxguide.solvers.multistep import DPMpp2M
+from jaxguide.solvers.multistep import DPMpp2M, DPMpp2MSDE, DPMpp3M, DPMpp3MSDE, UniPC
 from jaxguide.typing import Solver
 
 SOLVERS: dict[str, type] = {
@@ -25,6 +25,10 @@ SOLVERS: dict[str, type] = {
   "heun": Heun,
   "dpmpp-2m": DPMpp2M,
   "euler-ancestral": EulerAncestral,
+  "dpmpp-3m": DPMpp3M,
+  "dpmpp-2m-sde": DPMpp2MSDE,
+  "dpmpp-3m-sde": DPMpp3MSDE,
+  "unipc": UniPC,
   "edm-stochastic": EDMStochastic,
 }
 
@@ -52,11 +56,15 @@ __all__ = [
   "SOLVERS",
   "Conditioned",
   "DPMpp2M",
+  "DPMpp2MSDE",
+  "DPMpp3M",
+  "DPMpp3MSDE",
   "EDMStochastic",
   "Euler",
   "EulerAncestral",
   "Heun",
   "MultistepState",
   "State",
+  "UniPC",
   "solver",
 ]
