@@ -42,6 +42,8 @@ SOLVERS = {
   "dpmpp_3m_sde": jg.DPMpp3MSDE,
   "unipc_1": lambda: jg.UniPC(1),
   "unipc_2": jg.UniPC,
+  "dpmpp_2s": jg.DPMpp2S,
+  "dpmpp_2s_ancestral": jg.DPMpp2SAncestral,
   "edm_0": jg.EDMStochastic,
   "edm_churn": lambda: jg.EDMStochastic.from_churn(4, num_steps=40, s_min=0.02, s_max=50.0),
 }

@@ -89,6 +89,7 @@ SOLVERS = {
   "eulera": jg.EulerAncestral(),
   "eulera-epsilon": jg.EulerAncestral(),
   "eulera-trailing": jg.EulerAncestral(),
+  "dpmpp_2s_ancestral": jg.DPMpp2SAncestral(),
   "dpmpp_2m_sde": jg.DPMpp2MSDE(),
   "dpmpp_2m_sde-heun": jg.DPMpp2MSDE(solver_type="heun"),
   "dpmpp_2m_sde-eta0.4": jg.DPMpp2MSDE(0.4),

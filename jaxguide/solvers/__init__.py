@@ -16,6 +16,7 @@ from jaxguide.solvers.ddpm import DDPM
 from jaxguide.solvers.edm import EDMStochastic
 from jaxguide.solvers.heun import Heun
 from jaxguide.solvers.multistep import DPMpp2M, DPMpp2MSDE, DPMpp3M, DPMpp3MSDE, UniPC
+from jaxguide.solvers.twice import DPMpp2S, DPMpp2SAncestral
 from jaxguide.typing import Solver
 
 SOLVERS: dict[str, type] = {
@@ -29,6 +30,8 @@ SOLVERS: dict[str, type] = {
   "dpmpp-2m-sde": DPMpp2MSDE,
   "dpmpp-3m-sde": DPMpp3MSDE,
   "unipc": UniPC,
+  "dpmpp-2s": DPMpp2S,
+  "dpmpp-2s-ancestral": DPMpp2SAncestral,
   "edm-stochastic": EDMStochastic,
 }
 
@@ -57,6 +60,8 @@ __all__ = [
   "Conditioned",
   "DPMpp2M",
   "DPMpp2MSDE",
+  "DPMpp2S",
+  "DPMpp2SAncestral",
   "DPMpp3M",
   "DPMpp3MSDE",
   "EDMStochastic",
