@@ -164,3 +164,42 @@ def test_3m_with_all_of_the_curvature(case, given_noise):
   np.testing.assert_allclose(got, walked[1], rtol=0, atol=max(1e-5, 10 * arrays()[f"{case}/deviation"]))
   with pytest.raises(AssertionError, match="Not equal"):
     compare(case, got)
+
+
+# --- grids ------------------------------------------------------------------------------------------
+
+
+def test_the_exponential_grid_is_uniform_in_log_snr():
+  np.testing.assert_allclose(jg.log_snr_uniform(15, 0.02, 20.0), arrays()["kdiffusion/sigmas/exponential"], rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+  ("case", "spacing"),
+  [("ddim-epsilon", "leading"), ("ddim-trailing", "trailing"), ("dpmpp-o2-trailing", "trailing")],
+)
+def test_spacings_of_a_table(case, spacing):
+  table = jg.schedules.table("linear", 1000)
+  visited = arrays()[f"diffusers/ring/{case}/timesteps"].astype(int)
+  got = jg.respaced(table, len(visited), spacing)
+  np.testing.assert_array_equal(got, jg.respaced(table, visited))
+  np.testing.assert_allclose(got, arrays()[f"diffusers/ring/{case}/sigmas"], rtol=2e-4)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("count", [1, 7, 20, 300, 999, 1000])
+def test_spacings_are_the_written_ones(count, spacing):
+  # Lin et al., arXiv:2305.08891, table 2, counted from 0.
+  table = jg.schedules.table("linear", 1000)
+  wanted = {
+    "leading": np.arange(0, count) * (1000 // count),
+    "trailing": np.round(np.flip(1000 - np.arange(count) * (1000 / count))).astype(int) - 1,
+  }[spacing]
+  np.testing.assert_array_equal(jg.respaced(table, count, spacing), jg.respaced(table, wanted))
+
+
+def test_a_spacing_is_for_a_number_of_steps():
+  table = jg.schedules.table("linear", 1000)
+  with pytest.raises(ValueError, match="did you mean 'trailing'"):
+    jg.respaced(table, 10, "traling")
+  with pytest.raises(ValueError, match="leave out 'leading'"):
+    jg.respaced(table, "ddim10", "leading")
