@@ -37,7 +37,21 @@ from jaxguide.mixtures import GaussianMixture, gaussian_mixture, ring
 from jaxguide.nn import Classifier, SuperResUNet, UNet
 from jaxguide.sampling import sample, sample_batch, sample_keys
 from jaxguide.schedules import from_schedule, karras, log_snr_uniform, respaced
-from jaxguide.solvers import DDIM, DDPM, DPMpp2M, EDMStochastic, Euler, Heun
+from jaxguide.solvers import (
+  DDIM,
+  DDPM,
+  DPMpp2M,
+  DPMpp2MSDE,
+  DPMpp2S,
+  DPMpp2SAncestral,
+  DPMpp3M,
+  DPMpp3MSDE,
+  EDMStochastic,
+  Euler,
+  EulerAncestral,
+  Heun,
+  UniPC,
+)
 from jaxguide.typing import Denoiser, Guidance, LogProb, Prediction, Solver
 from jaxguide.variational import variational_loss
 
@@ -49,9 +63,15 @@ __all__ = [
   "Classifier",
   "ClassifierLogProb",
   "DPMpp2M",
+  "DPMpp2MSDE",
+  "DPMpp2S",
+  "DPMpp2SAncestral",
+  "DPMpp3M",
+  "DPMpp3MSDE",
   "Denoiser",
   "EDMStochastic",
   "Euler",
+  "EulerAncestral",
   "GaussianMixture",
   "Guidance",
   "Heun",
@@ -61,6 +81,7 @@ __all__ = [
   "Solver",
   "SuperResUNet",
   "UNet",
+  "UniPC",
   "autoguidance",
   "chain",
   "checks",

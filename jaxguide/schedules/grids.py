@@ -59,8 +59,9 @@ def karras(
 def log_snr_uniform(steps: int, sigma_min: ArrayLike = 0.002, sigma_max: ArrayLike = 80.0) -> Float[Array, " levels"]:
   """A grid uniform in ``log_snr = -2 log sigma`` (geometric in sigma), then 0.
 
-  Lu et al. (2022, arXiv:2206.00927) walk it; its steps in ``log sigma`` are equal, which multistep solvers like. From
-  100 to 0.02 it is the grid of Song et al.'s VE sampler (table 1 in arXiv:2206.00364).
+  k-diffusion and diffusers call it exponential. Lu et al. (2022, arXiv:2206.00927) walk it; its steps in ``log sigma``
+  are equal, which multistep solvers like. From 100 to 0.02 it is the grid of Song et al.'s VE sampler (table 1 in
+  arXiv:2206.00364).
 
   Args:
     steps: number of steps, at least 1.
@@ -82,7 +83,7 @@ def from_schedule(schedule: NoiseSchedule, steps: int, t_min: ArrayLike | None =
 
   Args:
     schedule: any continuous one. Song et al.'s sampler (2021, arXiv:2011.13456; the VP column of table 1 in
-      arXiv:2206.00364) walks `Linear` down to 1e-3.
+      arXiv:2206.00364) walks `Linear` down to 1e-3; `Cosine` makes the cosine grid.
     steps: number of steps, at least 1.
     t_min: the last time above 0, at most 1; ``1 / steps`` if left out.
 
@@ -106,19 +107,36 @@ def from_schedule(schedule: NoiseSchedule, steps: int, t_min: ArrayLike | None =
   return _end_in_zero(schedule.sigma(jnp.linspace(1, t_min, steps)))
 
 
-def respaced(table: Table, steps: int | str | Sequence[int] | np.ndarray) -> Float[Array, " levels"]:
+SPACINGS: dict[str, Callable[[int, int], np.ndarray]] = {
+  "linspace": lambda total, count: spaced_timesteps(total, str(count)) if count > 1 else np.array([total - 1]),
+  "leading": lambda total, count: np.arange(count) * (total // count),
+  "trailing": lambda total, count: np.round(total - np.arange(count) * (total / count)).astype(int) - 1,
+}
+"""Ways to spread a number of steps over a table; see `respaced`."""
+
+
+def respaced(
+  table: Table, steps: int | str | Sequence[int] | np.ndarray, spacing: str | None = None
+) -> Float[Array, " levels"]:
   """A grid that visits chosen steps of a discrete process, from the noisiest down, then 0.
 
   Args:
     table: the process that the network was trained on.
-    steps: how many, spread evenly from 0 to T-1 (1 visits the last, and "1" the first); or a text, ``ddim25`` or
-      ``10,10,10``, as in `spaced_timesteps`; or the steps themselves, (n,) whole numbers in [0, T-1] in any order.
+    steps: how many, spread by ``spacing``; or a text, ``ddim25`` or ``10,10,10``, as in `spaced_timesteps` ("1" visits
+      the first); or the steps themselves, (n,) whole numbers in [0, T-1] in any order.
+    spacing: where a number of steps lies (table 2 of Lin et al. 2024, arXiv:2305.08891, and diffusers); T-1 is visited
+      by all but ``leading``, which leaves the noisiest levels out, and 0 only by the first two:
+
+      - ``linspace``, also if left out: evenly from 0 to T-1; one step alone visits T-1.
+      - ``leading``: 0, k, 2k, ... with the whole stride ``k = T // steps``, as DDIM has it.
+      - ``trailing``: T-1, T-1-k, ... with the stride ``k = T / steps``, rounded.
 
   Returns:
     (n + 1,) decreasing levels.
 
   Raises:
-    ValueError: for more steps than the table has, a step outside it, or one named twice.
+    ValueError: for more steps than the table has, a step outside it, or one named twice; an unknown spacing (naming the
+      nearest), or one given along with chosen steps.
 
   >>> from jaxguide.schedules import linear_betas
   >>> table = Table.from_betas(linear_betas(1000))
@@ -126,13 +144,16 @@ def respaced(table: Table, steps: int | str | Sequence[int] | np.ndarray) -> Flo
   ((3,), (26,))
   """
   total = table.num_steps
+  spread = checks.lookup("spacing", "linspace" if spacing is None else spacing, SPACINGS)
+  if spacing is not None and not isinstance(steps, int | np.integer):
+    raise ValueError(f"a spacing is for a number of steps, and here they are chosen: leave out {spacing!r}")
   if isinstance(steps, str):
     chosen = spaced_timesteps(total, steps)
   elif isinstance(steps, int | np.integer):
     count = checks.at_least("steps", steps, 1)
     if count > total:
       raise ValueError(f"steps must be at most the {total} of the table, got {count}")
-    chosen = spaced_timesteps(total, str(count)) if count > 1 else np.array([total - 1])
+    chosen = spread(total, count)
   else:
     chosen = np.asarray(steps)
     if chosen.size == 0:

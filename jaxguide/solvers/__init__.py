@@ -11,11 +11,12 @@ from typing import Any
 
 from jaxguide import checks
 from jaxguide.solvers.base import Conditioned, MultistepState, State
-from jaxguide.solvers.ddim import DDIM, Euler
+from jaxguide.solvers.ddim import DDIM, Euler, EulerAncestral
 from jaxguide.solvers.ddpm import DDPM
 from jaxguide.solvers.edm import EDMStochastic
 from jaxguide.solvers.heun import Heun
-from jaxguide.solvers.multistep import DPMpp2M
+from jaxguide.solvers.multistep import DPMpp2M, DPMpp2MSDE, DPMpp3M, DPMpp3MSDE, UniPC
+from jaxguide.solvers.twice import DPMpp2S, DPMpp2SAncestral
 from jaxguide.typing import Solver
 
 SOLVERS: dict[str, type] = {
@@ -24,6 +25,13 @@ SOLVERS: dict[str, type] = {
   "ddpm": DDPM,
   "heun": Heun,
   "dpmpp-2m": DPMpp2M,
+  "euler-ancestral": EulerAncestral,
+  "dpmpp-3m": DPMpp3M,
+  "dpmpp-2m-sde": DPMpp2MSDE,
+  "dpmpp-3m-sde": DPMpp3MSDE,
+  "unipc": UniPC,
+  "dpmpp-2s": DPMpp2S,
+  "dpmpp-2s-ancestral": DPMpp2SAncestral,
   "edm-stochastic": EDMStochastic,
 }
 
@@ -39,7 +47,7 @@ def solver(name: str, **options: Any) -> Solver:
   >>> solver("huen")
   Traceback (most recent call last):
   ...
-  ValueError: unknown solver 'huen': did you mean 'heun'? There are ddim, ddpm, dpmpp-2m, edm-stochastic, euler, heun
+  ValueError: unknown solver 'huen': did you mean 'heun'? There are ddim, ddpm, ...
   """
   cls = checks.lookup("solver", name, SOLVERS)
   return cls(**checks.options(name, cls, options))
@@ -51,10 +59,17 @@ __all__ = [
   "SOLVERS",
   "Conditioned",
   "DPMpp2M",
+  "DPMpp2MSDE",
+  "DPMpp2S",
+  "DPMpp2SAncestral",
+  "DPMpp3M",
+  "DPMpp3MSDE",
   "EDMStochastic",
   "Euler",
+  "EulerAncestral",
   "Heun",
   "MultistepState",
   "State",
+  "UniPC",
   "solver",
 ]

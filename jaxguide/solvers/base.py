@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from jaxguide import struct
-from jaxguide.typing import Denoiser, Example, Leaf, Prediction, PyTree, Scalar, x0_of
+from jaxguide.posterior import posterior_std
+from jaxguide.typing import Denoiser, Example, Key, Leaf, Prediction, PyTree, Scalar, x0_of
 
 Denoise = Callable[[Example, Scalar], Example]
 
@@ -56,3 +60,23 @@ class Memoryless:
 def move(x: Example, x0: Example, sigma: Scalar, sigma_next: Scalar) -> Example:
   """Keep ``eps`` and change its amount: ``x0 + sigma_next eps``, the exact solution if ``x0`` stood still."""
   return x0 + (sigma_next / sigma) * (x - x0)
+
+
+def ancestral(eta: Leaf, sigma: Scalar, sigma_next: Scalar) -> tuple[Scalar, Scalar]:
+  r"""Split a step in two: down to a level below ``sigma_next``, and up to it again with new noise.
+
+  The noise is ``eta`` times that of DDPM's step, :math:`\sigma_{up} = \eta \sigma' \sqrt{1 - \sigma'^2 / \sigma^2}`.
+
+  Returns:
+    The level below, and the standard deviation of the noise; their squares add up to that of ``sigma_next``.
+  """
+  eta = jnp.asarray(eta, sigma.dtype)
+  # sqrt(sigma'^2 - up^2), without its cancellation, and with a finite gradient at sigma' = 0
+  square = (1 - eta) * (1 + eta) + (eta * sigma_next / sigma) ** 2
+  down = sigma_next * jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+  return down, eta * posterior_std(sigma, sigma_next)
+
+
+def draw(key: Key, x: Example) -> Example:
+  """Draw noise for ``x``."""
+  return jax.random.normal(key, x.shape, x.dtype)

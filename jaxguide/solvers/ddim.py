@@ -1,15 +1,13 @@
-"""DDIM, and Euler's method, which is its deterministic end."""
+"""DDIM, and Euler's method, which is its deterministic end; and the same under the name of its random one."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
 from jaxguide import checks, struct
-from jaxguide.posterior import posterior_std
-from jaxguide.solvers.base import Denoise, Memoryless, State, move
+from jaxguide.solvers.base import Denoise, Memoryless, State, ancestral, draw, move
 from jaxguide.typing import Key, Leaf, Scalar
 
 
@@ -39,18 +37,49 @@ class DDIM(Memoryless):
     """Take one step, with one evaluation."""
     x, _ = state
     x0 = denoise(x, sigma)
-    up = jnp.asarray(self.eta, x.dtype) * posterior_std(sigma, sigma_next)
-    # sqrt(sigma'^2 - up^2), without its cancellation, and with a finite gradient at sigma' = 0
-    eta = jnp.asarray(self.eta, x.dtype)
-    ratio = sigma_next / sigma
-    square = (1 - eta) * (1 + eta) + (eta * ratio) ** 2
-    kept = sigma_next * jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
-    return State(move(x, x0, sigma, kept) + up * jax.random.normal(key, x.shape, x.dtype), x0)
+    down, up = ancestral(self.eta, sigma, sigma_next)
+    return State(move(x, x0, sigma, down) + up * draw(key, x), x0)
+
+
+@struct.dataclass
+class EulerAncestral(Memoryless):
+  """Euler's method to a level below, and noise up to the next one: k-diffusion's ``sample_euler_ancestral``.
+
+  In ``x = x0 + sigma eps`` it is `DDIM` (Song et al. 2021, arXiv:2010.02502, eq. 12 and 16), with another default and a
+  factor on the noise; ``eta = 1`` is `DDPM` with its small variance.
+
+  Args:
+    eta: 0 Euler's method, 1 as random as `DDPM`; in [0, 1].
+    s_noise: factor on the noise that is added, at least 0.
+
+  >>> EulerAncestral().eta
+  1.0
+  """
+
+  eta: Leaf = 1.0
+  s_noise: Leaf = 1.0
+  order: ClassVar[int] = 1
+  evaluations: ClassVar[int] = 1
+
+  def __post_init__(self):
+    checks.written(self, "eta", checks.in_range, 0, 1)
+    checks.written(self, "s_noise", checks.in_range, 0)
+
+  def step(self, denoise: Denoise, state: State, sigma: Scalar, sigma_next: Scalar, key: Key) -> State:
+    """Take one step, with one evaluation."""
+    x, _ = state
+    x0 = denoise(x, sigma)
+    down, up = ancestral(self.eta, sigma, sigma_next)
+    return State(move(x, x0, sigma, down) + jnp.asarray(self.s_noise, x.dtype) * up * draw(key, x), x0)
 
 
 @struct.dataclass
 class Euler(Memoryless):
-  """Euler's method on the probability flow: `DDIM` with ``eta = 0``, and no noise drawn."""
+  """Euler's method on the probability flow: `DDIM` with ``eta = 0``, and no noise drawn.
+
+  It is also DPM-Solver++ of first order, "1S" (Lu et al. 2022, arXiv:2211.01095, section 4.1): with
+  ``h = log(sigma / sigma')`` their ``(sigma' / sigma) x + (1 - e^{-h}) D`` is ``D + (sigma' / sigma) (x - D)``.
+  """
 
   order: ClassVar[int] = 1
   evaluations: ClassVar[int] = 1
