@@ -25,6 +25,10 @@ GUIDANCES = {
     jg.classifier(m.log_prob, scale), jg.classifier_free(m.num_classes, 1.5)
   ),
   "autoguidance": lambda m, scale: jg.autoguidance(m.replace(variances=1.5 * m.variances + 0.1).denoiser, scale),
+  "rescaled": lambda m, scale: jg.classifier_free(m.num_classes, scale, jg.rescaled(0.7)),
+  "projected": lambda m, scale: jg.classifier_free(m.num_classes, scale, jg.projected(0.3, 1.0)),
+  "zero_star": lambda m, scale: jg.classifier_free(m.num_classes, scale, jg.zero_star(5.0)),
+  "tangential": lambda m, scale: jg.classifier_free(m.num_classes, scale, jg.tangential),
 }
 
 SOLVERS = {
