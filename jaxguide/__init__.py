@@ -18,6 +18,7 @@ This is the mathematics and the networks. The programs built from them are impor
 
 from jaxguide import (
   checks,
+  combine,
   denoisers,
   guidance,
   losses,
@@ -30,6 +31,7 @@ from jaxguide import (
   solvers,
   typing,
 )
+from jaxguide.combine import linear, projected, rescaled, tangential, zero_star
 from jaxguide.denoisers import ClassifierLogProb, NetworkDenoiser
 from jaxguide.guidance import autoguidance, chain, classifier, classifier_free, clip_x0, interval, unconditional
 from jaxguide.losses import classifier_loss, denoising_loss, uncertainty_loss
@@ -89,6 +91,7 @@ __all__ = [
   "classifier_free",
   "classifier_loss",
   "clip_x0",
+  "combine",
   "denoisers",
   "denoising_loss",
   "from_schedule",
@@ -96,11 +99,14 @@ __all__ = [
   "guidance",
   "interval",
   "karras",
+  "linear",
   "log_snr_uniform",
   "losses",
   "mixtures",
   "nn",
   "posterior",
+  "projected",
+  "rescaled",
   "respaced",
   "ring",
   "sample",
@@ -110,9 +116,11 @@ __all__ = [
   "scaling",
   "schedules",
   "solvers",
+  "tangential",
   "typing",
   "uncertainty_loss",
   "unconditional",
   "variational",
   "variational_loss",
+  "zero_star",
 ]

@@ -75,6 +75,21 @@ def in_range(name: str, value: T, low: int | float, high: int | float = math.inf
   return value
 
 
+def above(name: str, value: T, low: int | float) -> T:
+  """Give ``value`` back, as `as_float` does, if it is above ``low``; it may be infinite.
+
+  >>> above("norm_threshold", 0.0, 0)
+  Traceback (most recent call last):
+  ...
+  ValueError: norm_threshold must be above 0, got 0.0
+  """
+  value = as_float(name, value)
+  # Written so that NaN fails.
+  if is_concrete(value) and not (np.asarray(value) > low).all():
+    raise ValueError(f"{name} must be above {low}, got {value}")
+  return value
+
+
 def written(self: Any, name: str, check: Callable[..., Any], *bounds: int | float) -> None:
   """Check a field of a frozen dataclass if it is a number that somebody wrote, and keep what the check gives.
 

@@ -21,6 +21,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from jaxguide import checks, struct
+from jaxguide.combine import Combine, linear
 from jaxguide.typing import ArrayLike, Denoiser, Guidance, Leaf, LogProb, PyTree, map_x0
 
 
@@ -40,7 +41,7 @@ class Rule:
     return Partial(self.formula, denoise, *self.parameters)
 
 
-def classifier_free(null_cond: PyTree, scale: ArrayLike) -> Guidance:
+def classifier_free(null_cond: PyTree, scale: ArrayLike, combine: Combine = linear) -> Guidance:
   r"""Classifier-free guidance (Ho & Salimans 2021, arXiv:2207.12598, eq. 6).
 
   One network, trained with its condition dropped now and then, gives the conditional and the unconditional
@@ -57,6 +58,8 @@ def classifier_free(null_cond: PyTree, scale: ArrayLike) -> Guidance:
   Args:
     null_cond: what stands for "no condition", of the structure, shapes and types of one ``cond``.
     scale: γ. 0 unconditional, 1 conditional; the paper's w is ``scale - 1``. The paper uses w from 0.1 to 4.
+    combine: how one prediction is made of the two, if not as above: one of `jaxguide.combine`, or any function
+      ``(x0, x0_base, scale, x, sigma) -> x0``.
 
   Returns:
     A `Guidance`. The guided denoiser costs two evaluations.
@@ -69,10 +72,10 @@ def classifier_free(null_cond: PyTree, scale: ArrayLike) -> Guidance:
   >>> float(guided(jnp.asarray(2.0), jnp.asarray(1.0), 1))
   6.0
   """
-  return Rule(_classifier_free, (null_cond, checks.finite("scale", scale)))
+  return Rule(_classifier_free, (null_cond, checks.finite("scale", scale), struct.as_tree(combine)))
 
 
-def _classifier_free(denoise, null_cond, scale, x, sigma, cond):
+def _classifier_free(denoise, null_cond, scale, combine, x, sigma, cond):
   given, null = jax.tree.structure(cond), jax.tree.structure(null_cond)
   if str(given) != str(null):
     raise ValueError(f"null_cond must have the structure of cond, {given}; got {null}")
@@ -83,7 +86,7 @@ def _classifier_free(denoise, null_cond, scale, x, sigma, cond):
   )
   said = jax.vmap(denoise, (None, None, 0))(x, sigma, both)
   given, null = (jax.tree.map(operator.itemgetter(i), said) for i in (0, 1))
-  return map_x0(lambda x0, x0_null: x0_null + jnp.asarray(scale, x.dtype) * (x0 - x0_null), given, null)
+  return map_x0(lambda x0, x0_null: combine(x0, x0_null, scale, x, sigma), given, null)
 
 
 def classifier(log_prob: LogProb, scale: ArrayLike) -> Guidance:
@@ -203,7 +206,7 @@ def _chain(denoise, guidances, x, sigma, cond):
   return functools.reduce(lambda inner, guidance: guidance(inner), guidances, denoise)(x, sigma, cond)
 
 
-def autoguidance(weak: Denoiser, scale: ArrayLike) -> Guidance:
+def autoguidance(weak: Denoiser, scale: ArrayLike, combine: Combine = linear) -> Guidance:
   r"""A model guided by a weaker version of itself (Karras et al. 2024, arXiv:2406.02507, eq. 3).
 
   .. math:: \tilde D = D_{weak} + \gamma (D - D_{weak})
@@ -216,6 +219,7 @@ def autoguidance(weak: Denoiser, scale: ArrayLike) -> Guidance:
     weak: a smaller or less trained model of the same data and conditions; a pytree, as the denoisers here are.
     scale: γ. 0 is the weak model, 1 the good one. It is a power here too, of ``p(x) (p(x) / p_weak(x))^(γ - 1)``. The
       paper has w for it, and about 2 for ImageNet-512.
+    combine: how one prediction is made of the two, if not as above; see `classifier_free`.
 
   Returns:
     A `Guidance`. The guided denoiser costs one evaluation of each model.
@@ -227,9 +231,9 @@ def autoguidance(weak: Denoiser, scale: ArrayLike) -> Guidance:
   >>> float(guided(jnp.asarray(2.0), jnp.asarray(1.0), None))
   3.0
   """
-  return Rule(_autoguidance, (weak, checks.finite("scale", scale)))
+  return Rule(_autoguidance, (weak, checks.finite("scale", scale), struct.as_tree(combine)))
 
 
-def _autoguidance(denoise, weak, scale, x, sigma, cond):
+def _autoguidance(denoise, weak, scale, combine, x, sigma, cond):
   given, poor = denoise(x, sigma, cond), weak(x, sigma, cond)
-  return map_x0(lambda x0, x0_weak: x0_weak + jnp.asarray(scale, x.dtype) * (x0 - x0_weak), given, poor)
+  return map_x0(lambda x0, x0_weak: combine(x0, x0_weak, scale, x, sigma), given, poor)

@@ -6,6 +6,7 @@ be taken for another's. Here the class is part of what is compared.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, dataclass_transform
 
 import jax
@@ -34,3 +35,12 @@ def dataclass(cls):
 
   jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
   return cls
+
+
+def as_tree(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Give a callable as a pytree: one that is none already, such as a plain function, as a static part of one.
+
+  >>> jax.tree.leaves(as_tree(max)), jax.tree.leaves(as_tree(jax.tree_util.Partial(max, 2.0)))
+  ([], [2.0])
+  """
+  return jax.tree_util.Partial(function) if jax.tree_util.all_leaves([function]) else function

@@ -25,6 +25,10 @@ GUIDANCES = {
     jg.classifier(m.log_prob, scale), jg.classifier_free(m.num_classes, 1.5)
   ),
   "autoguidance": lambda m, scale: jg.autoguidance(m.replace(variances=1.5 * m.variances + 0.1).denoiser, scale),
+  "rescaled": lambda m, scale: jg.classifier_free(m.num_classes, scale, jg.rescaled(0.7)),
+  "projected": lambda m, scale: jg.classifier_free(m.num_classes, scale, jg.projected(0.3, 1.0)),
+  "zero_star": lambda m, scale: jg.classifier_free(m.num_classes, scale, jg.zero_star(5.0)),
+  "tangential": lambda m, scale: jg.classifier_free(m.num_classes, scale, jg.tangential),
 }
 
 SOLVERS = {
@@ -61,15 +65,18 @@ def solver(request):
   return SOLVERS[request.param]()
 
 
-# What compiles a program takes seconds for each: quickly, every guidance with one solver and every solver with one
-# guidance; slowly, all.
+# What compiles a program takes seconds for each. Quickly, every guidance with one solver and every solver with one
+# guidance; slowly, every guidance with one solver of each kind (how it makes its noise, how often it evaluates, what it
+# remembers), and every solver with one evaluation and with two.
 QUICK = [(name, "dpmpp_2m") for name in GUIDANCES] + [("interval", name) for name in SOLVERS if name != "dpmpp_2m"]
+KINDS = ("ddim_half", "ddpm", "heun", "dpmpp_2m", "unipc_2", "edm_churn")
 PAIRS = [
   pytest.param(
     (guidance, solver), id=f"{guidance}-{solver}", marks=() if (guidance, solver) in QUICK else pytest.mark.slow
   )
   for guidance in GUIDANCES
   for solver in SOLVERS
+  if solver in KINDS or guidance in ("classifier", "classifier_free", "interval")
 ]
 
 

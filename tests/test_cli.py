@@ -9,6 +9,8 @@ from jaxguide.generate import unfinished
 from jaxguide.training import ModelConfig
 from jaxguide.training import model as models
 
+pytestmark = pytest.mark.xdist_group("cli")  # Its models are made once.
+
 TINY = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": ()}
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from jaxguide import data, demo, evaluation
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo")]
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,6 +12,8 @@ from jaxguide import training
 from jaxguide.data import Images
 from jaxguide.training import ModelConfig, TrainingConfig, loop, model
 
+pytestmark = pytest.mark.xdist_group("training")  # Its models are made once.
+
 TINY = {
   "model_channels": 8,
   "channel_mult": (1,),
