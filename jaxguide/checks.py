@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxguide import struct
+
 T = TypeVar("T")
 
 
@@ -56,6 +58,19 @@ def finite(name: str, value: T) -> T:
   if is_concrete(value) and not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(value)):
     raise ValueError(f"{name} must be finite, got {value}")
   return value
+
+
+def scale(name: str, value: Any) -> Any:
+  """Give a scale as a pytree, if it is a function of ``sigma`` or finite (or not known yet).
+
+  Raises:
+    ValueError: if it is infinite or NaN.
+    TypeError: if it is no number.
+
+  >>> scale("scale", 2)
+  2.0
+  """
+  return struct.as_tree(value) if callable(value) else finite(name, value)
 
 
 def in_range(name: str, value: T, low: int | float, high: int | float = math.inf) -> T:

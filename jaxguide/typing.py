@@ -24,6 +24,20 @@ Example = Float[Array, "*shape"]
 Scalar = Float[Array, ""]
 
 
+Scale = ArrayLike | Callable[..., ArrayLike]
+"""A number, or a function of ``sigma`` that gives one; see `jaxguide.scales`."""
+
+
+def scale_at(scale: Scale, sigma: Scalar) -> ArrayLike:
+  """Give a scale at a noise level.
+
+  >>> import jax.numpy as jnp
+  >>> scale_at(2.0, jnp.asarray(1.0)), float(scale_at(lambda sigma: 3 * sigma, jnp.asarray(2.0)))
+  (2.0, 6.0)
+  """
+  return scale(sigma) if callable(scale) else scale
+
+
 @struct.dataclass
 class Prediction:
   """What a denoiser gives that says more than ``x0``.
@@ -129,8 +143,10 @@ __all__ = [
   "Prediction",
   "PyTree",
   "Scalar",
+  "Scale",
   "Solver",
   "SolverState",
   "map_x0",
+  "scale_at",
   "x0_of",
 ]

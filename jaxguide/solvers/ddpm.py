@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxguide import checks, struct
 from jaxguide.posterior import VARIANCES, posterior_mean, reverse_variance
 from jaxguide.solvers.base import Conditioned, Denoise, MultistepState
-from jaxguide.typing import Example, Key, Leaf, LogProb, Prediction, Scalar, x0_of
+from jaxguide.typing import Example, Key, Leaf, LogProb, Prediction, Scalar, scale_at, x0_of
 
 GRADIENTS = ("x", "mean")
 
@@ -36,7 +36,8 @@ class DDPM:
     variance: Σ: ``small``, ``large`` or ``learned_range``; see `jaxguide.posterior.reverse_variance`. The last needs a
       denoiser made with ``learned_variance=True``. OpenAI's models without a learned variance use ``large``.
     log_prob: a classifier, ``(x, sigma, cond) -> log p(cond | x; sigma)``, or None.
-    scale: s, the power γ in ``p(x) p(y|x)^γ``. 0 is unguided.
+    scale: s, the power γ in ``p(x) p(y|x)^γ``. 0 is unguided. A number, or a function of ``sigma`` (a pytree, as those
+      of `jaxguide.scales` are).
     gradient_at: ``x`` or ``mean``.
 
   Raises:
@@ -82,6 +83,6 @@ class DDPM:
         # The papers' gradient is with respect to alpha x, and shifts alpha' x'.
         gradient = jax.grad(self.log_prob)(x, sigma, denoise.cond)
         gradient *= jnp.sqrt((1 + sigma**2) / (1 + sigma_next**2))
-      mean += jnp.asarray(self.scale, x.dtype) * variance.value * gradient
+      mean += jnp.asarray(scale_at(self.scale, sigma), x.dtype) * variance.value * gradient
     std = jnp.where(last, 0, jnp.exp(0.5 * variance.log))
     return MultistepState(mean + std * jax.random.normal(key, x.shape, x.dtype), x0, sigma)

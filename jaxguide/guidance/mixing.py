@@ -1,0 +1,95 @@
+"""Guidance by two or more predictions: towards one, away from another."""
+
+from __future__ import annotations
+
+import operator
+
+import jax
+import jax.numpy as jnp
+
+from jaxguide import checks, struct
+from jaxguide.combine import Combine, linear
+from jaxguide.guidance.rule import Rule
+from jaxguide.typing import Denoiser, Guidance, PyTree, Scale, map_x0, scale_at
+
+
+def classifier_free(null_cond: PyTree, scale: Scale, combine: Combine = linear) -> Guidance:
+  r"""Classifier-free guidance (Ho & Salimans 2021, arXiv:2207.12598, eq. 6).
+
+  One network, trained with its condition dropped now and then, gives the conditional and the unconditional
+  prediction; both run as one batch. In every form that the literature writes,
+
+  .. math::
+    \tilde D &= D_\varnothing + \gamma (D_y - D_\varnothing) \quad (x_0) \\
+    \tilde\epsilon &= \epsilon_\varnothing + \gamma (\epsilon_y - \epsilon_\varnothing)
+      = (1 + w) \epsilon_y - w \epsilon_\varnothing, \quad w = \gamma - 1 \\
+    \tilde s &= s_\varnothing + \gamma (s_y - s_\varnothing), \quad s = \nabla_x \log p
+
+  the same rule, since each of the three is an affine function of the others at fixed ``x`` and ``sigma``.
+
+  Args:
+    null_cond: what stands for "no condition", of the structure, shapes and types of one ``cond``.
+    scale: γ. 0 unconditional, 1 conditional; the paper's w is ``scale - 1``. The paper uses w from 0.1 to 4. A number,
+      or a function of ``sigma``; see `jaxguide.scales`.
+    combine: how one prediction is made of the two, if not as above: one of `jaxguide.combine`, or any function
+      ``(x0, x0_base, scale, x, sigma) -> x0``.
+
+  Returns:
+    A `Guidance`. The guided denoiser costs two evaluations.
+
+  Raises:
+    ValueError: if ``scale`` is not finite.
+
+  >>> denoise = lambda x, sigma, cond: x * cond
+  >>> guided = classifier_free(0, 3.0)(denoise)
+  >>> float(guided(jnp.asarray(2.0), jnp.asarray(1.0), 1))
+  6.0
+  """
+  return Rule(_classifier_free, (null_cond, checks.scale("scale", scale), struct.as_tree(combine)))
+
+
+def _classifier_free(denoise, null_cond, scale, combine, x, sigma, cond):
+  given, null = jax.tree.structure(cond), jax.tree.structure(null_cond)
+  if str(given) != str(null):
+    raise ValueError(f"null_cond must have the structure of cond, {given}; got {null}")
+  if not jax.tree.leaves(cond):
+    raise ValueError("classifier_free needs a cond to guide towards, got none")
+  both = jax.tree.map(
+    lambda y, null: jnp.stack([jnp.asarray(y), jnp.asarray(null, jnp.result_type(y))]), cond, null_cond
+  )
+  said = jax.vmap(denoise, (None, None, 0))(x, sigma, both)
+  given, null = (jax.tree.map(operator.itemgetter(i), said) for i in (0, 1))
+  return map_x0(lambda x0, x0_null: combine(x0, x0_null, scale_at(scale, sigma), x, sigma), given, null)
+
+
+def autoguidance(weak: Denoiser, scale: Scale, combine: Combine = linear) -> Guidance:
+  r"""A model guided by a weaker version of itself (Karras et al. 2024, arXiv:2406.02507, eq. 3).
+
+  .. math:: \tilde D = D_{weak} + \gamma (D - D_{weak})
+
+  What the weak model gets wrong more than the good one is pushed away from, whatever the condition. With the
+  unconditional denoiser for the weak one, ``unconditional(null_cond)(denoise)``, or a separate one as EDM2 trains it
+  (arXiv:2312.02696), it is `classifier_free`.
+
+  Args:
+    weak: a smaller or less trained model of the same data and conditions; a pytree, as the denoisers here are.
+    scale: γ. 0 is the weak model, 1 the good one. It is a power here too, of ``p(x) (p(x) / p_weak(x))^(γ - 1)``. The
+      paper has w for it, and about 2 for ImageNet-512. A number, or a function of ``sigma``.
+    combine: how one prediction is made of the two, if not as above; see `classifier_free`.
+
+  Returns:
+    A `Guidance`. The guided denoiser costs one evaluation of each model.
+
+  Raises:
+    ValueError: if ``scale`` is not finite.
+
+  >>> guided = autoguidance(lambda x, sigma, cond: 0.5 * x, 2.0)(lambda x, sigma, cond: x)
+  >>> float(guided(jnp.asarray(2.0), jnp.asarray(1.0), None))
+  3.0
+  """
+  return Rule(_autoguidance, (weak, checks.scale("scale", scale), struct.as_tree(combine)))
+
+
+def _autoguidance(denoise, weak, scale, combine, x, sigma, cond):
+  given, poor = denoise(x, sigma, cond), weak(x, sigma, cond)
+  return map_x0(lambda x0, x0_weak: combine(x0, x0_weak, scale_at(scale, sigma), x, sigma), given, poor)

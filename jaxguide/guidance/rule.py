@@ -1,0 +1,26 @@
+"""What every guidance method is made of: a formula and its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jax.tree_util import Partial
+
+from jaxguide import struct
+from jaxguide.typing import Denoiser, Leaf
+
+
+@struct.dataclass
+class Rule:
+  """A guidance method with its parameters: ``formula(denoise, *parameters, x, sigma, cond) -> x0``.
+
+  Applied to a denoiser it is the guided one. The formula is a function of a module, so that two rules of one kind are
+  one program; whatever may change from call to call is a parameter.
+  """
+
+  formula: Callable[..., Leaf] = struct.field(pytree_node=False)
+  parameters: tuple[Leaf, ...]
+
+  def __call__(self, denoise: Denoiser) -> Denoiser:
+    """Give the guided denoiser."""
+    return Partial(self.formula, denoise, *self.parameters)
