@@ -32,9 +32,19 @@ from jaxguide import (
   solvers,
   typing,
 )
-from jaxguide.combine import linear, projected, rescaled, tangential, zero_star
+from jaxguide.combine import frequency_decoupled, linear, projected, rescaled, tangential, zero_star
 from jaxguide.denoisers import ClassifierLogProb, NetworkDenoiser
-from jaxguide.guidance import autoguidance, chain, classifier, classifier_free, clip_x0, interval, unconditional
+from jaxguide.guidance import (
+  autoguidance,
+  chain,
+  classifier,
+  classifier_free,
+  clip_x0,
+  compose,
+  interval,
+  parallel,
+  unconditional,
+)
 from jaxguide.losses import classifier_loss, denoising_loss, uncertainty_loss
 from jaxguide.mixtures import GaussianMixture, gaussian_mixture, ring
 from jaxguide.nn import Classifier, SuperResUNet, UNet
@@ -93,8 +103,10 @@ __all__ = [
   "classifier_loss",
   "clip_x0",
   "combine",
+  "compose",
   "denoisers",
   "denoising_loss",
+  "frequency_decoupled",
   "from_schedule",
   "gaussian_mixture",
   "guidance",
@@ -105,6 +117,7 @@ __all__ = [
   "losses",
   "mixtures",
   "nn",
+  "parallel",
   "posterior",
   "projected",
   "rescaled",

@@ -12,16 +12,18 @@ the same for every network. Rules are pytrees with their numbers as leaves, so t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from jaxguide import checks, struct
-from jaxguide.typing import Array, ArrayLike, Example, Scalar
+from jaxguide.memory import Memory
+from jaxguide.typing import Array, ArrayLike, Example, Prediction, Scalar, map_x0
 
-Combine = Callable[..., Example]
-"""``(x0, x0_base, scale, x, sigma) -> x0``."""
+Combine = Callable[..., Example | Prediction]
+"""``(x0, x0_base, scale, x, sigma) -> x0``, or a `Prediction` of one that remembers."""
 
 
 def linear(x0: Example, x0_base: Example, scale: ArrayLike, x: Example, sigma: Scalar) -> Example:
@@ -59,40 +61,51 @@ def rescaled(phi: ArrayLike = 0.7, of: Combine = linear) -> Combine:
 
 
 def _rescaled(phi, of, x0, x0_base, scale, x, sigma):
-  guided = of(x0, x0_base, scale, x, sigma)
-  wanted, spread = _std(x0), _std(guided)
-  factor = jnp.where(spread > 0, wanted / jnp.where(spread > 0, spread, 1), 1)
-  phi = jnp.asarray(phi, x0.dtype)
-  return (phi * factor + (1 - phi)) * guided
+  phi, wanted = jnp.asarray(phi, x0.dtype), _std(x0)
+
+  def back(guided):
+    spread = _std(guided)
+    factor = jnp.where(spread > 0, wanted / jnp.where(spread > 0, spread, 1), 1)
+    return (phi * factor + (1 - phi)) * guided
+
+  return map_x0(back, of(x0, x0_base, scale, x, sigma))
 
 
-def projected(eta: ArrayLike = 0.0, norm_threshold: ArrayLike = math.inf) -> Combine:
-  r"""Adaptive projected guidance, without its momentum (Sadat et al. 2024, arXiv:2410.02416).
+def projected(eta: ArrayLike = 0.0, norm_threshold: ArrayLike = math.inf, momentum: ArrayLike | None = None) -> Combine:
+  r"""Adaptive projected guidance (Sadat et al. 2024, arXiv:2410.02416, section 4 and algorithm 1).
 
-  The difference is cut to a norm of at most r, and what of it is parallel to the conditional prediction, which is what
-  saturates colours, is weakened:
+  The difference is averaged with those of earlier steps, cut to a norm of at most r, and what of it is parallel to the
+  conditional prediction, which is what saturates colours, is weakened:
 
   .. math::
-    \Delta = (D_y - D_\varnothing) \min(1, r / \|D_y - D_\varnothing\|), \qquad
+    \bar\Delta_t = D_y - D_\varnothing + \beta \bar\Delta_{t+1}, \qquad
+    \Delta = \bar\Delta \min(1, r / \|\bar\Delta\|), \qquad
     \Delta_\parallel = \frac{\langle\Delta, D_y\rangle}{\langle D_y, D_y\rangle} D_y, \qquad
     \tilde D = D_y + (\gamma - 1) (\Delta - \Delta_\parallel + \eta \Delta_\parallel)
 
-  It acts on ``x0``, as in the paper. With η = 1 and no threshold it is `linear`. At ``scale`` 0 it is not the
-  unconditional prediction otherwise. (Libraries that write ``uncond + γ Δ`` give something else at 1, and elsewhere.)
+  It acts on ``x0``, as in the paper. With η = 1, no threshold and no momentum it is `linear`. At ``scale`` 0 it is not
+  the unconditional prediction otherwise. (Libraries that write ``uncond + γ Δ`` give something else at 1, and
+  elsewhere.)
 
   Args:
     eta: η, how much of the parallel part is kept. The paper uses 0.
     norm_threshold: r, above 0, in units of ``x0`` and for one example, so that it grows with the number of elements;
       infinite for none. The paper uses 2.5 for EDM2 and 15 for Stable Diffusion XL.
+    momentum: β, between -1 and 1; None remembers nothing. Negative pushes away from where earlier steps went: the paper
+      uses -0.75 for EDM2 and -0.5 for Stable Diffusion XL. It works inside `jaxguide.sample`, which carries what is
+      remembered; a denoiser that is called by itself is at its first step.
 
   Raises:
-    ValueError: if ``eta`` is not finite, or ``norm_threshold`` is not above 0.
+    ValueError: if ``eta`` is not finite, ``norm_threshold`` is not above 0, or ``momentum`` not between -1 and 1.
 
   >>> x0, base = jnp.array([2.0, 0.0]), jnp.array([1.0, -1.0])
   >>> projected(0.0)(x0, base, 3.0, x0, jnp.asarray(1.0)).tolist()
   [2.0, 2.0]
   """
-  return Partial(_projected, checks.finite("eta", eta), checks.above("norm_threshold", norm_threshold, 0))
+  numbers = checks.finite("eta", eta), checks.above("norm_threshold", norm_threshold, 0)
+  if momentum is None:
+    return Partial(_projected, *numbers)
+  return Partial(_averaged, checks.in_range("momentum", momentum, -1, 1), Memory(), Partial(_projected, *numbers))
 
 
 def _projected(eta, norm_threshold, x0, x0_base, scale, x, sigma):
@@ -102,6 +115,11 @@ def _projected(eta, norm_threshold, x0, x0_base, scale, x, sigma):
   off *= jnp.where(long, most / jnp.sqrt(jnp.where(long, _dot(off, off), 1)), 1)
   parallel = _ratio(_dot(off, x0), _dot(x0, x0)) * x0
   return x0 + (scale - 1) * (off + (eta - 1) * parallel)
+
+
+def _averaged(momentum, memory, of, x0, x0_base, scale, x, sigma):
+  off = x0 - x0_base + jnp.asarray(momentum, x0.dtype) * memory.or_zeros(x0)
+  return map_x0(lambda guided: Prediction(guided, memory=off), of(x0, x0 - off, scale, x, sigma))
 
 
 def zero_star(sigma_zero: ArrayLike = math.inf) -> Combine:
@@ -165,6 +183,76 @@ def tangential(x0: Example, x0_base: Example, scale: ArrayLike, x: Example, sigm
   theta = 0.5 * jnp.arctan2(across, jnp.where(none, 1, along))
   base = jnp.sin(theta) * (jnp.cos(theta) * given + jnp.sin(theta) * base)
   return x0 + (jnp.asarray(scale, x0.dtype) - 1) * (given - base)
+
+
+def frequency_decoupled(*ratios: ArrayLike) -> Combine:
+  r"""Frequency-decoupled guidance (Sadat et al. 2025, arXiv:2506.19713): a scale for each band of frequencies.
+
+  Both predictions are taken apart into a Laplacian pyramid (Burt & Adelson 1983), guided level by level, and put
+  together again:
+
+  .. math::
+    L_k(\tilde D) = L_k(D_\varnothing) + \gamma_k (L_k(D_y) - L_k(D_\varnothing)), \qquad
+    \gamma_k = 1 + \rho_k (\gamma - 1)
+
+  The paper finds that low frequencies, guided much, lose diversity and saturate, and that high ones gain quality. As it
+  is linear and the pyramid is exact, ratios of 1 give `linear`, and a ``scale`` of 1 the conditional prediction.
+
+  Args:
+    *ratios: ρ for each level, finest first, at least one; the last is of all that is left. The paper has
+      ``γ_high`` well above ``γ_low``; libraries have 10 and 5 for two levels, here a ``scale`` of 10 and
+      ``(1, 4 / 9)``.
+
+  Returns:
+    A rule for examples (*space, channels) (of one axis: (space,)) whose sides are at least ``2**(levels - 1)``.
+
+  Raises:
+    ValueError: if there are no ratios, or one is not finite; when called, for an example that is too small.
+
+  >>> x0, base = jnp.arange(16.0).reshape(4, 4, 1), jnp.zeros((4, 4, 1))
+  >>> rule = frequency_decoupled(1.0, 0.5)
+  >>> bool(jnp.allclose(rule(x0, base, 1.0, x0, jnp.asarray(1.0)), x0, atol=1e-5))
+  True
+  """
+  if not ratios:
+    raise ValueError("frequency_decoupled needs a ratio for at least one level")
+  return Partial(_frequency_decoupled, tuple(checks.finite("ratio", ratio) for ratio in ratios))
+
+
+def _frequency_decoupled(ratios, x0, x0_base, scale, x, sigma):
+  space = range(max(1, x0.ndim - 1)) if x0.ndim else ()
+  least = 2 ** (len(ratios) - 1)
+  if any(x0.shape[axis] < least for axis in space):
+    raise ValueError(f"{len(ratios)} levels of frequencies need sides of at least {least}, got shape {x0.shape}")
+  # The pyramid is linear: the difference is taken apart, and its parts are added to the conditional prediction.
+  rest = x0 - x0_base
+  parts: list[Array] = []
+  for _ in ratios[1:]:
+    coarse = _resized(_blurred(rest, space), [max(1, x0.shape[axis] // 2 ** (len(parts) + 1)) for axis in space])
+    parts.append(rest - _enlarged(coarse, rest.shape, space))
+    rest = coarse
+  changed = jnp.asarray(ratios[-1], x0.dtype) * rest
+  for ratio, part in zip(ratios[-2::-1], parts[::-1], strict=True):
+    changed = _enlarged(changed, part.shape, space) + jnp.asarray(ratio, x0.dtype) * part
+  return x0 + (jnp.asarray(scale, x0.dtype) - 1) * changed
+
+
+def _blurred(x: Array, space: Sequence[int]) -> Array:
+  """Convolve with Burt & Adelson's kernel (1, 4, 6, 4, 1) / 16 along every axis of space, mirrored at the borders."""
+  for axis in space:
+    pads = [(2, 2) if each == axis else (0, 0) for each in range(x.ndim)]
+    padded, size = jnp.pad(x, pads, mode="reflect"), x.shape[axis]
+    parts = [jax.lax.slice_in_dim(padded, start, start + size, axis=axis) for start in range(5)]
+    x = (parts[0] + parts[4] + 4 * (parts[1] + parts[3]) + 6 * parts[2]) / 16
+  return x
+
+
+def _resized(x: Array, sides: Sequence[int]) -> Array:
+  return jax.image.resize(x, (*sides, *x.shape[len(sides) :]), "bilinear", antialias=False)
+
+
+def _enlarged(x: Array, shape: Sequence[int], space: Sequence[int]) -> Array:
+  return _blurred(_resized(x, shape[: len(space)]), space)
 
 
 def _dot(a: Example, b: Example) -> Array:

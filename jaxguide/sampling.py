@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxguide import checks
+from jaxguide import checks, memory
 from jaxguide.denoisers import check_cond
 from jaxguide.solvers.base import Conditioned
 from jaxguide.typing import ArrayLike, Denoiser, Example, Float, Key, PyTree, Solver
@@ -76,15 +76,18 @@ def sample(
   else:
     raise ValueError(f"x_init must have the shape {tuple(shape)} of the example, got {x_init.shape}")
 
-  conditioned = Conditioned(denoise, cond)
-
-  def step(state, inputs):
+  def step(carry, inputs):
+    state, remembered = carry
     i, sigma, sigma_next = inputs
+    said: list[Any] = []
+    conditioned = Conditioned(memory.noticed(memory.recall(denoise, remembered), said), cond)
     state = solver.step(conditioned, state, sigma, sigma_next, jax.random.fold_in(step_key, i))
-    return state, None if collect is None else collect(state)
+    return (state, memory.memory_of(said[0])), None if collect is None else collect(state)
 
   steps = (jnp.arange(sigmas.shape[0] - 1), sigmas[:-1], sigmas[1:])
-  state, history = jax.lax.scan(step, solver.init(x), steps)
+  first = memory.find(denoise)
+  start = solver.init(x), None if first is None else first.or_zeros(x)
+  (state, _), history = jax.lax.scan(step, start, steps)
   return state.x, history
 
 

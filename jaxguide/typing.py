@@ -4,7 +4,6 @@ The state of a sampler is ``x = x0 + sigma * eps`` with ``eps ~ N(0, I)`` (varia
 classifiers and solvers see *one example* of shape ``(*shape)`` and a scalar ``sigma``; a batch is ``jax.vmap`` outside.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -42,16 +41,18 @@ def scale_at(scale: Scale, sigma: Scalar) -> ArrayLike:
 class Prediction:
   """What a denoiser gives that says more than ``x0``.
 
-  Guidance changes ``x0`` and lets the rest be; only a solver that has a use for the rest looks at it.
+  Guidance changes ``x0`` and lets the rest be; only who has a use for the rest looks at it.
 
   Args:
     x0: the clean example.
     variance: the network's word on the variance of `jaxguide.DDPM`'s step, of the shape of ``x0``: -1 for the smallest
-      and 1 for the largest (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15).
+      and 1 for the largest (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15); None if it has none.
+    memory: what a guidance wants to be told in the next step, None if nothing; see `jaxguide.memory`.
   """
 
   x0: Leaf
-  variance: Leaf
+  variance: Leaf = None
+  memory: Leaf = None
 
 
 def x0_of(prediction: Any) -> Example:
@@ -59,17 +60,21 @@ def x0_of(prediction: Any) -> Example:
   return prediction.x0 if isinstance(prediction, Prediction) else prediction
 
 
-def map_x0(function: Callable[..., Example], prediction: Any, *others: Any) -> Any:
-  """Apply a function to the clean examples in what denoisers gave; the first one's variance, if any, stays.
+def map_x0(function: Callable[..., Any], prediction: Any, *others: Any) -> Any:
+  """Apply a function to the clean examples in what denoisers gave.
 
-  Guidance is written with it, so that it never touches a learned variance.
+  The first one's variance, if any, stays; so does a memory, the newest there is. Guidance is written with this, so that
+  it never touches a learned variance.
 
   >>> import jax.numpy as jnp
   >>> float(map_x0(lambda a, b: a - b, jnp.asarray(3.0), jnp.asarray(1.0)))
   2.0
   """
-  x0 = function(x0_of(prediction), *map(x0_of, others))
-  return dataclasses.replace(prediction, x0=x0) if isinstance(prediction, Prediction) else x0
+  made = function(x0_of(prediction), *map(x0_of, others))
+  said = [part for part in (made, prediction, *others) if isinstance(part, Prediction)]
+  variance = prediction.variance if isinstance(prediction, Prediction) else None
+  memory = next((part.memory for part in said if part.memory is not None), None)
+  return Prediction(x0_of(made), variance, memory) if said else made
 
 
 @runtime_checkable

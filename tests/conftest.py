@@ -4,10 +4,18 @@ A new guidance method or solver is one more line in `GUIDANCES` or `SOLVERS`; ev
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxguide as jg
+from jaxguide.guidance import Rule
+
+
+def _and_not_the_next(denoise, guidance, x, sigma, cond):
+  """A guidance by two conditions: the label and, negatively, the one after it."""
+  return guidance(denoise)(x, sigma, jnp.stack([jnp.asarray(cond), (jnp.asarray(cond) + 1) % 3]))
+
 
 # name -> (mixture, scale) -> Guidance, over a mixture whose null class is its number of classes
 GUIDANCES = {
@@ -28,6 +36,14 @@ GUIDANCES = {
   "rescaled": lambda m, scale: jg.classifier_free(m.num_classes, scale, jg.rescaled(0.7)),
   "projected": lambda m, scale: jg.classifier_free(m.num_classes, scale, jg.projected(0.3, 1.0)),
   "zero_star": lambda m, scale: jg.classifier_free(m.num_classes, scale, jg.zero_star(5.0)),
+  "momentum": lambda m, scale: jg.classifier_free(m.num_classes, scale, jg.projected(0.3, 1.0, -0.5)),
+  "frequency_decoupled": lambda m, scale: jg.classifier_free(m.num_classes, scale, jg.frequency_decoupled(1.0, 0.4)),
+  "scheduled": lambda m, scale: jg.classifier_free(
+    m.num_classes, jg.scales.powered_cosine(scale, jg.schedules.Cosine(), 2.0)
+  ),
+  "cfg_pp": lambda m, scale: jg.classifier_free(m.num_classes, jg.scales.cfg_pp(scale, jg.karras(4, 0.05, 10.0))),
+  "compose": lambda m, scale: Rule(_and_not_the_next, (jg.compose(m.num_classes, scale * jnp.array([1.0, -0.2])),)),
+  "parallel": lambda m, scale: jg.parallel(jg.classifier_free(m.num_classes, scale), jg.classifier(m.log_prob, 0.5)),
   "tangential": lambda m, scale: jg.classifier_free(m.num_classes, scale, jg.tangential),
 }
 

@@ -1,5 +1,6 @@
 """Guidance against exact mixtures, and against the papers' own forms written again in NumPy."""
 
+import itertools
 import math
 
 import jax
@@ -10,6 +11,7 @@ from jax.extend.core import jaxprs_in_params
 
 import jaxguide as jg
 from jaxguide.guidance import Rule
+from jaxguide.typing import x0_of
 
 SHAPES = [(1,), (2,), (3, 3, 1)]
 SIGMAS = [0.02, 0.4, 1.5, 8.0, 60.0]
@@ -200,6 +202,117 @@ def test_a_condition_of_many_leaves():
   assert float(guided(jnp.asarray(1.0), AT[1], cond)) == 2 * (3 + 6)
 
 
+# --- several at once ------------------------------------------------------------------------------
+
+
+def test_compose_is_a_product_of_densities(mixture, relative_error):
+  # Liu et al., arXiv:2206.01714, eq. 11: the score of p(x) Π (p(x | y_i) / p(x))^γ_i; D = x + σ² score.
+  x, sigma, powers, labels = noisy(mixture, 9, 0.7), jnp.asarray(0.7), (1.5, 0.8, -0.6), (0, 2, 1)
+
+  def log_density(x):
+    bare = mixture.log_density(x, sigma, None)
+    return bare + sum(p * (mixture.log_density(x, sigma, y) - bare) for p, y in zip(powers, labels, strict=True))
+
+  guided = jg.compose(3, jnp.array(powers))(mixture.denoiser)
+  got = guided(x, sigma, jnp.array(labels))
+  assert relative_error(got, x + sigma**2 * jax.grad(log_density)(x)) < 1e-12
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_compose_of_one_is_classifier_free(mixture, scale, relative_error):
+  x, sigma = noisy(mixture, 10, 0.7), jnp.asarray(0.7)
+  one = jg.compose(3, jnp.array([scale]))(mixture.denoiser)(x, sigma, jnp.array([2]))
+  assert relative_error(one, jg.classifier_free(3, scale)(mixture.denoiser)(x, sigma, jnp.asarray(2))) < 1e-13
+
+
+def test_compose_samples_with_conditions_of_each_sample():
+  ring, scales = jg.ring(4), jnp.array([2.0, -0.5])
+  guided = jg.compose(4, scales)(ring.denoiser)
+  labels = np.array([[0, 1], [2, 3], [1, 0]])
+  made = jg.sample_batch(guided, jax.random.key(0), labels, shape=(2,), sigmas=jg.karras(10), solver=jg.Heun())
+  # Towards the first, away from the second: the angle tells the class.
+  angles = np.arctan2(made[:, 1], made[:, 0]) / (np.pi / 2)
+  np.testing.assert_array_equal(np.round(angles) % 4, labels[:, 0])
+  with pytest.raises(ValueError, match="one of the 4 classes"):
+    jg.sample_batch(guided, jax.random.key(0), labels + 2, shape=(2,), sigmas=jg.karras(10), solver=jg.Heun())
+
+
+@pytest.mark.parametrize("cond", [1, np.array([1]), np.array([1, 2, 0])])
+def test_compose_counts_its_conditions(mixture, cond):
+  with pytest.raises(ValueError, match="one scale for each condition"):
+    jg.compose(3, jnp.array([1.0, 2.0]))(mixture.denoiser)(noisy(mixture, 0, 1.0), jnp.asarray(1.0), cond)
+
+
+def test_parallel_adds_up_what_each_changes(mixture, relative_error):
+  x, sigma, label = noisy(mixture, 11, 0.7), jnp.asarray(0.7), jnp.asarray(1)
+  weak = mixture.replace(variances=1.5 * mixture.variances)
+  one, two = jg.classifier_free(3, 3.0), jg.autoguidance(weak.denoiser, 2.0)
+  bare = mixture.denoise(x, sigma, label)
+  changes = sum(guidance(mixture.denoiser)(x, sigma, label) - bare for guidance in (one, two))
+  got = jg.parallel(one, two)(mixture.denoiser)(x, sigma, label)
+  assert relative_error(got, bare + changes) < 1e-13
+  # As written by those who add a term: u + γ (c - u) + s (c - w).
+  null = mixture.denoise(x, sigma, None)
+  assert relative_error(got, null + 3 * (bare - null) + 1.0 * (bare - weak.denoise(x, sigma, label))) < 1e-12
+  assert relative_error(jg.chain(one, two)(mixture.denoiser)(x, sigma, label), got) > 1e-3
+  assert relative_error(jg.parallel()(mixture.denoiser)(x, sigma, label), bare) < 1e-15
+
+
+def test_parallel_shares_the_evaluation_that_all_need():
+  unet = jg.UNet(model_channels=32, num_res_blocks=1, num_classes=3, channel_mult=(1,), attention_resolutions=())
+  x = jnp.zeros((8, 8, 1))
+  params = unet.init(jax.random.key(0), x[None], jnp.zeros(1), jnp.zeros(1, int))
+  network = jg.NetworkDenoiser(params, unet.apply, jg.scaling.v(jg.schedules.Cosine()))
+
+  def flops(denoise):
+    compiled = jax.jit(denoise).lower(x, jnp.asarray(1.0), jnp.asarray(1)).compile()
+    return compiled.cost_analysis()["flops"]
+
+  away = lambda label: jg.autoguidance(jg.unconditional(label)(network), 2.0)  # noqa: E731
+  assert flops(away(3)(network)) / flops(network) < 2.1
+  assert flops(jg.parallel(away(3), away(2))(network)) / flops(network) < 3.1
+
+
+# --- what remembers --------------------------------------------------------------------------------
+
+
+def test_momentum_is_carried_from_step_to_step(mixture, relative_error):
+  # Sadat et al., arXiv:2410.02416, algorithm 1, along Euler's steps.
+  grid, beta, gamma = np.asarray(jg.karras(6, 0.05, 5.0), float), -0.6, 4.0
+  x = start = noisy(mixture, 12, 5.0)
+  average, label = 0.0, jnp.asarray(1)
+  for sigma, below in itertools.pairwise(grid):
+    given, null = (mixture.denoise(x, jnp.asarray(sigma), cond) for cond in (label, None))
+    average = given - null + beta * average
+    along = jnp.vdot(average, given) / jnp.vdot(given, given) * given
+    x0 = given + (gamma - 1) * (average - along)
+    x = x0 + below / sigma * (x - x0)
+  guided = jg.classifier_free(3, gamma, jg.projected(momentum=beta))(mixture.denoiser)
+  shape = start.shape
+  got, _ = jg.sample(guided, jax.random.key(0), shape, grid, jg.Euler(), label, x_init=start)
+  assert relative_error(got, x) < 1e-12
+  for other in (jg.projected(), jg.projected(momentum=0.0)):
+    without = jg.classifier_free(3, gamma, other)(mixture.denoiser)
+    forgetful, _ = jg.sample(without, jax.random.key(0), shape, grid, jg.Euler(), label, x_init=start)
+    assert relative_error(forgetful, x) > 1e-6 or x.size == 1
+
+
+def test_outside_an_interval_nothing_is_added_to_what_is_remembered():
+  network = lambda x, sigma, cond: 0 * x + cond * sigma  # noqa: E731
+  rule = jg.projected(1.0, momentum=0.5)
+  guided = jg.interval(jg.classifier_free(0.0, 2.0, rule), 0.0, 3.0)(network)
+  grid = jnp.array([5.0, 4.0, 3.0, 2.0, 0.0])
+  _, x0 = jg.sample(guided, jax.random.key(0), (1,), grid, jg.Euler(), 1.0, collect=lambda state: state.x0)
+  # 5 and 4 bare; 3 + (2 - 1) 3; then 2 + (2 + 0.5 · 3).
+  np.testing.assert_allclose(x0[:, 0], [5, 4, 6, 5.5], rtol=1e-6)
+
+
+def test_one_memory_at_most(mixture):
+  twice = jg.chain(*2 * [jg.classifier_free(3, 2.0, jg.projected(momentum=-0.5))])(mixture.denoiser)
+  with pytest.raises(ValueError, match="2 do: leave momentum to one"):
+    jg.sample(twice, jax.random.key(0), mixture.means.shape[1:], jg.karras(3), jg.Euler(), 1)
+
+
 # --- interval -------------------------------------------------------------------------------------
 
 
@@ -327,7 +440,7 @@ def test_guidance_never_touches_a_learned_variance(make_guidance, random_mixture
   for sigma in (0.1, 1.0):  # outside and inside the interval
     args = x, jnp.asarray(sigma), jnp.asarray(1)
     said = guidance(learned)(*args)
-    np.testing.assert_allclose(said.x0, guidance(bare)(*args), rtol=1e-14)
+    np.testing.assert_allclose(said.x0, x0_of(guidance(bare)(*args)), rtol=1e-14)
     # The unconditional denoiser was asked without the condition.
     unconditional = len(guidance.parameters) == 1 and "unconditional" in str(guidance.parameters[0])
     np.testing.assert_array_equal(said.variance, np.full(2, mixture.num_classes if unconditional else 1))

@@ -9,10 +9,21 @@ Guided denoisers are pytrees whose leaves are the denoiser's parameters and the 
 serves a sweep. They compose by application, ``guidance(denoise)``, or with `chain`.
 """
 
-from jaxguide.guidance.algebra import chain, interval, unconditional
+from jaxguide.guidance.algebra import chain, interval, parallel, unconditional
 from jaxguide.guidance.clipping import clip_x0
 from jaxguide.guidance.gradients import classifier
-from jaxguide.guidance.mixing import autoguidance, classifier_free
+from jaxguide.guidance.mixing import autoguidance, classifier_free, compose
 from jaxguide.guidance.rule import Rule
 
-__all__ = ["Rule", "autoguidance", "chain", "classifier", "classifier_free", "clip_x0", "interval", "unconditional"]
+__all__ = [
+  "Rule",
+  "autoguidance",
+  "chain",
+  "classifier",
+  "classifier_free",
+  "clip_x0",
+  "compose",
+  "interval",
+  "parallel",
+  "unconditional",
+]

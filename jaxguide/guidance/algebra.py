@@ -7,9 +7,9 @@ import functools
 import jax
 import numpy as np
 
-from jaxguide import checks
+from jaxguide import checks, memory
 from jaxguide.guidance.rule import Rule
-from jaxguide.typing import ArrayLike, Guidance, PyTree
+from jaxguide.typing import ArrayLike, Guidance, Prediction, PyTree, map_x0
 
 
 def chain(*guidances: Guidance) -> Guidance:
@@ -74,4 +74,36 @@ def interval(guidance: Guidance, sigma_lo: ArrayLike, sigma_hi: ArrayLike) -> Gu
 
 
 def _interval(denoise, guidance, low, high, x, sigma, cond):
-  return jax.lax.cond((sigma > low) & (sigma <= high), guidance(denoise), denoise, x, sigma, cond)
+  remembered = memory.find(guidance)
+
+  def bare(x, sigma, cond):
+    said = denoise(x, sigma, cond)
+    # What is remembered stays, so that both branches say the same kind of thing.
+    return said if remembered is None else map_x0(lambda x0: Prediction(x0, memory=remembered.or_zeros(x)), said)
+
+  return jax.lax.cond((sigma > low) & (sigma <= high), guidance(denoise), bare, x, sigma, cond)
+
+
+def parallel(*guidances: Guidance) -> Guidance:
+  r"""Apply several guidances side by side: what each alone would change is added up.
+
+  .. math:: \tilde D = D + \sum_i (g_i(D) - D)
+
+  It is how guidances keep scales of their own: classifier-free guidance towards a label and `autoguidance` away from a
+  perturbed network, say, as the papers of perturbed attention do (Ahn et al. 2024, arXiv:2403.17377, eq. 14); `chain`
+  would multiply the two. The bare denoiser's evaluation is shared with every guidance that asks for the same one.
+
+  Returns:
+    A `Guidance`; with none at all, one that changes nothing.
+
+  >>> import jax.numpy as jnp
+  >>> double, add = (lambda d: lambda *a: 2 * d(*a)), (lambda d: lambda *a: d(*a) + 1)
+  >>> float(parallel(double, add)(lambda x, sigma, cond: x)(jnp.asarray(3.0), jnp.asarray(1.0), None))
+  7.0
+  """
+  return Rule(_parallel, (guidances,))
+
+
+def _parallel(denoise, guidances, x, sigma, cond):
+  said = [guidance(denoise)(x, sigma, cond) for guidance in guidances]
+  return map_x0(lambda x0, *guided: x0 + sum(each - x0 for each in guided), denoise(x, sigma, cond), *said)
