@@ -32,11 +32,11 @@ from jaxguide import (
   typing,
 )
 from jaxguide.combine import linear, projected, rescaled, tangential, zero_star
-from jaxguide.denoisers import ClassifierLogProb, NetworkDenoiser
+from jaxguide.denoisers import ClassifierLogProb, NetworkDenoiser, perturbed
 from jaxguide.guidance import autoguidance, chain, classifier, classifier_free, clip_x0, interval, unconditional
 from jaxguide.losses import classifier_loss, denoising_loss, uncertainty_loss
 from jaxguide.mixtures import GaussianMixture, gaussian_mixture, ring
-from jaxguide.nn import Classifier, SuperResUNet, UNet
+from jaxguide.nn import Classifier, Perturbation, SuperResUNet, UNet
 from jaxguide.sampling import sample, sample_batch, sample_keys
 from jaxguide.schedules import from_schedule, karras, log_snr_uniform, respaced
 from jaxguide.solvers import (
@@ -79,6 +79,7 @@ __all__ = [
   "Heun",
   "LogProb",
   "NetworkDenoiser",
+  "Perturbation",
   "Prediction",
   "Solver",
   "SuperResUNet",
@@ -104,6 +105,7 @@ __all__ = [
   "losses",
   "mixtures",
   "nn",
+  "perturbed",
   "posterior",
   "projected",
   "rescaled",
