@@ -221,7 +221,7 @@ def autoguidance(weak: Denoiser, scale: ArrayLike, combine: Combine = linear) ->
     guided = jg.autoguidance(weak, scale=4.0)(denoise)
 
   That is perturbed-attention guidance (PAG, arXiv:2403.17377) for ``identity``, smoothed energy guidance (SEG,
-  arXiv:2408.00760) for ``smooth``, and skip layer guidance (SLG) for ``skip``. They write ``D + s (D - D_weak)``, so that
+  arXiv:2408.00760) for ``smooth``, and skip layer guidance (SLG) for ``skip``. They write ``D + s (D - D_weak)``:
   ``γ = 1 + s``.
 
   Args:

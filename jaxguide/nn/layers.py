@@ -135,12 +135,15 @@ class ResBlock(nn.Module):
   def __call__(self, x, emb, train):
     """Map (n, h, w, c) and (n, emb) to (n, h, w, features), sides doubled or halved by ``resample`` up or down."""
     change = {"up": upsample, "down": downsample, None: lambda x: x}[self.resample]
-    skipped = change(x)
+    h = 0 if self.skip else self.residual(x, emb, train, change)
+    x = change(x)
     if x.shape[-1] != self.features:
-      skipped = nn.Dense(self.features, dtype=self.dtype, name="skip_connection")(skipped)
-    if self.skip:
-      return skipped.astype(self.dtype)
+      x = nn.Dense(self.features, dtype=self.dtype, name="skip_connection")(x)
+    return x.astype(self.dtype) + h
 
+  @nn.nowrap
+  def residual(self, x, emb, train, change):
+    """Give what is added to the skip path."""
     h = nn.silu(GroupNorm(name="in_layers_0")(x)).astype(self.dtype)
     h = Conv(self.features, dtype=self.dtype, name="in_layers_2")(change(h))
     width = 2 * self.features if self.use_scale_shift_norm else self.features
@@ -152,8 +155,7 @@ class ResBlock(nn.Module):
     else:
       h = norm(h + emb)
     h = nn.Dropout(self.dropout)(nn.silu(h), deterministic=not train)
-    h = Conv(self.features, kernel_init=zeros, dtype=self.dtype, name="out_layers_3")(h)
-    return skipped.astype(self.dtype) + h
+    return Conv(self.features, kernel_init=zeros, dtype=self.dtype, name="out_layers_3")(h)
 
 
 def attend(
