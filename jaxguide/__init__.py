@@ -33,7 +33,7 @@ from jaxguide import (
   typing,
 )
 from jaxguide.combine import frequency_decoupled, linear, projected, rescaled, tangential, zero_star
-from jaxguide.denoisers import ClassifierLogProb, NetworkDenoiser
+from jaxguide.denoisers import ClassifierLogProb, NetworkDenoiser, perturbed
 from jaxguide.guidance import (
   autoguidance,
   chain,
@@ -47,7 +47,7 @@ from jaxguide.guidance import (
 )
 from jaxguide.losses import classifier_loss, denoising_loss, uncertainty_loss
 from jaxguide.mixtures import GaussianMixture, gaussian_mixture, ring
-from jaxguide.nn import Classifier, SuperResUNet, UNet
+from jaxguide.nn import Classifier, Perturbation, SuperResUNet, UNet
 from jaxguide.sampling import sample, sample_batch, sample_keys
 from jaxguide.schedules import from_schedule, karras, log_snr_uniform, respaced
 from jaxguide.solvers import (
@@ -90,6 +90,7 @@ __all__ = [
   "Heun",
   "LogProb",
   "NetworkDenoiser",
+  "Perturbation",
   "Prediction",
   "Solver",
   "SuperResUNet",
@@ -118,6 +119,7 @@ __all__ = [
   "mixtures",
   "nn",
   "parallel",
+  "perturbed",
   "posterior",
   "projected",
   "rescaled",

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax.errors import FlaxError
 
 from jaxguide import checks, struct
+from jaxguide.nn.perturbation import Perturbation
 from jaxguide.typing import Array, ArrayLike, Example, Leaf, Prediction, PyTree, Scalar
 
 
@@ -106,6 +107,45 @@ class ClassifierLogProb:
       checks.labels("label", cond, num_classes)
 
 
+def perturbed(denoiser: NetworkDenoiser, perturbation: Perturbation) -> NetworkDenoiser:
+  """Make a weak denoiser of a good one: the same parameters, in a network whose attention or blocks are perturbed.
+
+  It is the weak model of `jaxguide.autoguidance` where none was trained, for conditional and unconditional networks
+  alike: perturbed-attention guidance, smoothed energy guidance and skip layer guidance are
+  ``autoguidance(perturbed(denoise, perturbation), scale)(denoise)``, each with its own `jaxguide.Perturbation`.
+
+  Args:
+    denoiser: a `NetworkDenoiser` of a `jaxguide.UNet`, a `jaxguide.SuperResUNet` or another Flax module with a field
+      ``perturbation``, not guided yet.
+    perturbation: what is done to which blocks; it takes the place of one that the network has.
+
+  Returns:
+    The weak denoiser, which shares the parameters and costs no more than the good one.
+
+  Raises:
+    ValueError: if the denoiser is of no such network, or a block is none of the network's, or not one of that kind.
+
+  >>> from jaxguide import UNet, guidance, scaling, schedules
+  >>> unet, x = UNet(model_channels=32), jnp.zeros((8, 8, 1))
+  >>> params = jax.jit(unet.init)(jax.random.key(0), x[None], jnp.zeros(1))
+  >>> denoise = NetworkDenoiser(params, unet.apply, scaling.v(schedules.Cosine()))
+  >>> weak = perturbed(denoise, Perturbation("identity", ["middle_block_1"]))
+  >>> guided = guidance.autoguidance(weak, 4.0)(denoise)        # PAG with s = 3
+  >>> guided(x, jnp.asarray(1.0), None).shape
+  (8, 8, 1)
+  """
+  apply: Any = getattr(denoiser, "apply", None)
+  module = _module(apply)
+  if module is None or not hasattr(module, "perturbation"):
+    what = type(denoiser if module is None else module).__name__
+    raise ValueError(
+      f"perturbed takes a NetworkDenoiser of a UNet, or of a Flax module with a field `perturbation`; got {what}. "
+      "Perturb the bare denoiser, and guide afterwards"
+    )
+  perturbation.check(denoiser.params)
+  return dataclasses.replace(denoiser, apply=dataclasses.replace(apply, module=module.clone(perturbation=perturbation)))
+
+
 def split_variance(output: Array, x: Array) -> tuple[Array, Array | None]:
   """Part what a network gave for ``x`` into its prediction and its learned variance, if it has one.
 
@@ -168,7 +208,7 @@ def _by_value(apply: Callable[..., Any]) -> Callable[..., Any]:
   return _ModuleMethod(owner, apply.__name__) if isinstance(owner, nn.Module) else apply
 
 
-def _module(apply: Callable[..., Any]) -> nn.Module | None:
+def _module(apply: Callable[..., Any] | None) -> nn.Module | None:
   return apply.module if isinstance(apply, _ModuleMethod) else None
 
 

@@ -195,6 +195,7 @@ def test_a_torn_model_is_told_from_a_whole_one(trained, tmp_path):
     ({"scale": 2.0}, "recommended for a classifier"),
     ({"network": "classifier", "variance": "large"}, "a classifier has no variance"),
     ({"fields": {"num_classes": 5}}, "num_classes is not one of the fields"),
+    ({"fields": {"perturbation": {"kind": "skip"}}}, "perturbation is not one of a model's fields"),
     ({"image_shape": (8, 8)}, r"must be \(height, width, channels\), got \(8, 8\)"),
     ({"num_classes": 0}, "num_classes must be a whole number of at least 1"),
     ({"schedule": "cosin"}, "did you mean 'cosine'"),

@@ -130,10 +130,22 @@ def autoguidance(weak: Denoiser, scale: Scale, combine: Combine = linear) -> Gui
   unconditional denoiser for the weak one, ``unconditional(null_cond)(denoise)``, or a separate one as EDM2 trains it
   (arXiv:2312.02696), it is `classifier_free`.
 
+  Where no weak model was trained, `jaxguide.perturbed` makes one of the good one's own parameters::
+
+    weak = jg.perturbed(denoise, jg.Perturbation("identity", ["middle_block_1"]))
+    guided = jg.autoguidance(weak, scale=4.0)(denoise)
+
+  That is perturbed-attention guidance (PAG, arXiv:2403.17377) for ``identity``, smoothed energy guidance (SEG,
+  arXiv:2408.00760) for ``smooth``, and skip layer guidance (SLG) for ``skip``. They write ``D + s (D - D_weak)``:
+  ``γ = 1 + s``.
+
   Args:
     weak: a smaller or less trained model of the same data and conditions; a pytree, as the denoisers here are.
     scale: γ. 0 is the weak model, 1 the good one. It is a power here too, of ``p(x) (p(x) / p_weak(x))^(γ - 1)``. The
-      paper has w for it, and about 2 for ImageNet-512. A number, or a function of ``sigma``.
+      paper has w for it, and about 2 for ImageNet-512. Of the methods above, SEG keeps s = 3, γ = 4, and varies its
+      width; PAG's code for ImageNet-256 has γ = 4 and its examples for Stable Diffusion s = 3 to 5; SLG has s about 2.8
+      for Stable Diffusion 3.5, over the first fifth of the steps alone (see `interval`). A number, or a function of
+      ``sigma``.
     combine: how one prediction is made of the two, if not as above; see `classifier_free`.
 
   Returns:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxguide import checks
 from jaxguide.nn.layers import AttentionBlock, Conv, Downsample, ResBlock, timestep_embedding
+from jaxguide.nn.perturbation import Perturbation
 
 
 class Encoder(nn.Module):
@@ -68,17 +69,24 @@ class Encoder(nn.Module):
       )
 
   @nn.nowrap
+  def perturbation_of(self, name: str) -> Perturbation | None:
+    """Give what is done to a block to make the network worse: nothing, unless a network has a field for it."""
+    return None
+
+  @nn.nowrap
   def res_block(self, features: int, name: str, resample: str | None = None):
     """Make a residual block."""
     # Rematerialised, its activations are computed again for the backward pass; argument 3 is the flag train.
     cls = nn.remat(ResBlock, static_argnums=(3,)) if self.use_checkpoint else ResBlock
-    return cls(features, self.dropout, self.use_scale_shift_norm, resample, self.dtype, name=name)
+    skip = self.perturbation_of(name) is not None
+    return cls(features, self.dropout, self.use_scale_shift_norm, resample, self.dtype, skip, name=name)
 
   @nn.nowrap
   def attention(self, num_heads: int, name: str):
     """Make an attention block."""
     cls = nn.remat(AttentionBlock) if self.use_checkpoint else AttentionBlock
-    return cls(num_heads, self.num_head_channels, self.use_new_attention_order, self.dtype, name=name)
+    order, perturbation = self.use_new_attention_order, self.perturbation_of(name)
+    return cls(num_heads, self.num_head_channels, order, self.dtype, perturbation, name=name)
 
   @nn.nowrap
   def embed_time(self, t):

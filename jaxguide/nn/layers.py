@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxguide.nn.convolution import convolve
+from jaxguide.nn.perturbation import Perturbation, smooth
 from jaxguide.typing import Array, Float
 
 zeros = nn.initializers.zeros
@@ -118,22 +119,33 @@ class Upsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-  """BigGAN's residual block; the embedding scales and shifts the second normalisation, or is added before it."""
+  """BigGAN's residual block; the embedding scales and shifts the second normalisation, or is added before it.
+
+  With ``skip`` there is only its skip path.
+  """
 
   features: int
   dropout: int | float = 0.0
   use_scale_shift_norm: bool = False
   resample: str | None = None
   dtype: Any = jnp.float32
+  skip: bool = False
 
   @nn.compact
   def __call__(self, x, emb, train):
     """Map (n, h, w, c) and (n, emb) to (n, h, w, features), sides doubled or halved by ``resample`` up or down."""
     change = {"up": upsample, "down": downsample, None: lambda x: x}[self.resample]
+    h = 0 if self.skip else self.residual(x, emb, train, change)
+    x = change(x)
+    if x.shape[-1] != self.features:
+      x = nn.Dense(self.features, dtype=self.dtype, name="skip_connection")(x)
+    return x.astype(self.dtype) + h
+
+  @nn.nowrap
+  def residual(self, x, emb, train, change):
+    """Give what is added to the skip path."""
     h = nn.silu(GroupNorm(name="in_layers_0")(x)).astype(self.dtype)
     h = Conv(self.features, dtype=self.dtype, name="in_layers_2")(change(h))
-    x = change(x)
-
     width = 2 * self.features if self.use_scale_shift_norm else self.features
     emb = nn.Dense(width, dtype=self.dtype, name="emb_layers_1")(nn.silu(emb))[:, None, None]
     norm = GroupNorm(name="out_layers_0")
@@ -143,27 +155,38 @@ class ResBlock(nn.Module):
     else:
       h = norm(h + emb)
     h = nn.Dropout(self.dropout)(nn.silu(h), deterministic=not train)
-    h = Conv(self.features, kernel_init=zeros, dtype=self.dtype, name="out_layers_3")(h)
-
-    if x.shape[-1] != self.features:
-      x = nn.Dense(self.features, dtype=self.dtype, name="skip_connection")(x)
-    return x.astype(self.dtype) + h
+    return Conv(self.features, kernel_init=zeros, dtype=self.dtype, name="out_layers_3")(h)
 
 
-def attend(qkv: Float[Array, "n t qkv"], heads: int, new_order: bool) -> Float[Array, "n t c"]:
+def attend(
+  qkv: Float[Array, "n t qkv"],
+  heads: int,
+  new_order: bool,
+  perturbation: Perturbation | None = None,
+  sides: tuple[int, ...] = (),
+) -> Float[Array, "n t c"]:
   """Attend, with the softmax in float32.
 
   Args:
     qkv: queries, keys and values side by side.
     heads: how many; divides a third of the channels.
     new_order: whether the channels are laid out (qkv, head, channel), or (head, qkv, channel) as in the first release.
+    perturbation: what is done to the attention, if anything: ``identity`` or ``smooth``.
+    sides: (height, width) of the map that the pixels are of, if the attention is perturbed.
   """
   n, t, channels = qkv.shape
   if new_order:
     q, k, v = jnp.moveaxis(qkv.reshape(n, t, 3, heads, -1), 2, 0)
   else:
     q, k, v = jnp.moveaxis(qkv.reshape(n, t, heads, 3, -1), 3, 0)
-  return jax.nn.dot_product_attention(q, k, v).reshape(n, t, channels // 3)
+  if perturbation is not None and perturbation.kind == "identity":
+    out = v
+  else:
+    if perturbation is not None:
+      q = smooth(q.reshape(n, *sides, heads, -1), perturbation.width).reshape(n, -1, heads, v.shape[-1])
+    # What one mean query attends to is every pixel's.
+    out = jnp.broadcast_to(jax.nn.dot_product_attention(q, k, v), v.shape)
+  return out.reshape(n, t, channels // 3)
 
 
 def count_heads(channels: int, num_heads: int, num_head_channels: int) -> int:
@@ -184,15 +207,18 @@ class AttentionBlock(nn.Module):
   num_head_channels: int = -1
   use_new_attention_order: bool = False
   dtype: Any = jnp.float32
+  perturbation: Perturbation | None = None
 
   @nn.compact
   def __call__(self, x):
     """Map (n, h, w, c) to the same shape."""
+    if self.perturbation is not None and self.perturbation.kind == "skip":
+      return x
     n, h, w, c = x.shape
     heads = count_heads(c, self.num_heads, self.num_head_channels)
     normed = GroupNorm(name="norm")(x).reshape(n, h * w, c)
     qkv = nn.Dense(3 * c, dtype=self.dtype, name="qkv")(normed)
-    out = attend(qkv, heads, self.use_new_attention_order)
+    out = attend(qkv, heads, self.use_new_attention_order, self.perturbation, (h, w))
     out = nn.Dense(c, kernel_init=zeros, dtype=self.dtype, name="proj_out")(out)
     return x + out.reshape(x.shape)
 

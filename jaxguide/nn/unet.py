@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxguide import checks
 from jaxguide.nn.encoder import Encoder
 from jaxguide.nn.layers import Conv, GroupNorm, Upsample, zeros
+from jaxguide.nn.perturbation import Perturbation
 
 
 class UNet(Encoder):
@@ -37,6 +38,8 @@ class UNet(Encoder):
     num_classes: number of classes, or None for an unconditional network.
     null_class: whether there is one more label, ``num_classes`` itself, that stands for none, as classifier-free
       guidance needs it. The published networks have none.
+    perturbation: what makes some blocks worse on purpose; see `jaxguide.perturbed`. The parameters are those of the
+      network without it, and a new network's are drawn without it.
 
   >>> import jax
   >>> unet = UNet(model_channels=32, num_classes=10)
@@ -49,6 +52,13 @@ class UNet(Encoder):
   num_classes: int | None = None
   null_class: bool = True
   num_heads_upsample: int = -1
+  perturbation: Perturbation | None = None
+
+  @nn.nowrap
+  def perturbation_of(self, name: str) -> Perturbation | None:
+    """Give what is done to a block."""
+    perturbation = None if self.is_initializing() else self.perturbation
+    return perturbation if perturbation is not None and name in perturbation.blocks else None
 
   @nn.compact
   def __call__(self, x, t, y=None, *, train: bool = False):
@@ -65,7 +75,7 @@ class UNet(Encoder):
 
     Raises:
       ValueError: where the shapes do not fit, the sides do not halve evenly, or labels are given to a network without
-        classes or not given to one with, or are not of its classes.
+        classes or not given to one with, or are not of its classes; where a block to perturb is not there.
     """
     return self.predict(x, t, y, self.out_channels or x.shape[-1], train)
 
@@ -81,6 +91,8 @@ class UNet(Encoder):
     if y is not None and y.shape != t.shape:
       raise ValueError(f"{name} takes one label for each of {x.shape[0]} images, got shape {y.shape}")
     checks.labels("label", y, self.num_classes or 0, self.null_class)
+    if self.perturbation is not None and not self.is_initializing():
+      self.perturbation.check(self.variables)
     emb = self.embed_time(t)
     if self.num_classes is not None:
       emb += nn.Embed(self.num_classes + self.null_class, emb.shape[-1], name="label_emb")(y)

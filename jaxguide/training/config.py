@@ -63,6 +63,8 @@ class ModelConfig:
     cls = checks.lookup("network", self.network, NETWORKS)
     known = {field.name: None for field in dataclasses.fields(cls)}
     for name in self.fields:
+      if name == "perturbation":
+        raise ValueError("perturbation is not one of a model's fields: give it to jaxguide.perturbed, when sampling")
       checks.lookup(f"field of {cls.__name__}", name, known)
       if name == self._classes:
         raise ValueError(f"{name} is not one of the fields: the model's num_classes tells it")
