@@ -22,6 +22,7 @@ from jaxguide import (
   denoisers,
   guidance,
   losses,
+  measurements,
   mixtures,
   nn,
   posterior,
@@ -33,9 +34,22 @@ from jaxguide import (
   typing,
 )
 from jaxguide.combine import linear, projected, rescaled, tangential, zero_star
-from jaxguide.denoisers import ClassifierLogProb, NetworkDenoiser
-from jaxguide.guidance import autoguidance, chain, classifier, classifier_free, clip_x0, interval, unconditional
+from jaxguide.denoisers import ClassifierLogProb, NetworkDenoiser, given
+from jaxguide.guidance import (
+  autoguidance,
+  backward_guidance,
+  chain,
+  classifier,
+  classifier_free,
+  clip_x0,
+  dynamic_threshold,
+  interval,
+  normalized,
+  reconstruction,
+  unconditional,
+)
 from jaxguide.losses import classifier_loss, denoising_loss, uncertainty_loss
+from jaxguide.measurements import distance, measurement
 from jaxguide.mixtures import GaussianMixture, gaussian_mixture, ring
 from jaxguide.nn import Classifier, SuperResUNet, UNet
 from jaxguide.sampling import sample, sample_batch, sample_keys
@@ -86,6 +100,7 @@ __all__ = [
   "UNet",
   "UniPC",
   "autoguidance",
+  "backward_guidance",
   "chain",
   "checks",
   "classifier",
@@ -95,18 +110,25 @@ __all__ = [
   "combine",
   "denoisers",
   "denoising_loss",
+  "distance",
+  "dynamic_threshold",
   "from_schedule",
   "gaussian_mixture",
+  "given",
   "guidance",
   "interval",
   "karras",
   "linear",
   "log_snr_uniform",
   "losses",
+  "measurement",
+  "measurements",
   "mixtures",
   "nn",
+  "normalized",
   "posterior",
   "projected",
+  "reconstruction",
   "rescaled",
   "respaced",
   "ring",

@@ -9,6 +9,16 @@ import pytest
 
 import jaxguide as jg
 
+
+def clean(mixture):
+  """The classifier of clean examples, a `LogProb` that sees no noise."""
+  return jax.tree_util.Partial(_clean, mixture)
+
+
+def _clean(mixture, x0, sigma, cond):
+  return mixture.class_log_prob(x0, 0 * sigma, cond)
+
+
 # name -> (mixture, scale) -> Guidance, over a mixture whose null class is its number of classes
 GUIDANCES = {
   "classifier_free": lambda m, scale: jg.classifier_free(m.num_classes, scale),
@@ -29,6 +39,12 @@ GUIDANCES = {
   "projected": lambda m, scale: jg.classifier_free(m.num_classes, scale, jg.projected(0.3, 1.0)),
   "zero_star": lambda m, scale: jg.classifier_free(m.num_classes, scale, jg.zero_star(5.0)),
   "tangential": lambda m, scale: jg.classifier_free(m.num_classes, scale, jg.tangential),
+  "reconstruction": lambda m, scale: jg.reconstruction(clean(m), 0.1 * scale),
+  "backward_guidance": lambda m, scale: jg.backward_guidance(clean(m), 0.01 * scale, 2),
+  "normalized": lambda m, scale: jg.normalized(jg.classifier(m.log_prob, 2.0), 0.1 * scale),
+  "dynamic_threshold": lambda m, scale: jg.chain(
+    jg.classifier_free(m.num_classes, scale), jg.dynamic_threshold(0.9, 0.5)
+  ),
 }
 
 SOLVERS = {
@@ -57,6 +73,12 @@ SOLVERS = {
 def make_guidance(request):
   """Each guidance in turn, as ``(mixture, scale) -> Guidance``."""
   return GUIDANCES[request.param]
+
+
+@pytest.fixture(name="clean")
+def clean_fixture():
+  """``mixture -> LogProb``: the classifier of clean examples."""
+  return clean
 
 
 @pytest.fixture(params=SOLVERS)

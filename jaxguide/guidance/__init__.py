@@ -10,9 +10,22 @@ serves a sweep. They compose by application, ``guidance(denoise)``, or with `cha
 """
 
 from jaxguide.guidance.algebra import chain, interval, unconditional
-from jaxguide.guidance.clipping import clip_x0
-from jaxguide.guidance.gradients import classifier
+from jaxguide.guidance.clipping import clip_x0, dynamic_threshold
+from jaxguide.guidance.gradients import backward_guidance, classifier, normalized, reconstruction
 from jaxguide.guidance.mixing import autoguidance, classifier_free
 from jaxguide.guidance.rule import Rule
 
-__all__ = ["Rule", "autoguidance", "chain", "classifier", "classifier_free", "clip_x0", "interval", "unconditional"]
+__all__ = [
+  "Rule",
+  "autoguidance",
+  "backward_guidance",
+  "chain",
+  "classifier",
+  "classifier_free",
+  "clip_x0",
+  "dynamic_threshold",
+  "interval",
+  "normalized",
+  "reconstruction",
+  "unconditional",
+]
