@@ -47,11 +47,12 @@ def measurement(operator: Operator, std: ArrayLike, spread: Scale = 0.0) -> LogP
 
   .. math:: \log p(y | x; \sigma) = \log N(y; A(D(x)), s^2 + r(\sigma)^2)
 
-  With ``spread`` 0 this is DPS's likelihood (Chung et al. 2023, arXiv:2209.14687, eq. 10 to 14), which takes ``D(x)``
+  With ``spread`` 0 this is DPS's likelihood (Chung et al. 2023, arXiv:2209.14687, eq. 10 to 16), which takes ``D(x)``
   for the example itself, and where that is wrong, at high noise, guides too much. ``lambda sigma: sigma /
   jnp.sqrt(1 + sigma**2)`` is the posterior's spread for data of unit variance, as in ΠGDM (Song et al. 2023,
-  "Pseudoinverse-guided diffusion models for inverse problems", eq. 6 to 8) where ``A A^T`` is the identity: inpainting.
-  For the mean of n such elements divide it by ``sqrt(n)``.
+  "Pseudoinverse-guided diffusion models for inverse problems", section 3) where ``A A^T`` is the identity, as for
+  inpainting. For the mean of n such elements divide it by ``sqrt(n)``. Ho et al. (2022, arXiv:2204.03458, eq. 8) have
+  ``lambda sigma: sigma``, as for data without bounds, and no noise.
 
   With the right spread and a linear operator, `jaxguide.reconstruction` at γ = 1 is exact for Gaussian data.
 

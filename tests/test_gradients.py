@@ -139,6 +139,20 @@ def test_reconstruction_is_forward_universal_guidance(mixture, clean, relative_e
     assert relative_error(guided(x, sigma, label), wanted) < 1e-12
 
 
+def test_reconstruction_with_the_noise_for_a_spread_is_that_of_video_diffusion(mixture, relative_error):
+  rng, weight, model = np.random.default_rng(13), 2.0, Mixture(mixture)
+  matrix, known = rng.normal(size=(2, 3)), rng.normal(size=2)
+  log_prob = jg.measurement(Partial(jnp.matmul, jnp.asarray(matrix)), 1e-9, lambda sigma: sigma)
+  guided = jax.jit(jg.chain(jg.unconditional(None), jg.reconstruction(log_prob, weight))(mixture.denoiser))
+  for sigma in SIGMAS:
+    # Ho et al., arXiv:2204.03458, eq. 8, in their variables: z_t = α x + σ_t ε.
+    x, alpha = np.asarray(noisy(13, 3, sigma)), 1 / np.hypot(1, sigma)
+    off = known - matrix @ model.denoise(x, sigma)
+    gradient = -2 * model.jacobian(x, sigma).T @ matrix.T @ off / alpha  # of ‖known - reconstructed‖², in z_t
+    wanted = model.denoise(x, sigma) - weight * alpha / 2 * gradient
+    assert relative_error(guided(x, sigma, known), wanted) < 1e-12
+
+
 @pytest.mark.parametrize(("eta", "solver"), [(1.0, jg.DDPM()), (1.0, jg.DDIM(1.0)), (0.0, jg.DDIM(0.0))])
 def test_dps_is_its_algorithm_1(eta, solver, mixture, given_noise, relative_error):
   rng = np.random.default_rng(3)

@@ -68,11 +68,12 @@ def reconstruction(log_prob: LogProb, scale: Scale) -> Guidance:
 
   A classifier of clean images, a measurement (`jaxguide.measurement`) or any energy, ``log_prob = -energy``. It is
 
-  - diffusion posterior sampling, DPS (Chung et al. 2023, arXiv:2209.14687, eq. 11). Its Algorithm 1 moves the sample
-    after the step, by ζ times the gradient of the distance: that is `jaxguide.distance` with `jaxguide.scales.dps`;
+  - diffusion posterior sampling, DPS (Chung et al. 2023, arXiv:2209.14687, eq. 10 to 16). Its Algorithm 1 moves the
+    sample after the step, along the gradient of the distance: that is `jaxguide.distance` with `jaxguide.scales.dps`;
   - forward universal guidance (Bansal et al. 2023, arXiv:2302.07121, eq. 6), with the paper's
     ``s(t) = γ sqrt(1 - ᾱ_t)``: 10 for CLIP, 400 for segmentation;
-  - reconstruction guidance (Ho et al. 2022, arXiv:2204.03458, section 3.1).
+  - reconstruction guidance (Ho et al. 2022, arXiv:2204.03458, eq. 8), for a measurement without noise whose ``spread``
+    is σ; γ is the paper's w_r.
 
   At γ = 1 it takes ``p(x0 | x)`` for a point. `jaxguide.measurement` can be told of its spread.
 
