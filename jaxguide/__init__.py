@@ -22,6 +22,7 @@ from jaxguide import (
   denoisers,
   guidance,
   losses,
+  measurements,
   mixtures,
   nn,
   posterior,
@@ -33,19 +34,24 @@ from jaxguide import (
   typing,
 )
 from jaxguide.combine import frequency_decoupled, linear, projected, rescaled, tangential, zero_star
-from jaxguide.denoisers import ClassifierLogProb, NetworkDenoiser, perturbed
+from jaxguide.denoisers import ClassifierLogProb, NetworkDenoiser, given, perturbed
 from jaxguide.guidance import (
   autoguidance,
+  backward_guidance,
   chain,
   classifier,
   classifier_free,
   clip_x0,
   compose,
+  dynamic_threshold,
   interval,
+  normalized,
   parallel,
+  reconstruction,
   unconditional,
 )
 from jaxguide.losses import classifier_loss, denoising_loss, uncertainty_loss
+from jaxguide.measurements import distance, measurement
 from jaxguide.mixtures import GaussianMixture, gaussian_mixture, ring
 from jaxguide.nn import Classifier, Perturbation, SuperResUNet, UNet
 from jaxguide.sampling import sample, sample_batch, sample_keys
@@ -97,6 +103,7 @@ __all__ = [
   "UNet",
   "UniPC",
   "autoguidance",
+  "backward_guidance",
   "chain",
   "checks",
   "classifier",
@@ -107,21 +114,28 @@ __all__ = [
   "compose",
   "denoisers",
   "denoising_loss",
+  "distance",
+  "dynamic_threshold",
   "frequency_decoupled",
   "from_schedule",
   "gaussian_mixture",
+  "given",
   "guidance",
   "interval",
   "karras",
   "linear",
   "log_snr_uniform",
   "losses",
+  "measurement",
+  "measurements",
   "mixtures",
   "nn",
+  "normalized",
   "parallel",
   "perturbed",
   "posterior",
   "projected",
+  "reconstruction",
   "rescaled",
   "respaced",
   "ring",

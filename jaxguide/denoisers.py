@@ -146,6 +146,43 @@ def perturbed(denoiser: NetworkDenoiser, perturbation: Perturbation) -> NetworkD
   return dataclasses.replace(denoiser, apply=dataclasses.replace(apply, module=module.clone(perturbation=perturbation)))
 
 
+@struct.dataclass
+class _Given:
+  key: str = struct.field(pytree_node=False)
+  function: Leaf
+
+  def __call__(self, x: Example, sigma: Scalar, cond: PyTree) -> Any:
+    return self.function(x, sigma, self._part(cond))
+
+  def check_cond(self, cond: PyTree) -> None:
+    check_cond(self.function, self._part(cond))
+
+  def _part(self, cond: PyTree) -> PyTree:
+    if not isinstance(cond, Mapping) or self.key not in cond:
+      has = f"has {', '.join(map(repr, cond))}" if isinstance(cond, Mapping) else "is no dictionary"
+      raise ValueError(f"the condition must be a dictionary with {self.key!r}, but it {has}")
+    return cond[self.key]
+
+
+def given(key: str, function: Callable[..., Any]) -> Callable[..., Any]:
+  """A denoiser or a log-probability that is given one part of the condition, ``cond[key]``.
+
+  So a network that knows labels is guided by something that knows else, ``cond = {"label": ..., "y": ...}``:
+
+  >>> import jaxguide as jg
+  >>> log_prob = jg.measurement(lambda x0: x0[0], 0.1)
+  >>> guided = jg.reconstruction(given("y", log_prob), 1.0)(given("label", jg.ring(4).denoiser))
+  >>> guided(jnp.zeros(2), jnp.asarray(1.0), {"label": 1, "y": 0.0}).shape
+  (2,)
+
+  Guidance that is about one part goes inside: ``given("label", classifier_free(4, 2.0)(denoise))``.
+
+  Raises:
+    ValueError: once called, if the condition has no such part.
+  """
+  return _Given(key, function)
+
+
 def split_variance(output: Array, x: Array) -> tuple[Array, Array | None]:
   """Part what a network gave for ``x`` into its prediction and its learned variance, if it has one.
 

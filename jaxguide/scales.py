@@ -143,10 +143,57 @@ def cfg_pp(scale: ArrayLike, sigmas: ArrayLike, eta: ArrayLike = 0.0) -> Scale:
 
 def _cfg_pp(scale, grid, eta, sigma):
   grid = grid.astype(sigma.dtype)
+  return scale * _on_grid(1 / _weight(eta, grid), grid, sigma)
+
+
+def dps(scale: ArrayLike, sigmas: ArrayLike, eta: ArrayLike = 1.0) -> Scale:
+  r"""DPS (Chung et al. 2023, arXiv:2209.14687, Algorithm 1), as a scale for `jaxguide.reconstruction`.
+
+  DPS takes an unguided step, and moves where it got to, in the variables ``x_t = x / sqrt(1 + σ²)``, along the gradient
+  at where it came from,
+
+  .. math:: x'_t \leftarrow x'_t + \zeta \nabla_{x_t} \log p(y | x_0 = D(x))
+
+  which is guidance of that step's denoiser by
+
+  .. math:: \gamma(\sigma) = \frac{\zeta \sqrt{1 + \sigma^2} \sqrt{1 + \sigma'^2}}{\sigma^2 w}
+
+  with ``w`` the weight of ``D`` in the step, ``1 - σ'² / σ²`` in DDPM's. With `jaxguide.DDPM` or `jaxguide.DDIM` and
+  `jaxguide.distance` it *is* DPS: ``reconstruction(distance(A), scales.dps(1.0, sigmas))``. Between the levels of the
+  grid it is interpolated in ``log sigma``. ζ belongs to a grid, as for `cfg_pp`; the paper's have 1,000 steps.
+
+  Args:
+    scale: ζ, on the gradient of what is guided by: with `jaxguide.distance` the ``scale`` of the released code, and
+      twice the paper's ζ'.
+    sigmas: (steps + 1,) the grid that will be walked.
+    eta: of `jaxguide.DDIM` or `jaxguide.EulerAncestral`, in [0, 1]. 1 is DDPM.
+
+  Raises:
+    ValueError: if ``scale`` is not finite, ``eta`` not in [0, 1], or ``sigmas`` is no grid.
+
+  >>> import jax.numpy as jnp
+  >>> round(float(dps(0.5, jnp.array([4.0, 1.0, 0.0]))(jnp.asarray(1.0))), 3)
+  0.707
+  """
+  grid = jnp.asarray(checks.sigmas(sigmas))
+  return Partial(_dps, checks.finite("scale", scale), grid, checks.in_range("eta", eta, 0, 1))
+
+
+def _dps(scale, grid, eta, sigma):
+  grid = grid.astype(sigma.dtype)
+  after = _on_grid(jnp.sqrt(1 + grid[1:] ** 2) / _weight(eta, grid), grid, sigma)
+  return scale * jnp.sqrt(1 + sigma**2) / sigma**2 * after
+
+
+def _weight(eta: ArrayLike, grid: Array) -> Array:
+  """Give the weight of the denoised example in each step of DDIM, which puts the rest of the old noise back."""
   down, _ = jax.vmap(ancestral, (None, 0, 0))(eta, grid[:-1], grid[1:])
-  put_back = down / grid[:-1]
+  return 1 - down / grid[:-1]
+
+
+def _on_grid(values: Array, grid: Array, sigma: Scalar) -> Array:
   # Ascending, as interpolation wants it.
-  return scale * jnp.interp(jnp.log(sigma), jnp.log(grid[-2::-1]), (1 / (1 - put_back))[::-1])
+  return jnp.interp(jnp.log(sigma), jnp.log(grid[-2::-1]), values[::-1])
 
 
 def _time(schedule: NoiseSchedule, sigma: Scalar) -> Array:

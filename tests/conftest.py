@@ -17,6 +17,15 @@ def _and_not_the_next(denoise, guidance, x, sigma, cond):
   return guidance(denoise)(x, sigma, jnp.stack([jnp.asarray(cond), (jnp.asarray(cond) + 1) % 3]))
 
 
+def clean(mixture):
+  """The classifier of clean examples, a `LogProb` that sees no noise."""
+  return jax.tree_util.Partial(_clean, mixture)
+
+
+def _clean(mixture, x0, sigma, cond):
+  return mixture.class_log_prob(x0, 0 * sigma, cond)
+
+
 # name -> (mixture, scale) -> Guidance, over a mixture whose null class is its number of classes
 GUIDANCES = {
   "classifier_free": lambda m, scale: jg.classifier_free(m.num_classes, scale),
@@ -45,6 +54,12 @@ GUIDANCES = {
   "compose": lambda m, scale: Rule(_and_not_the_next, (jg.compose(m.num_classes, scale * jnp.array([1.0, -0.2])),)),
   "parallel": lambda m, scale: jg.parallel(jg.classifier_free(m.num_classes, scale), jg.classifier(m.log_prob, 0.5)),
   "tangential": lambda m, scale: jg.classifier_free(m.num_classes, scale, jg.tangential),
+  "reconstruction": lambda m, scale: jg.reconstruction(clean(m), 0.1 * scale),
+  "backward_guidance": lambda m, scale: jg.backward_guidance(clean(m), 0.01 * scale, 2),
+  "normalized": lambda m, scale: jg.normalized(jg.classifier(m.log_prob, 2.0), 0.1 * scale),
+  "dynamic_threshold": lambda m, scale: jg.chain(
+    jg.classifier_free(m.num_classes, scale), jg.dynamic_threshold(0.9, 0.5)
+  ),
 }
 
 SOLVERS = {
@@ -73,6 +88,12 @@ SOLVERS = {
 def make_guidance(request):
   """Each guidance in turn, as ``(mixture, scale) -> Guidance``."""
   return GUIDANCES[request.param]
+
+
+@pytest.fixture(name="clean")
+def clean_fixture():
+  """``mixture -> LogProb``: the classifier of clean examples."""
+  return clean
 
 
 @pytest.fixture(params=SOLVERS)

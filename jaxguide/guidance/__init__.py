@@ -10,20 +10,24 @@ serves a sweep. They compose by application, ``guidance(denoise)``, or with `cha
 """
 
 from jaxguide.guidance.algebra import chain, interval, parallel, unconditional
-from jaxguide.guidance.clipping import clip_x0
-from jaxguide.guidance.gradients import classifier
+from jaxguide.guidance.clipping import clip_x0, dynamic_threshold
+from jaxguide.guidance.gradients import backward_guidance, classifier, normalized, reconstruction
 from jaxguide.guidance.mixing import autoguidance, classifier_free, compose
 from jaxguide.guidance.rule import Rule
 
 __all__ = [
   "Rule",
   "autoguidance",
+  "backward_guidance",
   "chain",
   "classifier",
   "classifier_free",
   "clip_x0",
   "compose",
+  "dynamic_threshold",
   "interval",
+  "normalized",
   "parallel",
+  "reconstruction",
   "unconditional",
 ]

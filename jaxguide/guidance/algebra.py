@@ -7,9 +7,10 @@ import functools
 import jax
 import numpy as np
 
-from jaxguide import checks, memory
-from jaxguide.guidance.rule import Rule
-from jaxguide.typing import ArrayLike, Guidance, Prediction, PyTree, map_x0
+from jaxguide import checks, memory, struct
+from jaxguide.denoisers import check_cond
+from jaxguide.guidance.rule import Composition, Rule
+from jaxguide.typing import ArrayLike, Example, Guidance, Leaf, Prediction, PyTree, Scalar, map_x0
 
 
 def chain(*guidances: Guidance) -> Guidance:
@@ -19,11 +20,11 @@ def chain(*guidances: Guidance) -> Guidance:
   >>> chain(double, add)(lambda x, sigma, cond: x)(3, 1.0, None)
   7
   """
-  return Rule(_chain, (guidances,))
+  return Composition(_chain, (guidances,))
 
 
-def _chain(denoise, guidances, x, sigma, cond):
-  return functools.reduce(lambda inner, guidance: guidance(inner), guidances, denoise)(x, sigma, cond)
+def _chain(denoise, guidances):
+  return functools.reduce(lambda inner, guidance: guidance(inner), guidances, denoise)
 
 
 def unconditional(null_cond: PyTree) -> Guidance:
@@ -37,11 +38,24 @@ def unconditional(null_cond: PyTree) -> Guidance:
   >>> float(unconditional(0)(denoise)(jnp.asarray(2.0), jnp.asarray(1.0), 1))
   0.0
   """
-  return Rule(_unconditional, (null_cond,))
+  return Composition(_unconditional, (null_cond,))
 
 
-def _unconditional(denoise, null_cond, x, sigma, cond):
-  return denoise(x, sigma, null_cond)
+def _unconditional(denoise, null_cond):
+  return _Unconditional(denoise, null_cond)
+
+
+@struct.dataclass
+class _Unconditional:
+  denoise: Leaf
+  null_cond: Leaf
+
+  def __call__(self, x: Example, sigma: Scalar, cond: PyTree) -> Example | Prediction:
+    return self.denoise(x, sigma, self.null_cond)
+
+  def check_cond(self, cond: PyTree) -> None:
+    """Whatever ``cond`` is, the denoiser is not given it."""
+    check_cond(self.denoise, self.null_cond)
 
 
 def interval(guidance: Guidance, sigma_lo: ArrayLike, sigma_hi: ArrayLike) -> Guidance:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
+import numpy as np
 
 from jaxguide import checks
 from jaxguide.guidance.rule import Rule
@@ -26,3 +29,44 @@ def clip_x0(bound: ArrayLike = 1.0) -> Guidance:
 def _clip_x0(denoise, bound, x, sigma, cond):
   bound = jnp.asarray(bound, x.dtype)
   return map_x0(lambda x0: jnp.clip(x0, -bound, bound), denoise(x, sigma, cond))
+
+
+def dynamic_threshold(quantile: ArrayLike = 0.995, bound: ArrayLike = 1.0, most: ArrayLike = math.inf) -> Guidance:
+  r"""Dynamic thresholding (Imagen; Saharia et al. 2022, arXiv:2205.11487, section 2.3).
+
+  .. math::
+    s = \min(\max(Q_p(|x_0|), b), s_{max}), \qquad \tilde x_0 = \frac{b}{s} clip(x_0, -s, s)
+
+  with ``Q_p`` the quantile over one example, all elements and channels. Large scales push many elements out of
+  ``[-b, b]``; `clip_x0` saturates them, and this pulls all of them inwards instead. It belongs last in a `chain`.
+
+  The noise is that of the new ``x0``, ``eps = (x - x0) / σ``, as it is for every guidance. (DDIM in diffusers keeps the
+  eps of the old one, unless ``use_clipped_model_output`` is set.)
+
+  Args:
+    quantile: p, from 0 to 1. 1 takes the largest element; 0 gives `clip_x0`, unless no element is within ``bound``.
+    bound: b, above 0: nothing changes while at most ``1 - p`` of the elements are outside, but that these are clipped.
+    most: the largest s, at least ``bound``; equal to it, this is `clip_x0`. diffusers has 1 by default.
+
+  Raises:
+    ValueError: if ``quantile`` is not between 0 and 1, ``bound`` is not finite and above 0, or ``most`` is below it.
+
+  >>> guided = dynamic_threshold(0.75)(lambda x, sigma, cond: x)
+  >>> guided(jnp.array([0.5, -2.0, 1.0, 4.0, 0.0]), jnp.asarray(1.0), None).tolist()
+  [0.25, -1.0, 0.5, 1.0, 0.0]
+  """
+  bound = checks.above("bound", checks.finite("bound", bound), 0)
+  most = checks.above("most", most, 0)
+  if checks.is_concrete((bound, most)) and (np.asarray(most) < np.asarray(bound)).any():
+    raise ValueError(f"most must be at least bound, got {most} and {bound}")
+  return Rule(_dynamic_threshold, (checks.in_range("quantile", quantile, 0, 1), bound, most))
+
+
+def _dynamic_threshold(denoise, quantile, bound, most, x, sigma, cond):
+  quantile, bound, most = (jnp.asarray(number, x.dtype) for number in (quantile, bound, most))
+
+  def squeeze(x0):
+    s = jnp.clip(jnp.quantile(jnp.abs(x0), quantile), bound, most)
+    return jnp.clip(x0, -s, s) * (bound / s)
+
+  return map_x0(squeeze, denoise(x, sigma, cond))

@@ -24,3 +24,15 @@ class Rule:
   def __call__(self, denoise: Denoiser) -> Denoiser:
     """Give the guided denoiser."""
     return Partial(self.formula, denoise, *self.parameters)
+
+
+@struct.dataclass
+class Composition(Rule):
+  """A rule that gives the guided denoiser itself, ``formula(denoise, *parameters)``, where others wait for ``x``.
+
+  What it is made of can then be seen, by the check of conditions for one.
+  """
+
+  def __call__(self, denoise: Denoiser) -> Denoiser:
+    """Give the guided denoiser."""
+    return self.formula(denoise, *self.parameters)
