@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
@@ -25,3 +25,8 @@ def table(seconds: Mapping[str, float], base: str) -> str:
   return "\n".join(
     f"{name:{width}}  {value * 1e3:9.2f} ms  {value / seconds[base]:6.2f}" for name, value in seconds.items()
   )
+
+
+def row(cells: Sequence[str]) -> str:
+  """Lay cells out as a row of a Markdown table."""
+  return f"| {' | '.join(cells)} |"

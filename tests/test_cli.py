@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxguide import cli, data
+from jaxguide import cli, data, generate, schedules, solvers
 from jaxguide.generate import unfinished
 from jaxguide.training import ModelConfig
 from jaxguide.training import model as models
@@ -19,7 +19,8 @@ def folders(tmp_path_factory):
   """A denoiser and a classifier that know nothing, which is enough to sample."""
   folder = tmp_path_factory.mktemp("models")
   for name, network, extra in (
-    ("denoiser", "unet", {}),
+    ("denoiser", "unet", {"num_head_channels": 8}),
+    ("weak", "unet", {"num_res_blocks": 2}),
     ("classifier", "classifier", {"num_head_channels": 8}),
     ("larger", "classifier", {"pool": "adaptive"}),
   ):
@@ -78,7 +79,9 @@ def test_sample_draws_every_sample(run, tmp_path, labels, num, rows, columns):
   from PIL import Image
 
   asked = [part for label in labels for part in ("--label", label)]
-  status, _, _ = run("sample", "--out", tmp_path / "s.png", *asked, "--num", num, "--steps", 2, "--eta", 1)
+  status, _, _ = run(
+    "sample", "--out", tmp_path / "s.png", *asked, "--num", num, "--steps", 2, "--solver", "ddim:eta=1"
+  )
   assert status == 0
   picture = Image.open(tmp_path / "s.png")
   assert picture.format == "PNG"
@@ -100,26 +103,51 @@ def test_sample_draws_every_sample(run, tmp_path, labels, num, rows, columns):
     (["--batch-size", 0], "batch_size must be a whole number of at least 1"),
     (["--seed", -1], "seed must be a whole number of at least 0"),
     (["--solver", "dim"], "unknown solver 'dim': did you mean 'ddim'?"),
-    (["--solver", "heun", "--eta", 1], "'heun' has no option 'eta'"),
-    (["--eta", 2], "eta must be between 0 and 1, got 2.0"),
+    (["--solver", "heun:eta=1"], "'heun' has no option 'eta'; it has none"),
+    (["--solver", "ddim:eta=2"], "eta must be between 0 and 1, got 2.0"),
+    (["--solver", "ddim:eta"], "'ddim:eta' must be written NAME:option=value,option=value; 'eta' is not option=value"),
+    (["--solver", "ddim:eta=1,eta=0"], "gives eta twice"),
+    (["--solver", "ddim:eta=much"], "eta of 'ddim' must be a number, got 'much'"),
+    (["--solver", "unipc:predictor=2.5"], "predictor of 'unipc' must be a whole number, got '2.5'"),
+    (["--solver", "unipc:predictor=4"], "predictor must be 1, 2 or 3, got 4"),
+    (["--solver", "ddpm:scale=2"], "'ddpm' has no option 'scale'; it has variance, gradient_at"),
     (["--guidance", "none", "--scale", 2], "guidance 'none' takes no scale"),
     (["--guidance", "cfg", "--classifier", "somewhere"], "guidance 'cfg' takes no classifier"),
     (["--classifier", "somewhere"], "there is no model in"),
-    (["--variance", "small"], "'ddim' has no option 'variance'"),
-    (["--solver", "ddpm", "--variance", "big"], "unknown variance 'big'"),
-    (["--solver", "ddpm", "--gradient-at", "mean"], "gradient_at is for solver 'ddpm' with guidance 'classifier'"),
+    (["--solver", "ddim:variance=small"], "'ddim' has no option 'variance'; it has eta"),
+    (["--solver", "ddpm:variance=big"], "unknown variance 'big'"),
+    (["--solver", "ddpm:gradient_at=mean"], "gradient_at is for solver 'ddpm' with guidance 'classifier'"),
     (["--label", 4294967299], "label 4294967299 is not one of the 10 classes"),
     (["--steps", "²"], "grid 'karras' takes a number of steps, got '²'"),
-    (["--solver", "ddpm", "--variance", "learned_range"], "has learned no variance: choose small or large"),
+    (["--solver", "ddpm:variance=learned_range"], "has learned no variance: choose small or large"),
     (["--grid", "iddpm"], "unknown grid 'iddpm'"),
-    (["--churn", 10], "churn is for solver 'edm-stochastic', not 'ddim'"),
-    (["--churn", -1, "--solver", "edm-stochastic"], "churn must be at least 0"),
+    (["--solver", "ddim:churn=10"], "'ddim' has no option 'churn'"),
+    (["--solver", "edm-stochastic:churn=-1"], "churn must be at least 0"),
     (["--steps", "ddim25"], "grid 'karras' takes a number of steps, got 'ddim25'"),
     (["--grid", "respaced"], "grid 'respaced' is for models of a discrete process"),
     (["--guidance", "cgf"], "unknown guidance 'cgf': did you mean 'cfg'?"),
+    (["--guidance", "cfg", "--guidance", "none"], "guidance must be none alone, or one or more others; got cfg, none"),
+    (["--guidance", "cfg:scale=2", "--scale", 3], "scale is given twice, as 3 and in 'cfg:scale=2'"),
+    (["--guidance", "cfg:phi=0.5"], "'cfg' has no option 'phi'; it has scale, schedule, combine"),
+    (["--guidance", "cfg:combine=rescald"], "unknown combine rule 'rescald': did you mean 'rescaled'?"),
+    (["--guidance", "cfg:combine=rescaled,phi=2"], "phi must be between 0 and 1"),
+    (["--guidance", "cfg:schedule=sine"], "unknown schedule 'sine'"),
+    (["--guidance", "cfg:schedule=cosine,power=2"], "'cfg' has no option 'power'"),
+    (["--guidance", "cfg:sigma_lo=3,sigma_hi=2"], "sigma_lo must be below sigma_hi"),
+    (["--guidance", "classifier:combine=linear"], "'classifier' has no option 'combine'"),
+    (["--guidance", "clip", "--scale", 2], "guidance 'clip' takes no scale"),
+    (["--guidance", "autoguidance"], "'autoguidance' needs its option weak: autoguidance:weak=..."),
+    (["--guidance", "autoguidance:weak=nowhere"], "there is no model in"),
+    (["--guidance", "compose:labels=3/12,scales=1/1"], "label 12 is not one of the 10 classes"),
+    (["--guidance", "compose:labels=3/x,scales=1/1"], "must be one or more, each a whole number, with / between them"),
+    (["--guidance", "compose:labels=3,scales=1/1"], "compose needs one of its scales for each of its labels"),
+    (["--guidance", "pag:blocks=middle_block_9"], "unknown attention block 'middle_block_9'"),
+    (["--guidance", "cfg", "--guidance", "clip", "--join", "serial"], "unknown way to join 'serial'"),
+    (["--guidance", "classifier:ratio=1", "--solver", "ddpm"], "leave out ratio, or choose another solver"),
     (["--grid", "kras"], "unknown grid 'kras': did you mean 'karras'?"),
-    (["--sigma-min", 0], "sigma_min must be above 0"),
-    (["--sigma-max", 0.001], "sigma_min must be above 0 and below sigma_max"),
+    (["--grid", "karras:rho=0"], "rho must be at least 1"),
+    (["--grid", "karras:sigma_min=0"], "sigma_min must be above 0"),
+    (["--grid", "karras:sigma_max=0.001"], "sigma_min must be above 0 and below sigma_max"),
     (["--scale", "much"], "'--scale'"),
     (["--scael", 2], "--scael"),
   ],
@@ -170,11 +198,86 @@ def test_demo_refuses_an_output_before_any_work(run, tmp_path):
   assert errors.count("\n") == 1
 
 
-def test_help_says_what_scale_means(run):
+def test_help_says_what_there_is(run):
   status, printed, _ = run("--help")
   assert status == 0
   assert "demo" in printed
   assert "sample" in printed
+  status, printed, _ = run("sample", "--help")
+  assert status == 0
+  words = " ".join(printed.split())
+  assert "Power in p(x) p(y|x)^scale" in " ".join(words.replace("│", " ").split())
+  named = [name for rows in generate.overview().values() for name, _, _ in rows if name]
+  assert {"cfg", "unipc", "karras", "rescaled", "cfg++"} <= set(named)
+  for name in named:
+    assert f" {name} " in words
+
+
+# What `--guidance` can say of these networks, which know nothing; each has to change what comes out.
+ASKED = [
+  "cfg:scale=3",
+  "cfg:scale=3,combine=rescaled,phi=0.9",
+  "cfg:scale=3,combine=projected,norm_threshold=0.5,momentum=-0.5",
+  "cfg:scale=3,combine=zero-star",
+  "cfg:scale=3,combine=tangential",
+  "cfg:scale=3,combine=frequency-decoupled,ratios=1/0.2",
+  "cfg:scale=3,schedule=linear,floor=1.5",
+  "cfg:scale=3,schedule=cosine",
+  "cfg:scale=3,schedule=powered-cosine,power=0.5",
+  "cfg:scale=0.6,schedule=cfg++",
+  "cfg:scale=3,sigma_lo=0.5,sigma_hi=20",
+  "cfg:ratio=0.3",
+  "classifier:scale=30",
+  "autoguidance:scale=3,weak={weak}",
+  "pag:scale=8",
+  "seg:scale=8,width=1",
+  "slg:scale=8,blocks=middle_block_0/middle_block_1",
+  "compose:scale=2,labels=3/4,scales=1/-1",
+  "reconstruction:scale=30",
+  "backward:scale=30,steps=2",
+  "clip:bound=0.2",
+  "dynamic-threshold:quantile=0.5,bound=0.1",
+]
+
+
+@pytest.fixture(scope="module")
+def unguided():
+  return []
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_every_guidance_by_name(run, folders, tmp_path, unguided, asked):
+  def drawn(guidance):
+    args = "--label", 3, "--num", 2, "--steps", 3, "--no-clip", "--guidance", guidance
+    status, _, errors = run("sample", "--out", tmp_path / "s.npz", *args)
+    assert (status, errors) == (0, "")
+    return data.load_npz(tmp_path / "s.npz")[0]
+
+  if not unguided:
+    unguided.append(drawn("none"))
+  assert (drawn(asked.format(weak=folders / "weak")) != unguided[0]).any()
+
+
+def test_guidances_are_joined(run, tmp_path):
+  def drawn(name, *args):
+    guidance = ("--guidance", "cfg:scale=6", "--guidance", "classifier:scale=40")
+    run("sample", "--out", tmp_path / name, "--num", 3, "--steps", 3, *guidance, *args)
+    return data.load_npz(tmp_path / name)[0]
+
+  assert (drawn("chain.npz") != drawn("parallel.npz", "--join", "parallel")).any()
+  np.testing.assert_array_equal(drawn("chain.npz"), drawn("again.npz", "--join", "chain"))
+
+
+@pytest.mark.parametrize("solver", [*solvers.SOLVERS, "dpmpp-2m-sde:eta=0.5,solver_type=heun", "unipc:predictor=3"])
+def test_every_solver_by_name(run, tmp_path, solver):
+  status, _, errors = run("sample", "--out", tmp_path / "s.npz", "--num", 2, "--steps", 3, "--solver", solver)
+  assert (status, errors) == (0, "")
+
+
+@pytest.mark.parametrize("grid", [*schedules.GRIDS, "karras:rho=3,sigma_min=0.05,sigma_max=20"])
+def test_every_grid_by_name(run, tmp_path, grid):
+  status, _, errors = run("sample", "--out", tmp_path / "s.npz", "--num", 2, "--steps", 3, "--grid", grid)
+  assert (status, errors) == (0, "")
 
 
 # --- a run that is cut off ------------------------------------------------------------------------
@@ -328,11 +431,11 @@ def sample_published(published, monkeypatch, capsys, tmp_path):
   "args",
   [
     ["--guidance", "classifier", "--solver", "ddpm", "--steps", "6"],
-    ["--guidance", "classifier", "--solver", "ddpm", "--steps", "3,3", "--gradient-at", "mean", "--variance", "large"],
+    ["--guidance", "classifier", "--steps", "3,3", "--solver", "ddpm:gradient_at=mean,variance=large"],
     ["--guidance", "classifier", "--solver", "ddim", "--steps", "ddim5"],
     ["--guidance", "classifier", "--solver", "dpmpp-2m", "--steps", "4", "--grid", "karras"],
     ["--solver", "ddpm", "--steps", "4", "--no-clip"],
-    ["--solver", "edm-stochastic", "--steps", "4", "--churn", "2"],
+    ["--solver", "edm-stochastic:churn=2", "--steps", "4"],
   ],
   ids=" ".join,
 )
@@ -357,7 +460,7 @@ def test_published_models(sample_published, name, args):
     ("unconditional", ["--label", 3], "the model has no classes"),
     ("unconditional", ["--steps", "ddim600"], "no whole stride through 1000 steps visits 600"),
     ("unconditional", ["--steps", 1001], "steps must be at most the 1000 of the table"),
-    ("unconditional", ["--sigma-max", 80], "grid 'respaced' takes its levels from the model"),
+    ("unconditional", ["--grid", "respaced:sigma_max=80"], "'respaced' has no option 'sigma_max'; it has spacing"),
     ("unconditional", ["--scale", 2], "guidance 'none' takes no scale"),
   ],
 )

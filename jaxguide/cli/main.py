@@ -2,11 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from jaxguide.cli import interop
+from jaxguide.schedules import GRIDS
 from jaxguide.solvers import SOLVERS
 
 app = typer.Typer(
@@ -56,7 +58,20 @@ def demo(
   print(f"The report is {result.report}: open it in a browser.")
 
 
-@app.command()
+class SampleCommand(typer.core.TyperCommand):
+  """A command whose help lists what has a name."""
+
+  def format_help(self, ctx: Any, formatter: Any) -> None:
+    """Write the options, and then all names with what they do and their own options."""
+    from jaxguide import generate  # It takes a while.
+
+    super().format_help(ctx, formatter)
+    for title, rows in generate.overview().items():
+      with formatter.section(title):
+        formatter.write_dl([(name, f"{does} [{options}]" if options else does) for name, does, options in rows])
+
+
+@app.command(cls=SampleCommand)
 def sample(
   out: Annotated[Path, typer.Option(help="File to write: .npz (arr_0 uint8 NHWC, arr_1 labels) or .png (a grid).")],
   model: Annotated[Path, typer.Option(help="Folder of the denoiser.")] = DEMO / "denoiser",
@@ -72,9 +87,13 @@ def sample(
   ] = None,
   num: Annotated[int, typer.Option(help="Number of samples.")] = 16,
   guidance: Annotated[
-    str | None,
-    typer.Option(help="cfg, classifier or none. [default: classifier with --classifier, else cfg where the model can]"),
+    list[str] | None,
+    typer.Option(
+      help="NAME or NAME:option=value,option=value, listed below, or none; repeat for several, innermost first. "
+      "[default: classifier with --classifier, else cfg where the model can]"
+    ),
   ] = None,
+  join: Annotated[str, typer.Option(help="How several guidances are put together: chain or parallel.")] = "chain",
   scale: Annotated[
     float | None,
     typer.Option(
@@ -86,30 +105,20 @@ def sample(
   solver: Annotated[
     str,
     typer.Option(
-      help=f"{', '.join(SOLVERS)}. With ddpm a classifier shifts the mean (Dhariwal & Nichol's Algorithm 1), "
-      "with the others it bends the score (their Algorithm 2)."
+      help=f"NAME or NAME:option=value: {', '.join(SOLVERS)}. With ddpm a classifier shifts the mean (Dhariwal & "
+      "Nichol's Algorithm 1), with the others it bends the score (their Algorithm 2)."
     ),
   ] = "ddim",
   steps: Annotated[
     str, typer.Option(help="Steps of the solver; for the grid respaced also ddim25 or 10,10,10.")
   ] = "50",
-  eta: Annotated[float | None, typer.Option(help="Randomness of ddim: 0 none, 1 as ddpm.")] = None,
-  variance: Annotated[
-    str | None, typer.Option(help="Of ddpm: small, large or learned_range. [default: the model's]")
-  ] = None,
-  churn: Annotated[
-    float | None, typer.Option(help="S_churn of edm-stochastic: noise that all its steps add. [default: 0, Heun]")
-  ] = None,
-  gradient_at: Annotated[
-    str | None,
-    typer.Option(help="Where ddpm takes the classifier's gradient: x, as released, or mean, as in the paper."),
-  ] = None,
   grid: Annotated[
     str | None,
-    typer.Option(help="Noise levels: respaced (of a discrete process), karras or log-snr. [default: by the model]"),
+    typer.Option(
+      help=f"Noise levels, NAME or NAME:option=value: respaced (of a discrete process), {', '.join(GRIDS)}. "
+      "[default: by the model]"
+    ),
   ] = None,
-  sigma_min: Annotated[float | None, typer.Option(help="Last noise level above 0. [default: 0.01]")] = None,
-  sigma_max: Annotated[float | None, typer.Option(help="First noise level. [default: 80]")] = None,
   dtype: Annotated[str, typer.Option(help="What the networks compute in: float32 or bfloat16.")] = "float32",
   clip: Annotated[bool, typer.Option(help="Keep x0 in [-1, 1].")] = True,
   seed: Annotated[int, typer.Option(help="Seed: sample i depends on seed, i and its label alone.")] = 0,
@@ -129,16 +138,11 @@ def sample(
     labels=label,
     num=num,
     guidance=guidance,
+    join=join,
     scale=scale,
     solver=solver,
     steps=steps,
-    eta=eta,
-    variance=variance,
-    churn=churn,
-    gradient_at=gradient_at,
     grid=grid,
-    sigma_min=sigma_min,
-    sigma_max=sigma_max,
     dtype=dtype,
     clip=clip,
     seed=seed,

@@ -7,45 +7,45 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxguide import checks, data, schedules, solvers, training
+from jaxguide import checks, data, schedules, training
 from jaxguide import guidance as guide
 from jaxguide.files import PathLike
+from jaxguide.generate import methods
+from jaxguide.generate.specs import parse
 from jaxguide.training import Model
-from jaxguide.typing import Array, Denoiser, Solver
+from jaxguide.typing import Array, Denoiser, Guidance, Solver
 
-GUIDANCES = ("cfg", "classifier", "none")
-GRIDS = ("respaced", *schedules.GRIDS)
 DTYPES = ("float32", "bfloat16")
+JOINS = ("chain", "parallel")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
   """All that samples depend on.
 
+  What has a name may have options: ``NAME:option=value,option=value``. `jaxguide.generate.overview` tells them all.
+
   Args:
     model: folder of a denoiser.
-    classifier: folder of a classifier; for ``classifier`` guidance, the one beside the model if left out.
+    classifier: folder of a classifier; for guidance that asks one, the one beside the model if left out.
     base_samples: an ``.npz`` of low-resolution samples, for a model of super-resolution, which are taken in turn; their
       labels, where the model has classes, are those of the file.
     labels: classes to take in turn; all of them if left out.
     num: number of samples.
-    guidance: ``cfg``, ``classifier`` (of the unconditional network, where the model can be one) or ``none``. If left
-      out, ``classifier`` where there is one, else ``cfg`` where the model knows a null class, else ``none``. A model of
-      super-resolution takes ``none`` alone.
-    scale: the power in ``p(x) p(y|x)^scale``; if left out, what is recommended for the classifier, or 2.
-    solver: a name from `jaxguide.solvers`. With ``ddpm`` a classifier shifts the mean (Dhariwal & Nichol's Algorithm
-      1), with any other it bends the score (their Algorithm 2).
+    guidance: names with options, the first innermost; or ``none`` alone. A guidance that begins with a classifier is of
+      the unconditional network, where the model can be one. If left out, ``classifier`` where there is one, else
+      ``cfg`` where the model knows a null class, else ``none``. A model of super-resolution takes ``none`` alone.
+    join: how several guidances are put together, ``chain`` or ``parallel``; see `jaxguide.chain`, `jaxguide.parallel`.
+    scale: of the first guidance that takes one, if its options have none: the power in ``p(x) p(y|x)^scale``. If left
+      out, what is recommended for the classifier, or what is usual for the guidance.
+    solver: a name from `jaxguide.solvers`, with options. With ``ddpm`` a classifier shifts the mean (Dhariwal &
+      Nichol's Algorithm 1), with any other it bends the score (their Algorithm 2).
     steps: steps of the solver; with the grid ``respaced`` also a text, as `jaxguide.schedules.spaced_timesteps` has it.
-    eta: randomness of ``ddim``, in [0, 1].
-    variance: of ``ddpm``, ``small``, ``large`` or ``learned_range``; the model's own if left out.
-    churn: ``S_churn`` of ``edm-stochastic``, at least 0.
-    gradient_at: where ``ddpm`` takes the classifier's gradient, ``x`` or ``mean``; see `jaxguide.DDPM`.
-    grid: ``respaced`` (steps of the model's own discrete process) or a name from `jaxguide.schedules`; if left out,
-      ``respaced`` where the model has one, else ``karras``.
-    sigma_min: the last noise level above 0, for the other grids.
-    sigma_max: their first.
+    grid: ``respaced`` (steps of the model's own discrete process) or a name from `jaxguide.schedules`, with options; if
+      left out, ``respaced`` where the model has one, else ``karras``.
     dtype: what the networks compute in, ``float32`` or ``bfloat16``.
-    clip: whether x0 is kept in [-1, 1]: what ``cfg`` made of it, or before a ``classifier`` changes it.
+    clip: whether x0 is kept in [-1, 1]: what guidance made of it, or before a ``classifier`` changes it. Where
+      ``guidance`` says itself where it is clipped, nothing else is.
     seed: sample ``i`` depends on the seed, ``i`` and its label alone.
     batch_size: samples at a time.
   """
@@ -55,17 +55,12 @@ class Settings:
   base_samples: str | None = None
   labels: Sequence[int] | None = None
   num: int = 16
-  guidance: str | None = None
+  guidance: Sequence[str] | None = None
+  join: str = "chain"
   scale: float | int | None = None
   solver: str = "ddim"
   steps: int | str = 50
-  eta: float | int | None = None
-  variance: str | None = None
-  churn: float | int | None = None
-  gradient_at: str | None = None
   grid: str | None = None
-  sigma_min: float | int | None = None
-  sigma_max: float | int | None = None
   dtype: str = "float32"
   clip: bool = True
   seed: int = 0
@@ -83,10 +78,15 @@ class Settings:
       object.__setattr__(self, "labels", tuple(labels.tolist()))
     if self.scale is not None:
       checks.finite("scale", self.scale)
-    for kind, value, known in (("guidance", self.guidance, GUIDANCES), ("grid", self.grid, GRIDS)):
-      if value is not None:
-        checks.lookup(kind, value, dict.fromkeys(known))
-    checks.lookup("solver", self.solver, solvers.SOLVERS)
+    if self.guidance is not None:
+      names = [parse(text).name for text in self.guidance]
+      for name in names:
+        checks.lookup("guidance", name, {**methods.METHODS, "none": None})
+      if not names or ("none" in names and len(names) > 1):
+        raise ValueError(f"guidance must be none alone, or one or more others; got {', '.join(names) or 'nothing'}")
+      object.__setattr__(self, "guidance", tuple(self.guidance))
+    methods.solver(self.solver, 1)
+    checks.lookup("way to join", self.join, dict.fromkeys(JOINS))
     checks.lookup("dtype", self.dtype, dict.fromkeys(DTYPES))
 
 
@@ -121,49 +121,55 @@ def plan(settings: Settings) -> Plan:
     ValueError: for a setting that does not suit the model, the guidance or the solver.
     FileNotFoundError: if there is no model.
   """
-  options = _solver_options(settings)
-  # Before the networks are read, which takes a while.
-  solvers.solver(settings.solver, **options)
   model = _load(settings.model, settings)
-  sigmas = _sigmas(settings, model)
-  if settings.churn is not None:
-    options = {"gamma": solvers.EDMStochastic.from_churn(settings.churn, len(sigmas) - 1).gamma}
-  name = _guidance(settings, model)
-  for option, value, of in (
-    ("scale", settings.scale, ("cfg", "classifier")),
-    ("classifier", settings.classifier, ("classifier",)),
+  texts = _guidances(settings, model)
+  names = [parse(text).name for text in texts]
+  chosen = [methods.METHODS[name] for name in names]
+  classifier = _classifier(settings, model) if any(method.gradient for method in chosen) else None
+  for option, value, taken in (
+    ("scale", settings.scale, any(method.scale is not None for method in chosen)),
+    ("classifier", settings.classifier, classifier is not None),
   ):
-    if value is not None and name not in of:
-      raise ValueError(f"guidance {name!r} takes no {option}: leave it out, or choose another guidance")
-  shifts = name == "classifier" and settings.solver == "ddpm"
-  if settings.gradient_at is not None and not shifts:
-    raise ValueError("gradient_at is for solver 'ddpm' with guidance 'classifier', where it shifts the mean")
-  classifier = _classifier(settings, model) if name == "classifier" else None
-  scale = settings.scale
-  if scale is None:
-    scale = 2.0 if classifier is None or classifier.config.scale is None else classifier.config.scale
+    if value is not None and not taken:
+      none = ", ".join(names) or "none"
+      raise ValueError(f"guidance {none!r} takes no {option}: leave it out, or choose another guidance")
+  table = model.config.noise_schedule
+  grid = settings.grid or ("respaced" if isinstance(table, schedules.Table) else "karras")
+  sigmas = methods.grid(grid, settings.steps, table)
+  others: list[Model] = []
 
-  clip = [guide.clip_x0()] if settings.clip else []
-  guidances = list(clip)
-  if name == "cfg":
-    guidances = [guide.classifier_free(model.null_cond, scale), *clip]
-  elif classifier is not None:
-    if model.null_cond is not None or model.config.num_classes is None:
-      guidances = [guide.unconditional(model.null_cond), *clip]
-    if shifts:
-      options |= {"log_prob": classifier.log_prob, "scale": scale}
-    else:
-      guidances += [guide.classifier(classifier.log_prob, scale)]
-  elif model.config.num_classes is None and model.config.low_res_shape is None:
-    guidances = [guide.unconditional(None), *clip]
-  if settings.variance == "learned_range" and model.config.variance != "learned_range":
-    raise ValueError(f"the model in {settings.model} has learned no variance: choose small or large")
-  if settings.solver == "ddpm":
-    options.setdefault("variance", model.config.variance)
+  def load_other(folder: str) -> Model:
+    others.append(_load(folder, settings))
+    return others[-1]
+
+  is_ddpm = parse(settings.solver).name == "ddpm"
+  shifts = is_ddpm and "classifier" in names
+  options = _ddpm(settings, model, shifts) if is_ddpm else {}
+  solver = methods.solver(settings.solver, len(sigmas) - 1, **options)
+  networks = methods.Networks(model, classifier, load_other, sigmas, getattr(solver, "eta", 0.0))
+  made = _made(settings, texts, networks)
+  if shifts:
+    # It goes with the solver and not into the denoiser.
+    at = names.index("classifier")
+    narrowed = {"sigma_lo", "sigma_hi", "ratio"} & set(parse(texts[at]).options)
+    if narrowed:
+      raise ValueError(
+        f"solver 'ddpm' shifts its mean by all of the classifier's gradient, at every level: leave out "
+        f"{', '.join(sorted(narrowed))}, or choose another solver"
+      )
+    shift: Any = made.pop(at)
+    names.pop(at)
+    solver = methods.solver(
+      settings.solver, len(sigmas) - 1, **options, **dict(zip(("log_prob", "scale"), shift.parameters, strict=True))
+    )
+  guidances = _clipped(settings, names, made)
+  bare = model.config.num_classes is None and model.config.low_res_shape is None
+  if bare or (chosen and chosen[0].gradient and model.null_cond is not None):
+    guidances = [guide.unconditional(model.null_cond), *guidances]
   cond, labels = _cond(settings, model, classifier)
   return Plan(
     denoiser=guide.chain(*guidances)(model.denoiser),
-    solver=solvers.solver(settings.solver, **options),
+    solver=solver,
     sigmas=sigmas,
     cond=cond,
     labels=labels,
@@ -171,39 +177,68 @@ def plan(settings: Settings) -> Plan:
     record={
       "network": dataclasses.asdict(model.config),
       "classifier_network": None if classifier is None else dataclasses.asdict(classifier.config),
+      "other_networks": [dataclasses.asdict(other.config) for other in others],
     },
-    data=(model.params, None if classifier is None else classifier.params, cond),
+    data=(model.params, None if classifier is None else classifier.params, [other.params for other in others], cond),
   )
+
+
+def _guidances(settings: Settings, model: Model) -> Sequence[str]:
+  """The guidances that are asked for, or those that suit the networks."""
+  given = settings.guidance
+  if model.config.low_res_shape is not None:
+    if given not in (None, ("none",)):
+      raise ValueError(f"a model of super-resolution is sampled with guidance 'none', not {', '.join(given)!r}")
+    return ()
+  if given is not None:
+    return () if given == ("none",) else given
+  if settings.classifier is not None:
+    return ("classifier",)
+  return () if model.null_cond is None else ("cfg",)
+
+
+def _made(settings: Settings, texts: Sequence[str], networks: methods.Networks) -> list[Guidance]:
+  """Make every guidance; the first that takes a scale has that of the settings."""
+  scale, made = settings.scale, []
+  for text in texts:
+    spec = parse(text)
+    takes = methods.METHODS[spec.name].scale is not None
+    if takes and scale is not None and "scale" in spec.options:
+      raise ValueError(f"scale is given twice, as {scale:g} and in {text!r}: leave out one")
+    recommended = None
+    if spec.name == "classifier" and networks.classifier is not None:
+      recommended = networks.classifier.config.scale
+    made.append(methods.build(text, networks, recommended if scale is None or not takes else scale))
+    scale = None if takes else scale
+  return made
+
+
+def _clipped(settings: Settings, names: Sequence[str], made: Sequence[Guidance]) -> Sequence[Guidance]:
+  """Put the guidances together, and keep x0 in [-1, 1], unless they do so themselves."""
+  at = len(made)
+  if settings.join == "parallel":
+    made, at = [guide.parallel(*made)], 1
+  elif "classifier" in names:
+    # As OpenAI's code: what the network says is clipped, and what the classifier does to it is not.
+    at = names.index("classifier")
+  clips = settings.clip and not {"clip", "dynamic-threshold"} & set(names)
+  return [*made[:at], *([guide.clip_x0()] if clips else []), *made[at:]]
+
+
+def _ddpm(settings: Settings, model: Model, shifts: bool) -> dict[str, Any]:
+  """What the model has to say of ancestral sampling."""
+  given = parse(settings.solver).options
+  if "gradient_at" in given and not shifts:
+    raise ValueError("gradient_at is for solver 'ddpm' with guidance 'classifier', which shifts its mean")
+  if given.get("variance") == "learned_range" and model.config.variance != "learned_range":
+    raise ValueError(f"the model in {settings.model} has learned no variance: choose small or large")
+  return {"variance": model.config.variance}
 
 
 def _load(folder: PathLike, settings: Settings) -> Model:
   model = training.load(folder)
   fields = {**model.config.fields, "dtype": settings.dtype}
   return dataclasses.replace(model, config=dataclasses.replace(model.config, fields=fields))
-
-
-def _solver_options(settings: Settings) -> dict[str, Any]:
-  given = {name: getattr(settings, name) for name in ("eta", "variance", "gradient_at")}
-  if settings.churn is not None:
-    if settings.solver != "edm-stochastic":
-      raise ValueError(f"churn is for solver 'edm-stochastic', not {settings.solver!r}")
-    checks.in_range("churn", settings.churn, 0)
-  return {name: value for name, value in given.items() if value is not None}
-
-
-def _guidance(settings: Settings, model: Model) -> str:
-  given = settings.guidance
-  if model.config.low_res_shape is not None:
-    if given not in (None, "none"):
-      raise ValueError(f"a model of super-resolution is sampled with guidance 'none', not {given!r}")
-    return "none"
-  if given == "cfg" and model.null_cond is None:
-    raise ValueError("the model knows no null class, which cfg needs: choose guidance 'classifier' or 'none'")
-  if given is not None:
-    return given
-  if settings.classifier is not None:
-    return "classifier"
-  return "none" if model.null_cond is None else "cfg"
 
 
 def _classifier(settings: Settings, model: Model) -> Model:
@@ -216,23 +251,6 @@ def _classifier(settings: Settings, model: Model) -> Model:
     if ours is not None and ours != theirs:
       raise ValueError(f"the classifier in {folder} has {name} {theirs}, but the model has {ours}")
   return classifier
-
-
-def _sigmas(settings: Settings, model: Model) -> Array:
-  table = model.config.noise_schedule
-  grid = settings.grid or ("respaced" if isinstance(table, schedules.Table) else "karras")
-  ends = settings.sigma_min, settings.sigma_max
-  if grid == "respaced":
-    if not isinstance(table, schedules.Table):
-      raise ValueError(f"grid 'respaced' is for models of a discrete process; choose from {', '.join(schedules.GRIDS)}")
-    if ends != (None, None):
-      raise ValueError("grid 'respaced' takes its levels from the model: leave out sigma_min and sigma_max")
-    steps = settings.steps
-    return schedules.respaced(table, int(steps) if str(steps).isdecimal() else steps)
-  low, high = (default if end is None else end for end, default in zip(ends, (0.01, 80.0), strict=True))
-  if not str(settings.steps).isdecimal():
-    raise ValueError(f"grid {grid!r} takes a number of steps, got {settings.steps!r}")
-  return schedules.GRIDS[grid](int(settings.steps), low, high)
 
 
 def _cond(settings: Settings, model: Model, classifier: Model | None) -> tuple[Any, np.ndarray | None]:

@@ -1,0 +1,117 @@
+"""Every solver and every guidance method on the demo's digits, at 10 and 20 evaluations a sample: accuracy, distance.
+
+An evaluation is one of the guided denoiser, however many passes of the network that takes; the same noise and labels
+serve every row. The networks are those of `jaxguide demo` in runs/demo, which are trained first if they are not there,
+and a weak one for autoguidance, trained for an eighth of the steps.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import jaxguide as jg
+from benchmarks import timing
+from jaxguide import data, demo, evaluation, scales, training
+from jaxguide.generate import methods
+from jaxguide.training import digits
+from jaxguide.typing import Guidance, Solver
+
+FOLDER = Path("runs/demo")
+NUM, EVALUATIONS, MODERATE, LARGE = 1000, (10, 20), 2.0, 8.0
+SIGMAS = {"sigma_min": demo.SIGMA_MIN, "sigma_max": demo.SIGMA_MAX}
+
+
+def solver_of(name: str, steps: int) -> Solver:
+  """Make a solver with what its paper has for options."""
+  return methods.solver("edm-stochastic:churn=2,s_noise=1.003" if name == "edm-stochastic" else name, steps)
+
+
+def guidances(models: Mapping[str, training.Model], grid: jax.Array) -> dict[str, Guidance]:
+  """Give what is compared, at a moderate scale and at a large one."""
+  denoiser, weak, log_prob = models["denoiser"].denoiser, models["weak"].denoiser, models["classifier"].log_prob
+  schedule, null = models["denoiser"].config.noise_schedule, models["denoiser"].null_cond
+  assert null is not None
+  cfg = lambda scale, rule=jg.linear: jg.classifier_free(null, scale, rule)  # noqa: E731
+  clean = methods.Networks(models["denoiser"], models["classifier"], training.load, grid).clean(0.05)
+  perturbed = lambda kind: jg.autoguidance(jg.perturbed(denoiser, jg.Perturbation(kind)), MODERATE)  # noqa: E731
+  bare = jg.unconditional(null)
+  table: dict[str, Guidance] = {"none (conditional)": jg.chain(), "none (unconditional)": bare}
+  for scale in (MODERATE, LARGE):
+    of = f"cfg {scale:g}"
+    table |= {
+      of: cfg(scale),
+      f"{of}, clip": jg.chain(cfg(scale), jg.clip_x0()),
+      f"{of}, dynamic threshold 0.9": jg.chain(cfg(scale), jg.dynamic_threshold(0.9)),
+      f"{of}, rescaled 0.7": cfg(scale, jg.rescaled(0.7)),
+      f"{of}, APG": cfg(scale, jg.projected(0.0, 2.5, -0.5)),
+      f"{of}, zero star": cfg(scale, jg.zero_star()),
+      f"{of}, tangential": cfg(scale, jg.tangential),
+      f"{of}, frequencies 1, 0.5": cfg(scale, jg.frequency_decoupled(1.0, 0.5)),
+      f"{of}, interval 0.3 to 3": jg.interval(cfg(scale), 0.3, 3.0),
+      f"{of}, cosine": cfg(scales.cosine(scale, schedule)),
+      f"{of}, powered cosine 4": cfg(scales.powered_cosine(scale, schedule, 4.0)),
+      f"classifier {scale:g}": jg.chain(bare, jg.classifier(log_prob, scale)),
+    }
+  return table | {
+    "CFG++ 0.5 (with ddim)": cfg(scales.cfg_pp(0.5, grid)),
+    "CFG++ 1 (with ddim)": cfg(scales.cfg_pp(1.0, grid)),
+    f"autoguidance {MODERATE:g}": jg.autoguidance(weak, MODERATE),
+    f"PAG {MODERATE:g}": perturbed("identity"),
+    f"SEG {MODERATE:g}": perturbed("smooth"),
+    f"SLG {MODERATE:g}": perturbed("skip"),
+    f"cfg {MODERATE:g} beside autoguidance {MODERATE:g}": jg.parallel(cfg(MODERATE), jg.autoguidance(weak, MODERATE)),
+    f"cfg {MODERATE:g}, then classifier 1": jg.chain(cfg(MODERATE), jg.classifier(log_prob, 1.0)),
+    "classifier, length 0.3": jg.chain(bare, jg.normalized(jg.classifier(log_prob, 1.0), 0.3)),
+    "reconstruction 1": jg.chain(bare, jg.reconstruction(clean, 1.0)),
+    "reconstruction, length 0.3": jg.chain(bare, jg.normalized(jg.reconstruction(clean, 1.0), 0.3)),
+  }
+
+
+def main() -> None:
+  """Print the tables."""
+  denoiser, classifier = demo.train(FOLDER)
+  train, test = data.load("digits", "train"), data.load("digits", "test")
+  weak = training.fit(
+    digits.DENOISER,
+    dataclasses.replace(digits.DENOISER_TRAINING, steps=digits.DENOISER_TRAINING.steps // 8),
+    train,
+    FOLDER / "weak",
+  )
+  models = {"denoiser": denoiser, "classifier": classifier, "weak": weak}
+  judge = evaluation.Judge.fit(train.images, train.labels)
+  labels = np.arange(NUM, dtype=np.int32) % train.num_classes
+
+  def cells(guidance: Guidance, solver: str, evaluations: int) -> list[str]:
+    each = solver_of(solver, 1).evaluations
+    steps = evaluations // each
+    grid = jg.karras(steps, **SIGMAS)
+    images = data.to_uint8(
+      jg.sample_batch(
+        guidance(denoiser.denoiser), jax.random.key(0), labels, shape=digits.SHAPE, sigmas=grid,
+        solver=solver_of(solver, steps), batch_size=NUM // 2,
+      )
+    )  # fmt: skip
+    made = evaluation.measure(images, labels, judge, train.images)
+    return [f"{made.accuracy:.3f}", f"{made.frechet_distance:.3f}", f"{made.diversity:.2f}"]
+
+  real = evaluation.measure(test.images, test.labels, judge, train.images)
+  print(f"real test digits: accuracy {real.accuracy:.3f}, distance {real.frechet_distance:.3f}, "
+        f"diversity {real.diversity:.2f}")  # fmt: skip
+  heads = [f"{what} at {count}" for count in EVALUATIONS for what in ("accuracy", "distance", "diversity")]
+
+  print(f"\nsolvers, classifier-free guidance of {MODERATE:g}")
+  print(timing.row(["solver", *heads]))
+  moderate = jg.classifier_free(denoiser.null_cond, MODERATE)
+  for name in jg.solvers.SOLVERS:
+    print(timing.row([name, *(cell for count in EVALUATIONS for cell in cells(moderate, name, count))]), flush=True)
+
+  print("\nguidance, DPM-Solver++(2M)")
+  print(timing.row(["guidance", *heads]))
+  tables = [guidances(models, jg.karras(count, **SIGMAS)) for count in EVALUATIONS]
+  for name in tables[0]:
+    solver = "ddim" if "ddim" in name else "dpmpp-2m"
+    made = [cells(table[name], solver, count) for table, count in zip(tables, EVALUATIONS, strict=True)]
+    print(timing.row([name, *made[0], *made[1]]), flush=True)
