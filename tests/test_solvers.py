@@ -99,7 +99,7 @@ def test_the_variance_of_a_gaussian_converges_at_the_order(solver, grid, given_n
       solver = solver.replace(gamma=gamma * counts[0] / n)
     sigmas = jnp.asarray(grid(n, high, low))
     path = jax.jit(jax.value_and_grad(lambda x, z: walk(solver, denoise, x, sigmas, z), (0, 1)))  # noqa: B023
-    mean, (by_start, by_noise) = path(jnp.asarray(m), jnp.zeros(n))
+    mean, (by_start, by_noise) = path(jnp.asarray(m), jnp.zeros((n, 2)))
     variance = by_start**2 * (v + high**2) + (by_noise**2).sum()
     np.testing.assert_allclose(mean, m, rtol=1e-12)
     errors.append(abs(variance - (v + low**2)))
@@ -122,7 +122,7 @@ def test_unipc_3_is_of_fourth_order(grid, float64):
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("make", [jg.EulerAncestral, jg.DPMpp2SAncestral, jg.DPMpp2MSDE, jg.DPMpp3MSDE])
+@pytest.mark.parametrize("make", [jg.EulerAncestral, jg.DPMpp2SAncestral, jg.DPMpp2SSDE, jg.DPMpp2MSDE, jg.DPMpp3MSDE])
 def test_gradients_in_the_noise_are_finite(make, eta, float64):
   def end(solver):
     return jg.sample(mixture().denoiser, jax.random.key(0), (2,), jg.karras(5), solver, 1)[0].sum()
@@ -138,6 +138,8 @@ def test_gradients_in_the_noise_are_finite(make, eta, float64):
     ("euler-ancestral", {"s_noise": -1}, "s_noise must be"),
     ("dpmpp-2s-ancestral", {"eta": -0.1}, "eta must be"),
     ("dpmpp-2m-sde", {"eta": -1}, "eta must be"),
+    ("dpmpp-2s-sde", {"eta": -1}, "eta must be"),
+    ("dpmpp-2s-sde", {"s_noise": -1}, "s_noise must be"),
     ("dpmpp-2m-sde", {"solver_type": "huen"}, "did you mean 'heun'"),
     ("dpmpp-3m-sde", {"s_noise": float("nan")}, "s_noise must be"),
     ("unipc", {"predictor": 4}, "predictor must be 1, 2 or 3"),
@@ -242,6 +244,7 @@ ENDS = [
   (jg.DDIM(1.0), jg.DDPM()),
   (jg.DDIM(0.7), jg.EulerAncestral(0.7)),
   (jg.DPMpp2SAncestral(0.0), jg.DPMpp2S()),
+  (jg.DPMpp2SSDE(0.0), jg.DPMpp2S()),
   (jg.DPMpp2MSDE(0.0), jg.DPMpp2M()),
   (jg.DPMpp3MSDE(0.0), jg.DPMpp3M()),
 ]
