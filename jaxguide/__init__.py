@@ -38,7 +38,7 @@ from jaxguide.losses import classifier_loss, denoising_loss, uncertainty_loss
 from jaxguide.mixtures import GaussianMixture, gaussian_mixture, ring
 from jaxguide.nn import Classifier, SuperResUNet, UNet
 from jaxguide.sampling import sample, sample_batch, sample_keys
-from jaxguide.schedules import from_schedule, karras, log_snr_uniform, respaced
+from jaxguide.schedules import cosine, from_schedule, karras, log_snr_uniform, respaced
 from jaxguide.solvers import (
   DDIM,
   DDPM,
@@ -94,6 +94,7 @@ __all__ = [
   "classifier_loss",
   "clip_x0",
   "combine",
+  "cosine",
   "denoisers",
   "denoising_loss",
   "from_schedule",

@@ -106,7 +106,9 @@ def sample(
   ] = None,
   grid: Annotated[
     str | None,
-    typer.Option(help="Noise levels: respaced (of a discrete process), karras or log-snr. [default: by the model]"),
+    typer.Option(
+      help="Noise levels: respaced (a discrete process), karras, log-snr or cosine. [default: by the model]"
+    ),
   ] = None,
   sigma_min: Annotated[float | None, typer.Option(help="Last noise level above 0. [default: 0.01]")] = None,
   sigma_max: Annotated[float | None, typer.Option(help="First noise level. [default: 80]")] = None,
