@@ -297,6 +297,14 @@ def test_the_exponential_grid_is_uniform_in_log_snr():
 
 
 @pytest.mark.parametrize(
+  ("name", "make"), [("exponential", jg.log_snr_uniform), ("lu", jg.log_snr_uniform), ("karras", jg.karras)]
+)
+def test_grids_between_diffusers_ends(name, make):
+  wanted = arrays()[f"diffusers/ring/dpmpp-o2-{name}/sigmas"]
+  np.testing.assert_allclose(make(20, float(wanted[-2]), float(wanted[0])), wanted, rtol=2e-7)
+
+
+@pytest.mark.parametrize(
   ("case", "spacing"),
   [("ddim-epsilon", "leading"), ("ddim-trailing", "trailing"), ("dpmpp-o2-trailing", "trailing")],
 )
@@ -306,6 +314,20 @@ def test_spacings_of_a_table(case, spacing):
   got = jg.respaced(table, len(visited), spacing)
   np.testing.assert_array_equal(got, jg.respaced(table, visited))
   np.testing.assert_allclose(got, arrays()[f"diffusers/ring/{case}/sigmas"], rtol=2e-4)
+
+
+def test_a_table_that_ends_without_signal():
+  # Lin et al., arXiv:2305.08891, Algorithm 1, but for the last beta of 1, whose level would be infinite.
+  root = np.sqrt(np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2))
+  alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+  betas = 1 - alpha_bar / np.append(1, alpha_bar[:-1])
+  assert betas[-1] == 1
+  betas[-1] = 1 - 1e-6
+  got = jg.respaced(jg.schedules.Table.from_betas(betas), 20, "trailing")
+  wanted = arrays()["diffusers/ring/ddim-zsnr-v-trailing/sigmas"]
+  assert np.isinf(wanted[0])
+  assert got[0] > 1e5
+  np.testing.assert_allclose(got[1:], wanted[1:], rtol=2e-4)
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])

@@ -1,5 +1,7 @@
 """Solvers: their order of convergence, the papers' steps written again in NumPy, and the distribution they sample."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -298,6 +300,23 @@ def test_a_step_looks_at_its_key_if_declared():
     # Two have no noise unless asked for it.
     options = {jg.DDIM: {"eta": 1.0}, jg.EDMStochastic: {"gamma": 0.1}}.get(cls, {})
     assert is_random(cls(**options)) == cls.stochastic, cls
+
+
+def test_the_readme_lists_what_solvers_declare(all_solvers):
+  readme = (Path(__file__).parents[1] / "README.md").read_text()
+  table = readme.partition("## Solvers\n")[2].partition("\n## ")[0]
+  told = {}
+  for row in table.splitlines()[3:]:
+    if row.startswith("|"):
+      name, cls, order, evaluations, noise, _ = (cell.strip(" `") for cell in row.strip("|").split("|"))
+      told[name] = cls.partition("(")[0], int(order), int(evaluations), not noise.startswith("no")
+  wanted = {}
+  for name in jg.solvers.SOLVERS:
+    solver = jg.solvers.solver(name)
+    wanted[name] = type(solver).__name__, solver.order, solver.evaluations, solver.stochastic
+  assert told == wanted
+  # And all of them go through the tests of every solver.
+  assert {type(solver) for solver in all_solvers.values()} == set(jg.solvers.SOLVERS.values())
 
 
 def test_solvers_by_name():

@@ -98,7 +98,7 @@ def cosine(steps: int, sigma_min: ArrayLike = 0.002, sigma_max: ArrayLike = 80.0
   """
   ramp = np.linspace(0, 1, _bounds(steps, sigma_min, sigma_max))
   xp = np if checks.is_concrete((sigma_min, sigma_max)) else jnp
-  angle = xp.arctan((sigma_max - sigma_min) / (1 + sigma_max * sigma_min))
+  angle = xp.arctan(sigma_max) - xp.arctan(sigma_min)
   # The tangent of an angle on the way, without the digits that its nearness to 90 degrees would cost in float32.
   high, low = (xp.sin(part * angle) / (1 + end**2) ** 0.5 for part, end in ((1 - ramp, sigma_max), (ramp, sigma_min)))
   return _end_in_zero((high * sigma_max + low * sigma_min) / (high + low))
