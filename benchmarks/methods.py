@@ -34,7 +34,7 @@ def guidances(models: Mapping[str, training.Model], grid: jax.Array) -> dict[str
   denoiser, weak, log_prob = models["denoiser"].denoiser, models["weak"].denoiser, models["classifier"].log_prob
   schedule, null = models["denoiser"].config.noise_schedule, models["denoiser"].null_cond
   assert null is not None
-  cfg = lambda scale, rule=jg.linear: jg.classifier_free(null, scale, rule)  # noqa: E731
+  cfg = lambda scale, rule=jg.combine.linear: jg.classifier_free(null, scale, rule)  # noqa: E731
   clean = methods.Networks(models["denoiser"], models["classifier"], training.load, grid).clean(0.05)
   perturbed = lambda kind: jg.autoguidance(jg.perturbed(denoiser, jg.Perturbation(kind)), MODERATE)  # noqa: E731
   bare = jg.unconditional(null)

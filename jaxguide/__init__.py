@@ -33,7 +33,7 @@ from jaxguide import (
   solvers,
   typing,
 )
-from jaxguide.combine import frequency_decoupled, linear, projected, rescaled, tangential, zero_star
+from jaxguide.combine import frequency_decoupled, projected, rescaled, tangential, zero_star
 from jaxguide.denoisers import ClassifierLogProb, NetworkDenoiser, given, perturbed
 from jaxguide.guidance import (
   autoguidance,
@@ -63,6 +63,7 @@ from jaxguide.solvers import (
   DPMpp2MSDE,
   DPMpp2S,
   DPMpp2SAncestral,
+  DPMpp2SSDE,
   DPMpp3M,
   DPMpp3MSDE,
   EDMStochastic,
@@ -85,6 +86,7 @@ __all__ = [
   "DPMpp2MSDE",
   "DPMpp2S",
   "DPMpp2SAncestral",
+  "DPMpp2SSDE",
   "DPMpp3M",
   "DPMpp3MSDE",
   "Denoiser",
@@ -123,7 +125,6 @@ __all__ = [
   "guidance",
   "interval",
   "karras",
-  "linear",
   "log_snr_uniform",
   "losses",
   "measurement",

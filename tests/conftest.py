@@ -79,6 +79,7 @@ SOLVERS = {
   "unipc_2": jg.UniPC,
   "dpmpp_2s": jg.DPMpp2S,
   "dpmpp_2s_ancestral": jg.DPMpp2SAncestral,
+  "dpmpp_2s_sde": jg.DPMpp2SSDE,
   "edm_0": jg.EDMStochastic,
   "edm_churn": lambda: jg.EDMStochastic.from_churn(4, num_steps=40, s_min=0.02, s_max=50.0),
 }
@@ -139,13 +140,18 @@ def float64():
 
 @pytest.fixture
 def given_noise(monkeypatch):
-  """Each draw of noise is the "key" itself, so that a test may choose it."""
+  """Each draw of noise is the "key" itself, so that a test may choose it.
+
+  A "key" with one axis more holds more than one draw: the step's own, and then that of each number folded in.
+  """
 
   def normal(key, shape=(), dtype=None):
-    assert key.shape == tuple(shape)
-    return key.astype(dtype)
+    draw = key[0] if key.ndim > len(shape) else key
+    assert draw.shape == tuple(shape)
+    return draw.astype(dtype)
 
   monkeypatch.setattr(jax.random, "normal", normal)
+  monkeypatch.setattr(jax.random, "fold_in", lambda key, number: key[number])
 
 
 @pytest.fixture

@@ -200,6 +200,7 @@ def test_grids_decrease_to_zero(steps):
   table = S.Table.from_betas(S.linear_betas(1000))
   assert is_grid(S.karras(steps), steps)
   assert is_grid(S.log_snr_uniform(steps), steps)
+  assert is_grid(S.cosine(steps), steps)
   assert is_grid(S.respaced(table, steps), steps)
   for name in S.SCHEDULES:
     assert is_grid(S.from_schedule(S.schedule(name), steps), steps), name
@@ -218,6 +219,15 @@ def test_log_snr_uniform_is_geometric(float64):
   np.testing.assert_allclose(S.log_snr_uniform(9, 0.02, 30.0)[:-1], np.geomspace(30.0, 0.02, 9), rtol=1e-12)
 
 
+def test_cosine_is_uniform_in_the_angle(float64):
+  wanted = np.tan(np.linspace(np.arctan(50.0), np.arctan(0.03), 14))
+  np.testing.assert_allclose(S.cosine(14, 0.03, 50.0)[:-1], wanted, rtol=1e-12)
+  # The cosine schedule without its offset, over the same ends.
+  times = np.linspace(*S.Cosine(s=0.0).time(np.array([50.0, 0.03])), 14)
+  np.testing.assert_allclose(S.Cosine(s=0.0).sigma(times), wanted, rtol=1e-12)
+  np.testing.assert_array_equal(S.cosine(1, 0.03, 50.0), [50.0, 0.0])
+
+
 def test_from_schedule_is_uniform_in_time(float64):
   wanted = [*karras_2022(np.array([1.0, 0.75, 0.5, 0.25])), 0.0]
   np.testing.assert_allclose(S.from_schedule(S.EDM(), 4), wanted, rtol=1e-12)
@@ -232,7 +242,7 @@ def test_from_schedule_down_to_a_time(float64):
 
 
 def test_grids_of_numbers_are_rounded_once():
-  for grid in (S.karras, S.log_snr_uniform):
+  for grid in S.GRIDS.values():
     with jax.enable_x64(True):
       exact = np.asarray(grid(18))
     np.testing.assert_array_equal(grid(18), exact.astype(np.float32))
@@ -322,7 +332,7 @@ TABLE = S.Table(jnp.arange(1.0, 11.0))
 
 @pytest.mark.parametrize("steps", [0, -1, 2.0, "3", None, True])
 def test_steps_must_count(steps):
-  for make in (S.karras, S.log_snr_uniform, lambda n: S.from_schedule(S.Linear(), n), S.cosine_betas):
+  for make in (*S.GRIDS.values(), lambda n: S.from_schedule(S.Linear(), n), S.cosine_betas):
     with pytest.raises((ValueError, TypeError)):  # a TypeError where types are checked at run time
       make(steps)
 
@@ -330,7 +340,7 @@ def test_steps_must_count(steps):
 @pytest.mark.parametrize(
   ("low", "high"), [(1.0, 1.0), (2.0, 1.0), (0.0, 1.0), (-1.0, 1.0), (np.nan, 1.0), (0.1, np.nan), (0.1, np.inf)]
 )
-@pytest.mark.parametrize("grid", [S.karras, S.log_snr_uniform])
+@pytest.mark.parametrize("grid", S.GRIDS.values())
 def test_bounds_must_be_finite_and_in_order(grid, low, high):
   with pytest.raises(ValueError, match="sigma_m"):
     grid(5, low, high)

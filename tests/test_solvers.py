@@ -1,5 +1,7 @@
 """Solvers: their order of convergence, the papers' steps written again in NumPy, and the distribution they sample."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,7 +101,7 @@ def test_the_variance_of_a_gaussian_converges_at_the_order(solver, grid, given_n
       solver = solver.replace(gamma=gamma * counts[0] / n)
     sigmas = jnp.asarray(grid(n, high, low))
     path = jax.jit(jax.value_and_grad(lambda x, z: walk(solver, denoise, x, sigmas, z), (0, 1)))  # noqa: B023
-    mean, (by_start, by_noise) = path(jnp.asarray(m), jnp.zeros(n))
+    mean, (by_start, by_noise) = path(jnp.asarray(m), jnp.zeros((n, 2)))
     variance = by_start**2 * (v + high**2) + (by_noise**2).sum()
     np.testing.assert_allclose(mean, m, rtol=1e-12)
     errors.append(abs(variance - (v + low**2)))
@@ -122,7 +124,7 @@ def test_unipc_3_is_of_fourth_order(grid, float64):
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("make", [jg.EulerAncestral, jg.DPMpp2SAncestral, jg.DPMpp2MSDE, jg.DPMpp3MSDE])
+@pytest.mark.parametrize("make", [jg.EulerAncestral, jg.DPMpp2SAncestral, jg.DPMpp2SSDE, jg.DPMpp2MSDE, jg.DPMpp3MSDE])
 def test_gradients_in_the_noise_are_finite(make, eta, float64):
   def end(solver):
     return jg.sample(mixture().denoiser, jax.random.key(0), (2,), jg.karras(5), solver, 1)[0].sum()
@@ -138,6 +140,8 @@ def test_gradients_in_the_noise_are_finite(make, eta, float64):
     ("euler-ancestral", {"s_noise": -1}, "s_noise must be"),
     ("dpmpp-2s-ancestral", {"eta": -0.1}, "eta must be"),
     ("dpmpp-2m-sde", {"eta": -1}, "eta must be"),
+    ("dpmpp-2s-sde", {"eta": -1}, "eta must be"),
+    ("dpmpp-2s-sde", {"s_noise": -1}, "s_noise must be"),
     ("dpmpp-2m-sde", {"solver_type": "huen"}, "did you mean 'heun'"),
     ("dpmpp-3m-sde", {"s_noise": float("nan")}, "s_noise must be"),
     ("unipc", {"predictor": 4}, "predictor must be 1, 2 or 3"),
@@ -242,6 +246,7 @@ ENDS = [
   (jg.DDIM(1.0), jg.DDPM()),
   (jg.DDIM(0.7), jg.EulerAncestral(0.7)),
   (jg.DPMpp2SAncestral(0.0), jg.DPMpp2S()),
+  (jg.DPMpp2SSDE(0.0), jg.DPMpp2S()),
   (jg.DPMpp2MSDE(0.0), jg.DPMpp2M()),
   (jg.DPMpp3MSDE(0.0), jg.DPMpp3M()),
 ]
@@ -290,6 +295,30 @@ def test_a_step_evaluates_as_often_as_declared(solver):
   assert len(calls) == solver.evaluations
 
 
+def test_a_step_looks_at_its_key_if_declared():
+  for cls in jg.solvers.SOLVERS.values():
+    # Two have no noise unless asked for it.
+    options = {jg.DDIM: {"eta": 1.0}, jg.EDMStochastic: {"gamma": 0.1}}.get(cls, {})
+    assert is_random(cls(**options)) == cls.stochastic, cls
+
+
+def test_the_readme_lists_what_solvers_declare(all_solvers):
+  readme = (Path(__file__).parents[1] / "README.md").read_text()
+  table = readme.partition("## Solvers\n")[2].partition("\n## ")[0]
+  told = {}
+  for row in table.splitlines()[3:]:
+    if row.startswith("|"):
+      name, cls, order, evaluations, noise, _ = (cell.strip(" `") for cell in row.strip("|").split("|"))
+      told[name] = cls.partition("(")[0], int(order), int(evaluations), not noise.startswith("no")
+  wanted = {}
+  for name in jg.solvers.SOLVERS:
+    solver = jg.solvers.solver(name)
+    wanted[name] = type(solver).__name__, solver.order, solver.evaluations, solver.stochastic
+  assert told == wanted
+  # And all of them go through the tests of every solver.
+  assert {type(solver) for solver in all_solvers.values()} == set(jg.solvers.SOLVERS.values())
+
+
 def test_solvers_by_name():
   for name, cls in jg.solvers.SOLVERS.items():
     assert type(jg.solvers.solver(name)) is cls
@@ -304,6 +333,112 @@ def test_solvers_by_name():
 def test_eta_lies_between_0_and_1(eta):
   with pytest.raises(ValueError, match="eta must be"):
     jg.DDIM(eta)
+
+
+# --- one key, one Brownian motion -----------------------------------------------------------------
+
+
+def ancestral(eta):
+  """What is left of eps and how much noise is added, by Song et al., arXiv:2010.02502, eq. 12 and 16."""
+
+  def parts(sigma, below):
+    up = eta * below / sigma * np.sqrt(sigma**2 - below**2)
+    return np.sqrt(below**2 - up**2) / sigma, up
+
+  return parts
+
+
+def sde(eta):
+  """The same by Lu et al., arXiv:2211.01095, eq. 18."""
+  return lambda sigma, below: (
+    (below / sigma) ** (1 + eta),
+    below * np.sqrt(1 - (below / sigma) ** (2 * eta)),
+  )
+
+
+def large(sigma, below):
+  """DDPM's with beta for its variance, in ``x = x_t / alpha``."""
+  return (below / sigma) ** 2, np.sqrt((sigma**2 - below**2) / (1 + sigma**2) * (1 + below**2))
+
+
+def churn(gamma):
+  """The noise of Karras et al., arXiv:2206.00364, Algorithm 2, which the step down shrinks as it does all the rest."""
+  return lambda sigma, below: (below / sigma / (1 + gamma), below / (1 + gamma) * np.sqrt(gamma * (2 + gamma)))
+
+
+NOISY = [
+  (jg.DDIM(1.0), ancestral(1.0)),
+  (jg.DDIM(0.5), ancestral(0.5)),
+  (jg.DDPM(), ancestral(1.0)),
+  (jg.DDPM("large"), large),
+  (jg.EulerAncestral(0.7), ancestral(0.7)),
+  (jg.DPMpp2SAncestral(), ancestral(1.0)),
+  (jg.DPMpp2SSDE(), sde(1.0)),
+  (jg.DPMpp2SSDE(0.4), sde(0.4)),
+  (jg.DPMpp2MSDE(), sde(1.0)),
+  (jg.DPMpp2MSDE(0.4, solver_type="heun"), sde(0.4)),
+  (jg.DPMpp3MSDE(0.4), sde(0.4)),
+  (jg.EDMStochastic(0.2), churn(0.2)),
+]
+
+
+def test_one_key_is_one_noise_for_every_solver(float64):
+  # Where x0 is known, a step can be read backwards: what is left of its result is the noise that it drew.
+  x0, key = jnp.array([0.3, -1.0, 2.0]), jax.random.key(3)
+  sigmas = np.asarray(jg.karras(6, 0.05, 10.0))
+  start_key, step_key = jax.random.split(key)
+  start = sigmas[0] * jax.random.normal(start_key, (3,))
+  wanted = [jax.random.normal(jax.random.fold_in(step_key, i), (3,)) for i in range(5)]
+  for solver, parts in NOISY:
+    made = jg.sample(lambda x, sigma, cond: x0, key, (3,), sigmas, solver, collect=lambda state: state.x)[1]
+    kept, up = parts(sigmas[:-2, None], sigmas[1:-1, None])
+    noise = (made[:-1] - x0 - kept * (np.stack([start, *made[:-2]]) - x0)) / up
+    np.testing.assert_allclose(noise, wanted, rtol=1e-9, atol=1e-9, err_msg=str(solver))
+  assert {type(solver) for solver, _ in NOISY} == {cls for cls in jg.solvers.SOLVERS.values() if cls.stochastic}
+
+
+@pytest.mark.slow
+def test_samples_of_one_key_come_together():
+  # Strongly, path by path, in proportion to the length of the steps; the exact path is the same for all.
+  model = mixture().denoiser
+  keys, others = (jg.sample_keys(jax.random.key(seed), 100) for seed in (0, 1))
+
+  def ends(solver, steps, keys):
+    grid = jg.log_snr_uniform(steps, 0.01, 40.0)
+    return np.asarray(jax.jit(jax.vmap(lambda key: jg.sample(model, key, (2,), grid, solver)[0]))(keys))
+
+  def apart(a, b):
+    return np.sqrt(((a - b) ** 2).sum(1).mean())
+
+  solvers = [jg.DDIM(1.0), jg.DPMpp2SAncestral(), jg.DPMpp2SSDE(), jg.DPMpp3MSDE()]
+  one = {steps: ends(jg.DPMpp2MSDE(), steps, keys) for steps in (40, 160)}
+  chance = apart(one[160], ends(jg.DPMpp2MSDE(), 160, others))
+  for solver in solvers:
+    coarse, fine = (apart(one[steps], ends(solver, steps, keys)) for steps in one)
+    assert fine < 0.04 * chance, solver
+    assert fine < coarse / 3, solver
+
+
+@pytest.mark.parametrize("eta", [1e-6, 0.4, 1.0])
+def test_the_noise_half_way_is_of_the_same_motion(eta, given_noise, float64):
+  # What a step adds is proportional to the integral of exp(-eta (end - t)) dW, here a sum over short times.
+  h, n = 1.3, 20000
+  t = (np.arange(n) + 0.5) * h / n
+  to_half, whole = np.exp(-eta * (h / 2 - t)) * (t < h / 2), np.exp(-eta * (h - t))
+  correlation = (to_half @ whole) / np.sqrt((to_half @ to_half) * (whole @ whole))
+  seen = []
+
+  def denoise(x, sigma):
+    seen.append(x)
+    return 0 * x
+
+  # The step's own draw in one coordinate, the second in the other, and nothing else.
+  key, solver = jnp.eye(2), jg.DPMpp2SSDE(eta)
+  with jax.disable_jit():
+    state = solver.step(denoise, solver.init(jnp.zeros(2)), jnp.exp(h), jnp.asarray(1.0), key)
+  half = seen[1] / np.linalg.norm(seen[1])
+  np.testing.assert_allclose(half, [correlation, np.sqrt(1 - correlation**2)], rtol=1e-6)
+  np.testing.assert_allclose(state.x / np.linalg.norm(state.x), [1.0, 0.0])
 
 
 # --- what they sample -----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Everything is in ``sigma``, the standard deviation of the noise on a clean examp
 
 from jaxguide.schedules.grids import (
   GRIDS,
+  cosine,
   from_schedule,
   iddpm,
   karras,
@@ -51,6 +52,7 @@ __all__ = [
   "UniformTime",
   "alpha_bar_to_sigma",
   "betas_of",
+  "cosine",
   "cosine_betas",
   "from_schedule",
   "iddpm",

@@ -57,11 +57,11 @@ def karras(
 
 
 def log_snr_uniform(steps: int, sigma_min: ArrayLike = 0.002, sigma_max: ArrayLike = 80.0) -> Float[Array, " levels"]:
-  """A grid uniform in ``log_snr = -2 log sigma`` (geometric in sigma), then 0.
+  """The exponential grid: uniform in ``log_snr = -2 log sigma`` (geometric in sigma), then 0.
 
-  k-diffusion and diffusers call it exponential. Lu et al. (2022, arXiv:2206.00927) walk it; its steps in ``log sigma``
-  are equal, which multistep solvers like. From 100 to 0.02 it is the grid of Song et al.'s VE sampler (table 1 in
-  arXiv:2206.00364).
+  Exponential is k-diffusion's and diffusers' name for it (``use_lu_lambdas`` of the latter is the same). Lu et al.
+  (2022, arXiv:2206.00927) walk it; its steps in ``log sigma`` are equal, which multistep solvers like. From 100 to 0.02
+  it is the grid of Song et al.'s VE sampler (table 1 in arXiv:2206.00364).
 
   Args:
     steps: number of steps, at least 1.
@@ -78,12 +78,38 @@ def log_snr_uniform(steps: int, sigma_min: ArrayLike = 0.002, sigma_max: ArrayLi
   return _end_in_zero(sigma_max * (sigma_min / sigma_max) ** ramp)
 
 
+def cosine(steps: int, sigma_min: ArrayLike = 0.002, sigma_max: ArrayLike = 80.0) -> Float[Array, " levels"]:
+  """The cosine grid: uniform in the angle ``atan(sigma)``, then 0.
+
+  So the cosine schedule spends its time (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17), but for its offset:
+  ``Cosine(s=0)`` has ``sigma = tan(t pi / 2)``. ``from_schedule(Cosine(), steps)`` has the offset, and other ends: it
+  starts at the schedule's own, 1e4, and its last level above 0 is that of time ``1 / steps``.
+
+  Args:
+    steps: number of steps, at least 1.
+    sigma_min: the last level above 0.
+    sigma_max: the first level.
+
+  Returns:
+    (steps + 1,) decreasing levels.
+
+  >>> [round(float(s), 3) for s in cosine(3, 0.01, 100.0)]
+  [100.0, 1.0, 0.01, 0.0]
+  """
+  ramp = np.linspace(0, 1, _bounds(steps, sigma_min, sigma_max))
+  xp = np if checks.is_concrete((sigma_min, sigma_max)) else jnp
+  angle = xp.arctan(sigma_max) - xp.arctan(sigma_min)
+  # The tangent of an angle on the way, without the digits that its nearness to 90 degrees would cost in float32.
+  high, low = (xp.sin(part * angle) / (1 + end**2) ** 0.5 for part, end in ((1 - ramp, sigma_max), (ramp, sigma_min)))
+  return _end_in_zero((high * sigma_max + low * sigma_min) / (high + low))
+
+
 def from_schedule(schedule: NoiseSchedule, steps: int, t_min: ArrayLike | None = None) -> Float[Array, " levels"]:
   """A grid uniform in the time of a continuous schedule: ``sigma(1), sigma(1 - 1/steps), ..., sigma(1/steps), 0``.
 
   Args:
     schedule: any continuous one. Song et al.'s sampler (2021, arXiv:2011.13456; the VP column of table 1 in
-      arXiv:2206.00364) walks `Linear` down to 1e-3; `Cosine` makes the cosine grid.
+      arXiv:2206.00364) walks `Linear` down to 1e-3.
     steps: number of steps, at least 1.
     t_min: the last time above 0, at most 1; ``1 / steps`` if left out.
 
@@ -222,5 +248,5 @@ def round_sigma(table: Table, sigma: ArrayLike) -> Float[Array, "*shape"]:
   return jnp.append(table.sigmas, 0)[nearest_step(table, sigma)]
 
 
-GRIDS: dict[str, Callable[..., Array]] = {"karras": karras, "log-snr": log_snr_uniform}
+GRIDS: dict[str, Callable[..., Array]] = {"karras": karras, "log-snr": log_snr_uniform, "cosine": cosine}
 """Grids by the names that the command line takes; each is a function of ``(steps, sigma_min, sigma_max)``."""

@@ -32,6 +32,9 @@ class Table:
   def from_betas(cls, betas: ArrayLike) -> "Table":
     """Make the table of ``ᾱ_t = prod_{s<=t} (1 - beta_s)`` (Ho et al. 2020, arXiv:2006.11239), in float64.
 
+    Where no signal is left at the end (Lin et al. 2024, arXiv:2305.08891) the last beta is 1 and its level infinite. A
+    walk from a large one is the same: give ``1 - 1e-6`` in its stead.
+
     Args:
       betas: (T,), each in (0, 1).
 

@@ -5,6 +5,17 @@ arXiv:2206.00364, eq. 1 with s = 1), and its stochastic relatives add noise whil
 ``init(x) -> state`` and ``step(denoise, state, sigma, sigma_next, key) -> state``; it calls ``denoise(x, sigma) -> x0``
 as often as it needs to. The last step, to ``sigma_next = 0``, lands on ``x0`` in every one of them (unless
 `EDMStochastic` is told to step straight in another time or scale).
+
+Each class declares its ``order``, how often a step evaluates (``evaluations``), and whether it has noise to add
+(``stochastic``; with ``eta`` or ``gamma`` at 0 it adds none).
+
+**The same key, the same noise.** The stochastic ones solve ``dx = (1 + η) (D - x) dλ + sqrt(2 η) σ dW`` in
+``λ = -log σ``, and what a step to ``σ'`` adds is ``σ' sqrt(2 η) ∫ exp(-η (λ' - t)) dW``: a standard normal ``z`` times
+its standard deviation. All of them draw ``z`` from the step's key alike, and `jaxguide.sample` makes the steps' keys of
+the sample's: on the same grid, one key is one Brownian motion for every solver, so that samples differ by what the
+solvers do and not by chance. At ``η = 1`` they come together in proportion to the length of the steps. (With ``eta``
+between 0 and 1 `DDIM`, `EulerAncestral` and `DPMpp2SAncestral` take the SDE whose ``η`` is its square. `EDMStochastic`
+puts the same draws to another use: it adds noise before the step, as much as ``gamma`` says.)
 """
 
 from typing import Any
@@ -16,7 +27,7 @@ from jaxguide.solvers.ddpm import DDPM
 from jaxguide.solvers.edm import EDMStochastic
 from jaxguide.solvers.heun import Heun
 from jaxguide.solvers.multistep import DPMpp2M, DPMpp2MSDE, DPMpp3M, DPMpp3MSDE, UniPC
-from jaxguide.solvers.twice import DPMpp2S, DPMpp2SAncestral
+from jaxguide.solvers.twice import DPMpp2S, DPMpp2SAncestral, DPMpp2SSDE
 from jaxguide.typing import Solver
 
 SOLVERS: dict[str, type] = {
@@ -32,6 +43,7 @@ SOLVERS: dict[str, type] = {
   "unipc": UniPC,
   "dpmpp-2s": DPMpp2S,
   "dpmpp-2s-ancestral": DPMpp2SAncestral,
+  "dpmpp-2s-sde": DPMpp2SSDE,
   "edm-stochastic": EDMStochastic,
 }
 
@@ -62,6 +74,7 @@ __all__ = [
   "DPMpp2MSDE",
   "DPMpp2S",
   "DPMpp2SAncestral",
+  "DPMpp2SSDE",
   "DPMpp3M",
   "DPMpp3MSDE",
   "EDMStochastic",

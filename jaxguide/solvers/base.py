@@ -77,6 +77,35 @@ def ancestral(eta: Leaf, sigma: Scalar, sigma_next: Scalar) -> tuple[Scalar, Sca
   return down, eta * posterior_std(sigma, sigma_next)
 
 
+def diffuse(
+  x: Example, x0: Example, sigma: Scalar, sigma_next: Scalar, eta: Leaf, s_noise: Leaf, noise: Example
+) -> Example:
+  r"""Take the step of the SDE that is exact if ``x0`` stood still; with ``eta = 0`` it is `move`.
+
+  In ``lambda = -log sigma`` and with ``W`` a Brownian motion,
+
+  .. math:: dx = (1 + \eta) (D - x)\, d\lambda + \sqrt{2 \eta}\, \sigma\, dW
+
+  Args:
+    x: the sample.
+    x0: D.
+    sigma: the level now.
+    sigma_next: the level after the step.
+    eta: how much noise, at least 0.
+    s_noise: factor on it.
+    noise: standard normal: :math:`\int e^{-\eta (\lambda' - t)} dW_t` over the step, divided by its standard deviation.
+  """
+  eta, ratio = jnp.asarray(eta, x.dtype), sigma_next / sigma
+  # ratio^eta without its infinite gradient at 0
+  last = ratio <= 0
+  log_shrink = eta * jnp.log(jnp.where(last, 1, ratio))
+  kept = jnp.where(last, 0, ratio * jnp.exp(log_shrink))
+  square = -jnp.expm1(2 * log_shrink)
+  random = square > 0
+  up = jnp.where(random, sigma_next * jnp.sqrt(jnp.where(random, square, 1)), 0)
+  return x0 + kept * (x - x0) + jnp.asarray(s_noise, x.dtype) * up * noise
+
+
 def draw(key: Key, x: Example) -> Example:
-  """Draw noise for ``x``."""
+  """Draw the noise of a step for ``x``: in every solver the same of the same key."""
   return jax.random.normal(key, x.shape, x.dtype)

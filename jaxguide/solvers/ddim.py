@@ -29,6 +29,7 @@ class DDIM(Memoryless):
   eta: Leaf = 0.0
   order: ClassVar[int] = 1
   evaluations: ClassVar[int] = 1
+  stochastic: ClassVar[bool] = True
 
   def __post_init__(self):
     checks.written(self, "eta", checks.in_range, 0, 1)
@@ -60,6 +61,7 @@ class EulerAncestral(Memoryless):
   s_noise: Leaf = 1.0
   order: ClassVar[int] = 1
   evaluations: ClassVar[int] = 1
+  stochastic: ClassVar[bool] = True
 
   def __post_init__(self):
     checks.written(self, "eta", checks.in_range, 0, 1)
@@ -83,6 +85,7 @@ class Euler(Memoryless):
 
   order: ClassVar[int] = 1
   evaluations: ClassVar[int] = 1
+  stochastic: ClassVar[bool] = False
 
   def step(self, denoise: Denoise, state: State, sigma: Scalar, sigma_next: Scalar, key: Key) -> State:
     """Take one step, with one evaluation."""

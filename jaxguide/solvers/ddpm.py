@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxguide import checks, struct
 from jaxguide.posterior import VARIANCES, posterior_mean, reverse_variance
-from jaxguide.solvers.base import Conditioned, Denoise, MultistepState
+from jaxguide.solvers.base import Conditioned, Denoise, MultistepState, draw
 from jaxguide.typing import Example, Key, Leaf, LogProb, Prediction, Scalar, scale_at, x0_of
 
 GRADIENTS = ("x", "mean")
@@ -53,6 +53,7 @@ class DDPM:
   gradient_at: str = struct.field(pytree_node=False, default="x")
   order: ClassVar[int] = 1
   evaluations: ClassVar[int] = 1
+  stochastic: ClassVar[bool] = True
 
   def __post_init__(self):
     checks.lookup("variance", self.variance, dict.fromkeys(VARIANCES))
@@ -85,4 +86,4 @@ class DDPM:
         gradient *= jnp.sqrt((1 + sigma**2) / (1 + sigma_next**2))
       mean += jnp.asarray(scale_at(self.scale, sigma), x.dtype) * variance.value * gradient
     std = jnp.where(last, 0, jnp.exp(0.5 * variance.log))
-    return MultistepState(mean + std * jax.random.normal(key, x.shape, x.dtype), x0, sigma)
+    return MultistepState(mean + std * draw(key, x), x0, sigma)

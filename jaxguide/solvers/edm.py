@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxguide import checks, struct
 from jaxguide.schedules import Table
-from jaxguide.solvers.base import Denoise, Memoryless, State
+from jaxguide.solvers.base import Denoise, Memoryless, State, draw
 from jaxguide.typing import ArrayLike, Key, Leaf, Scalar
 
 MOST = math.sqrt(2) - 1
@@ -57,6 +57,7 @@ class EDMStochastic(Memoryless):
   schedule: Leaf = None
   variance_preserving: bool = struct.field(pytree_node=False, default=False)
   evaluations: ClassVar[int] = 2
+  stochastic: ClassVar[bool] = True
 
   def __post_init__(self):
     checks.written(self, "gamma", checks.in_range, 0, MOST)
@@ -119,7 +120,7 @@ class EDMStochastic(Memoryless):
     gamma = jnp.where((s_min <= sigma) & (sigma <= s_max), gamma, 0)
     # The gradient of the root would be infinite at 0.
     rise = jnp.where(gamma > 0, jnp.sqrt(jnp.where(gamma > 0, gamma * (2 + gamma), 1)), 0)
-    return x + s_noise * rise * sigma * jax.random.normal(key, x.shape, x.dtype), sigma * (1 + gamma)
+    return x + s_noise * rise * sigma * draw(key, x), sigma * (1 + gamma)
 
   def _time(self, sigma):
     if self.schedule is None:

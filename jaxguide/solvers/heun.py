@@ -20,6 +20,7 @@ class Heun(Memoryless):
 
   order: ClassVar[int] = 2
   evaluations: ClassVar[int] = 2
+  stochastic: ClassVar[bool] = False
 
   def step(self, denoise: Denoise, state: State, sigma: Scalar, sigma_next: Scalar, key: Key) -> State:
     """Take one step."""

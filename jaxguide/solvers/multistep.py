@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 import jax.numpy as jnp
 
 from jaxguide import checks, struct
-from jaxguide.solvers.base import Denoise, MultistepState, draw, move
+from jaxguide.solvers.base import Denoise, MultistepState, diffuse, draw, move
 from jaxguide.typing import Example, Key, Leaf, Scalar
 
 
@@ -91,6 +91,7 @@ class DPMpp2M:
 
   order: ClassVar[int] = 2
   evaluations: ClassVar[int] = 1
+  stochastic: ClassVar[bool] = False
 
   def init(self, x: Example) -> MultistepState:
     """Start from ``x``, with no step behind."""
@@ -128,6 +129,7 @@ class DPMpp3M:
 
   order: ClassVar[int] = 3
   evaluations: ClassVar[int] = 1
+  stochastic: ClassVar[bool] = False
 
   def init(self, x: Example) -> TwoStepState:
     """Start from ``x``, with no step behind."""
@@ -173,6 +175,7 @@ class DPMpp2MSDE:
   solver_type: str = struct.field(pytree_node=False, default="midpoint")
   order: ClassVar[int] = 2
   evaluations: ClassVar[int] = 1
+  stochastic: ClassVar[bool] = True
 
   def __post_init__(self):
     checks.written(self, "eta", checks.in_range, 0)
@@ -190,8 +193,8 @@ class DPMpp2MSDE:
     rate = 1 + jnp.asarray(self.eta, x0.dtype)
     zeroth, first, _, _ = moments(rate * past.h)
     bent = (past.h * zeroth / 2 if self.solver_type == "midpoint" else first / rate) * past.slope
-    x = diffuse(state.x, x0, bent, self.eta, self.s_noise, sigma, sigma_next, key)
-    return TwoStepState(x, x0, sigma, state.x0, state.sigma)
+    x = diffuse(state.x, x0, sigma, sigma_next, self.eta, self.s_noise, draw(key, state.x))
+    return TwoStepState(x + bent, x0, sigma, state.x0, state.sigma)
 
 
 @struct.dataclass
@@ -217,6 +220,7 @@ class DPMpp3MSDE:
   s_noise: Leaf = 1.0
   order: ClassVar[int] = 2
   evaluations: ClassVar[int] = 1
+  stochastic: ClassVar[bool] = True
 
   def __post_init__(self):
     checks.written(self, "eta", checks.in_range, 0)
@@ -233,23 +237,8 @@ class DPMpp3MSDE:
     rate = 1 + jnp.asarray(self.eta, x0.dtype)
     _, first, second, _ = moments(rate * past.h)
     bent = first / rate * past.slope + (second / rate**2 + past.h_last * first / rate) * past.curve
-    x = diffuse(state.x, x0, bent, self.eta, self.s_noise, sigma, sigma_next, key)
-    return TwoStepState(x, x0, sigma, state.x0, state.sigma)
-
-
-def diffuse(
-  x: Example, x0: Example, bent: Example, eta: Leaf, s_noise: Leaf, sigma: Scalar, sigma_next: Scalar, key: Key
-) -> Example:
-  """Take the first-order step of the SDE, add what a polynomial adds to it, and the noise."""
-  eta, ratio = jnp.asarray(eta, x.dtype), sigma_next / sigma
-  # ratio^eta without its infinite gradient at 0
-  last = ratio <= 0
-  log_shrink = eta * jnp.log(jnp.where(last, 1, ratio))
-  kept = jnp.where(last, 0, ratio * jnp.exp(log_shrink))
-  square = -jnp.expm1(2 * log_shrink)
-  random = square > 0
-  up = jnp.where(random, sigma_next * jnp.sqrt(jnp.where(random, square, 1)), 0)
-  return x0 + kept * (x - x0) + bent + jnp.asarray(s_noise, x.dtype) * up * draw(key, x)
+    x = diffuse(state.x, x0, sigma, sigma_next, self.eta, self.s_noise, draw(key, state.x))
+    return TwoStepState(x + bent, x0, sigma, state.x0, state.sigma)
 
 
 @struct.dataclass
@@ -278,6 +267,7 @@ class UniPC:
 
   predictor: int = struct.field(pytree_node=False, default=2)
   evaluations: ClassVar[int] = 1
+  stochastic: ClassVar[bool] = False
 
   def __post_init__(self):
     if checks.at_least("predictor", self.predictor, 1) > 3:
