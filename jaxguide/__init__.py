@@ -28,6 +28,7 @@ from jaxguide import (
   sampling,
   scaling,
   schedules,
+  smc,
   solvers,
   typing,
 )
@@ -39,6 +40,7 @@ from jaxguide.mixtures import GaussianMixture, gaussian_mixture, ring
 from jaxguide.nn import Classifier, SuperResUNet, UNet
 from jaxguide.sampling import sample, sample_batch, sample_keys
 from jaxguide.schedules import from_schedule, karras, log_snr_uniform, respaced
+from jaxguide.smc import sample_product, tempered
 from jaxguide.solvers import (
   DDIM,
   DDPM,
@@ -112,11 +114,14 @@ __all__ = [
   "sample",
   "sample_batch",
   "sample_keys",
+  "sample_product",
   "sampling",
   "scaling",
   "schedules",
+  "smc",
   "solvers",
   "tangential",
+  "tempered",
   "typing",
   "uncertainty_loss",
   "unconditional",

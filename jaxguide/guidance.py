@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jax.tree_util import Partial
 
 from jaxguide import checks, struct
 from jaxguide.combine import Combine, linear
-from jaxguide.typing import ArrayLike, Denoiser, Guidance, Leaf, LogProb, PyTree, map_x0
+from jaxguide.typing import ArrayLike, Denoiser, Example, Guidance, Leaf, LogProb, PyTree, Scalar, map_x0
 
 
 @struct.dataclass
@@ -76,17 +77,22 @@ def classifier_free(null_cond: PyTree, scale: ArrayLike, combine: Combine = line
 
 
 def _classifier_free(denoise, null_cond, scale, combine, x, sigma, cond):
+  null, given = without_and_with(denoise, null_cond, x, sigma, cond)
+  return map_x0(lambda x0, x0_null: combine(x0, x0_null, scale, x, sigma), given, null)
+
+
+def without_and_with(denoise: Denoiser, null_cond: PyTree, x: Example, sigma: Scalar, cond: PyTree) -> tuple[Any, Any]:
+  """Give what a denoiser says with ``null_cond`` and with ``cond``, run as one batch."""
   given, null = jax.tree.structure(cond), jax.tree.structure(null_cond)
   if str(given) != str(null):
     raise ValueError(f"null_cond must have the structure of cond, {given}; got {null}")
   if not jax.tree.leaves(cond):
-    raise ValueError("classifier_free needs a cond to guide towards, got none")
+    raise ValueError("there must be a cond to guide towards, got none")
   both = jax.tree.map(
-    lambda y, null: jnp.stack([jnp.asarray(y), jnp.asarray(null, jnp.result_type(y))]), cond, null_cond
+    lambda null, y: jnp.stack([jnp.asarray(null, jnp.result_type(y)), jnp.asarray(y)]), null_cond, cond
   )
   said = jax.vmap(denoise, (None, None, 0))(x, sigma, both)
-  given, null = (jax.tree.map(operator.itemgetter(i), said) for i in (0, 1))
-  return map_x0(lambda x0, x0_null: combine(x0, x0_null, scale, x, sigma), given, null)
+  return jax.tree.map(operator.itemgetter(0), said), jax.tree.map(operator.itemgetter(1), said)
 
 
 def classifier(log_prob: LogProb, scale: ArrayLike) -> Guidance:
