@@ -99,7 +99,7 @@ class Population(NamedTuple):
   log_normalizer: Leaf
 
 
-def product(denoisers: Sequence[Denoiser], powers: Sequence[ArrayLike]) -> Product:
+def product(denoisers: Sequence[Denoiser], powers: ArrayLike | Sequence[ArrayLike]) -> Product:
   """Give ``Π_i p_i(x)^{a_i}`` of densities that each have a denoiser.
 
   Autoguidance is ``product((weak, good), (1 - γ, γ))``, and two conditions at once
@@ -118,7 +118,7 @@ def product(denoisers: Sequence[Denoiser], powers: Sequence[ArrayLike]) -> Produ
   >>> float(x0), float(rate)  # -1 + 2 * 3, and 2 * (2 - 1) * (3 - 1)² / 0.5²
   (5.0, 32.0)
   """
-  denoisers, powers = tuple(denoisers), tuple(checks.finite("powers", power) for power in powers)
+  denoisers, powers = tuple(denoisers), tuple(checks.finite("powers", power) for power in powers)  # type: ignore[union-attr]
   if not denoisers or len(denoisers) != len(powers):
     raise ValueError(f"there must be one power for each denoiser, got {len(powers)} for {len(denoisers)}")
   if checks.is_concrete(powers) and (np.abs(np.sum(np.asarray(powers), 0) - 1) > 1e-5).any():
