@@ -192,8 +192,9 @@ def sample_product(
   come out have equal weights. They are right in the limit of many particles and small steps, and so is the normalizer.
 
   Particles are not independent as samples are: those of one ancestor are alike. A solver that adds noise, such as
-  ``DDIM(1)``, `DDPM` or `DPMpp2MSDE`, parts them again; with a deterministic one copies stay copies to the end, and
-  ``threshold=0``, which resamples at the end alone, serves it best.
+  ``DDIM(1)``, `DDPM` or `DPMpp2MSDE`, parts them again, and the more it adds, the more even the weights stay, at the
+  price of smaller steps: ``DPMpp2MSDE(eta=2)`` is a good choice at a large ``γ``. With a deterministic one copies stay
+  copies to the end, and ``threshold=0``, which resamples at the end alone, serves it best.
 
   The walk starts from ``sigmas[0] * eps``, as all do here, and no weight corrects that: the first level must be large
   beside the distances in the data, times γ.
@@ -228,7 +229,7 @@ def sample_product(
   num_particles = checks.at_least("num_particles", num_particles, 1)
   threshold = checks.in_range("threshold", threshold, 0, 1)
   if getattr(solver, "log_prob", None) is not None:
-    raise ValueError("the solver's own classifier is not part of the target: make it a part with product, or leave it")
+    raise ValueError("the solver's own classifier is not in the target: leave it out, or use tempered_by_classifier")
   sigmas = jnp.asarray(sigmas)
   if not jnp.issubdtype(sigmas.dtype, jnp.floating):
     sigmas = sigmas.astype(float)
