@@ -30,6 +30,7 @@ from jaxguide import (
   scales,
   scaling,
   schedules,
+  smc,
   solvers,
   typing,
 )
@@ -56,6 +57,7 @@ from jaxguide.mixtures import GaussianMixture, gaussian_mixture, ring
 from jaxguide.nn import Classifier, Perturbation, SuperResUNet, UNet
 from jaxguide.sampling import sample, sample_batch, sample_keys
 from jaxguide.schedules import from_schedule, karras, log_snr_uniform, respaced
+from jaxguide.smc import sample_product, tempered
 from jaxguide.solvers import (
   DDIM,
   DDPM,
@@ -143,12 +145,15 @@ __all__ = [
   "sample",
   "sample_batch",
   "sample_keys",
+  "sample_product",
   "sampling",
   "scales",
   "scaling",
   "schedules",
+  "smc",
   "solvers",
   "tangential",
+  "tempered",
   "typing",
   "uncertainty_loss",
   "unconditional",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jaxguide import checks, struct
 from jaxguide.combine import Combine, linear
 from jaxguide.guidance.rule import Rule
-from jaxguide.typing import Denoiser, Guidance, PyTree, Scale, map_x0, scale_at, x0_of
+from jaxguide.typing import Denoiser, Example, Guidance, PyTree, Scalar, Scale, map_x0, scale_at, x0_of
 
 
 def classifier_free(null_cond: PyTree, scale: Scale, combine: Combine = linear) -> Guidance:
@@ -49,13 +50,18 @@ def classifier_free(null_cond: PyTree, scale: Scale, combine: Combine = linear) 
 
 
 def _classifier_free(denoise, null_cond, scale, combine, x, sigma, cond):
+  null, given = without_and_with(denoise, null_cond, x, sigma, cond)
+  return map_x0(lambda x0, x0_null: combine(x0, x0_null, scale_at(scale, sigma), x, sigma), given, null)
+
+
+def without_and_with(denoise: Denoiser, null_cond: PyTree, x: Example, sigma: Scalar, cond: PyTree) -> tuple[Any, Any]:
+  """Give what a denoiser says with ``null_cond`` and with ``cond``, run as one batch."""
   check_structure(cond, null_cond)
   both = jax.tree.map(
-    lambda y, null: jnp.stack([jnp.asarray(y), jnp.asarray(null, jnp.result_type(y))]), cond, null_cond
+    lambda null, y: jnp.stack([jnp.asarray(null, jnp.result_type(y)), jnp.asarray(y)]), null_cond, cond
   )
   said = jax.vmap(denoise, (None, None, 0))(x, sigma, both)
-  given, null = (jax.tree.map(operator.itemgetter(i), said) for i in (0, 1))
-  return map_x0(lambda x0, x0_null: combine(x0, x0_null, scale_at(scale, sigma), x, sigma), given, null)
+  return jax.tree.map(operator.itemgetter(0), said), jax.tree.map(operator.itemgetter(1), said)
 
 
 def compose(null_cond: PyTree, scales: Scale) -> Guidance:
