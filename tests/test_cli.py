@@ -1,11 +1,15 @@
+import operator
+import re
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+import jaxguide
 from jaxguide import cli, data, generate, schedules, solvers
-from jaxguide.generate import unfinished
+from jaxguide.generate import methods, unfinished
 from jaxguide.training import ModelConfig
 from jaxguide.training import model as models
 
@@ -211,6 +215,22 @@ def test_help_says_what_there_is(run):
   assert {"cfg", "unipc", "karras", "rescaled", "cfg++"} <= set(named)
   for name in named:
     assert f" {name} " in words
+
+
+def test_the_readme_tables_have_every_name():
+  readme = (Path(__file__).parents[1] / "README.md").read_text()
+  table = readme.partition("## Guidance\n")[2].partition("\n## ")[0]
+  rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| `")]
+  names = "".join(row[0] for row in rows[1:])
+  for name in methods.METHODS:
+    assert f"`{name}`" in readme.partition("## Guidance\n")[2], name
+  for table, option in ((methods.COMBINES, "combine"), (methods.SCHEDULES, "schedule")):
+    for name in table:
+      assert name in names or name in ("linear", "constant"), (option, name)
+  functions = re.findall(r"([a-zA-Z_][a-zA-Z_.0-9]*)\(", "".join(row[1] for row in rows[1:]))
+  assert functions
+  for path in functions:
+    operator.attrgetter(path)(jaxguide)
 
 
 # What `--guidance` can say of these networks, which know nothing; each has to change what comes out.

@@ -444,3 +444,45 @@ def test_guidance_never_touches_a_learned_variance(make_guidance, random_mixture
     # The unconditional denoiser was asked without the condition.
     unconditional = len(guidance.parameters) == 1 and "unconditional" in str(guidance.parameters[0])
     np.testing.assert_array_equal(said.variance, np.full(2, mixture.num_classes if unconditional else 1))
+
+
+# --- what it costs --------------------------------------------------------------------------------
+
+# Evaluations of the network, of which each is one pass, as README's table has them; with those of two guidances where
+# there are two, and none of a weak network that is another.
+PASSES = {
+  "classifier_free": 2,
+  "classifier": 1,
+  "unconditional_classifier": 1,
+  "interval": 2,
+  "autoguidance": 1,
+  "rescaled": 2,
+  "projected": 2,
+  "momentum": 2,
+  "zero_star": 2,
+  "tangential": 2,
+  "frequency_decoupled": 2,
+  "scheduled": 2,
+  "cfg_pp": 2,
+  "compose": 3,
+  "classifier_after_classifier_free": 2,
+  "reconstruction": 1,
+  "backward_guidance": 1,
+  "clip_x0": 2,
+  "dynamic_threshold": 2,
+}
+
+
+def test_passes_of_the_network(make_guidance, random_mixture, request):
+  name, mixture, seen = request.node.callspec.params["make_guidance"], random_mixture(0, (2,)), []
+  if name not in PASSES:
+    pytest.skip("made of others")
+
+  def watched(mixture, x, sigma, cond):
+    jax.debug.callback(lambda _: seen.append(1), x)  # once for each of a batch
+    return mixture.denoise(x, sigma, cond)
+
+  guided = make_guidance(mixture, 2.0)(jax.tree_util.Partial(watched, mixture))
+  jax.jit(guided)(jnp.ones(2), jnp.asarray(1.0), jnp.asarray(1))
+  jax.effects_barrier()
+  assert len(seen) == PASSES[name]
