@@ -285,6 +285,11 @@ def test_guidances_are_joined(run, tmp_path):
     return data.load_npz(tmp_path / name)[0]
 
   assert (drawn("chain.npz") != drawn("parallel.npz", "--join", "parallel")).any()
+  # A classifier beside another guidance leaves the network its label, in whatever order they come.
+  swapped = ("--guidance", "classifier:scale=40", "--guidance", "cfg:scale=6", "--join", "parallel")
+  run("sample", "--out", tmp_path / "swapped.npz", "--num", 3, "--steps", 3, *swapped)
+  both = [data.load_npz(tmp_path / name)[0].astype(int) for name in ("swapped.npz", "parallel.npz")]
+  assert np.abs(both[0] - both[1]).max() <= 1  # sums in another order
   np.testing.assert_array_equal(drawn("chain.npz"), drawn("again.npz", "--join", "chain"))
 
 

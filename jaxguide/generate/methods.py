@@ -120,11 +120,12 @@ def slg(
 
 def compose(networks: Networks, scale: Scale, *, labels: tuple[int, ...], scales: tuple[float, ...]) -> Guidance:
   """The label with scale, and further labels each with a scale of its own, negative to avoid one (Liu et al. 2022)."""
+  null = networks.null_cond
   if len(labels) != len(scales):
     raise ValueError(f"compose needs one of its scales for each of its labels, got {len(scales)} and {len(labels)}")
   checks.labels("label", np.array(labels), networks.model.config.num_classes or 0)
   of_all = Partial(_with_others, checks.scale("scale", scale), jnp.array(scales))
-  return Rule(_compose, (guide.compose(networks.null_cond, of_all), jnp.array(labels)))
+  return Rule(_compose, (guide.compose(null, of_all), jnp.array(labels)))
 
 
 def _compose(denoise, guidance, labels, x, sigma, cond):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxguide import checks, data, schedules, training
+from jaxguide import checks, data, schedules, solvers, training
 from jaxguide import guidance as guide
 from jaxguide.files import PathLike
 from jaxguide.generate import methods
@@ -32,8 +32,8 @@ class Settings:
       labels, where the model has classes, are those of the file.
     labels: classes to take in turn; all of them if left out.
     num: number of samples.
-    guidance: names with options, the first innermost; or ``none`` alone. A guidance that begins with a classifier is of
-      the unconditional network, where the model can be one. If left out, ``classifier`` where there is one, else
+    guidance: names with options, the first innermost; or ``none`` alone. Guidance by classifiers alone is of the
+      unconditional network, where the model can be one. If left out, ``classifier`` where there is one, else
       ``cfg`` where the model knows a null class, else ``none``. A model of super-resolution takes ``none`` alone.
     join: how several guidances are put together, ``chain`` or ``parallel``; see `jaxguide.chain`, `jaxguide.parallel`.
     scale: of the first guidance that takes one, if its options have none: the power in ``p(x) p(y|x)^scale``. If left
@@ -146,7 +146,8 @@ def plan(settings: Settings) -> Plan:
   shifts = is_ddpm and "classifier" in names
   options = _ddpm(settings, model, shifts) if is_ddpm else {}
   solver = methods.solver(settings.solver, len(sigmas) - 1, **options)
-  networks = methods.Networks(model, classifier, load_other, sigmas, getattr(solver, "eta", 0.0))
+  eta = solver.eta if isinstance(solver, solvers.DDIM | solvers.EulerAncestral) else 0.0
+  networks = methods.Networks(model, classifier, load_other, sigmas, eta)
   made = _made(settings, texts, networks)
   if shifts:
     # It goes with the solver and not into the denoiser.
@@ -163,8 +164,9 @@ def plan(settings: Settings) -> Plan:
       settings.solver, len(sigmas) - 1, **options, **dict(zip(("log_prob", "scale"), shift.parameters, strict=True))
     )
   guidances = _clipped(settings, names, made)
-  bare = model.config.num_classes is None and model.config.low_res_shape is None
-  if bare or (chosen and chosen[0].gradient and model.null_cond is not None):
+  without_classes = model.config.num_classes is None and model.config.low_res_shape is None
+  by_classifier = classifier is not None and all(method.gradient or method.scale is None for method in chosen)
+  if without_classes or (by_classifier and model.null_cond is not None):
     guidances = [guide.unconditional(model.null_cond), *guidances]
   cond, labels = _cond(settings, model, classifier)
   return Plan(
