@@ -20,7 +20,7 @@ from jaxguide.training import digits
 from jaxguide.typing import Guidance, Solver
 
 FOLDER = Path("runs/demo")
-NUM, EVALUATIONS, MODERATE, LARGE = 1000, (10, 20), 2.0, 8.0
+NUM, EVALUATIONS, MODERATE, LARGE = 500, (10, 20), 2.0, 8.0
 SIGMAS = {"sigma_min": demo.SIGMA_MIN, "sigma_max": demo.SIGMA_MAX}
 
 
@@ -91,7 +91,7 @@ def main() -> None:
     images = data.to_uint8(
       jg.sample_batch(
         guidance(denoiser.denoiser), jax.random.key(0), labels, shape=digits.SHAPE, sigmas=grid,
-        solver=solver_of(solver, steps), batch_size=NUM // 2,
+        solver=solver_of(solver, steps), batch_size=NUM,
       )
     )  # fmt: skip
     made = evaluation.measure(images, labels, judge, train.images)

@@ -8,7 +8,7 @@ the same memory. Everything that remembers nothing is none the wiser.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -60,9 +60,10 @@ def noticed(denoise: Callable[..., Any], said: list[Any]) -> Callable[..., Any]:
   return listening
 
 
-def memory_of(prediction: Any) -> Any:
-  """The memory in what a denoiser gave, if any."""
-  return prediction.memory if isinstance(prediction, Prediction) else None
+def after(said: Sequence[Any]) -> Any:
+  """What is to be remembered after a step, of all that was said in it; None if nothing."""
+  first = said[0] if said else None
+  return first.memory if isinstance(first, Prediction) else None
 
 
 def _is_memory(node: Any) -> bool:

@@ -82,7 +82,7 @@ def sample(
     said: list[Any] = []
     conditioned = Conditioned(memory.noticed(memory.recall(denoise, remembered), said), cond)
     state = solver.step(conditioned, state, sigma, sigma_next, jax.random.fold_in(step_key, i))
-    return (state, memory.memory_of(said[0])), None if collect is None else collect(state)
+    return (state, memory.after(said)), None if collect is None else collect(state)
 
   steps = (jnp.arange(sigmas.shape[0] - 1), sigmas[:-1], sigmas[1:])
   first = memory.find(denoise)
