@@ -479,7 +479,7 @@ def test_passes_of_the_network(make_guidance, random_mixture, request):
     pytest.skip("made of others")
 
   def watched(mixture, x, sigma, cond):
-    jax.debug.callback(lambda _: seen.append(1), x)  # once for each of a batch
+    jax.debug.callback(lambda *_: seen.append(1), x, cond)  # once for each condition of a batch
     return mixture.denoise(x, sigma, cond)
 
   guided = make_guidance(mixture, 2.0)(jax.tree_util.Partial(watched, mixture))
