@@ -1,4 +1,4 @@
-"""``python -m benchmarks NAME [ARGUMENT ...]``: run one benchmark, print its tables, write benchmarks/results/NAME.json.
+"""``python -m benchmarks NAME [ARGUMENT ...]``: run one benchmark, print its tables, write results/NAME.json.
 
 Some take arguments, of which part to run; they say so themselves.
 """

@@ -5,7 +5,6 @@ The plain loop is what one would write for this network alone, ``lax.fori_loop``
 DDIM's formula: the floor. Of DDIM's 50 steps ten are walked, and the time is scaled.
 """
 
-import functools
 import statistics
 from collections.abc import Callable
 from typing import Any

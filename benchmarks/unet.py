@@ -6,6 +6,7 @@ a large matrix product, whose best rate is the machine's. ``python -m benchmarks
 the largest takes half an hour.
 """
 
+import functools
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -69,7 +70,7 @@ def case(config: ModelConfig, batch: int, rounds: int, facts: list[str]) -> list
   ours = our_passes(model)
   operations = {what: networks.operations(run, model.params, cotangent, *args) for what, run in ours.items()}
   runs = {
-    what: {"jaxguide": lambda run=jax.jit(run): run(model.params, cotangent, *args)} for what, run in ours.items()
+    what: {"jaxguide": functools.partial(jax.jit(run), model.params, cotangent, *args)} for what, run in ours.items()
   }
   counts = {what: {"jaxguide": operations[what]} for what in PASSES}
 
