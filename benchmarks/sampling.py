@@ -110,7 +110,7 @@ def diffusers_loop(theirs: dict[str, Any], kind: str, solver: str, table, visite
   noise, labels = args
   common = {"trained_betas": table.betas, "prediction_type": "epsilon"}
   if solver == "DDIM":
-    scheduler = diffusers.DDIMScheduler(**common, clip_sample=False, timestep_spacing="linspace")
+    scheduler = diffusers.DDIMScheduler(**common, clip_sample=False, timestep_spacing="leading")
     scheduler.set_timesteps(len(visited))
   else:
     scheduler = diffusers.DPMSolverMultistepScheduler(**common, algorithm_type="dpmsolver++", final_sigmas_type="zero")
@@ -138,8 +138,9 @@ def case(models: dict[str, Model], theirs: dict[str, Any], kind: str, solver: st
   config = models["unet"].config
   table, null, steps = config.noise_schedule, config.null_cond, STEPS[solver]
   walked = WALKED if solver == "DDIM" else steps
-  # A coarser grid of as many steps as are walked costs what the first of more steps do.
-  visited = np.round(np.linspace(0, table.num_steps - 1, walked)).astype(int)
+  # A coarser grid of as many steps as are walked costs what the first of more steps do. It is the one spacing at which
+  # diffusers' DDIM steps to the next level that it visits.
+  visited = np.arange(walked) * (table.num_steps // walked)
   sigmas = jg.respaced(table, visited)
   noise = np.random.default_rng(0).standard_normal((BATCH, *config.image_shape)).astype(np.float32)
   labels = np.arange(BATCH, dtype=np.int32) % 10
