@@ -10,6 +10,8 @@ import sys
 
 # PyTorch has to find room beside JAX on the same card.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# PyTorch's threads would spin while they wait: into the turns of others, and tenfold slower where a core is shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import benchmarks
 from jaxguide import checks
