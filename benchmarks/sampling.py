@@ -17,7 +17,7 @@ import jaxguide as jg
 from benchmarks import networks, peers, timing
 from jaxguide.training import Model
 
-BATCH, ROUNDS = (8, 5) if networks.ON_CPU else (256, 9)
+BATCH, ROUNDS = (4, 3) if networks.ON_CPU else (256, 9)
 WALKED = 10
 SCALE = {"CFG": 2.0, "classifier": 1.0}
 STEPS = {"DDIM": 50, "DPM++ 2M": 20}
@@ -204,4 +204,4 @@ def main(*kinds: str) -> None:
   for kind in kinds or SCALE:
     for solver in SOLVERS:
       tables[f"{kind}, {solver} {STEPS[solver]}"] = case(models, theirs, kind, solver, facts)
-  timing.report("sampling", tables, facts)
+      timing.report("sampling", tables, facts)  # The next may take long.

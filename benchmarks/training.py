@@ -17,7 +17,7 @@ from jaxguide.interop import openai
 from jaxguide.training import Model, ModelConfig, TrainingConfig
 from jaxguide.training.loop import TrainState, optimizer, train_step
 
-BATCH, ROUNDS = (16, 5) if networks.ON_CPU else (256, 15)
+BATCH, ROUNDS = (16, 3) if networks.ON_CPU else (256, 15)
 TRAINING = TrainingConfig(steps=1000, batch_size=BATCH, weight_decay=0.01)
 
 

@@ -108,7 +108,8 @@ def main(*names: str) -> None:
   tables, facts = {}, [f"{networks.DTYPE}, attention of OpenAI's networks not rematerialised"]
   for name in names or networks.SIZES:
     size = networks.SIZES[name]
-    rows = [row for config in (size.unet, size.classifier) for row in case(config, size.batch, size.rounds, facts)]
-    tables[f"{name}, batch {size.batch}"] = rows
-    print(timing.table(rows), flush=True)
-  timing.report("unet", tables, facts)
+    title = f"{name}, batch {size.batch}"
+    tables[title] = []
+    for config in (size.unet, size.classifier):
+      tables[title] += case(config, size.batch, size.rounds, facts)
+      timing.report("unet", tables, facts)  # The next may take long.
