@@ -1,8 +1,17 @@
-"""``python -m benchmarks NAME``: run one benchmark, print its table."""
+"""``python -m benchmarks NAME [ARGUMENT ...]``: run one benchmark, print its tables, write results/NAME.json.
+
+Some take arguments, of which part to run; they say so themselves.
+"""
 
 import importlib
+import os
 import pkgutil
 import sys
+
+# PyTorch has to find room beside JAX on the same card.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# PyTorch's threads would spin while they wait: into the turns of others, and tenfold slower where a core is shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import benchmarks
 from jaxguide import checks
@@ -10,16 +19,16 @@ from jaxguide import checks
 
 def main() -> None:
   """Run the benchmark that the command line names, or list them all."""
-  others = {"__main__", "timing"}
+  others = {"__main__", "networks", "peers", "timing"}
   names = sorted({module.name for module in pkgutil.iter_modules(benchmarks.__path__)} - others)
   modules = {name: importlib.import_module(f"benchmarks.{name}") for name in names}
-  if len(sys.argv) != 2:
+  if len(sys.argv) < 2:
     print("python -m benchmarks NAME, with NAME one of")
     for name, module in modules.items():
       print(f"  {name:16} {module.__doc__.splitlines()[0]}")
     return
   try:
-    checks.lookup("benchmark", sys.argv[1], modules).main()
+    checks.lookup("benchmark", sys.argv[1], modules).main(*sys.argv[2:])
   except ValueError as error:
     sys.exit(f"benchmarks: {error}")
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 import jaxguide as jg
+from benchmarks import timing
 from jaxguide import training
 from jaxguide.interop import openai, state_dicts
 
@@ -40,7 +41,8 @@ def work(file: str, out: str, preset: str) -> None:
 
 
 def main() -> None:
-  """Print the table."""
+  """Measure."""
+  rows, facts = [], []
   with tempfile.TemporaryDirectory() as folder:
     for preset in PRESETS:
       file, out = Path(folder, f"{preset}.safetensors"), Path(folder, preset)
@@ -52,14 +54,12 @@ def main() -> None:
       )
       seconds = time.perf_counter() - began
       size, peak = file.stat().st_size / MIB, int(child.stdout) / 1024
-      print(
-        f"{preset:18} {size:6.0f} MiB  imported in {seconds:5.1f} s  peak {peak:6.0f} MiB = {peak / size:.2f} files"
-      )
+      rows.append({"preset": preset, "file, MiB": size, "import, s": seconds, "peak, MiB": peak, "/ file": peak / size})
       file.unlink()
 
     began = time.perf_counter()
     diffusion, classifier = (training.load(Path(folder, preset)) for preset in PRESETS)
-    print(f"both loaded in {time.perf_counter() - began:.1f} s")
+    facts.append(f"both loaded in {time.perf_counter() - began:.1f} s")
 
   guided = jg.chain(jg.clip_x0(), jg.classifier(classifier.log_prob, classifier.config.scale))(diffusion.denoiser)
   grid = jg.respaced(diffusion.config.noise_schedule, 1)
@@ -68,4 +68,5 @@ def main() -> None:
     jg.sample_batch(
       guided, jax.random.key(0), np.array([7]), shape=diffusion.config.image_shape, sigmas=grid, solver=jg.DDIM()
     )
-    print(f"one guided step of DDIM, one image: {what} in {time.perf_counter() - began:.1f} s")
+    facts.append(f"one guided step of DDIM, one image: {what} in {time.perf_counter() - began:.1f} s")
+  timing.report("import_adm", {"import": rows}, facts)

@@ -13,7 +13,7 @@ STEPS, BATCH = 18, 64
 
 
 def main() -> None:
-  """Print the table."""
+  """Measure."""
   unet = jg.UNet(model_channels=32, num_res_blocks=1, num_head_channels=32, num_classes=10)
   x, t, y = jnp.zeros((1, 16, 16, 3)), jnp.zeros(1), jnp.zeros(1, int)
   params = jax.jit(unet.init)(jax.random.key(0), x, t, y)
@@ -28,5 +28,5 @@ def main() -> None:
     return jax.vmap(lambda key, y: jg.sample(denoise, key, (16, 16, 3), sigmas, jg.DPMpp2M(), y)[0])(keys, labels)
 
   runs = {"none": denoise, "every step": guidance(denoise), "a third of the steps": third(denoise)}
-  seconds = timing.medians({name: lambda guided=guided: draw(guided) for name, guided in runs.items()}, rounds=7)
-  print(timing.table(seconds, "every step"))
+  seconds = timing.measure({name: lambda guided=guided: draw(guided) for name, guided in runs.items()}, rounds=7)
+  timing.report("interval", {"guidance": timing.summary(seconds, "every step")})

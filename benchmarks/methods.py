@@ -84,7 +84,7 @@ def main() -> None:
   judge = evaluation.Judge.fit(train.images, train.labels)
   labels = np.arange(NUM, dtype=np.int32) % train.num_classes
 
-  def cells(guidance: Guidance, solver: str, evaluations: int) -> list[str]:
+  def cells(guidance: Guidance, solver: str, evaluations: int) -> dict[str, str]:
     each = solver_of(solver, 1).evaluations
     steps = evaluations // each
     grid = jg.karras(steps, **SIGMAS)
@@ -95,23 +95,27 @@ def main() -> None:
       )
     )  # fmt: skip
     made = evaluation.measure(images, labels, judge, train.images)
-    return [f"{made.accuracy:.3f}", f"{made.frechet_distance:.3f}", f"{made.diversity:.2f}"]
+    return {
+      f"accuracy at {evaluations}": f"{made.accuracy:.3f}",
+      f"distance at {evaluations}": f"{made.frechet_distance:.3f}",
+      f"diversity at {evaluations}": f"{made.diversity:.2f}",
+    }
 
   real = evaluation.measure(test.images, test.labels, judge, train.images)
-  print(f"real test digits: accuracy {real.accuracy:.3f}, distance {real.frechet_distance:.3f}, "
-        f"diversity {real.diversity:.2f}")  # fmt: skip
-  heads = [f"{what} at {count}" for count in EVALUATIONS for what in ("accuracy", "distance", "diversity")]
-
-  print(f"\nsolvers, classifier-free guidance of {MODERATE:g}")
-  print(timing.row(["solver", *heads]))
+  fact = (
+    f"real test digits: accuracy {real.accuracy:.3f}, distance {real.frechet_distance:.3f}, "
+    f"diversity {real.diversity:.2f}"
+  )
   moderate = jg.classifier_free(denoiser.null_cond, MODERATE)
-  for name in jg.solvers.SOLVERS:
-    print(timing.row([name, *(cell for count in EVALUATIONS for cell in cells(moderate, name, count))]), flush=True)
-
-  print("\nguidance, DPM-Solver++(2M)")
-  print(timing.row(["guidance", *heads]))
-  tables = [guidances(models, jg.karras(count, **SIGMAS)) for count in EVALUATIONS]
-  for name in tables[0]:
+  solvers = [
+    {"solver": name} | cells(moderate, name, EVALUATIONS[0]) | cells(moderate, name, EVALUATIONS[1])
+    for name in jg.solvers.SOLVERS
+  ]
+  compared = [guidances(models, jg.karras(count, **SIGMAS)) for count in EVALUATIONS]
+  guided = []
+  for name in compared[0]:
     solver = "ddim" if "ddim" in name else "dpmpp-2m"
-    made = [cells(table[name], solver, count) for table, count in zip(tables, EVALUATIONS, strict=True)]
-    print(timing.row([name, *made[0], *made[1]]), flush=True)
+    made = [cells(each[name], solver, count) for each, count in zip(compared, EVALUATIONS, strict=True)]
+    guided.append({"guidance": name} | made[0] | made[1])
+  tables = {f"solvers, classifier-free guidance of {MODERATE:g}": solvers, "guidance, DPM-Solver++(2M)": guided}
+  timing.report("methods", tables, [fact])

@@ -49,7 +49,12 @@ def main() -> None:
     theirs = dict(runs())
   ours = dict(runs())
   both = {f"{who}, {name}": run for who, made in (("jax", theirs), ("jaxguide", ours)) for name, run in made.items()}
-  seconds = timing.medians({name: lambda run=run: run(params, x) for name, run in both.items()}, rounds=5)
-  each = {name: value / (STEPS if "inside" in name else 1) for name, value in seconds.items()}
-  for kind in ("input", "weights"):
-    print(timing.table({name: value for name, value in each.items() if kind in name}, f"jax, {kind} outside"))
+  seconds = timing.measure({name: lambda run=run: run(params, x) for name, run in both.items()}, rounds=5)
+  each = {name: [value / (STEPS if "inside" in name else 1) for value in taken] for name, taken in seconds.items()}
+  tables = {
+    f"gradient of the {kind}": timing.summary(
+      {name: taken for name, taken in each.items() if kind in name}, f"jax, {kind} outside"
+    )
+    for kind in ("input", "weights")
+  }
+  timing.report("scan_gradient", tables)

@@ -1,0 +1,78 @@
+"""The networks that are measured, at three sizes, with weights at random."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxguide.interop.openai import PRESETS
+from jaxguide.training import Model, ModelConfig, digits
+from jaxguide.training.model import init_params
+
+ON_CPU = jax.default_backend() == "cpu"
+DTYPE = "float32" if ON_CPU else "bfloat16"
+
+_PROCESS = {"num_classes": 10, "prediction": "eps", "schedule": "linear", "diffusion_steps": 1000}
+_FIELDS = {
+  "model_channels": 64,
+  "channel_mult": (1, 2, 2),
+  "num_res_blocks": 2,
+  "attention_resolutions": (2, 4),
+  "num_head_channels": 64,
+}
+SMALL = ModelConfig("unet", _FIELDS, (32, 32, 3), **_PROCESS)
+SMALL_CLASSIFIER = ModelConfig("classifier", _FIELDS, (32, 32, 3), **_PROCESS)
+
+
+class Size(NamedTuple):
+  """Two networks, and how they are measured."""
+
+  unet: ModelConfig
+  classifier: ModelConfig
+  batch: int
+  rounds: int
+
+
+SIZES = {
+  "8x8": Size(digits.DENOISER, digits.CLASSIFIER, 64, 15),
+  "32x32": Size(SMALL, SMALL_CLASSIFIER, 16, 7),
+  "ADM-64": Size(PRESETS["64x64_diffusion"], PRESETS["64x64_classifier"], 4 if ON_CPU else 64, 3 if ON_CPU else 15),
+}
+
+
+def prepared(config: ModelConfig, dtype: str = DTYPE) -> ModelConfig:
+  """Give a network as it is measured: without dropout, in the type that the backend computes in."""
+  return dataclasses.replace(config, fields={**config.fields, "dtype": dtype, "dropout": 0.0})
+
+
+def random_model(config: ModelConfig, dtype: str = DTYPE) -> Model:
+  """Make a network with weights drawn on the device; they cost as much as others."""
+  config = prepared(config, dtype)
+  params = jax.jit(functools.partial(init_params, config))(jax.random.key(0))
+  # The layers that start at zero would keep everything else from mattering.
+  draw = lambda leaf: leaf + 0.01 * jax.random.normal(jax.random.key(1), leaf.shape)  # noqa: E731
+  return Model(config, jax.tree.map(draw, params))
+
+
+def abstract_model(config: ModelConfig, dtype: str = DTYPE) -> Model:
+  """Make a network whose weights are shapes only, to compile with."""
+  config = prepared(config, dtype)
+  return Model(config, jax.eval_shape(functools.partial(init_params, config), jax.random.key(0)))
+
+
+def inputs(config: ModelConfig, batch: int) -> tuple[Any, ...]:
+  """Draw what a network is called on: images, times, and labels for a UNet that has classes."""
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((batch, *config.image_shape)).astype(np.float32)
+  t = np.linspace(1, 999, batch).astype(np.float32)
+  labels = np.arange(batch) % (config.num_classes or 1)
+  with_labels = config.network == "unet" and config.num_classes is not None
+  return tuple(map(jnp.asarray, (x, t, labels) if with_labels else (x, t)))
+
+
+def operations(function: Any, *args: Any) -> float:
+  """Count the floating-point operations of a function, as XLA does before it optimises: the same for every backend."""
+  return jax.jit(function).lower(*args).cost_analysis()["flops"]

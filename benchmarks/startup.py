@@ -1,0 +1,110 @@
+"""Time to import, to the first image without and with the persistent compilation cache, and to compile ADM's sampling.
+
+Each start is a process of its own. ADM's programs are compiled from shapes alone, and not run.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxguide as jg
+from benchmarks import networks, timing
+from jaxguide import sampling, training
+from jaxguide.interop.openai import PRESETS
+from jaxguide.training import digits
+
+ROUNDS = 3
+STEPS = 24
+
+FIRST_IMAGE = """
+import json, time
+marks = {"start": time.time()}
+import jax, flax.linen
+marks["jax and flax"] = time.time()
+import jaxguide as jg
+marks["jaxguide"] = time.time()
+from jaxguide import training
+model = training.load(FOLDER)
+marks["model"] = time.time()
+guided = jg.classifier_free(model.null_cond, 2.0)(model.denoiser)
+for which in ("first image", "second image"):
+  jg.sample_batch(
+    guided, jax.random.key(0), 3, num=1, shape=model.config.image_shape, sigmas=jg.karras(STEPS), solver=jg.DPMpp2M()
+  )
+  marks[which] = time.time()
+print(json.dumps(marks))
+"""
+
+
+def start(folder: Path, cache: Path | None) -> dict[str, float]:
+  """Start a process that draws a digit; give the seconds that its parts took."""
+  environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION_CACHE")}
+  if cache is not None:
+    environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+  code = FIRST_IMAGE.replace("FOLDER", repr(str(folder))).replace("STEPS", str(STEPS))
+  began = time.time()
+  out = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True, env=environment)
+  marks = json.loads(out.stdout.splitlines()[-1])
+  times = list(marks.values())
+  parts = dict(zip(list(marks)[1:], np.diff(times).tolist(), strict=True))
+  return {**parts, "all, to the first image": marks["first image"] - began}
+
+
+def sampling_program(size: str, steps: int, batch: int) -> Any:
+  """Lower classifier-guided DDIM from a published network, weights and all as shapes."""
+  diffusion, classifier = (networks.abstract_model(PRESETS[f"{size}_{kind}"]) for kind in ("diffusion", "classifier"))
+  guided = jg.chain(jg.clip_x0(), jg.classifier(classifier.log_prob, 1.0))(diffusion.denoiser)
+  keys = jax.eval_shape(lambda: jg.sample_keys(jax.random.key(0), batch))
+  labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
+  grid = jg.respaced(diffusion.config.noise_schedule, steps)
+  shape = diffusion.config.image_shape
+  return sampling._sample_many.lower(guided, grid, jg.DDIM(), keys, labels, shape=shape)
+
+
+def main(*sizes: str) -> None:
+  """Print the tables; name sizes of ADM, ``64x64`` or ``256x256``, to leave the others out, or ``none``."""
+  with tempfile.TemporaryDirectory() as name:
+    folder = Path(name)
+    training.save(folder / "model", networks.random_model(digits.DENOISER, "float32"))
+    taken: dict[str, list[dict[str, float]]] = {"no cache": [], "cache, empty": [], "cache, filled": []}
+    for turn in range(ROUNDS):
+      taken["no cache"].append(start(folder / "model", None))
+      for what in ("cache, empty", "cache, filled"):
+        taken[what].append(start(folder / "model", folder / f"cache-{turn}"))
+  rows = [
+    {"start": what, **{f"{part}, s": statistics.median(each[part] for each in starts) for part in starts[0]}}
+    for what, starts in taken.items()
+  ]
+  for row, starts in zip(rows, taken.values(), strict=True):
+    totals = [each["all, to the first image"] for each in starts]
+    row["range, s"] = f"{min(totals):.1f} to {max(totals):.1f}"
+
+  compiled = []
+  for size in sizes or ("64x64", "256x256"):
+    if size == "none":
+      continue
+    began = time.perf_counter()
+    lowered = sampling_program(size, 25, 1)
+    traced = time.perf_counter()
+    memory = lowered.compile().memory_analysis()
+    compiled.append(
+      {
+        "program": f"ADM {size}, classifier-guided DDIM, 1 image",
+        "trace and lower, s": traced - began,
+        "compile, s": time.perf_counter() - traced,
+        "weights, MiB": memory.argument_size_in_bytes / 2**20,
+        "work space, MiB": memory.temp_size_in_bytes / 2**20,
+      }
+    )
+  tables = {"a process that draws a digit": rows} | ({"compilation": compiled} if compiled else {})
+  timing.report("startup", tables, [f"medians of {ROUNDS} starts; {STEPS} steps of DPM-Solver++(2M), CFG"])

@@ -1,0 +1,114 @@
+"""One training step of the diffusion model and of the classifier at 32x32, against PyTorch eager and compiled.
+
+A step is forward, backward, the norm of the gradient clipped, AdamW, and the running mean of the parameters. The peers
+are OpenAI's networks with the same weights and PyTorch's fused optimiser; the gradient of one loss with respect to
+every weight is held against ours first.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks import networks, peers, timing
+from jaxguide.interop import openai
+from jaxguide.training import Model, ModelConfig, TrainingConfig
+from jaxguide.training.loop import TrainState, optimizer, train_step
+
+BATCH, ROUNDS = (16, 3) if networks.ON_CPU else (256, 15)
+TRAINING = TrainingConfig(steps=1000, batch_size=BATCH, weight_decay=0.01)
+
+
+def target_loss(logits_or_eps: Any, labels: Any, noise: Any, xp: Any) -> Any:
+  """Give the loss: cross-entropy of logits, squared error of predicted noise. ``xp`` is what knows both."""
+  return xp(logits_or_eps, labels) if logits_or_eps.ndim == 2 else ((logits_or_eps - noise) ** 2).mean()
+
+
+def check(model: Model, network: Any) -> float:
+  """Hold the weights' gradient of one loss against ours; give the largest difference."""
+  torch = peers.find("torch")
+  x, t, *rest = networks.inputs(model.config, 4)
+  labels, noise = np.arange(4) % 10, np.random.default_rng(2).standard_normal(x.shape).astype(np.float32)
+
+  @jax.jit
+  @jax.grad
+  def gradient(params):
+    entropy = lambda logits, y: optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()  # noqa: E731
+    return target_loss(model.config.module.apply(params, x, t, *rest), labels, noise, entropy)
+
+  ours = openai.to_state_dict(gradient(model.params), model.config)
+  noise, labels, *args = peers.tensors((noise, labels, x, t, *rest))
+  with peers.precision():
+    loss = target_loss(network(*args), labels, noise, torch.nn.functional.cross_entropy)
+  loss.backward()
+  theirs = {name: weight.grad.float().cpu().numpy() for name, weight in network.named_parameters()}
+  network.zero_grad()
+  flat = [np.concatenate([np.ravel(tree[name]) for name in ours]) for tree in (ours, theirs)]
+  return peers.check("OpenAI's gradient", *flat)
+
+
+def peer_step(model: Model, network: Any, images: np.ndarray, labels: np.ndarray) -> Any:
+  """Give one step of training in PyTorch, with what ours does."""
+  torch, (images, labels) = peers.find("torch"), peers.tensors((images, labels.astype(np.int64)))
+  # The compiled network holds the same parameters.
+  weights = list(network.parameters())
+  means = [weight.detach().clone() for weight in weights]
+  adamw = torch.optim.AdamW(weights, lr=1e-6, weight_decay=TRAINING.weight_decay, fused=True)
+  alpha_bar = torch.as_tensor(model.config.noise_schedule.alpha_bar, dtype=torch.float32).to(peers.device())
+  null, is_unet = model.config.null_cond, model.config.network == "unet"
+
+  def step():
+    x0 = images.float() / 127.5 - 1
+    t = torch.randint(0, len(alpha_bar), (len(x0),), device=x0.device)
+    level, noise = alpha_bar[t].view(-1, 1, 1, 1), torch.randn_like(x0)
+    x = level.sqrt() * x0 + (1 - level).sqrt() * noise
+    y = labels
+    if is_unet:
+      y = torch.where(torch.rand(len(x0), device=x0.device) < 0.15, null, labels)
+    with peers.precision():
+      out = network(x, t.float(), y) if is_unet else network(x, t.float())
+    loss = target_loss(out.float(), y, noise, torch.nn.functional.cross_entropy)
+    adamw.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(weights, TRAINING.clip_norm)
+    adamw.step()
+    with torch.no_grad():
+      torch._foreach_lerp_(means, weights, 1 - TRAINING.ema_decay)
+    return loss
+
+  return peers.finished(step)
+
+
+def case(config: ModelConfig, facts: list[str]) -> list[dict[str, Any]]:
+  """Measure one network."""
+  model = networks.random_model(config)
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (BATCH, *config.image_shape)).astype(np.uint8)
+  labels = (np.arange(BATCH) % 10).astype(np.int32)
+  step = train_step(model.config, TRAINING)
+  copy = lambda: jax.tree.map(jnp.copy, model.params)  # noqa: E731
+  state = [TrainState(jnp.zeros((), jnp.int32), copy(), copy(), optimizer(TRAINING).init(model.params))]
+
+  def ours():
+    state[0], metrics = step(state[0], images, labels)
+    return state[0], metrics
+
+  runs = {"jaxguide": ours}
+  if (network := peers.openai_network(model)) is not None:
+    facts.append(f"{config.network}: the gradients of all weights differ by {check(model, network):.1g} of the largest")
+    network.train()
+    runs["OpenAI's network, eager"] = peer_step(model, network, images, labels)
+    runs["OpenAI's network, compiled"] = peer_step(model, peers.find("torch").compile(network), images, labels)
+  return [
+    {"network": config.network, **row} for row in timing.summary(timing.measure(runs, ROUNDS), "jaxguide", label="step")
+  ]
+
+
+def main(*names: str) -> None:
+  """Measure the networks that are named, ``unet`` or ``classifier``, or both."""
+  configs = {"unet": networks.SMALL, "classifier": networks.SMALL_CLASSIFIER}
+  facts = [f"{networks.DTYPE}, parameters and AdamW in float32"]
+  rows = [row for name in names or configs for row in case(configs[name], facts)]
+  timing.report("training", {f"one step of training at 32x32, batch {BATCH}": rows}, facts)
