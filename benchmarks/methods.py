@@ -25,7 +25,7 @@ SIGMAS = {"sigma_min": demo.SIGMA_MIN, "sigma_max": demo.SIGMA_MAX}
 
 
 def solver_of(name: str, steps: int) -> Solver:
-  """Make a solver with what its paper has for options."""
+  """Make a solver; the stochastic one of EDM with a little noise."""
   return methods.solver("edm-stochastic:churn=2,s_noise=1.003" if name == "edm-stochastic" else name, steps)
 
 

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from jaxguide import checks, struct
-from jaxguide.typing import Array, ArrayLike, Example, LogProb, Scale, scale_at
+from jaxguide.typing import Array, ArrayLike, Example, LogProb, Scale
 
 Operator = Callable[[Example], Array]
 """What is measured of a clean example, ``x0 -> y``."""
@@ -79,7 +79,7 @@ def measurement(operator: Operator, std: ArrayLike, spread: Scale = 0.0) -> LogP
 
 def _measurement(operator, std, spread, x0, sigma, y):
   off = _residual(operator, x0, y)
-  std, spread = jnp.asarray(std, off.dtype), jnp.asarray(scale_at(spread, sigma), off.dtype)
+  std, spread = jnp.asarray(std, off.dtype), jnp.asarray(spread(sigma) if callable(spread) else spread, off.dtype)
   variance = jnp.broadcast_to(std**2 + spread**2, off.shape)
   return -0.5 * jnp.sum(off**2 / variance + jnp.log(2 * jnp.pi * variance))
 

@@ -82,7 +82,10 @@ def sample(
     said: list[Any] = []
     conditioned = Conditioned(memory.noticed(memory.recall(denoise, remembered), said), cond)
     state = solver.step(conditioned, state, sigma, sigma_next, jax.random.fold_in(step_key, i))
-    return (state, memory.after(said)), None if collect is None else collect(state)
+    kept = memory.after(said)
+    if (kept is None) != (remembered is None):
+      raise ValueError("a guidance with momentum is hidden in a function that is no pytree: make it one with Partial")
+    return (state, kept), None if collect is None else collect(state)
 
   steps = (jnp.arange(sigmas.shape[0] - 1), sigmas[:-1], sigmas[1:])
   first = memory.find(denoise)

@@ -33,7 +33,7 @@ def linear(scale: ArrayLike, schedule: NoiseSchedule, floor: ArrayLike | None = 
   r"""Rise linearly, :math:`\gamma(t) = 1 + 2 (1 - t) (\gamma - 1)`, but not below a floor.
 
   Args:
-    scale: γ, the mean over ``t``. 1 is 1 at every level.
+    scale: γ, the mean over ``t`` but for the floor. 1 is 1 at every level.
     schedule: whose time counts; a network's own, or ``LogSNR`` between two levels.
     floor: the least γ, for Wang et al.'s clamped schedule (2024, arXiv:2404.13040), the best that they tuned.
 
@@ -128,7 +128,8 @@ def cfg_pp(scale: ArrayLike, sigmas: ArrayLike, eta: ArrayLike = 0.0) -> Scale:
     scale: λ. 0 is unconditional; 1 lands on the conditional x0 and keeps the unconditional noise. The paper uses 0.2 to
       1, where others use γ from 2 to 12.5.
     sigmas: (steps + 1,) the grid that will be walked.
-    eta: of `jaxguide.DDIM` or `jaxguide.EulerAncestral`, in [0, 1]: what is put back of the old noise is less then.
+    eta: of `jaxguide.DDIM` or `jaxguide.EulerAncestral`, in [0, 1], and 1 for `jaxguide.DDPM`: what is put back of the
+      old noise is less then.
 
   Raises:
     ValueError: if ``scale`` is not finite, ``eta`` not in [0, 1], or ``sigmas`` is no grid.
@@ -142,7 +143,6 @@ def cfg_pp(scale: ArrayLike, sigmas: ArrayLike, eta: ArrayLike = 0.0) -> Scale:
 
 
 def _cfg_pp(scale, grid, eta, sigma):
-  grid = grid.astype(sigma.dtype)
   return scale * _on_grid(1 / _weight(eta, grid), grid, sigma)
 
 
@@ -180,7 +180,7 @@ def dps(scale: ArrayLike, sigmas: ArrayLike, eta: ArrayLike = 1.0) -> Scale:
 
 
 def _dps(scale, grid, eta, sigma):
-  grid = grid.astype(sigma.dtype)
+  sigma = jnp.asarray(sigma)
   after = _on_grid(jnp.sqrt(1 + grid[1:] ** 2) / _weight(eta, grid), grid, sigma)
   return scale * jnp.sqrt(1 + sigma**2) / sigma**2 * after
 
@@ -192,8 +192,9 @@ def _weight(eta: ArrayLike, grid: Array) -> Array:
 
 
 def _on_grid(values: Array, grid: Array, sigma: Scalar) -> Array:
-  # Ascending, as interpolation wants it.
-  return jnp.interp(jnp.log(sigma), jnp.log(grid[-2::-1]), values[::-1])
+  sigma = jnp.asarray(sigma)
+  # Ascending, and no shorter than float32, as interpolation wants it.
+  return jnp.interp(jnp.log(sigma.astype(grid.dtype)), jnp.log(grid[-2::-1]), values[::-1]).astype(sigma.dtype)
 
 
 def _time(schedule: NoiseSchedule, sigma: Scalar) -> Array:

@@ -41,7 +41,7 @@ from jax.tree_util import Partial
 from jaxguide import checks, memory, struct
 from jaxguide.denoisers import check_cond
 from jaxguide.guidance import classifier
-from jaxguide.guidance.mixing import without_and_with
+from jaxguide.guidance.mixing import Both
 from jaxguide.sampling import sample_keys
 from jaxguide.solvers.base import Conditioned
 from jaxguide.typing import (
@@ -59,6 +59,7 @@ from jaxguide.typing import (
   Scalar,
   Solver,
   map_x0,
+  scale_at,
   x0_of,
 )
 
@@ -80,7 +81,7 @@ class Product:
   def evaluate(self, x: Example, sigma: Scalar, cond: PyTree = None) -> tuple[Example | Prediction, Scalar]:
     """Give the guided ``x0``, and how fast ``log w`` rises as ``log sigma`` falls."""
     said = self.denoise_all(x, sigma, cond)
-    parts = [(jnp.asarray(power, x.dtype), x0_of(one)) for power, one in zip(self.powers, said, strict=True)]
+    parts = [(scale_at(power, sigma, x), x0_of(one)) for power, one in zip(self.powers, said, strict=True)]
     x0 = functools.reduce(operator.add, [power * one for power, one in parts])
     # From the differences, not from scores, which at high noise are large and nearly the same.
     spread = functools.reduce(operator.add, [power * jnp.sum(((one - x0) / sigma) ** 2) for power, one in parts])
@@ -147,7 +148,7 @@ def tempered(denoise: Denoiser, null_cond: PyTree, scale: ArrayLike) -> Product:
   6.0
   """
   scale = checks.finite("scale", scale)
-  return Product(Partial(without_and_with, denoise, null_cond), (1 - scale, scale))
+  return Product(Both(denoise, null_cond), (1 - scale, scale))
 
 
 def tempered_by_classifier(denoise: Denoiser, log_prob: LogProb, scale: ArrayLike) -> Product:
@@ -231,6 +232,11 @@ def sample_product(
   threshold = checks.in_range("threshold", threshold, 0, 1)
   if memory.find(target) is not None:
     raise ValueError("a guidance that remembers earlier steps is of no density: leave out its momentum")
+  if not isinstance(target, Product):
+    raise TypeError(f"the target must be made by tempered, tempered_by_classifier or product, got {target!r}")
+  s_noise = getattr(solver, "s_noise", 1.0)
+  if checks.is_concrete(s_noise) and (np.asarray(s_noise) != 1).any():
+    raise ValueError(f"the solver must add as much noise as it removes: its s_noise must be 1 here, got {s_noise}")
   if getattr(solver, "log_prob", None) is not None:
     raise ValueError("the solver's own classifier is not in the target: leave it out, or use tempered_by_classifier")
   sigmas = jnp.asarray(sigmas)

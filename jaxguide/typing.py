@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxguide import struct
@@ -27,14 +29,20 @@ Scale = ArrayLike | Callable[..., ArrayLike]
 """A number, or a function of ``sigma`` that gives one; see `jaxguide.scales`."""
 
 
-def scale_at(scale: Scale, sigma: Scalar) -> ArrayLike:
-  """Give a scale at a noise level.
+def scale_at(scale: Scale, sigma: Scalar, x: Example) -> Scalar:
+  """Give a scale at a noise level, in the type of an example.
+
+  Raises:
+    ValueError: if it is more than one number.
 
   >>> import jax.numpy as jnp
-  >>> scale_at(2.0, jnp.asarray(1.0)), float(scale_at(lambda sigma: 3 * sigma, jnp.asarray(2.0)))
-  (2.0, 6.0)
+  >>> float(scale_at(lambda sigma: 3 * sigma, jnp.asarray(2.0), jnp.zeros(2)))
+  6.0
   """
-  return scale(sigma) if callable(scale) else scale
+  value = jnp.asarray(scale(sigma) if callable(scale) else scale, x.dtype)
+  if value.ndim:
+    raise ValueError(f"a scale is one number for one example, got shape {value.shape}: vmap over scales, outside")
+  return value
 
 
 @struct.dataclass
@@ -71,10 +79,13 @@ def map_x0(function: Callable[..., Any], prediction: Any, *others: Any) -> Any:
   2.0
   """
   made = function(x0_of(prediction), *map(x0_of, others))
-  said = [part for part in (made, prediction, *others) if isinstance(part, Prediction)]
+  said = (part for part in (made, prediction, *others) if isinstance(part, Prediction))
   variance = prediction.variance if isinstance(prediction, Prediction) else None
   memory = next((part.memory for part in said if part.memory is not None), None)
-  return Prediction(x0_of(made), variance, memory) if said else made
+  if not isinstance(x0_of(made), jax.Array | np.ndarray | int | float):
+    raise TypeError(f"guidance must give a clean example, got {x0_of(made)!r}: perhaps a rule is to be called first")
+  bare = variance is None and memory is None
+  return x0_of(made) if bare else Prediction(x0_of(made), variance, memory)
 
 
 @runtime_checkable

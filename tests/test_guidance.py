@@ -307,6 +307,22 @@ def test_outside_an_interval_nothing_is_added_to_what_is_remembered():
   np.testing.assert_allclose(x0[:, 0], [5, 4, 6, 5.5], rtol=1e-6)
 
 
+@pytest.mark.parametrize("outer", [jg.classifier_free(3, 0.0), jg.compose(3, jnp.zeros(1))], ids=["cfg", "compose"])
+def test_what_remembers_is_not_asked_twice(outer, mixture):
+  # The null branch would be told what the conditional one remembers.
+  inner = jg.classifier_free(3, 2.0, jg.projected(momentum=-0.5))
+  cond = jnp.asarray(1) if "classifier_free" in str(outer.formula) else jnp.array([1])
+  with pytest.raises(ValueError, match="put it last in the chain"):
+    jg.chain(inner, outer)(mixture.denoiser)(noisy(mixture, 0, 1.0), jnp.asarray(1.0), cond)
+
+
+def test_a_memory_hidden_in_a_function_is_found(mixture):
+  guided = jg.classifier_free(3, 2.0, jg.projected(momentum=-0.5))(mixture.denoiser)
+  shape = mixture.means.shape[1:]
+  with pytest.raises(ValueError, match="make it one with Partial"):
+    jg.sample(lambda *args: guided(*args), jax.random.key(0), shape, jg.karras(3), jg.Euler(), 1)  # noqa: PLW0108
+
+
 def test_one_memory_at_most(mixture):
   twice = jg.chain(*2 * [jg.classifier_free(3, 2.0, jg.projected(momentum=-0.5))])(mixture.denoiser)
   with pytest.raises(ValueError, match="2 do: leave momentum to one"):
@@ -414,6 +430,52 @@ def test_a_clip_bound_is_finite(bound):
 def test_null_cond_has_the_structure_of_cond(null):
   with pytest.raises(ValueError, match="null_cond must have the structure of cond"):
     jg.classifier_free(null, 2.0)(lambda x, sigma, cond: x)(*AT)
+
+
+@pytest.mark.parametrize("null", [7, -1])
+@pytest.mark.parametrize("make", [lambda n: jg.classifier_free(n, 2.0), lambda n: jg.compose(n, jnp.ones(1))])
+def test_a_null_cond_is_one_that_the_denoiser_knows(make, null):
+  guided, cond = make(null)(jg.ring(4).denoiser), np.array([[1]])
+  cond = cond if "Composed" in type(guided).__name__ else cond[0]
+  with pytest.raises(ValueError, match=f"label {null} is not one of the 4 classes"):
+    jg.sample_batch(guided, jax.random.key(0), cond, shape=(2,), sigmas=jg.karras(3), solver=jg.Euler())
+
+
+@pytest.mark.parametrize("null", [4.7, np.array([4]), "none"])
+def test_a_null_cond_is_of_the_kind_of_a_cond(null):
+  with pytest.raises(ValueError, match="null_cond must"):
+    jg.classifier_free(null, 2.0)(lambda x, sigma, cond: x)(*AT)
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1)])
+def test_a_scale_is_one_number_for_one_example(mixture, shape):
+  x, sigma, label = noisy(mixture, 0, 1.0), jnp.asarray(1.0), jnp.asarray(1)
+  for guidance in (
+    jg.classifier_free(3, np.ones(shape)), jg.classifier(mixture.log_prob, np.ones(shape)),
+    jg.autoguidance(mixture.denoiser, lambda sigma: jnp.ones(shape)), jg.normalized(jg.clip_x0(), np.ones(shape)),
+  ):  # fmt: skip
+    with pytest.raises(ValueError, match="one number for one example"):
+      guidance(mixture.denoiser)(x, sigma, label)
+
+
+@pytest.mark.parametrize("make", [jg.chain, jg.parallel, lambda g: jg.interval(g, 0.1, 1.0)])
+@pytest.mark.parametrize("guidance", [None, [jg.clip_x0()]])
+def test_guidance_is_a_function(make, guidance):
+  with pytest.raises(TypeError):
+    make(guidance)
+
+
+def test_a_rule_that_was_not_made_is_told(mixture):
+  guided = jg.classifier_free(3, 2.0, jg.frequency_decoupled)(mixture.denoiser)
+  with pytest.raises(TypeError):
+    guided(noisy(mixture, 0, 1.0), jnp.asarray(1.0), jnp.asarray(1))
+
+
+def test_a_weak_models_variance_is_left_out_in_an_interval_too(mixture):
+  bare = mixture.denoiser
+  weak = lambda x, sigma, cond: jg.Prediction(bare(x, sigma, cond), x)  # noqa: E731
+  guided = jg.interval(jg.autoguidance(weak, 2.0), 0.1, 2.0)(bare)
+  assert guided(noisy(mixture, 0, 1.0), jnp.asarray(1.0), jnp.asarray(1)).shape == mixture.means.shape[1:]
 
 
 def test_no_condition_at_all_says_so():

@@ -154,6 +154,15 @@ def test_cfg_pp_with_noise_keeps_the_unconditional_noise(eta, random_mixture, gi
   assert relative_error(got, wanted) < 1e-12
 
 
+def test_scales_on_a_grid_take_short_floats():
+  grid = jg.karras(6)
+  for make in (scales.cfg_pp, scales.dps):
+    scale = make(0.5, grid)
+    wanted = scale(jnp.asarray(1.0))
+    assert scale(jnp.ones((), jnp.bfloat16)).dtype == jnp.bfloat16
+    np.testing.assert_allclose(scale(jnp.ones((), jnp.bfloat16)).astype(float), wanted, rtol=0.01)
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 

@@ -378,3 +378,17 @@ def test_powers_that_are_none_are_refused():
   for make in (lambda a: smc.product((one, one), (1 - a, a)), lambda a: jg.tempered(one, 0, a)):
     with pytest.raises(ValueError, match="must be finite"):
       make(np.nan)
+
+
+@pytest.mark.parametrize(
+  ("make", "error", "said"),
+  [
+    (lambda ring: (smc.tempered(ring.denoiser, 9, 2.0), jg.DDPM()), ValueError, "label 9 is not one of the 4 classes"),
+    (lambda ring: (smc.tempered(ring.denoiser, 4, 2.0), jg.DPMpp2MSDE(s_noise=1.5)), ValueError, "s_noise must be 1"),
+    (lambda ring: (jg.classifier_free(4, 2.0)(ring.denoiser), jg.DDPM()), TypeError, "target"),
+  ],
+)
+def test_what_the_weights_would_not_know_of_is_refused(make, error, said):
+  target, solver = make(jg.ring(4))
+  with pytest.raises(error, match=said):
+    smc.sample_product(target, jax.random.key(0), 10, (2,), jg.karras(3), solver, cond=1)

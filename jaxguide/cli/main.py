@@ -99,7 +99,8 @@ def sample(
     typer.Option(
       help="Power in p(x) p(y|x)^scale: 0 unconditional, 1 conditional, more is sharper and less diverse. "
       "For cfg the paper's w is scale - 1; classifier guides the unconditional network, and where the model cannot be "
-      "one, the conditional, whose power then is 1 + scale. [default: as recommended for the classifier, or 2]"
+      "one, the conditional, whose power then is 1 + scale. For backward it is the step size, for schedule cfg++ "
+      "its lambda. [default: as recommended for the classifier, or 2]"
     ),
   ] = None,
   solver: Annotated[

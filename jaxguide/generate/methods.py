@@ -29,14 +29,14 @@ class Networks:
     classifier: the classifier, if there is one.
     load: gives the denoiser of another folder.
     sigmas: the levels that will be walked.
-    eta: how random the solver's steps are, where it is `jaxguide.DDIM`, or one like it.
+    eta: how random the solver's steps are, where they are those of `jaxguide.DDIM`.
   """
 
   model: Model
   classifier: Model | None
   load: Callable[[str], Model]
   sigmas: Array
-  eta: float = 0.0
+  eta: Any = None
 
   @property
   def null_cond(self) -> int:
@@ -57,7 +57,7 @@ class Networks:
 
   def clean(self, level: float) -> LogProb:
     """What the classifier says of clean examples, asked as if a little noise were left on them."""
-    return Partial(_at_level, self.log_prob, checks.above("level", level, 0))
+    return Partial(_at_level, self.log_prob, checks.finite("level", checks.above("level", level, 0)))
 
 
 def _at_level(log_prob, level, x0, sigma, cond):
@@ -124,7 +124,7 @@ def compose(networks: Networks, scale: Scale, *, labels: tuple[int, ...], scales
   if len(labels) != len(scales):
     raise ValueError(f"compose needs one of its scales for each of its labels, got {len(scales)} and {len(labels)}")
   checks.labels("label", np.array(labels), networks.model.config.num_classes or 0)
-  of_all = Partial(_with_others, checks.scale("scale", scale), jnp.array(scales))
+  of_all = Partial(_with_others, checks.scale("scale", scale), jnp.array(checks.finite("scales", scales)))
   return Rule(_compose, (guide.compose(null, of_all), jnp.array(labels)))
 
 
@@ -133,7 +133,7 @@ def _compose(denoise, guidance, labels, x, sigma, cond):
 
 
 def _with_others(scale, others, sigma):
-  return jnp.append(jnp.asarray(scale_at(scale, sigma), others.dtype), others)
+  return jnp.append(scale_at(scale, sigma, others), others)
 
 
 def reconstruction(networks: Networks, scale: Scale, *, level: float = 0.01) -> Guidance:
@@ -249,7 +249,9 @@ def _powered_cosine(networks: Networks, scale: float, *, power: float = 1.0) -> 
 
 
 def _cfg_pp(networks: Networks, scale: float) -> Scale:
-  """CFG++ (Chung et al. 2024): scale is their lambda, 0.2 to 1; for cfg with solvers euler and ddim."""
+  """CFG++ (Chung et al. 2024): scale is their lambda, 0.2 to 1; for euler, ddim, euler-ancestral and ddpm."""
+  if networks.eta is None:
+    raise ValueError("schedule 'cfg++' is for solvers euler, ddim, euler-ancestral and ddpm: choose one of them")
   return scaled.cfg_pp(scale, networks.sigmas, networks.eta)
 
 

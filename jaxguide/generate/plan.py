@@ -55,7 +55,7 @@ class Settings:
   base_samples: str | None = None
   labels: Sequence[int] | None = None
   num: int = 16
-  guidance: Sequence[str] | None = None
+  guidance: str | Sequence[str] | None = None
   join: str = "chain"
   scale: float | int | None = None
   solver: str = "ddim"
@@ -78,6 +78,8 @@ class Settings:
       object.__setattr__(self, "labels", tuple(labels.tolist()))
     if self.scale is not None:
       checks.finite("scale", self.scale)
+    if isinstance(self.guidance, str):
+      object.__setattr__(self, "guidance", (self.guidance,))
     if self.guidance is not None:
       names = [parse(text).name for text in self.guidance]
       for name in names:
@@ -146,13 +148,19 @@ def plan(settings: Settings) -> Plan:
   shifts = is_ddpm and "classifier" in names
   options = _ddpm(settings, model, shifts) if is_ddpm else {}
   solver = methods.solver(settings.solver, len(sigmas) - 1, **options)
-  eta = solver.eta if isinstance(solver, solvers.DDIM | solvers.EulerAncestral) else 0.0
+  # How much noise a step of the kind that CFG++ and DDIM take makes anew; None for steps of another kind.
+  eta = {solvers.Euler: 0.0, solvers.DDPM: 1.0}.get(type(solver))
+  eta = solver.eta if isinstance(solver, solvers.DDIM | solvers.EulerAncestral) else eta
   networks = methods.Networks(model, classifier, load_other, sigmas, eta)
   made = _made(settings, texts, networks)
   if shifts:
     # It goes with the solver and not into the denoiser.
     at = names.index("classifier")
     narrowed = {"sigma_lo", "sigma_hi", "ratio"} & set(parse(texts[at]).options)
+    if names.count("classifier") > 1:
+      raise ValueError(
+        "solver 'ddpm' shifts its mean by one classifier: leave out the others, or choose another solver"
+      )
     if narrowed:
       raise ValueError(
         f"solver 'ddpm' shifts its mean by all of the classifier's gradient, at every level: leave out "
@@ -193,7 +201,7 @@ def _guidances(settings: Settings, model: Model) -> Sequence[str]:
       raise ValueError(f"a model of super-resolution is sampled with guidance 'none', not {', '.join(given)!r}")
     return ()
   if given is not None:
-    return () if given == ("none",) else given
+    return () if given == ("none",) else tuple(given)
   if settings.classifier is not None:
     return ("classifier",)
   return () if model.null_cond is None else ("cfg",)
@@ -219,6 +227,8 @@ def _clipped(settings: Settings, names: Sequence[str], made: Sequence[Guidance])
   """Put the guidances together, and keep x0 in [-1, 1], unless they do so themselves."""
   at = len(made)
   if settings.join == "parallel":
+    if not made:
+      raise ValueError("there is no guidance in the denoiser to join: leave out join")
     made, at = [guide.parallel(*made)], 1
   elif "classifier" in names:
     # As OpenAI's code: what the network says is clipped, and what the classifier does to it is not.

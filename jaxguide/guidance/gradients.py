@@ -57,7 +57,7 @@ def classifier(log_prob: LogProb, scale: Scale) -> Guidance:
 
 def _classifier(denoise, log_prob, scale, x, sigma, cond):
   gradient = jax.grad(log_prob)(x, sigma, cond)
-  scale = jnp.asarray(scale_at(scale, sigma), x.dtype)
+  scale = scale_at(scale, sigma, x)
   return map_x0(lambda x0: x0 + scale * sigma**2 * gradient, denoise(x, sigma, cond))
 
 
@@ -104,7 +104,7 @@ def _reconstruction(denoise, log_prob, scale, x, sigma, cond):
     return log_prob(x0_of(said), sigma, cond), said
 
   gradient, said = jax.grad(value, has_aux=True)(x)
-  scale = jnp.asarray(scale_at(scale, sigma), x.dtype)
+  scale = scale_at(scale, sigma, x)
   return map_x0(lambda x0: x0 + scale * sigma**2 * gradient, said)
 
 
@@ -140,7 +140,7 @@ def backward_guidance(log_prob: LogProb, step_size: Scale, steps: int = 1) -> Gu
 
 
 def _backward_guidance(denoise, climb, step_size, x, sigma, cond):
-  step_size = jnp.asarray(scale_at(step_size, sigma), x.dtype)
+  step_size = scale_at(step_size, sigma, x)
   return map_x0(lambda x0: climb(x0, step_size, sigma, cond), denoise(x, sigma, cond))
 
 
@@ -188,7 +188,7 @@ def normalized(guidance: Guidance, ratio: Scale) -> Guidance:
 
 
 def _normalized(denoise, guidance, ratio, x, sigma, cond):
-  ratio = jnp.asarray(scale_at(ratio, sigma), x.dtype)
+  ratio = scale_at(ratio, sigma, x)
 
   def rescale(x0, guided):
     _, length = _polar(x - x0)

@@ -7,11 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
 
-from jaxguide import checks, struct
+from jaxguide import checks, memory, struct
 from jaxguide.combine import Combine, linear
-from jaxguide.guidance.rule import Rule
-from jaxguide.typing import Denoiser, Example, Guidance, PyTree, Scalar, Scale, map_x0, scale_at, x0_of
+from jaxguide.denoisers import check_cond
+from jaxguide.guidance.rule import Composition, Rule
+from jaxguide.typing import Denoiser, Example, Guidance, Leaf, PyTree, Scalar, Scale, map_x0, scale_at, x0_of
 
 
 def classifier_free(null_cond: PyTree, scale: Scale, combine: Combine = linear) -> Guidance:
@@ -46,22 +49,38 @@ def classifier_free(null_cond: PyTree, scale: Scale, combine: Combine = linear) 
   >>> float(guided(jnp.asarray(2.0), jnp.asarray(1.0), 1))
   6.0
   """
-  return Rule(_classifier_free, (null_cond, checks.scale("scale", scale), struct.as_tree(combine)))
+  return Composition(_classifier_free, (null_cond, checks.scale("scale", scale), struct.as_tree(combine)))
 
 
-def _classifier_free(denoise, null_cond, scale, combine, x, sigma, cond):
-  null, given = without_and_with(denoise, null_cond, x, sigma, cond)
-  return map_x0(lambda x0, x0_null: combine(x0, x0_null, scale_at(scale, sigma), x, sigma), given, null)
+def _classifier_free(denoise, null_cond, scale, combine):
+  return Partial(_away_from_null, Both(denoise, null_cond), scale, combine)
 
 
-def without_and_with(denoise: Denoiser, null_cond: PyTree, x: Example, sigma: Scalar, cond: PyTree) -> tuple[Any, Any]:
-  """Give what a denoiser says with ``null_cond`` and with ``cond``, run as one batch."""
-  check_structure(cond, null_cond)
-  both = jax.tree.map(
-    lambda null, y: jnp.stack([jnp.asarray(null, jnp.result_type(y)), jnp.asarray(y)]), null_cond, cond
-  )
-  said = jax.vmap(denoise, (None, None, 0))(x, sigma, both)
-  return jax.tree.map(operator.itemgetter(0), said), jax.tree.map(operator.itemgetter(1), said)
+def _away_from_null(both, scale, combine, x, sigma, cond):
+  null, given = both(x, sigma, cond)
+  return map_x0(lambda x0, x0_null: combine(x0, x0_null, scale_at(scale, sigma, x), x, sigma), given, null)
+
+
+@struct.dataclass
+class Both:
+  """What a denoiser says with ``null_cond`` and with the condition, run as one batch."""
+
+  denoise: Leaf
+  null_cond: Leaf
+
+  def __call__(self, x: Example, sigma: Scalar, cond: PyTree) -> tuple[Any, Any]:
+    """Give the two predictions."""
+    _check_null(self.denoise, cond, self.null_cond)
+    both = jax.tree.map(
+      lambda null, y: jnp.stack([jnp.asarray(null, jnp.result_type(y)), jnp.asarray(y)]), self.null_cond, cond
+    )
+    said = jax.vmap(self.denoise, (None, None, 0))(x, sigma, both)
+    return jax.tree.map(operator.itemgetter(0), said), jax.tree.map(operator.itemgetter(1), said)
+
+  def check_cond(self, cond: PyTree) -> None:
+    """Raise ValueError where the denoiser knows neither ``cond`` nor the null condition."""
+    check_cond(self.denoise, cond)
+    check_cond(self.denoise, self.null_cond)
 
 
 def compose(null_cond: PyTree, scales: Scale) -> Guidance:
@@ -70,7 +89,8 @@ def compose(null_cond: PyTree, scales: Scale) -> Guidance:
   .. math:: \tilde D = D_\varnothing + \sum_i \gamma_i (D_{y_i} - D_\varnothing)
 
   A positive scale asks for a condition (conjunction), a negative one for its absence (negation). The product of
-  densities :math:`p(x) \prod_i (p(x | y_i) / p(x))^{\gamma_i}` is what it aims at.
+  densities :math:`p(x) \prod_i (p(x | y_i) / p(x))^{\gamma_i}` is what it aims at. (Guidances, and not conditions, are
+  put together by `chain` and `parallel`.)
 
   Where one condition stands in for the null one, as the negative prompts of text-to-image models do, that is
   ``classifier_free(negative, scale)``.
@@ -91,40 +111,62 @@ def compose(null_cond: PyTree, scales: Scale) -> Guidance:
   >>> float(guided(jnp.asarray(1.0), jnp.asarray(1.0), jnp.array([3, 4])))
   2.0
   """
-  return Rule(_compose, (null_cond, checks.scale("scales", scales)))
+  return Composition(_compose, (null_cond, checks.scale("scales", scales)))
 
 
-def _compose(denoise, null_cond, scales, x, sigma, cond):
-  scales = jnp.asarray(scale_at(scales, sigma), x.dtype)
-  check_structure(cond, null_cond)
-  counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(cond)}
-  if scales.ndim != 1 or counts != {scales.shape}:
-    raise ValueError(
-      f"compose needs one scale for each condition in cond: its scales have shape {scales.shape}, and the leaves of "
-      f"cond have {sorted(count[0] if count else 'no axis' for count in counts)} in front"
-    )
-
-  def with_null(given, null):
-    null = jnp.asarray(null, jnp.result_type(given))
-    return jnp.concatenate([jnp.asarray(given), jnp.broadcast_to(null, (1, *jnp.shape(given)[1:]))])
-
-  said = jax.vmap(denoise, (None, None, 0))(x, sigma, jax.tree.map(with_null, cond, null_cond))
-  first = jax.tree.map(operator.itemgetter(0), said)
-
-  def mixed(_):
-    each = x0_of(said)
-    return each[-1] + jnp.tensordot(scales, each[:-1] - each[-1:], axes=1)
-
-  return map_x0(mixed, first)
+def _compose(denoise, null_cond, scales):
+  return _Composed(denoise, null_cond, scales)
 
 
-def check_structure(cond: PyTree, null_cond: PyTree) -> None:
-  """Raise ValueError where ``null_cond`` is not of the structure of ``cond``, or there is no condition at all."""
+@struct.dataclass
+class _Composed:
+  denoise: Leaf
+  null_cond: Leaf
+  scales: Leaf
+
+  def __call__(self, x: Example, sigma: Scalar, cond: PyTree) -> Any:
+    scales = jnp.asarray(self.scales(sigma) if callable(self.scales) else self.scales, x.dtype)
+    counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(cond)}
+    if scales.ndim != 1 or counts - {scales.shape}:
+      raise ValueError(
+        f"compose needs one scale for each condition in cond: its scales have shape {scales.shape}, and the leaves of "
+        f"cond have {sorted(count[0] if count else 'no axis' for count in counts)} in front"
+      )
+    _check_null(self.denoise, jax.tree.map(operator.itemgetter(0), cond), self.null_cond)
+
+    def with_null(given, null):
+      null = jnp.asarray(null, jnp.result_type(given))
+      return jnp.concatenate([jnp.asarray(given), null[None]])
+
+    said = jax.vmap(self.denoise, (None, None, 0))(x, sigma, jax.tree.map(with_null, cond, self.null_cond))
+
+    def mixed(_):
+      each = x0_of(said)
+      return each[-1] + jnp.tensordot(scales, each[:-1] - each[-1:], axes=1)
+
+    return map_x0(mixed, jax.tree.map(operator.itemgetter(0), said))
+
+  def check_cond(self, cond: PyTree) -> None:
+    check_cond(self.denoise, cond)
+    check_cond(self.denoise, self.null_cond)
+
+
+def _check_null(denoise: Denoiser, cond: PyTree, null_cond: PyTree) -> None:
+  """Raise ValueError where ``null_cond`` is not like ``cond``, or the denoiser cannot be asked about both at once."""
   given, null = jax.tree.structure(cond), jax.tree.structure(null_cond)
   if str(given) != str(null):
     raise ValueError(f"null_cond must have the structure of cond, {given}; got {null}")
   if not jax.tree.leaves(cond):
-    raise ValueError("guidance by a condition needs a cond to guide towards, got none")
+    raise ValueError("there must be a cond to guide towards, got none")
+  for one, none in zip(jax.tree.leaves(cond), jax.tree.leaves(null_cond), strict=True):
+    if isinstance(none, str) or np.shape(none) != np.shape(one):
+      raise ValueError(f"null_cond must have the shapes of one cond, {np.shape(one)} here; got {none!r}")
+    if jnp.issubdtype(jnp.result_type(one), jnp.integer) and not jnp.issubdtype(jnp.result_type(none), jnp.integer):
+      raise ValueError(f"null_cond must be whole numbers as cond is, got {none!r}")
+  if memory.find(denoise) is not None:
+    raise ValueError(
+      "a guidance that remembers earlier steps cannot be asked twice in one: put it last in the chain, outside this one"
+    )
 
 
 def autoguidance(weak: Denoiser, scale: Scale, combine: Combine = linear) -> Guidance:
@@ -169,4 +211,4 @@ def autoguidance(weak: Denoiser, scale: Scale, combine: Combine = linear) -> Gui
 
 def _autoguidance(denoise, weak, scale, combine, x, sigma, cond):
   given, poor = denoise(x, sigma, cond), weak(x, sigma, cond)
-  return map_x0(lambda x0, x0_weak: combine(x0, x0_weak, scale_at(scale, sigma), x, sigma), given, poor)
+  return map_x0(lambda x0, x0_weak: combine(x0, x0_weak, scale_at(scale, sigma, x), x, sigma), given, poor)

@@ -43,7 +43,8 @@ class Perturbation:
       so that not even a very wide one is the mean.
 
   Raises:
-    ValueError: for a kind that is not known, no block, a width that is not above 0, or one where nothing is blurred.
+    ValueError: for a kind that is not known, no block, a width that is not above 0, or one for another kind than
+      ``smooth``.
 
   >>> Perturbation("skip", ["middle_block_0", "middle_block_1"]).blocks
   ('middle_block_0', 'middle_block_1')

@@ -84,6 +84,6 @@ class DDPM:
         # The papers' gradient is with respect to alpha x, and shifts alpha' x'.
         gradient = jax.grad(self.log_prob)(x, sigma, denoise.cond)
         gradient *= jnp.sqrt((1 + sigma**2) / (1 + sigma_next**2))
-      mean += jnp.asarray(scale_at(self.scale, sigma), x.dtype) * variance.value * gradient
+      mean += scale_at(self.scale, sigma, x) * variance.value * gradient
     std = jnp.where(last, 0, jnp.exp(0.5 * variance.log))
     return MultistepState(mean + std * draw(key, x), x0, sigma)
