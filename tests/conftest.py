@@ -3,6 +3,9 @@
 A new guidance method or solver is one more line in `GUIDANCES` or `SOLVERS`; every structural test then covers it.
 """
 
+import os
+import tempfile
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,10 @@ import pytest
 
 import jaxguide as jg
 from jaxguide.guidance import Rule
+
+# The commands keep compiled programs. Here each process has a place of its own, and reads nothing half written.
+_CACHE = tempfile.TemporaryDirectory()
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 
 def _and_not_the_next(denoise, guidance, x, sigma, cond):
@@ -51,7 +58,7 @@ GUIDANCES = {
     m.num_classes, jg.scales.powered_cosine(scale, jg.schedules.Cosine(), 2.0)
   ),
   "cfg_pp": lambda m, scale: jg.classifier_free(m.num_classes, jg.scales.cfg_pp(scale, jg.karras(4, 0.05, 10.0))),
-  "compose": lambda m, scale: Rule(_and_not_the_next, (jg.compose(m.num_classes, scale * jnp.array([1.0, -0.2])),)),
+  "compose": lambda m, scale: Rule(_and_not_the_next, (jg.compose(m.num_classes, scale * np.array([1.0, -0.2])),)),
   "parallel": lambda m, scale: jg.parallel(jg.classifier_free(m.num_classes, scale), jg.classifier(m.log_prob, 0.5)),
   "tangential": lambda m, scale: jg.classifier_free(m.num_classes, scale, jg.tangential),
   "reconstruction": lambda m, scale: jg.reconstruction(clean(m), 0.1 * scale),
