@@ -185,8 +185,24 @@ def attend(
     if perturbation is not None:
       q = smooth(q.reshape(n, *sides, heads, -1), perturbation.width).reshape(n, -1, heads, v.shape[-1])
     # What one mean query attends to is every pixel's.
-    out = jnp.broadcast_to(jax.nn.dot_product_attention(q, k, v), v.shape)
+    attention = _attention_on_cpu if jax.default_backend() == "cpu" else jax.nn.dot_product_attention
+    out = jnp.broadcast_to(attention(q, k, v), v.shape)
   return out.reshape(n, t, channels // 3)
+
+
+def _attention_on_cpu(q, k, v):
+  """Do what ``jax.nn.dot_product_attention`` does, in half the time.
+
+  XLA's CPU backend is quick with a product only where its axes are in order, so the heads come first, and the barrier
+  keeps the transposes out of the products. Normalising the result, and not every weight, is the same but for rounding.
+  """
+  q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * q.shape[-1] ** -0.5, k, v))
+  q, k, v = jax.lax.optimization_barrier((q, k, v))
+  logits = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=jnp.float32)
+  weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+  total = weights.sum(-1, keepdims=True)
+  out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+  return out.astype(v.dtype).transpose(0, 2, 1, 3)
 
 
 def count_heads(channels: int, num_heads: int, num_head_channels: int) -> int:
