@@ -45,6 +45,7 @@ def guidances(models: Mapping[str, training.Model], grid: jax.Array) -> dict[str
       of: cfg(scale),
       f"{of}, clip": jg.chain(cfg(scale), jg.clip_x0()),
       f"{of}, dynamic threshold 0.9": jg.chain(cfg(scale), jg.dynamic_threshold(0.9)),
+      f"{of}, dynamic threshold 0.995": jg.chain(cfg(scale), jg.dynamic_threshold(0.995)),
       f"{of}, rescaled 0.7": cfg(scale, jg.rescaled(0.7)),
       f"{of}, APG": cfg(scale, jg.projected(0.0, 2.5, -0.5)),
       f"{of}, zero star": cfg(scale, jg.zero_star()),

@@ -121,8 +121,7 @@ def cfg_pp(scale: ArrayLike, sigmas: ArrayLike, eta: ArrayLike = 0.0) -> Scale:
 
   So what looks like another renoising, and would need another solver, is a scale that knows the grid. It works with
   any solver, and with Euler and DDIM it *is* CFG++. Between the levels of the grid, where solvers of several
-  evaluations ask as well, it is interpolated in ``log sigma``. Note that
-  γ grows with the number of steps: λ belongs to a grid.
+  evaluations ask as well, it is interpolated in ``log sigma``. γ grows with the number of steps: λ belongs to a grid.
 
   Args:
     scale: λ. 0 is unconditional; 1 lands on the conditional x0 and keeps the unconditional noise. The paper uses 0.2 to

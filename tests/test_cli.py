@@ -1,5 +1,7 @@
 import operator
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -54,6 +56,26 @@ def run(folders, monkeypatch, capsys):
     return status, *capsys.readouterr()
 
   return run
+
+
+@pytest.mark.slow
+def test_a_second_process_compiles_nothing(folders, tmp_path):
+  environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+
+  def kept(seed):
+    """The programs that are kept after a process has drawn a sample."""
+    program = [sys.executable, "-c", "from jaxguide import cli; cli.main()"]
+    options = {"out": tmp_path / "a.png", "steps": 2, "num": 1, "model": folders / "denoiser", "seed": seed}
+    subprocess.run(
+      [*program, "sample", *(f"--{name}={value}" for name, value in options.items())],
+      env=environment | {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"},
+      check=True,
+    )
+    return {path.name for path in (tmp_path / "jaxguide").glob("*-cache")}
+
+  first = kept(0)
+  assert first
+  assert kept(1) == first
 
 
 def test_sample_writes_npz(run, tmp_path):

@@ -143,9 +143,10 @@ def dots(perturbation):
 
 
 def shapes_of_dots(jaxpr):
+  """Those over pixels: the normalisation's are not."""
   for equation in jaxpr.eqns:
-    if equation.primitive.name == "dot_general":
-      yield equation.outvars[0].aval.shape
+    if equation.primitive.name == "dot_general" and len(shape := equation.outvars[0].aval.shape) > 2:
+      yield shape
     for value in equation.params.values():
       if hasattr(value, "jaxpr"):
         yield from shapes_of_dots(value.jaxpr)

@@ -32,6 +32,9 @@ def setup() -> None:
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxguide"
     jax.config.update("jax_compilation_cache_dir", str(cache))
+  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+    # JAX would keep only what takes a second to compile, and of the rest there is more.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @app.command()

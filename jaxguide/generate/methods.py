@@ -319,9 +319,8 @@ def _word(name: str, default: str) -> inspect.Parameter:
 
 def _edm_stochastic(
   *, churn: float = 0.0, s_min: float = 0.0, s_max: float = float("inf"), s_noise: float = 1.0, alpha: float = 1.0
-) -> dict[str, float]:
+) -> None:
   """The stochastic sampler of EDM; churn is S_churn, the noise that all its steps add."""
-  return {"churn": churn, "s_min": s_min, "s_max": s_max, "s_noise": s_noise, "alpha": alpha}
 
 
 GRIDS: dict[str, Callable[..., Array]] = {"respaced": schedules.respaced, **schedules.GRIDS}
