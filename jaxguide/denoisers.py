@@ -260,21 +260,9 @@ def check_params(module: nn.Module, params: PyTree, *args: Any) -> None:
   Raises:
     ValueError: naming the first parameter that is missing, unknown, or of another shape.
   """
-  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), (params, args))
-  leaves, treedef = jax.tree.flatten(shapes)
-  _check_shapes(module, tuple(leaves), treedef)
-
-
-@functools.lru_cache(maxsize=64)
-def _check_shapes(module: nn.Module, leaves: tuple[Any, ...], treedef: Any) -> None:
-  params, args = jax.tree.unflatten(treedef, leaves)
-  name = type(module).__name__
-  try:
-    expected = jax.eval_shape(module.init, jax.random.key(0), *args)
-  except FlaxError as error:
-    raise ValueError(f"{name} cannot be set up on inputs of these shapes: {error}") from error
+  name, expected = type(module).__name__, param_shapes(module, *args)
   ours, theirs = (
-    {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+    {jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(leaf) for path, leaf in leaves}
     for leaves in map(jax.tree_util.tree_leaves_with_path, (params, expected))
   )
   for path in [*theirs, *ours]:
@@ -286,6 +274,29 @@ def _check_shapes(module: nn.Module, leaves: tuple[Any, ...], treedef: Any) -> N
       else:
         wrong = f"{path} has shape {ours[path]}, expected {theirs[path]}"
       raise ValueError(f"the parameters do not fit {name}: {wrong}")
+
+
+def param_shapes(module: nn.Module, *args: Any) -> PyTree:
+  """Give the shapes and types of a Flax module's variables, ``{"params": ...}``, without making them.
+
+  Args:
+    module: the network.
+    *args: what it is called on; only shapes and types count.
+
+  Raises:
+    ValueError: if the network cannot be called on them.
+  """
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), args)
+  leaves, treedef = jax.tree.flatten(shapes)
+  return _param_shapes(module, tuple(leaves), treedef)
+
+
+@functools.lru_cache(maxsize=64)  # Tracing a network takes long, and loading one asks more than once.
+def _param_shapes(module: nn.Module, leaves: tuple[Any, ...], treedef: Any) -> PyTree:
+  try:
+    return jax.eval_shape(module.init, jax.random.key(0), *jax.tree.unflatten(treedef, leaves))
+  except FlaxError as error:
+    raise ValueError(f"{type(module).__name__} cannot be set up on inputs of these shapes: {error}") from error
 
 
 # --- between what a denoiser can say ---------------------------------------------------------------

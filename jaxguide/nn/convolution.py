@@ -7,10 +7,11 @@ forward layout to begin with: the input gradient as a convolution with the flipp
 which batch and channels have changed places.
 
 XLA has two libraries for convolutions on a CPU, and takes YNNPACK's wherever that says that it can. In the XLA of jax
-0.10.2 YNNPACK keeps to one core for many images of 16 rows and more: on two cores Eigen's takes as little as 60 % of
-its time forward, and 30 % for the weight gradient (``python -m benchmarks convolution``). YNNPACK's takes no image that
-grows, and nothing that is one-dimensional. So forward there is one row of zeros more, and a row of the result is
-dropped; and the weight gradient goes along rows, with the cotangent once for each row of the kernel.
+0.10.2 YNNPACK keeps to one core for many images of 16 rows and more, and is slow with large kernels: on two cores
+Eigen's takes as little as 60 % of its time forward, and 30 % for the weight gradient (``python -m benchmarks
+convolution``). YNNPACK's takes no image that grows, and nothing that is one-dimensional. So forward there is one row of
+zeros more, and a row of the result is dropped; and the weight gradient goes along rows, with the cotangent once for
+each row of the kernel.
 
 It is a primitive of its own, and not a ``custom_vjp``, so that forward mode, higher derivatives and ``vmap`` (which
 folds its axis into the batch) all work. On other backends JAX's own rules are the right ones, and are used; so they are
@@ -29,7 +30,8 @@ from jaxguide.typing import Array, Float
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
-ROWS = 16  # from where on the forward pass keeps out of YNNPACK's way
+# From where on the forward pass keeps out of YNNPACK's way: rows of the image, or numbers in the kernel.
+ROWS, KERNEL = 16, 2**20
 
 
 def convolve(
@@ -61,7 +63,7 @@ def _on_cpu(x, kernel, *, stride: int, padding: Padding):
   (above, below), sides = padding
   rows = x.shape[1]
   made = rows + above + below - kernel.shape[0] + 1
-  if stride > 1 or rows < ROWS or made > rows:
+  if stride > 1 or made > rows or (rows < ROWS and kernel.size < KERNEL):
     return _plain(x, kernel, stride=stride, padding=padding)
   return _plain(x, kernel, stride=1, padding=((above, below + rows + 1 - made), sides))[:, :made]
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxguide.denoisers import ClassifierLogProb, NetworkDenoiser, check_params
+from jaxguide.denoisers import ClassifierLogProb, NetworkDenoiser, check_params, param_shapes
 from jaxguide.files import PathLike, check_writable, write_atomically
 from jaxguide.training.config import ModelConfig
 from jaxguide.typing import PyTree
@@ -101,7 +101,7 @@ def load(folder: PathLike) -> Model:
   folder = Path(folder).absolute()
   try:
     config = ModelConfig(**json.loads((folder / "config.json").read_text()))
-    expected = jax.eval_shape(config.module.init, jax.random.key(0), *_inputs(config))
+    expected = param_shapes(config.module, *_inputs(config))
   except FileNotFoundError:
     raise FileNotFoundError(f"there is no model in {folder}: train one, with `jaxguide demo` for example") from None
   except (NotADirectoryError, UnicodeDecodeError, TypeError, ValueError) as error:
