@@ -21,7 +21,7 @@ from jaxguide.nn.convolution import convolve
 STEPS, ROUNDS = 4, 9
 SHAPES = [  # batch, side, channels of the image and of the result: of the networks of 32x32 and 64x64
   (16, 32, 64, 64), (16, 32, 192, 64), (16, 16, 128, 128), (16, 8, 128, 128),
-  (4, 64, 192, 192), (4, 32, 384, 384), (4, 16, 576, 576), (4, 8, 768, 768),
+  (4, 64, 192, 192), (4, 32, 384, 384), (4, 16, 576, 576), (4, 8, 768, 768), (4, 8, 1536, 768),
 ]  # fmt: skip
 
 
@@ -40,12 +40,13 @@ def passes(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
   }
 
 
-def their_passes(x: Any, kernel: Any, cotangent: Any) -> dict[str, Callable[[], Any]]:
+def their_passes(x: np.ndarray, kernel: np.ndarray, cotangent: np.ndarray) -> dict[str, Callable[[], Any]]:
   """Give the same of PyTorch; empty where it is not at hand."""
   if (torch := peers.find("torch")) is None:
     return {}
-  x, cotangent = peers.tensors((x, cotangent))
-  kernel = torch.from_numpy(np.array(kernel).transpose(3, 2, 0, 1).copy()).to(device=peers.device(), dtype=x.dtype)
+  # Seen as images, (out, height, width, in) become PyTorch's kernels, (out, in, height, width).
+  carried = peers.tensors((x, kernel.transpose(3, 0, 1, 2), cotangent))
+  x, kernel, cotangent = (tensor.to(getattr(torch, networks.DTYPE)) for tensor in carried)
   sizes = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1}
   backward = functools.partial(
     torch.ops.aten.convolution_backward, cotangent, x, kernel, None, **sizes, transposed=False, output_padding=[0, 0]
@@ -64,8 +65,9 @@ def alone() -> list[dict[str, Any]]:
   for batch, side, channels, features in SHAPES:
     rng = np.random.default_rng(0)
     shapes = (batch, side, side, channels), (3, 3, channels, features), (batch, side, side, features)
-    args = [jnp.asarray(rng.standard_normal(shape), networks.DTYPE) for shape in shapes]
-    theirs, operations = their_passes(*args), 2 * 9 * channels * features * batch * side**2
+    drawn = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    args = [jnp.asarray(each, networks.DTYPE) for each in drawn]
+    theirs, operations = their_passes(*drawn), 2 * 9 * channels * features * batch * side**2
     ours, jaxs = passes(convolve), passes(derived)
     for what in ours:
       made = {"jaxguide": ours[what], "JAX's rule": jaxs[what]}
@@ -74,7 +76,7 @@ def alone() -> list[dict[str, Any]]:
       if theirs:
         runs["PyTorch"] = theirs[what]
         wanted = peers.array(theirs[what]())
-        if what == "weight gradient":  # Its axes are those of images: (out, in, height, width), read as NCHW.
+        if what == "weight gradient":
           wanted = wanted.transpose(1, 2, 3, 0)
         peers.check("PyTorch", runs["jaxguide"](), wanted)
       measured = timing.summary(timing.measure(runs, ROUNDS), "jaxguide")

@@ -258,7 +258,8 @@ def check_params(module: nn.Module, params: PyTree, *args: Any) -> None:
     *args: what it is called on; only shapes and types count.
 
   Raises:
-    ValueError: naming the first parameter that is missing, unknown, or of another shape.
+    ValueError: naming the first parameter that is missing, unknown, or of another shape; or if the network cannot be
+      called on ``args``.
   """
   name, expected = type(module).__name__, param_shapes(module, *args)
   ours, theirs = (
@@ -285,6 +286,9 @@ def param_shapes(module: nn.Module, *args: Any) -> PyTree:
 
   Raises:
     ValueError: if the network cannot be called on them.
+
+  >>> param_shapes(nn.Dense(3), jnp.zeros((1, 2)))["params"]["kernel"].shape
+  (2, 3)
   """
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), args)
   leaves, treedef = jax.tree.flatten(shapes)

@@ -17,7 +17,7 @@ from jaxguide.guidance import Rule
 # The commands keep compiled programs. Here each process has a place of its own, and reads nothing half written.
 _CACHE = tempfile.TemporaryDirectory()
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"  # Else every small program of the tests would be kept.
 
 
 def _and_not_the_next(denoise, guidance, x, sigma, cond):

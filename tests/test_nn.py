@@ -271,7 +271,8 @@ def loop_convolve(x, kernel, stride):
 
 CONVOLUTIONS = [
   pytest.param((2, *sides, 3), (*kernel, 3, 4), stride, id=f"{sides}-{kernel}-{stride}")
-  for sides in [(7, 6), (2, 1)]  # the second smaller than the kernel, as the coarsest level of a small image is
+  # The second smaller than the kernel, as the coarsest level of a small image is; the third one that has a row more.
+  for sides in [(7, 6), (2, 1), (17, 6)]
   for kernel in [(1, 1), (3, 3), (5, 5), (3, 1)]
   for stride in (1, 2)
 ]
