@@ -58,24 +58,38 @@ def run(folders, monkeypatch, capsys):
   return run
 
 
+COUNTED = """
+import collections, jax
+from jaxguide import cli
+counts = collections.Counter()
+jax.monitoring.register_event_listener(lambda event, **_: counts.update([event]))
+try:
+  cli.main()
+finally:
+  print(*(counts[f"/jax/compilation_cache/{what}"] for what in ("compile_requests_use_cache", "cache_hits")))
+"""
+
+
 @pytest.mark.slow
 def test_a_second_process_compiles_nothing(folders, tmp_path):
   environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
 
-  def kept(seed):
-    """The programs that are kept after a process has drawn a sample."""
-    program = [sys.executable, "-c", "from jaxguide import cli; cli.main()"]
+  def draw(seed):
+    """Draw a sample in a process of its own; give how many programs it asked for, and how many had been kept."""
     options = {"out": tmp_path / "a.png", "steps": 2, "num": 1, "model": folders / "denoiser", "seed": seed}
-    subprocess.run(
-      [*program, "sample", *(f"--{name}={value}" for name, value in options.items())],
+    made = subprocess.run(
+      [sys.executable, "-c", COUNTED, "sample", *(f"--{name}={value}" for name, value in options.items())],
       env=environment | {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"},
+      stdout=subprocess.PIPE,
+      text=True,
       check=True,
     )
-    return {path.name for path in (tmp_path / "jaxguide").glob("*-cache")}
+    return tuple(map(int, made.stdout.splitlines()[-1].split()))
 
-  first = kept(0)
-  assert first
-  assert kept(1) == first
+  asked, found = draw(0)
+  assert found < asked
+  asked, found = draw(1)
+  assert found == asked
 
 
 def test_sample_writes_npz(run, tmp_path):
