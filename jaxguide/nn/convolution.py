@@ -8,7 +8,7 @@ which batch and channels have changed places.
 
 XLA has two libraries for convolutions on a CPU, and takes YNNPACK's wherever that says that it can. In the XLA of jax
 0.10.2 YNNPACK keeps to one core for many images of 16 rows and more, and is slow with large kernels: on two cores
-Eigen's takes as little as 60 % of its time forward, and 30 % for the weight gradient (``python -m benchmarks
+Eigen's takes as little as half its time forward, and a third for the weight gradient (``python -m benchmarks
 convolution``). YNNPACK's takes no image that grows, and nothing that is one-dimensional. So forward there is one row of
 zeros more, and a row of the result is dropped; and the weight gradient goes along rows, with the cotangent once for
 each row of the kernel.
