@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxguide.denoisers import param_shapes
 from jaxguide.interop.openai import PRESETS
 from jaxguide.training import Model, ModelConfig, digits
-from jaxguide.training.model import init_params
+from jaxguide.training.model import init_params, least_inputs
 
 ON_CPU = jax.default_backend() == "cpu"
 DTYPE = "float32" if ON_CPU else "bfloat16"
@@ -44,8 +45,10 @@ SIZES = {
 
 
 def prepared(config: ModelConfig, dtype: str = DTYPE) -> ModelConfig:
-  """Give a network as it is measured: without dropout, in the type that the backend computes in."""
-  return dataclasses.replace(config, fields={**config.fields, "dtype": dtype, "dropout": 0.0})
+  """Give a network as it is measured: without dropout, in the type that the backend computes in, and by its kernels."""
+  fused = jax.default_backend() == "gpu" and dtype != "float32"
+  fields = {**config.fields, "dtype": dtype, "dropout": 0.0, "cudnn_attention": fused}
+  return dataclasses.replace(config, fields=fields)
 
 
 def random_model(config: ModelConfig, dtype: str = DTYPE) -> Model:
@@ -60,7 +63,7 @@ def random_model(config: ModelConfig, dtype: str = DTYPE) -> Model:
 def abstract_model(config: ModelConfig, dtype: str = DTYPE) -> Model:
   """Make a network whose weights are shapes only, to compile with."""
   config = prepared(config, dtype)
-  return Model(config, jax.eval_shape(functools.partial(init_params, config), jax.random.key(0)))
+  return Model(config, param_shapes(config.module, *least_inputs(config)))
 
 
 def inputs(config: ModelConfig, batch: int) -> tuple[Any, ...]:

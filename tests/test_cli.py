@@ -570,3 +570,6 @@ def test_networks_compute_in_bfloat16(sample_published):
   assert (half != full).any()
   assert np.abs(half.astype(int) - full).mean() < 10
   assert "unknown dtype 'float16'" in sample_published(*args, "--dtype", "float16")[1]
+  if jax.default_backend() == "cpu":
+    assert (sample_published(*args, "--dtype", "bfloat16", "--cudnn-attention")["arr_0"] == half).all()
+  assert "cudnn_attention is for half precision: give dtype bfloat16" in sample_published(*args, "--cudnn-attention")[1]

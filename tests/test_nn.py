@@ -1,6 +1,7 @@
 """The networks: against published arrays, against NumPy, and by what they promise."""
 
 import functools
+import importlib
 import re
 from pathlib import Path
 
@@ -706,6 +707,40 @@ def test_use_checkpoint_changes_nothing_but_memory():
   wanted = run(UNet(**fields))
   close = 1e-4 * max(float(abs(leaf).max()) for leaf in jax.tree.leaves(wanted[1]))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=close), run(module), wanted)
+
+
+def test_cudnn_attention(monkeypatch, request):
+  """It is there where it is asked for: in the program for a GPU, batched, forward and backward, and nowhere else."""
+  fields = {**SMALL, "num_head_channels": 16, "dtype": "bfloat16"}
+  x, t = batch()
+  params = random_params(UNet(**fields), x, t)
+
+  def gradient(params, x, t, **more):
+    module = UNet(**fields, **more)
+    one = lambda x, t: module.apply(params, x[None], t[None]).sum()  # noqa: E731
+    return jax.vmap(jax.grad(one))(x, t)
+
+  request.addfinalizer(jax.clear_caches)
+
+  def program(platform, **more):
+    jax.clear_caches()  # What is traced is kept for one backend; a process has but one.
+    monkeypatch.setattr(jax, "default_backend", lambda: {"cuda": "gpu"}.get(platform, platform))
+    traced = jax.jit(functools.partial(gradient, **more)).trace(params, x, t)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    return set(re.findall(r"cudnn\$(\w+)", text))
+
+  # JAX asks the card before it lowers for it.
+  asks = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+  monkeypatch.setattr(asks, "check_cudnn_version", lambda: 91000)
+  monkeypatch.setattr(asks, "check_compute_capability", lambda _: True)
+  monkeypatch.setattr(asks, "is_cuda_compute_capability_equal", lambda _: False)
+  assert program("cuda", cudnn_attention=True) == {"fmhaSoftmax", "fmhaSoftmaxBackward"}
+  assert not program("cuda")
+  assert not program("tpu", cudnn_attention=True)
+  assert not program("cpu", cudnn_attention=True)
+  for cls in (UNet, Classifier):
+    with pytest.raises(ValueError, match=f"give {cls.__name__} dtype bfloat16 with it, or leave it out; got float32"):
+      cls(**SMALL, cudnn_attention=True)
 
 
 def test_null_class():

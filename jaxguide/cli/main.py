@@ -124,6 +124,9 @@ def sample(
     ),
   ] = None,
   dtype: Annotated[str, typer.Option(help="What the networks compute in: float32 or bfloat16.")] = "float32",
+  cudnn_attention: Annotated[
+    bool, typer.Option(help="Attend by cuDNN's fused kernel, on an NVIDIA GPU and in bfloat16; elsewhere no change.")
+  ] = False,
   clip: Annotated[bool, typer.Option(help="Keep x0 in [-1, 1].")] = True,
   seed: Annotated[int, typer.Option(help="Seed: sample i depends on seed, i and its label alone.")] = 0,
   batch_size: Annotated[int, typer.Option(help="Samples at a time.")] = 256,
@@ -148,6 +151,7 @@ def sample(
     steps=steps,
     grid=grid,
     dtype=dtype,
+    cudnn_attention=cudnn_attention,
     clip=clip,
     seed=seed,
     batch_size=batch_size,

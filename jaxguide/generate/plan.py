@@ -44,6 +44,7 @@ class Settings:
     grid: ``respaced`` (steps of the model's own discrete process) or a name from `jaxguide.schedules`, with options; if
       left out, ``respaced`` where the model has one, else ``karras``.
     dtype: what the networks compute in, ``float32`` or ``bfloat16``.
+    cudnn_attention: whether they attend by cuDNN's fused kernel on a GPU; see `jaxguide.UNet`.
     clip: whether x0 is kept in [-1, 1]: what guidance made of it, or before a ``classifier`` changes it. Where
       ``guidance`` says itself where it is clipped, nothing else is.
     seed: sample ``i`` depends on the seed, ``i`` and its label alone.
@@ -62,6 +63,7 @@ class Settings:
   steps: int | str = 50
   grid: str | None = None
   dtype: str = "float32"
+  cudnn_attention: bool = False
   clip: bool = True
   seed: int = 0
   batch_size: int = 256
@@ -90,6 +92,8 @@ class Settings:
     methods.solver(self.solver, 1)
     checks.lookup("way to join", self.join, dict.fromkeys(JOINS))
     checks.lookup("dtype", self.dtype, dict.fromkeys(DTYPES))
+    if self.cudnn_attention and self.dtype == "float32":
+      raise ValueError("cudnn_attention is for half precision: give dtype bfloat16 with it, or leave it out")
 
 
 class Plan(NamedTuple):
@@ -249,7 +253,7 @@ def _ddpm(settings: Settings, model: Model, shifts: bool) -> dict[str, Any]:
 
 def _load(folder: PathLike, settings: Settings) -> Model:
   model = training.load(folder)
-  fields = {**model.config.fields, "dtype": settings.dtype}
+  fields = {**model.config.fields, "dtype": settings.dtype, "cudnn_attention": settings.cudnn_attention}
   return dataclasses.replace(model, config=dataclasses.replace(model.config, fields=fields))
 
 

@@ -296,7 +296,7 @@ def constructor(config: ModelConfig) -> str:
     **{
       field.name: getattr(module, field.name)
       for field in dataclasses.fields(module)
-      if field.name not in ("dtype", "null_class", "perturbation", "parent", "name")
+      if field.name not in ("dtype", "cudnn_attention", "null_class", "perturbation", "parent", "name")
     },
   }
   if config.network != "classifier":

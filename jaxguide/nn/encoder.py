@@ -28,6 +28,7 @@ class Encoder(nn.Module):
   use_new_attention_order: bool = False
   use_checkpoint: bool = False
   dtype: Any = jnp.float32
+  cudnn_attention: bool = False
 
   def __post_init__(self):
     # A configuration read from a file holds lists; a module has to be hashable.
@@ -45,6 +46,11 @@ class Encoder(nn.Module):
         f"got {list(self.attention_resolutions)}"
       )
     checks.in_range("dropout", self.dropout, 0, 1)
+    if self.cudnn_attention and jnp.dtype(self.dtype) not in (jnp.bfloat16, jnp.float16):
+      raise ValueError(
+        f"cudnn_attention is for half precision: give {name} dtype bfloat16 with it, or leave it out; "
+        f"got {jnp.dtype(self.dtype)}"
+      )
     super().__post_init__()
 
   @nn.nowrap
@@ -86,7 +92,7 @@ class Encoder(nn.Module):
     """Make an attention block."""
     cls = nn.remat(AttentionBlock) if self.use_checkpoint else AttentionBlock
     order, perturbation = self.use_new_attention_order, self.perturbation_of(name)
-    return cls(num_heads, self.num_head_channels, order, self.dtype, perturbation, name=name)
+    return cls(num_heads, self.num_head_channels, order, self.dtype, perturbation, self.cudnn_attention, name=name)
 
   @nn.nowrap
   def embed_time(self, t):

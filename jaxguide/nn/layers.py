@@ -4,6 +4,7 @@ Names of submodules are those of the published checkpoints with dots for undersc
 renaming. Parameters and normalisation are float32; ``dtype`` is the type that convolutions and products compute in.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -68,16 +69,24 @@ class GroupNorm(nn.Module):
     channels = x.shape[-1]
     scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
     bias = self.param("bias", zeros, (channels,), jnp.float32)
-    groups = math.gcd(32, channels)
+    return _normalise(x, scale, bias)
 
-    def per_group(per_channel):
-      return per_channel.reshape(-1, groups, channels // groups).mean(2)
 
-    pixels = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
-    centred = pixels - _spread(per_group(pixels.mean(1)), channels)[:, None]
-    variance = per_group(jnp.square(centred).mean(1))
-    normed = centred * (_spread(jax.lax.rsqrt(variance + 1e-5), channels) * scale)[:, None] + bias
-    return normed.reshape(x.shape)
+# Compiled by itself and called: it is traced, differentiated and lowered once for each shape, and not for each block. XLA
+# inlines the calls again.
+@jax.jit
+def _normalise(x, scale, bias):
+  channels = x.shape[-1]
+  groups = math.gcd(32, channels)
+
+  def per_group(per_channel):
+    return per_channel.reshape(-1, groups, channels // groups).mean(2)
+
+  pixels = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
+  centred = pixels - _spread(per_group(pixels.mean(1)), channels)[:, None]
+  variance = per_group(jnp.square(centred).mean(1))
+  normed = centred * (_spread(jax.lax.rsqrt(variance + 1e-5), channels) * scale)[:, None] + bias
+  return normed.reshape(x.shape)
 
 
 def _spread(per_group, channels):
@@ -168,12 +177,15 @@ class ResBlock(nn.Module):
     return Conv(self.features, kernel_init=zeros, dtype=self.dtype, name="out_layers_3")(h)
 
 
+# Compiled by itself for the same reason as `_normalise`.
+@functools.partial(jax.jit, static_argnames=("heads", "new_order", "perturbation", "sides", "cudnn"))
 def attend(
   qkv: Float[Array, "n t qkv"],
   heads: int,
   new_order: bool,
   perturbation: Perturbation | None = None,
   sides: tuple[int, ...] = (),
+  cudnn: bool = False,
 ) -> Float[Array, "n t c"]:
   """Attend, with the softmax in float32.
 
@@ -183,6 +195,7 @@ def attend(
     new_order: whether the channels are laid out (qkv, head, channel), or (head, qkv, channel) as in the first release.
     perturbation: what is done to the attention, if anything: ``identity`` or ``smooth``.
     sides: (height, width) of the map that the pixels are of, if the attention is perturbed.
+    cudnn: whether it is cuDNN's fused kernel on a GPU, which never holds all the weights.
   """
   n, t, channels = qkv.shape
   if new_order:
@@ -195,9 +208,15 @@ def attend(
     if perturbation is not None:
       q = smooth(q.reshape(n, *sides, heads, -1), perturbation.width).reshape(n, -1, heads, v.shape[-1])
     # What one mean query attends to is every pixel's.
-    attention = _attention_on_cpu if jax.default_backend() == "cpu" else jax.nn.dot_product_attention
-    out = jnp.broadcast_to(attention(q, k, v), v.shape)
+    out = jnp.broadcast_to(_attention(q, k, v, cudnn), v.shape)
   return out.reshape(n, t, channels // 3)
+
+
+def _attention(q, k, v, cudnn):
+  backend = jax.default_backend()
+  if backend == "cpu":
+    return _attention_on_cpu(q, k, v)
+  return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if cudnn and backend == "gpu" else "xla")
 
 
 def _attention_on_cpu(q, k, v):
@@ -233,6 +252,7 @@ class AttentionBlock(nn.Module):
   use_new_attention_order: bool = False
   dtype: Any = jnp.float32
   perturbation: Perturbation | None = None
+  cudnn_attention: bool = False
 
   @nn.compact
   def __call__(self, x):
@@ -243,7 +263,7 @@ class AttentionBlock(nn.Module):
     heads = count_heads(c, self.num_heads, self.num_head_channels)
     normed = GroupNorm(name="norm")(x).reshape(n, h * w, c)
     qkv = nn.Dense(3 * c, dtype=self.dtype, name="qkv")(normed)
-    out = attend(qkv, heads, self.use_new_attention_order, self.perturbation, (h, w))
+    out = attend(qkv, heads, self.use_new_attention_order, self.perturbation, (h, w), self.cudnn_attention)
     out = nn.Dense(c, kernel_init=zeros, dtype=self.dtype, name="proj_out")(out)
     return x + out.reshape(x.shape)
 

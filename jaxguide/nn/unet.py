@@ -35,6 +35,9 @@ class UNet(Encoder):
     use_checkpoint: compute activations again for the backward pass, to save memory.
     dtype: what convolutions and products compute in, ``jnp.float32`` or ``jnp.bfloat16``; parameters and normalisation
       stay float32.
+    cudnn_attention: attend by cuDNN's fused kernel on an NVIDIA GPU of Ampere's generation or later; elsewhere it
+      changes nothing. It needs ``dtype`` bfloat16 and heads of at most 128 channels, a multiple of 8; it never holds
+      all the weights of a map, and has a first derivative in reverse mode only.
     num_classes: number of classes, or None for an unconditional network.
     null_class: whether there is one more label, ``num_classes`` itself, that stands for none, as classifier-free
       guidance needs it. The published networks have none.

@@ -51,10 +51,10 @@ class Model:
 
 def init_params(config: ModelConfig, key: jax.Array) -> PyTree:
   """Draw parameters for a network."""
-  return config.module.init(key, *_inputs(config))
+  return config.module.init(key, *least_inputs(config))
 
 
-def _inputs(config: ModelConfig) -> tuple[Any, ...]:
+def least_inputs(config: ModelConfig) -> tuple[Any, ...]:
   """The least that the network can be called on."""
   x, t = jnp.zeros((1, *config.image_shape)), jnp.zeros(1)
   if config.network == "classifier":
@@ -75,7 +75,7 @@ def save(folder: PathLike, model: Model) -> None:
   import orbax.checkpoint as ocp
 
   folder = Path(folder).absolute()
-  check_params(model.config.module, model.params, *_inputs(model.config))
+  check_params(model.config.module, model.params, *least_inputs(model.config))
   check_writable(folder / "config.json")
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "config.json").unlink(missing_ok=True)
@@ -101,7 +101,7 @@ def load(folder: PathLike) -> Model:
   folder = Path(folder).absolute()
   try:
     config = ModelConfig(**json.loads((folder / "config.json").read_text()))
-    expected = param_shapes(config.module, *_inputs(config))
+    expected = param_shapes(config.module, *least_inputs(config))
   except FileNotFoundError:
     raise FileNotFoundError(f"there is no model in {folder}: train one, with `jaxguide demo` for example") from None
   except (NotADirectoryError, UnicodeDecodeError, TypeError, ValueError) as error:
@@ -115,7 +115,7 @@ def load(folder: PathLike) -> Model:
   except Exception as error:  # Orbax and its storage raise many kinds for a torn checkpoint.
     reason = str(error).strip().split("\n")[0]
     raise ValueError(f"the parameters in {folder / 'params'} are torn or not this model's ({reason})") from error
-  check_params(config.module, params, *_inputs(config))
+  check_params(config.module, params, *least_inputs(config))
   return Model(config, params)
 
 
