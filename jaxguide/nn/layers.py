@@ -72,7 +72,7 @@ class GroupNorm(nn.Module):
     return _normalise(x, scale, bias)
 
 
-# Compiled by itself and called: it is traced, differentiated and lowered once for each shape, and not for each block. XLA
+# Compiled by itself and called: traced, differentiated and lowered once for each shape, and not for each block. XLA
 # inlines the calls again.
 @jax.jit
 def _normalise(x, scale, bias):
