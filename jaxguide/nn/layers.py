@@ -78,15 +78,20 @@ class GroupNorm(nn.Module):
 def _normalise(x, scale, bias):
   channels = x.shape[-1]
   groups = math.gcd(32, channels)
+  # Height and width stay apart: over a merged axis, and under a vmap of one image each, XLA's CPU backend takes 14 times
+  # as long for a sum of products, which the gradient has.
+  pixels = tuple(range(1, x.ndim - 1))
 
   def per_group(per_channel):
     return per_channel.reshape(-1, groups, channels // groups).mean(2)
 
-  pixels = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
-  centred = pixels - _spread(per_group(pixels.mean(1)), channels)[:, None]
-  variance = per_group(jnp.square(centred).mean(1))
-  normed = centred * (_spread(jax.lax.rsqrt(variance + 1e-5), channels) * scale)[:, None] + bias
-  return normed.reshape(x.shape)
+  def spread(per_group):
+    return jnp.expand_dims(_spread(per_group, channels), pixels)
+
+  x = x.astype(jnp.float32)
+  centred = x - spread(per_group(x.mean(pixels)))
+  variance = per_group(jnp.square(centred).mean(pixels))
+  return centred * (spread(jax.lax.rsqrt(variance + 1e-5)) * scale) + bias
 
 
 def _spread(per_group, channels):
