@@ -60,10 +60,10 @@ class Classifier(Encoder):
       h = nn.Dense(2048, name="out_0")(h)
       if self.pool == "spatial":
         return nn.Dense(self.out_channels, name="out_2")(nn.relu(h))
-      h = nn.silu(GroupNorm(name="out_1")(h))
+      h = GroupNorm(silu=True, name="out_1")(h)
       return nn.Dense(self.out_channels, name="out_3")(h)
 
-    h = nn.silu(GroupNorm(name="out_0")(h))
+    h = GroupNorm(silu=True, name="out_0")(h)
     if self.pool == "attention":
       if self.num_head_channels == -1:
         raise ValueError("pool 'attention' counts its heads by channels: give num_head_channels")

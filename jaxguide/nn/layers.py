@@ -59,27 +59,32 @@ class Conv(nn.Module):
 class GroupNorm(nn.Module):
   """Group normalisation (Wu & He 2018) in float32: 32 groups, or as many as divide both 32 and the channels.
 
-  Mean and variance are taken per channel and then over the channels of a group, in two passes: on a CPU that takes half
-  the time of one reduction over reshaped groups, and it loses no digits to a difference of squares.
+  With ``silu``, x sigmoid(x) of it. Mean and variance are taken per channel and then over the channels of a group, in
+  two passes: on a CPU that takes half the time of one reduction over reshaped groups, and it loses no digits to a
+  difference of squares.
   """
 
+  silu: bool = False
+
   @nn.compact
-  def __call__(self, x):
-    """Normalise (n, ..., c) over its pixels; gives float32."""
+  def __call__(self, x, scale_shift=None):
+    """Normalise (n, ..., c) over its pixels, times 1 + scale and plus shift of each example; gives float32."""
     channels = x.shape[-1]
     scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
     bias = self.param("bias", zeros, (channels,), jnp.float32)
-    return _normalise(x, scale, bias)
+    return _normalise(x, scale, bias, scale_shift, self.silu)
 
 
 # Compiled by itself and called: traced, differentiated and lowered once for each shape, and not for each block. XLA
-# inlines the calls again.
-@jax.jit
-def _normalise(x, scale, bias):
+# inlines the calls again. For the gradient it is computed again: to keep x alone takes less memory than to keep the
+# parts, and on a CPU less time.
+@functools.partial(jax.jit, static_argnames="silu")
+@functools.partial(jax.checkpoint, static_argnums=4)
+def _normalise(x, scale, bias, scale_shift, silu):
   channels = x.shape[-1]
   groups = math.gcd(32, channels)
-  # Height and width stay apart: over a merged axis, and under a vmap of one image each, XLA's CPU backend takes 14 times
-  # as long for a sum of products, which the gradient has.
+  # Height and width stay apart: over a merged axis, and under a vmap of one image each, XLA's CPU backend takes 14
+  # times as long for a sum of products, which the gradient has.
   pixels = tuple(range(1, x.ndim - 1))
 
   def per_group(per_channel):
@@ -91,7 +96,10 @@ def _normalise(x, scale, bias):
   x = x.astype(jnp.float32)
   centred = x - spread(per_group(x.mean(pixels)))
   variance = per_group(jnp.square(centred).mean(pixels))
-  return centred * (spread(jax.lax.rsqrt(variance + 1e-5)) * scale) + bias
+  out = centred * (spread(jax.lax.rsqrt(variance + 1e-5)) * scale) + bias
+  if scale_shift is not None:
+    out = out * (1 + scale_shift[0]) + scale_shift[1]
+  return nn.silu(out) if silu else out
 
 
 def _spread(per_group, channels):
@@ -168,17 +176,13 @@ class ResBlock(nn.Module):
   @nn.nowrap
   def residual(self, x, emb, train, change):
     """Give what is added to the skip path."""
-    h = nn.silu(GroupNorm(name="in_layers_0")(x)).astype(self.dtype)
+    h = GroupNorm(silu=True, name="in_layers_0")(x).astype(self.dtype)
     h = Conv(self.features, dtype=self.dtype, name="in_layers_2")(change(h))
     width = 2 * self.features if self.use_scale_shift_norm else self.features
     emb = nn.Dense(width, dtype=self.dtype, name="emb_layers_1")(nn.silu(emb))[:, None, None]
-    norm = GroupNorm(name="out_layers_0")
-    if self.use_scale_shift_norm:
-      scale, shift = jnp.split(emb, 2, axis=-1)
-      h = norm(h) * (1 + scale) + shift
-    else:
-      h = norm(h + emb)
-    h = nn.Dropout(self.dropout)(nn.silu(h), deterministic=not train)
+    norm = GroupNorm(silu=True, name="out_layers_0")
+    h = norm(h, jnp.split(emb, 2, axis=-1)) if self.use_scale_shift_norm else norm(h + emb)
+    h = nn.Dropout(self.dropout)(h, deterministic=not train)
     return Conv(self.features, kernel_init=zeros, dtype=self.dtype, name="out_layers_3")(h)
 
 

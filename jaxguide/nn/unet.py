@@ -117,7 +117,7 @@ class UNet(Encoder):
             h = Upsample(self.conv_resample, self.dtype, name=f"{name}_{part}")(h)
         block += 1
 
-    h = nn.silu(GroupNorm(name="out_0")(h))
+    h = GroupNorm(silu=True, name="out_0")(h)
     return Conv(out_channels, kernel_init=zeros, name="out_2")(h).astype(x.dtype)
 
 
