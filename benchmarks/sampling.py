@@ -1,13 +1,14 @@
-"""Guided sampling at 32x32, images a second: against OpenAI's and diffusers' loops, and a plain batched JAX loop.
+"""Guided sampling, images a second: against OpenAI's and diffusers' loops, and a plain batched JAX loop.
 
 The peers walk the same grid with the same networks from the same noise, and what they give is held against ours first.
 The plain loop is what one would write for this network alone, ``lax.fori_loop`` around ``unet.apply`` on the batch with
-DDIM's formula: the floor. Of DDIM's 50 steps ten are walked, and the time is scaled.
+DDIM's formula: the floor. Of DDIM's steps the first few are walked, and the time is scaled. Both kinds of guidance at
+32x32, and ADM-64 and ADM-256 with their classifiers, of random weights, which cost as much as others.
 """
 
 import statistics
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,44 +16,68 @@ import numpy as np
 
 import jaxguide as jg
 from benchmarks import networks, peers, timing
-from jaxguide.training import Model
+from jaxguide import checks
+from jaxguide.interop.openai import PRESETS
+from jaxguide.training import Model, ModelConfig
 
-BATCH, ROUNDS = (4, 3) if networks.ON_CPU else (256, 9)
-WALKED = 10
+ROUNDS = 3 if networks.ON_CPU else 9
 SCALE = {"CFG": 2.0, "classifier": 1.0}
-STEPS = {"DDIM": 50, "DPM++ 2M": 20}
 SOLVERS = {"DDIM": jg.DDIM(), "DPM++ 2M": jg.DPMpp2M()}
 
 
+class Case(NamedTuple):
+  """What is sampled from: ``steps`` of each solver, so many of which are ``walked``."""
+
+  kind: str
+  unet: ModelConfig
+  classifier: ModelConfig
+  batch: int
+  steps: Mapping[str, int]
+  walked: Mapping[str, int]
+
+
+def adm(side: int, batch: int) -> Case:
+  """Give one of the published pairs."""
+  unet, classifier = (PRESETS[f"{side}x{side}_{part}"] for part in ("diffusion", "classifier"))
+  return Case("classifier", unet, classifier, batch, {"DDIM": 25}, {"DDIM": 4})
+
+
+SMALL = (networks.SMALL, networks.SMALL_CLASSIFIER, 4 if networks.ON_CPU else 256)
+STEPS, WALKED = {"DDIM": 50, "DPM++ 2M": 20}, {"DDIM": 10, "DPM++ 2M": 20}
+CASES = {
+  "CFG": Case("CFG", *SMALL, STEPS, WALKED),
+  "classifier": Case("classifier", *SMALL, STEPS, WALKED),
+  "ADM-64": adm(64, 1 if networks.ON_CPU else 64),
+  "ADM-256": adm(256, 1 if networks.ON_CPU else 16),
+}
+
+
 def plain(models: dict[str, Model], kind: str, sigmas: jax.Array) -> Callable[..., jax.Array]:
-  """Write guided DDIM for a batch out: no vmap, no solver, no denoiser. ``steps`` of it are walked."""
+  """Write a step of guided DDIM for a batch out: no vmap, no solver, no denoiser."""
   config, scale = models["unet"].config, SCALE[kind]
   unet, classifier = config.module, models["classifier"].config.module
   times, null = config.noise_schedule.time(sigmas[:-1]), config.null_cond
 
-  def run(params, x, labels, steps):
-    both = jnp.concatenate([labels, jnp.full_like(labels, null)])
+  def step(params, labels, i, x):
+    sigma = sigmas[i]
+    seen = x / jnp.sqrt(1 + sigma**2)
+    t = jnp.full(len(x), times[i])
+    if kind == "CFG":
+      both = jnp.concatenate([labels, jnp.full_like(labels, null)])
+      out = unet.apply(params["unet"], jnp.concatenate([seen, seen]), jnp.concatenate([t, t]), both)
+      cond, uncond = jnp.split(out, 2)
+      eps = uncond + scale * (cond - uncond)
+    else:
 
-    def step(i, x):
-      sigma = sigmas[i]
-      seen = x / jnp.sqrt(1 + sigma**2)
-      t = jnp.full(len(x), times[i])
-      if kind == "CFG":
-        out = unet.apply(params["unet"], jnp.concatenate([seen, seen]), jnp.concatenate([t, t]), both)
-        cond, uncond = jnp.split(out, 2)
-        eps = uncond + scale * (cond - uncond)
-      else:
+      def log_prob(x):
+        logits = classifier.apply(params["classifier"], x / jnp.sqrt(1 + sigma**2), t)
+        return jax.nn.log_softmax(logits)[jnp.arange(len(x)), labels].sum()
 
-        def log_prob(x):
-          logits = classifier.apply(params["classifier"], x / jnp.sqrt(1 + sigma**2), t)
-          return jax.nn.log_softmax(logits)[jnp.arange(len(x)), labels].sum()
+      # A learned variance is more channels, which DDIM has no use for.
+      eps = unet.apply(params["unet"], seen, t, labels)[..., : x.shape[-1]] - scale * sigma * jax.grad(log_prob)(x)
+    return x + (sigmas[i + 1] - sigma) * eps
 
-        eps = unet.apply(params["unet"], seen, t, labels) - scale * sigma * jax.grad(log_prob)(x)
-      return x + (sigmas[i + 1] - sigma) * eps
-
-    return jax.lax.fori_loop(0, steps, step, x)
-
-  return jax.jit(run)
+  return step
 
 
 def openai_model(theirs: dict[str, Any], kind: str, null: int) -> tuple[Any, Any]:
@@ -79,17 +104,19 @@ def openai_model(theirs: dict[str, Any], kind: str, null: int) -> tuple[Any, Any
   return (cfg, None) if kind == "CFG" else (conditional, cond_fn)
 
 
-def openai_loop(theirs: dict[str, Any], kind: str, table: jg.schedules.Table, visited: np.ndarray, null: int, args):
-  """Give a run of OpenAI's own DDIM loop; None for another solver or where it is not at hand."""
+def openai_loop(theirs: dict[str, Any], kind: str, config: ModelConfig, visited: np.ndarray, args):
+  """Give a run of OpenAI's own DDIM loop."""
   process, respace = peers.find("guided_diffusion.gaussian_diffusion"), peers.find("guided_diffusion.respace")
   diffusion = respace.SpacedDiffusion(
     use_timesteps=visited.tolist(),
-    betas=table.betas,
+    betas=config.noise_schedule.betas,
     model_mean_type=process.ModelMeanType.EPSILON,
-    model_var_type=process.ModelVarType.FIXED_LARGE,
+    model_var_type=getattr(
+      process.ModelVarType, "FIXED_LARGE" if config.variance == "small" else config.variance.upper()
+    ),
     loss_type=process.LossType.MSE,
   )
-  model, cond_fn = openai_model(theirs, kind, null)
+  model, cond_fn = openai_model(theirs, kind, config.null_cond)
   noise, labels = args
 
   def run():
@@ -101,13 +128,14 @@ def openai_loop(theirs: dict[str, Any], kind: str, table: jg.schedules.Table, vi
   return run
 
 
-def diffusers_loop(theirs: dict[str, Any], kind: str, solver: str, table, visited: np.ndarray, null: int, args):
+def diffusers_loop(theirs: dict[str, Any], kind: str, solver: str, config: ModelConfig, visited: np.ndarray, args):
   """Give a run of diffusers' scheduler around OpenAI's network; None where it is not at hand."""
   torch, diffusers = peers.find("torch"), peers.find("diffusers")
   if diffusers is None:
     return None
-  model, cond_fn = openai_model(theirs, kind, null)
+  model, cond_fn = openai_model(theirs, kind, config.null_cond)
   noise, labels = args
+  table = config.noise_schedule
   common = {"trained_betas": table.betas, "prediction_type": "epsilon"}
   if solver == "DDIM":
     scheduler = diffusers.DDIMScheduler(**common, clip_sample=False, timestep_spacing="leading")
@@ -124,7 +152,7 @@ def diffusers_loop(theirs: dict[str, Any], kind: str, solver: str, table, visite
     with torch.no_grad():
       for t in scheduler.timesteps:
         times = torch.full((len(x),), int(t), device=x.device)
-        eps = model(x, times, labels)
+        eps = model(x, times, labels)[:, : x.shape[1]]
         if cond_fn is not None:
           eps = eps - (1 - alpha_bar[int(t)]).sqrt() * cond_fn(x, times, labels)
         x = scheduler.step(eps, t, x).prev_sample
@@ -133,17 +161,16 @@ def diffusers_loop(theirs: dict[str, Any], kind: str, solver: str, table, visite
   return run
 
 
-def case(models: dict[str, Model], theirs: dict[str, Any], kind: str, solver: str, facts: list[str]):
-  """Measure one kind of guidance with one solver."""
-  config = models["unet"].config
-  table, null, steps = config.noise_schedule, config.null_cond, STEPS[solver]
-  walked = WALKED if solver == "DDIM" else steps
+def measure(case: Case, models: dict[str, Model], theirs: dict[str, dict[str, Any]], solver: str, facts: list[str]):
+  """Measure one case with one solver. ``theirs`` are OpenAI's networks by how they run."""
+  kind, config = case.kind, models["unet"].config
+  table, null, walked = config.noise_schedule, config.null_cond, case.walked[solver]
   # A coarser grid of as many steps as are walked costs what the first of more steps do. It is the one spacing at which
   # diffusers' DDIM steps to the next level that it visits.
   visited = np.arange(walked) * (table.num_steps // walked)
   sigmas = jg.respaced(table, visited)
-  noise = np.random.default_rng(0).standard_normal((BATCH, *config.image_shape)).astype(np.float32)
-  labels = np.arange(BATCH, dtype=np.int32) % 10
+  noise = np.random.default_rng(0).standard_normal((case.batch, *config.image_shape)).astype(np.float32)
+  labels = np.arange(case.batch, dtype=np.int32) % 10
   start = jnp.asarray(noise) * jnp.sqrt(1 + sigmas[0] ** 2)
 
   if kind == "CFG":
@@ -159,7 +186,13 @@ def case(models: dict[str, Model], theirs: dict[str, Any], kind: str, solver: st
     )
     return jax.vmap(draw)(x, labels)[0]
 
-  floor, params = plain(models, kind, sigmas), {name: model.params for name, model in models.items()}
+  step, params = plain(models, kind, sigmas), {name: model.params for name, model in models.items()}
+  operations = networks.operations(step, params, labels, 0, start)
+
+  @jax.jit
+  def floor(params, x, labels, steps):
+    return jax.lax.fori_loop(0, steps, lambda i, x: step(params, labels, i, x), x)
+
   runs: dict[str, Callable[[], Any]] = {
     "jaxguide": lambda: ours(guided, start, labels),
     "sample_batch": lambda: jg.sample_batch(
@@ -169,39 +202,50 @@ def case(models: dict[str, Model], theirs: dict[str, Any], kind: str, solver: st
     "one plain step x steps": lambda: floor(params, start, labels, 1),
   }
   held = {"plain loop": lambda: np.asarray(runs["plain loop"]())} if solver == "DDIM" else {}
-  if theirs:
-    args = peers.tensors((noise, labels.astype(np.int64)))
+  args = peers.tensors((noise, labels.astype(np.int64))) if theirs else ()
+  for how, nets in theirs.items():
+    loops = {"diffusers' loop, OpenAI's network": diffusers_loop(nets, kind, solver, config, visited, args)}
     if solver == "DDIM":
-      runs["OpenAI's loop, eager"] = openai_loop(theirs, kind, table, visited, null, args)
-    if (run := diffusers_loop(theirs, kind, solver, table, visited, null, args)) is not None:
-      runs["diffusers' loop, OpenAI's network"] = run
-    for name in list(runs)[4:]:
-      runs[name] = peers.finished(runs[name])
-      held[name] = lambda run=runs[name]: peers.array(run())
+      loops = {"OpenAI's loop": openai_loop(nets, kind, config, visited, args), **loops}
+    for loop, run in loops.items():
+      if run is not None:
+        runs[f"{loop}, {how}"] = peers.finished(run)
+        held[f"{loop}, {how}"] = lambda run=run: peers.array(run())
   mine = runs["jaxguide"]()
   for name, run in held.items():
     difference = peers.check(name, mine, run(), 10 * peers.TOLERANCE)
     facts.append(f"{kind}, {solver}: what the {name} gives differs from ours by {difference:.1g} of the largest number")
 
-  seconds = timing.measure(runs, ROUNDS)
+  products, product_operations = peers.matrix_products()
+  seconds = timing.measure(runs | products, ROUNDS)
+  best = max(product_operations / statistics.median(seconds.pop(name)) for name in products)
   seconds["one plain step x steps"] = [walked * value for value in seconds["one plain step x steps"]]
   rows = timing.summary(seconds, "jaxguide")
   for row in rows:
     median = statistics.median(seconds[row["run"]])
-    row["images/s"] = BATCH / (median * steps / walked)
+    rate = operations * walked / median
+    row |= {
+      "images/s": case.batch / (median * case.steps[solver] / walked),
+      "GFLOP/s": rate / 1e9,
+      "of matrix rate": f"{rate / best:.0%}",
+    }
   return rows
 
 
-def main(*kinds: str) -> None:
-  """Measure the kinds of guidance that are named, ``CFG`` or ``classifier``, or both."""
-  models = {
-    "unet": networks.random_model(networks.SMALL),
-    "classifier": networks.random_model(networks.SMALL_CLASSIFIER),
-  }
-  theirs = {name: peers.openai_network(model) for name, model in models.items()}
-  theirs = {} if None in theirs.values() else {name: net.requires_grad_(False) for name, net in theirs.items()}
-  tables, facts = {}, [f"{networks.DTYPE}, batches of {BATCH}; of DDIM's {STEPS['DDIM']} steps {WALKED} were walked"]
-  for kind in kinds or SCALE:
-    for solver in SOLVERS:
-      tables[f"{kind}, {solver} {STEPS[solver]}"] = case(models, theirs, kind, solver, facts)
+def main(*names: str) -> None:
+  """Measure the cases that are named, or all; on a CPU ADM-256 only where it is."""
+  tables: dict[str, Any] = {}
+  facts = [f"{networks.DTYPE}; operations are those of the plain step, before XLA optimises"]
+  for name in names or [name for name in CASES if not (networks.ON_CPU and name == "ADM-256")]:
+    case = checks.lookup("case", name, CASES)
+    models = {part: networks.random_model(getattr(case, part)) for part in ("unet", "classifier")}
+    eager = {part: peers.openai_network(model) for part, model in models.items()}
+    theirs = {}
+    if None not in eager.values():
+      eager = {part: network.requires_grad_(False) for part, network in eager.items()}
+      compiled = {part: peers.find("torch").compile(network) for part, network in eager.items()}
+      theirs = {"eager": eager, "compiled": compiled}
+    for solver, steps in case.steps.items():
+      title = f"{name}, {solver} {steps}, batches of {case.batch}, {case.walked[solver]} steps walked"
+      tables[title] = measure(case, models, theirs, solver, facts)
       timing.report("sampling", tables, facts)  # The next may take long.

@@ -1,10 +1,12 @@
-"""One training step of the diffusion model and of the classifier at 32x32, against PyTorch eager and compiled.
+"""One training step of the diffusion model and of the classifier, against PyTorch eager and compiled.
 
 A step is forward, backward, the norm of the gradient clipped, AdamW, and the running mean of the parameters. The peers
 are OpenAI's networks with the same weights and PyTorch's fused optimiser; the gradient of one loss with respect to
-every weight is held against ours first.
+every weight is held against ours first. At 32x32, and of ADM-64: on a CPU that takes long, and has to be named.
 """
 
+import dataclasses
+import statistics
 from typing import Any
 
 import jax
@@ -13,12 +15,24 @@ import numpy as np
 import optax
 
 from benchmarks import networks, peers, timing
+from jaxguide import checks
 from jaxguide.interop import openai
 from jaxguide.training import Model, ModelConfig, TrainingConfig
 from jaxguide.training.loop import TrainState, optimizer, train_step
 
-BATCH, ROUNDS = (16, 3) if networks.ON_CPU else (256, 15)
-TRAINING = TrainingConfig(steps=1000, batch_size=BATCH, weight_decay=0.01)
+ROUNDS = 3 if networks.ON_CPU else 15
+TRAINING = TrainingConfig(steps=1000, weight_decay=0.01)
+# The network, and how many images a step has.
+ADM = networks.SIZES["ADM-64"].unet
+CASES = {
+  "unet": (networks.SMALL, 16 if networks.ON_CPU else 256),
+  "classifier": (networks.SMALL_CLASSIFIER, 16 if networks.ON_CPU else 256),
+  # Without its learned variance, which would make the loss another one for each side.
+  "ADM-64": (
+    dataclasses.replace(ADM, fields={**ADM.fields, "out_channels": None}, variance="small"),
+    networks.SIZES["ADM-64"].batch,
+  ),
+}
 
 
 def target_loss(logits_or_eps: Any, labels: Any, noise: Any, xp: Any) -> Any:
@@ -65,7 +79,7 @@ def peer_step(model: Model, network: Any, images: np.ndarray, labels: np.ndarray
     level, noise = alpha_bar[t].view(-1, 1, 1, 1), torch.randn_like(x0)
     x = level.sqrt() * x0 + (1 - level).sqrt() * noise
     y = labels
-    if is_unet:
+    if null is not None:
       y = torch.where(torch.rand(len(x0), device=x0.device) < 0.15, null, labels)
     with peers.precision():
       out = network(x, t.float(), y) if is_unet else network(x, t.float())
@@ -81,15 +95,16 @@ def peer_step(model: Model, network: Any, images: np.ndarray, labels: np.ndarray
   return peers.finished(step)
 
 
-def case(config: ModelConfig, facts: list[str]) -> list[dict[str, Any]]:
+def case(name: str, config: ModelConfig, batch: int, facts: list[str]) -> list[dict[str, Any]]:
   """Measure one network."""
   model = networks.random_model(config)
   rng = np.random.default_rng(0)
-  images = rng.integers(0, 256, (BATCH, *config.image_shape)).astype(np.uint8)
-  labels = (np.arange(BATCH) % 10).astype(np.int32)
+  images = rng.integers(0, 256, (batch, *config.image_shape)).astype(np.uint8)
+  labels = (np.arange(batch) % 10).astype(np.int32)
   step = train_step(model.config, TRAINING)
   copy = lambda: jax.tree.map(jnp.copy, model.params)  # noqa: E731
   state = [TrainState(jnp.zeros((), jnp.int32), copy(), copy(), optimizer(TRAINING).init(model.params))]
+  operations = networks.operations(step, state[0], images, labels)
 
   def ours():
     state[0], metrics = step(state[0], images, labels)
@@ -97,18 +112,25 @@ def case(config: ModelConfig, facts: list[str]) -> list[dict[str, Any]]:
 
   runs = {"jaxguide": ours}
   if (network := peers.openai_network(model)) is not None:
-    facts.append(f"{config.network}: the gradients of all weights differ by {check(model, network):.1g} of the largest")
+    facts.append(f"{name}: the gradients of all weights differ by {check(model, network):.1g} of the largest")
     network.train()
     runs["OpenAI's network, eager"] = peer_step(model, network, images, labels)
     runs["OpenAI's network, compiled"] = peer_step(model, peers.find("torch").compile(network), images, labels)
-  return [
-    {"network": config.network, **row} for row in timing.summary(timing.measure(runs, ROUNDS), "jaxguide", label="step")
-  ]
+  products, product_operations = peers.matrix_products()
+  seconds = timing.measure(runs | products, ROUNDS)
+  best = max(product_operations / statistics.median(seconds.pop(run)) for run in products)
+  rows = timing.summary(seconds, "jaxguide", label="step")
+  for row in rows:
+    rate = operations / statistics.median(seconds[row["step"]])
+    row |= {"GFLOP/s": rate / 1e9, "of matrix rate": f"{rate / best:.0%}"}
+  return rows
 
 
 def main(*names: str) -> None:
-  """Measure the networks that are named, ``unet`` or ``classifier``, or both."""
-  configs = {"unet": networks.SMALL, "classifier": networks.SMALL_CLASSIFIER}
+  """Measure the networks that are named, or all; on a CPU ADM-64 only where it is."""
   facts = [f"{networks.DTYPE}, parameters and AdamW in float32"]
-  rows = [row for name in names or configs for row in case(configs[name], facts)]
-  timing.report("training", {f"one step of training at 32x32, batch {BATCH}": rows}, facts)
+  tables: dict[str, Any] = {}
+  for name in names or [name for name in CASES if not (networks.ON_CPU and name == "ADM-64")]:
+    config, batch = checks.lookup("network", name, CASES)
+    tables[f"{name}, {config.image_shape[0]}x{config.image_shape[1]}, batch {batch}"] = case(name, config, batch, facts)
+    timing.report("training", tables, facts)  # The next may take long.

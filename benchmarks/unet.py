@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import networks, peers, timing
+from jaxguide import checks
 from jaxguide.training import Model, ModelConfig
 
 PASSES = ("forward", "input gradient")
@@ -107,7 +108,7 @@ def main(*names: str) -> None:
   """Measure the sizes that are named, or all."""
   tables, facts = {}, [f"{networks.DTYPE}, attention of OpenAI's networks not rematerialised"]
   for name in names or networks.SIZES:
-    size = networks.SIZES[name]
+    size = checks.lookup("size", name, networks.SIZES)
     title = f"{name}, batch {size.batch}"
     tables[title] = []
     for config in (size.unet, size.classifier):
