@@ -406,6 +406,16 @@ def test_large_images_keep_out_of_the_library_that_keeps_to_one_core():
 
 
 @on_cpu
+def test_a_kernel_is_turned_round_for_large_images_only():
+  def lowered(x_shape):
+    gradient = jax.grad(lambda x: jnp.sin(convolve(x, jnp.ones((3, 3, 8, 32)))).sum())
+    return jax.jit(gradient).lower(jnp.ones(x_shape)).as_text()
+
+  assert "stablehlo.reverse" in lowered((2, 8, 8, 8))
+  assert "stablehlo.reverse" not in lowered((2, 4, 4, 8))
+
+
+@on_cpu
 def test_gradient_of_the_classifier_inside_a_loop_keeps_the_forward_layout():
   x, t = batch()
   classifier = Classifier(**SMALL)
@@ -517,6 +527,23 @@ def test_attend(rng, heads, new_order, size):
   qkv = (size * rng.normal(size=(2, 7, 36))).astype(np.float32)
   wanted = numpy_attention(qkv, heads, new_order)
   np.testing.assert_allclose(attend(jnp.asarray(qkv), heads, new_order), wanted, rtol=0, atol=5e-5 * abs(wanted).max())
+
+
+def test_attention_of_many_pixels(rng):
+  """On a CPU its heads take turns; the gradient is that of the formula written out."""
+  qkv = jnp.asarray(rng.normal(size=(2, 784, 24)), jnp.float32)
+  np.testing.assert_allclose(attend(qkv, 2, True), numpy_attention(qkv, 2, True), rtol=0, atol=1e-5)
+
+  def written_out(qkv):
+    q, k, v = jnp.moveaxis(qkv.reshape(784, 3, 2, 4), 1, 0)
+    weights = jax.nn.softmax(jnp.einsum("thc,shc->hts", q, k) / 2)
+    return jnp.einsum("hts,shc->thc", weights, v).reshape(784, 8)
+
+  def gradients(attention):
+    return quick_jit(jax.vmap(jax.grad(lambda qkv: jnp.sin(attention(qkv)).sum())))(qkv)
+
+  ours, wanted = gradients(lambda qkv: attend(qkv[None], 2, True)[0]), gradients(written_out)
+  np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-5 * float(abs(wanted).max()))
 
 
 @pytest.mark.parametrize("new_order", [False, True])

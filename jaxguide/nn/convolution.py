@@ -13,6 +13,10 @@ convolution``). YNNPACK's takes no image that grows, and nothing that is one-dim
 zeros more, and a row of the result is dropped; and the weight gradient goes along rows, with the cotangent once for
 each row of the kernel.
 
+To turn a kernel round takes as long as to convolve a small image with it. So it is turned only where the program is
+lowered, and for images of no more pixels than the kernel has channels not at all: there the input gradient is one
+product with the kernel as it lies, to all its positions, and a sum of what falls on one pixel, in half the time.
+
 It is a primitive of its own, and not a ``custom_vjp``, so that forward mode, higher derivatives and ``vmap`` (which
 folds its axis into the batch) all work. On other backends JAX's own rules are the right ones, and are used; so they are
 for the derivative of a weight gradient, and for a ``vmap`` over kernels.
@@ -51,25 +55,55 @@ def convolve(
   padding = ((kh // 2, kh // 2), (kw // 2, kw // 2))
   # Inside shard_map JAX keeps track of which axes a value varies over; only its own rules know how.
   if jax.default_backend() == "cpu" and not jax.sharding.get_abstract_mesh().manual_axes:
-    return _convolve_p.bind(x, kernel, stride=stride, padding=padding)
-  return _plain(x, kernel, stride=stride, padding=padding)
+    return _convolve_p.bind(x, kernel, stride=stride, padding=padding, turned=False)
+  return _plain(x, kernel, stride=stride, padding=padding, turned=False)
 
 
-def _plain(x, kernel, *, stride: int, padding: Padding):
+def _turn(kernel):
+  """Turn a kernel round, and exchange its channels."""
+  return jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
+
+
+def _plain(x, kernel, *, stride: int, padding: Padding, turned: bool):
+  kernel = _turn(kernel) if turned else kernel
   return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _on_cpu(x, kernel, *, stride: int, padding: Padding):
+def _on_cpu(x, kernel, *, stride: int, padding: Padding, turned: bool):
+  if turned:
+    if stride == 1 and x[..., 0].size <= x.shape[3]:
+      return _as_product(x, kernel, padding)
+    kernel = _turn(kernel)
   (above, below), sides = padding
   rows = x.shape[1]
   made = rows + above + below - kernel.shape[0] + 1
   if stride > 1 or made > rows or (rows < ROWS and kernel.size < KERNEL):
-    return _plain(x, kernel, stride=stride, padding=padding)
-  return _plain(x, kernel, stride=1, padding=((above, below + rows + 1 - made), sides))[:, :made]
+    return _plain(x, kernel, stride=stride, padding=padding, turned=False)
+  more = ((above, below + rows + 1 - made), sides)
+  return _plain(x, kernel, stride=1, padding=more, turned=False)[:, :made]
 
 
-def _input_gradient(cotangent, x, kernel, *, stride: int, padding: Padding):
-  """Spread the cotangent out to stride 1, and convolve it with the kernel flipped and its channels exchanged."""
+def _as_product(x, kernel, padding: Padding):
+  """Convolve with the kernel turned round, which it is not: every pixel gives to all that it is seen by."""
+  n, h, w, d = x.shape
+  kh, kw, c, _ = kernel.shape
+  exact = jnp.promote_types(x.dtype, jnp.float32)
+  given = lax.dot_general(
+    x.reshape(-1, d), kernel.reshape(-1, d), (((1,), (1,)), ((), ())), preferred_element_type=exact
+  ).reshape(n, h, w, kh, kw, c)
+  none = (0, 0, 0)
+  given = lax.pad(given, jnp.zeros((), exact), [none, *((*pad, 0) for pad in padding), none, none, none])
+  rows, columns = given.shape[1] - kh + 1, given.shape[2] - kw + 1
+  parts = (
+    given[:, kh - 1 - i : kh - 1 - i + rows, kw - 1 - j : kw - 1 - j + columns, i, j]
+    for i in range(kh)
+    for j in range(kw)
+  )
+  return sum(parts, jnp.zeros((), exact)).astype(x.dtype)
+
+
+def _input_gradient(cotangent, x, kernel, *, stride: int, padding: Padding, turned: bool):
+  """Spread the cotangent out to stride 1, and convolve it with the kernel turned round."""
   pads = []
   for side, out, k, (low, _) in zip(x.aval.shape[1:3], cotangent.shape[1:3], kernel.shape[:2], padding, strict=True):
     spread = (out - 1) * stride + 1
@@ -77,17 +111,16 @@ def _input_gradient(cotangent, x, kernel, *, stride: int, padding: Padding):
   if stride > 1:
     zero = jnp.zeros((), cotangent.dtype)
     cotangent = lax.pad(cotangent, zero, [(0, 0, 0), *(((0, 0, stride - 1),) * 2), (0, 0, 0)])
-  flipped = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
-  return _convolve_p.bind(cotangent, flipped, stride=1, padding=tuple(pads))
+  return _convolve_p.bind(cotangent, kernel, stride=1, padding=tuple(pads), turned=not turned)
 
 
-def _kernel_gradient(cotangent, x, kernel, *, stride: int, padding: Padding):
+def _kernel_gradient(cotangent, x, kernel, *, stride: int, padding: Padding, turned: bool):
   """Exchange batch and channels: the cotangent is the kernel, as wide as the image, and rows are summed over as well.
 
   Each row of the gradient sees the cotangent moved by another row; the moved ones are its channels, side by side.
   """
-  n, h, w, c = x.shape
-  kh, kw, _, d = kernel.aval.shape
+  (n, h, w, c), d = x.shape, cotangent.shape[3]
+  kh, kw, *_ = kernel.aval.shape
   (above, _), sides = padding
   ends = (kh - 1 - above, h + above - (cotangent.shape[1] - 1) * stride - 1, stride - 1)
   cotangent = lax.pad(cotangent, jnp.zeros((), cotangent.dtype), [(0, 0, 0), ends, (0, 0, 0), (0, 0, 0)])
@@ -101,21 +134,21 @@ def _kernel_gradient(cotangent, x, kernel, *, stride: int, padding: Padding):
     dimension_numbers=("NWC", "WIO", "NWC"),
   )
   # A stride that does not use the last columns of the image leaves positions that no kernel has.
-  return gradient[:, :kw].reshape(c, kw, kh, d).transpose(2, 1, 0, 3)
+  gradient = gradient[:, :kw].reshape(c, kw, kh, d).transpose(2, 1, 0, 3)
+  return _turn(gradient) if turned else gradient
 
 
-def _batch(args, axes, *, stride: int, padding: Padding):
+def _batch(args, axes, **params):
   (x, kernel), (x_axis, kernel_axis) = args, axes
   if kernel_axis is not None:
-    plain = functools.partial(_plain, stride=stride, padding=padding)
-    return jax.vmap(plain, axes)(x, kernel), 0
+    return jax.vmap(lambda x, kernel: _plain(x, kernel, **params), axes)(x, kernel), 0
   x = jnp.moveaxis(x, x_axis, 0)
-  out = _convolve_p.bind(x.reshape(-1, *x.shape[2:]), kernel, stride=stride, padding=padding)
+  out = _convolve_p.bind(x.reshape(-1, *x.shape[2:]), kernel, **params)
   return out.reshape(*x.shape[:2], *out.shape[1:]), 0
 
 
 _convolve_p = Primitive("jaxguide_convolve")
-_convolve_p.def_impl(jax.jit(_on_cpu, static_argnames=("stride", "padding")))
+_convolve_p.def_impl(jax.jit(_on_cpu, static_argnames=("stride", "padding", "turned")))
 _convolve_p.def_abstract_eval(
   lambda x, kernel, **params: jax.core.ShapedArray(
     (out := jax.eval_shape(functools.partial(_plain, **params), x, kernel)).shape, out.dtype
