@@ -415,6 +415,14 @@ def test_a_kernel_is_turned_round_for_large_images_only():
   assert "stablehlo.reverse" not in lowered((2, 4, 4, 8))
 
 
+def test_a_program_for_batches_of_any_size(rng):
+  x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 4, 4, 2), (3, 3, 2, 64)))
+  gradient = jax.jit(jax.grad(lambda x: jnp.sin(convolve(x, kernel)).sum()))
+  any_batch = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n, 4, 4, 2"), jnp.float32)
+  exported = jax.export.export(gradient)(any_batch)
+  np.testing.assert_allclose(exported.call(x), gradient(x), rtol=0, atol=1e-4)
+
+
 @on_cpu
 def test_gradient_of_the_classifier_inside_a_loop_keeps_the_forward_layout():
   x, t = batch()

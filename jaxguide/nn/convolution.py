@@ -23,6 +23,7 @@ for the derivative of a weight gradient, and for a ``vmap`` over kernels.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,8 @@ def _plain(x, kernel, *, stride: int, padding: Padding, turned: bool):
 
 def _on_cpu(x, kernel, *, stride: int, padding: Padding, turned: bool):
   if turned:
-    if stride == 1 and x[..., 0].size <= x.shape[3]:
+    pixels = math.prod(x.shape[:3])  # In a program for batches of any size it is no number.
+    if stride == 1 and isinstance(pixels, int) and pixels <= x.shape[3]:
       return _as_product(x, kernel, padding)
     kernel = _turn(kernel)
   (above, below), sides = padding
