@@ -84,7 +84,7 @@ def operations(function: Any, *args: Any) -> float:
   """
   jax.clear_caches()  # Parts of them are traced once for a process.
   try:
-    with mock.patch.object(jax, "default_backend", lambda: "none"):
+    with mock.patch.object(jax, "default_backend", return_value="none"):
       return jax.jit(function).lower(*args).cost_analysis()["flops"]
   finally:
     jax.clear_caches()
