@@ -9,6 +9,7 @@ import functools
 import importlib
 import math
 import os
+import statistics
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ from unittest import mock
 import jax
 import numpy as np
 
+from benchmarks import timing
 from benchmarks.networks import DTYPE
 from jaxguide.interop import openai
 from jaxguide.training import Model, ModelConfig
@@ -133,13 +135,23 @@ def check(name: str, ours: Any, theirs: Any, tolerance: float = TOLERANCE) -> fl
   return difference
 
 
-def matrix_products() -> tuple[dict[str, Callable[[], object]], float]:
-  """Give runs of one large matrix product, in XLA and in PyTorch, and the operations of it: what the machine can do."""
+def measure(runs: Mapping[str, Callable[[], object]], rounds: int) -> tuple[timing.Seconds, float]:
+  """Time runs in turns with one large matrix product in XLA and in PyTorch; give the better rate of it beside them.
+
+  That is what the machine can do, in operations a second.
+  """
   side = 2048 if DTYPE == "float32" else 8192
   a = jax.numpy.ones((side, side), DTYPE)
   product = jax.jit(lambda a: a @ a)
-  runs: Mapping[str, Callable[[], object]] = {"matrix product, XLA": lambda: product(a)}
+  products: dict[str, Callable[[], object]] = {"matrix product, XLA": lambda: product(a)}
   if (torch := find("torch")) is not None:
     b = torch.ones((side, side), dtype=getattr(torch, DTYPE), device=device())
-    runs["matrix product, PyTorch"] = finished(lambda: b @ b)
-  return runs, 2.0 * side**3
+    products["matrix product, PyTorch"] = finished(lambda: b @ b)
+  seconds = timing.measure({**runs, **products}, rounds)
+  return seconds, max(2.0 * side**3 / statistics.median(seconds.pop(name)) for name in products)
+
+
+def rates(operations: float, seconds: float, best: float) -> dict[str, Any]:
+  """Give the columns for so many operations in so many seconds, where the machine's rate is ``best``."""
+  rate = operations / seconds
+  return {"GFLOP/s": rate / 1e9, "of matrix rate": f"{rate / best:.0%}"}

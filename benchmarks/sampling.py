@@ -6,7 +6,6 @@ DDIM's formula: the floor. Of DDIM's steps the first few are walked, and the tim
 32x32, and ADM-64 and ADM-256 with their classifiers, of random weights, which cost as much as others.
 """
 
-import statistics
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -216,19 +215,13 @@ def measure(case: Case, models: dict[str, Model], theirs: dict[str, dict[str, An
     difference = peers.check(name, mine, run(), 10 * peers.TOLERANCE)
     facts.append(f"{kind}, {solver}: what the {name} gives differs from ours by {difference:.1g} of the largest number")
 
-  products, product_operations = peers.matrix_products()
-  seconds = timing.measure(runs | products, ROUNDS)
-  best = max(product_operations / statistics.median(seconds.pop(name)) for name in products)
+  seconds, best = peers.measure(runs, ROUNDS)
   seconds["one plain step x steps"] = [walked * value for value in seconds["one plain step x steps"]]
   rows = timing.summary(seconds, "jaxguide")
   for row in rows:
-    median = statistics.median(seconds[row["run"]])
-    rate = operations * walked / median
-    row |= {
-      "images/s": case.batch / (median * case.steps[solver] / walked),
-      "GFLOP/s": rate / 1e9,
-      "of matrix rate": f"{rate / best:.0%}",
-    }
+    median = row["ms"] / 1e3
+    row["images/s"] = case.batch / (median * case.steps[solver] / walked)
+    row.update(peers.rates(operations * walked, median, best))
   return rows
 
 

@@ -6,7 +6,6 @@ every weight is held against ours first. At 32x32, and of ADM-64: on a CPU that 
 """
 
 import dataclasses
-import statistics
 from typing import Any
 
 import jax
@@ -22,8 +21,8 @@ from jaxguide.training.loop import TrainState, optimizer, train_step
 
 ROUNDS = 3 if networks.ON_CPU else 15
 TRAINING = TrainingConfig(steps=1000, weight_decay=0.01)
-# The network, and how many images a step has.
 ADM = networks.SIZES["ADM-64"].unet
+# The network, and how many images a step has.
 CASES = {
   "unet": (networks.SMALL, 16 if networks.ON_CPU else 256),
   "classifier": (networks.SMALL_CLASSIFIER, 16 if networks.ON_CPU else 256),
@@ -116,13 +115,10 @@ def case(name: str, config: ModelConfig, batch: int, facts: list[str]) -> list[d
     network.train()
     runs["OpenAI's network, eager"] = peer_step(model, network, images, labels)
     runs["OpenAI's network, compiled"] = peer_step(model, peers.find("torch").compile(network), images, labels)
-  products, product_operations = peers.matrix_products()
-  seconds = timing.measure(runs | products, ROUNDS)
-  best = max(product_operations / statistics.median(seconds.pop(run)) for run in products)
+  seconds, best = peers.measure(runs, ROUNDS)
   rows = timing.summary(seconds, "jaxguide", label="step")
   for row in rows:
-    rate = operations / statistics.median(seconds[row["step"]])
-    row |= {"GFLOP/s": rate / 1e9, "of matrix rate": f"{rate / best:.0%}"}
+    row.update(peers.rates(operations, row["ms"] / 1e3, best))
   return rows
 
 

@@ -7,7 +7,6 @@ the largest takes half an hour.
 """
 
 import functools
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -90,16 +89,12 @@ def case(config: ModelConfig, batch: int, rounds: int, facts: list[str]) -> list
         counts[what][name] = count(run)
       runs[what][name] = run
 
-  products, product_operations = peers.matrix_products()
   rows = []
   for what in PASSES:
-    seconds = timing.measure(runs[what] | products, rounds)
-    best = max(product_operations / statistics.median(seconds[name]) for name in products)
-    for row in timing.summary({name: seconds[name] for name in runs[what]}, "jaxguide"):
-      rate = counts[what][row["run"]] / row["ms"] * 1e3
-      rows.append(
-        {"network": config.network, "pass": what, **row, "GFLOP/s": rate / 1e9, "of matrix rate": f"{rate / best:.0%}"}
-      )
+    seconds, best = peers.measure(runs[what], rounds)
+    for row in timing.summary(seconds, "jaxguide"):
+      rates = peers.rates(counts[what][row["run"]], row["ms"] / 1e3, best)
+      rows.append({"network": config.network, "pass": what, **row, **rates})
     rows.append({"network": config.network, "pass": what, "run": "matrix product", "GFLOP/s": best / 1e9})
   return rows
 

@@ -19,7 +19,7 @@ from jaxguide.typing import Array, Float
 zeros = nn.initializers.zeros
 
 # How many weights a head of attention has from where on heads take turns on a CPU: 784 pixels gain, 576 do not.
-WEIGHTS = 2**19
+ATTENTION_WEIGHTS = 2**19
 
 
 def timestep_embedding(
@@ -239,7 +239,7 @@ def _attention_on_cpu(q, k, v):
   again.
   """
   q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * q.shape[-1] ** -0.5, k, v))
-  if q.shape[2] * k.shape[2] < WEIGHTS:
+  if q.shape[2] * k.shape[2] < ATTENTION_WEIGHTS:
     out = _weigh(q, k, v)
   else:
     heads = tuple(x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
