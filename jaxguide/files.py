@@ -1,13 +1,18 @@
-"""Writing files so that nothing is ever half there."""
+"""Writing files so that nothing is ever half there, and locks so that two runs do not write in one place."""
 
 import contextlib
+import datetime
 import os
+import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 PathLike = str | os.PathLike[str]
+
+PART = ".part"
+"""How the name of a file ends while it is being written."""
 
 
 def check_writable(path: PathLike) -> None:
@@ -38,7 +43,9 @@ def check_writable(path: PathLike) -> None:
 
 @contextlib.contextmanager
 def replacing(path: PathLike) -> Iterator[IO[bytes]]:
-  """Open a file that takes its place at ``path`` only once it is whole; missing folders are made.
+  """Open a file that takes its place at ``path`` only once it is whole and on the disk; missing folders are made.
+
+  A process that is killed meanwhile leaves a file whose name starts with a dot and ends in `PART`; see `remove_parts`.
 
   Raises:
     OSError: if ``path`` cannot be written; what was there stays.
@@ -49,11 +56,15 @@ def replacing(path: PathLike) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, since a rename is atomic only within one file system; not `tempfile`, whose
     # files no one else may read.
-    part = path.with_name(f".{uuid.uuid4().hex}.part")
+    part = path.with_name(f".{uuid.uuid4().hex}{PART}")
     try:
       with part.open("wb") as file:
         yield file
+        # The content reaches the disk before the name does: after a power loss there is the old file or the new one.
+        file.flush()
+        os.fsync(file.fileno())
       part.replace(path)
+      sync_folder(path.parent)
     finally:
       part.unlink(missing_ok=True)
   except OSError as error:
@@ -68,3 +79,70 @@ def write_atomically(path: PathLike, content: bytes) -> None:
   """
   with replacing(path) as file:
     file.write(content)
+
+
+def sync_folder(folder: PathLike) -> None:
+  """Bring the names in a folder to the disk, where the system can (POSIX)."""
+  if os.name == "posix":
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+      os.fsync(descriptor)
+    finally:
+      os.close(descriptor)
+
+
+def is_part(path: PathLike) -> bool:
+  """Whether this is what `replacing` had begun to write when its process was killed.
+
+  >>> is_part("run/.4c0f1e2d.part"), is_part("run/params.part")
+  (True, False)
+  """
+  name = Path(path).name
+  return name.startswith(".") and name.endswith(PART)
+
+
+def remove_parts(folder: PathLike) -> None:
+  """Remove what processes that were killed had begun to write in a folder. Call it under the folder's `lock`."""
+  for path in filter(is_part, Path(folder).iterdir()):
+    path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock(path: PathLike, what: PathLike) -> Iterator[None]:
+  """Keep other processes out while the block runs. The lock ends with the process, however that ends.
+
+  Args:
+    path: the lock file. It is made here, missing folders too, and removed at the end.
+    what: what the lock protects, for the error.
+
+  Raises:
+    OSError: if somebody else holds the lock, saying who; or if the lock file cannot be written.
+
+  >>> import tempfile
+  >>> with tempfile.TemporaryDirectory() as folder, lock(Path(folder, ".lock"), "the model"):
+  ...   with lock(Path(folder, ".lock"), "the model"):
+  ...     pass
+  Traceback (most recent call last):
+  ...
+  OSError: the model is in use by process ...: wait until it has ended, or choose another path
+  """
+  import filelock
+
+  path = Path(path)
+  check_writable(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  held = filelock.FileLock(path)
+  try:
+    held.acquire(blocking=False)
+  except filelock.Timeout:
+    holder = path.read_text(errors="replace").strip() or "another process"
+    raise OSError(f"{what} is in use by {holder}: wait until it has ended, or choose another path") from None
+  try:
+    since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}")
+    yield
+  finally:
+    # Removed while it is held: who opens it at this moment finds that it has no name any more, and makes a new one.
+    with contextlib.suppress(OSError):
+      path.unlink()
+    held.release()
