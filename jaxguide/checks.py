@@ -8,7 +8,9 @@ import dataclasses
 import difflib
 import math
 import operator
-from collections.abc import Callable, Mapping
+import reprlib
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -132,6 +134,90 @@ def at_least(name: str, value: Any, low: int) -> int:
   return number
 
 
+def whole(name: str, value: Any, low: int, high: int) -> int:
+  """Give ``value`` back as an ``int`` if it is a whole number from ``low`` to ``high``.
+
+  >>> whole("num_classes", 10**12, 1, 2**24)
+  Traceback (most recent call last):
+  ...
+  ValueError: num_classes must be a whole number from 1 to 16777216, got 1000000000000
+  """
+  try:
+    number = low - 1 if isinstance(value, bool) else operator.index(value)
+  except TypeError:
+    number = low - 1
+  if not low <= number <= high:
+    raise ValueError(f"{name} must be a whole number from {low} to {high}, got {reprlib.repr(value)}")
+  return number
+
+
+def number(name: str, value: Any, low: int | float = -math.inf, high: int | float = math.inf) -> float:
+  """Give ``value`` back as a ``float`` if it is one finite number from ``low`` to ``high``.
+
+  >>> number("learning_rate", "fast", 0)
+  Traceback (most recent call last):
+  ...
+  ValueError: learning_rate must be a number, got 'fast'
+  """
+  try:
+    if isinstance(value, str | bytes | bool | np.bool_):
+      raise TypeError
+    result = float(value)
+  except (TypeError, ValueError, OverflowError):
+    raise ValueError(f"{name} must be a number, got {reprlib.repr(value)}") from None
+  return in_range(name, result, low, high)
+
+
+def field(name: str, value: Any, kind: Any, *bounds: int | float) -> Any:
+  """Give the value of a configuration's field as plain data, if it is what the field's annotation says.
+
+  Args:
+    name: of the field.
+    value: what was given; it may come from a JSON file, and then has lists for tuples, or be NumPy's.
+    kind: the annotation: ``bool``, ``int``, ``float`` (which ``int`` may be too), ``str``, a ``Mapping`` with names,
+      a ``Sequence`` of those, or one of them or None.
+    *bounds: the least and the largest number, for each element of a sequence. A whole number needs both.
+
+  Raises:
+    ValueError: if it is not.
+
+  >>> field("image_shape", [8, 8, np.int64(1)], Sequence[int], 1, 2**16)
+  (8, 8, 1)
+  >>> field("channel_mult", "12", Sequence[int | float], 0, 10)
+  Traceback (most recent call last):
+  ...
+  ValueError: channel_mult must be a list, got '12'
+  """
+  kinds = typing.get_args(kind)
+  if type(None) in kinds:
+    kinds = tuple(one for one in kinds if one is not type(None))
+    if value is None:
+      return None
+    return field(name, value, kinds[0] if len(kinds) == 1 else typing.Union[kinds], *bounds)  # noqa: UP007
+  origin = typing.get_origin(kind)
+  if origin is Sequence:
+    if not isinstance(value, list | tuple | np.ndarray) or (isinstance(value, np.ndarray) and value.ndim != 1):
+      raise ValueError(f"{name} must be a list, got {reprlib.repr(value)}")
+    return tuple(field(f"each of {name}", item, kinds[0], *bounds) for item in value)
+  if origin is Mapping:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+      raise ValueError(f"{name} must be a mapping with names as keys, got {reprlib.repr(value)}")
+    return dict(value)
+  if kind is bool:
+    if not isinstance(value, bool | np.bool_):
+      raise ValueError(f"{name} must be true or false, got {reprlib.repr(value)}")
+    return bool(value)
+  if float in (kind, *kinds):
+    checked = number(name, value, *bounds)
+    return value if isinstance(value, int) and int in kinds else checked
+  if int in (kind, *kinds):
+    low, high = map(int, bounds)
+    return whole(name, value, low, high)
+  if not isinstance(value, str):
+    raise ValueError(f"{name} must be a text, got {reprlib.repr(value)}")
+  return value
+
+
 def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
   """Give ``table[name]``, or an error that names the nearest entry.
 
@@ -140,7 +226,7 @@ def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
   ...
   ValueError: unknown solver 'dddim': did you mean 'ddim'? There are ddim, heun
   """
-  if name in table:
+  if isinstance(name, str) and name in table:
     return table[name]
   near = difflib.get_close_matches(str(name), table, n=1, cutoff=0.0)
   hint = f": did you mean {near[0]!r}?" if near else "."

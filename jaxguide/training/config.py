@@ -1,12 +1,15 @@
 """What a model is and how it is trained, as plain data that a JSON file can hold."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from flax import linen
 
-from jaxguide import checks, nn, scaling, schedules
+from jaxguide import checks, keys, nn, scaling, schedules
+from jaxguide.nn.classifier import POOLS
 from jaxguide.posterior import VARIANCES
 from jaxguide.variational import LOSSES
 
@@ -17,26 +20,56 @@ NETWORKS: dict[str, type[linen.Module]] = {
 }
 
 
+# The least and the largest value of each field that is a number, for each element where there are several. They are far
+# beyond what networks have: what lies outside is a slip, and would end in hours of tracing or in no memory.
+SIDE = (1, 2**16)
+BOUNDS: dict[str, tuple[int | float, int | float]] = {
+  "image_shape": SIDE,
+  "low_res_shape": SIDE,
+  "num_classes": (1, 2**24),
+  "diffusion_steps": (1, 100_000),
+  "scale": (-math.inf, math.inf),
+}
+NETWORK_BOUNDS: dict[str, tuple[int | float, int | float]] = {
+  "model_channels": (1, 2**16),
+  "out_channels": (1, 2**16),
+  "num_res_blocks": (0, 64),
+  "attention_resolutions": (1, 2**16),
+  "dropout": (0, 1),
+  "channel_mult": (0, 2**10),
+  "num_heads": (1, 2**16),
+  "num_head_channels": (-1, 2**16),
+  "num_heads_upsample": (-1, 2**16),
+}
+LARGEST_IMAGE = 2**31 - 1
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+# What a module has beside its own fields.
+NOT_FIELDS = ("parent", "name")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """All that has to be known about a network to use its parameters.
 
   Args:
     network: ``unet``, ``super_res_unet`` or ``classifier``.
-    fields: the network's own fields, as `jaxguide.UNet`, `jaxguide.SuperResUNet` and `jaxguide.Classifier` have them.
-    image_shape: (height, width, channels).
-    num_classes: number of classes, or None for an unconditional network.
+    fields: the network's own fields, as `jaxguide.UNet`, `jaxguide.SuperResUNet` and `jaxguide.Classifier` have them;
+      ``dtype`` becomes its name.
+    image_shape: (height, width, channels), each at most 65,536, and at most 2**31 - 1 numbers in all.
+    num_classes: number of classes, at most 2**24, or None for an unconditional network.
     prediction: what the network predicts, from `jaxguide.scaling`; a classifier shares the input's scaling with it.
     schedule: what tells the network its time, from `jaxguide.schedules`: a continuous one, or the betas of a table if
       there are ``diffusion_steps``.
-    diffusion_steps: number of steps of the discrete process that the network was trained on; None for continuous time.
+    diffusion_steps: number of steps of the discrete process that the network was trained on, at most 100,000; None for
+      continuous time.
     rescale_timesteps: whether a table's steps are told to the network as if there were 1000 of them.
     variance: the noise that `jaxguide.DDPM` adds for this network, ``small``, ``large`` or ``learned_range``.
     scale: the scale of guidance that is recommended for a classifier, if one is.
     low_res_shape: (height, width, channels) of the low-resolution image, for a ``super_res_unet``.
 
   Raises:
-    ValueError: for a name that is not known, naming the nearest, or a field that the network does not have.
+    ValueError: for a name that is not known, naming the nearest; a field that the network does not have; or a value
+      that is out of range or of another type than the field's, naming the field.
   """
 
   network: str
@@ -52,35 +85,27 @@ class ModelConfig:
   low_res_shape: Sequence[int] | None = None
 
   def __post_init__(self):
-    # What was read from JSON has lists for tuples.
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in self.fields.items()}
-    object.__setattr__(self, "fields", fields)
-    object.__setattr__(self, "image_shape", tuple(self.image_shape))
-    if len(self.image_shape) != 3:
-      raise ValueError(f"image_shape must be (height, width, channels), got {self.image_shape}")
-    if self.num_classes is not None:
-      checks.at_least("num_classes", self.num_classes, 1)
+    # As JSON has it, so that a configuration is the same before and after.
+    for field in dataclasses.fields(self):
+      value = checks.field(field.name, getattr(self, field.name), field.type, *BOUNDS.get(field.name, ()))
+      object.__setattr__(self, field.name, value)
+    for name in ("image_shape", "low_res_shape"):
+      shape = getattr(self, name)
+      if shape is not None and len(shape) != 3:
+        raise ValueError(f"{name} must be (height, width, channels), got {shape}")
+      if shape is not None and math.prod(shape) > LARGEST_IMAGE:
+        raise ValueError(f"{name} must be of at most {LARGEST_IMAGE:,} numbers, got {shape}")
     cls = checks.lookup("network", self.network, NETWORKS)
-    known = {field.name: None for field in dataclasses.fields(cls)}
-    for name in self.fields:
-      if name == "perturbation":
-        raise ValueError("perturbation is not one of a model's fields: give it to jaxguide.perturbed, when sampling")
-      checks.lookup(f"field of {cls.__name__}", name, known)
-      if name == self._classes:
-        raise ValueError(f"{name} is not one of the fields: the model's num_classes tells it")
+    object.__setattr__(self, "fields", _network_fields(cls, self.fields, self._classes))
     if (self.network == "super_res_unet") != (self.low_res_shape is not None):
       raise ValueError(f"low_res_shape is for a super_res_unet, which needs it; the network is a {self.network}")
-    if self.low_res_shape is not None:
-      object.__setattr__(self, "low_res_shape", tuple(self.low_res_shape))
     checks.lookup("prediction", self.prediction, scaling.PREDICTIONS)
     checks.lookup("variance", self.variance, dict.fromkeys(VARIANCES))
     twice = 2 * self.image_shape[-1]
     if self.network == "classifier" and self.variance != "small":
       raise ValueError(f"a classifier has no variance, got {self.variance!r}: leave it out")
-    if self.scale is not None:
-      checks.finite("scale", self.scale)
-      if self.network != "classifier":
-        raise ValueError("scale is what is recommended for a classifier: leave it out")
+    if self.scale is not None and self.network != "classifier":
+      raise ValueError("scale is what is recommended for a classifier: leave it out")
     if self.variance == "learned_range" and self.fields.get("out_channels") != twice:
       raise ValueError(f"variance 'learned_range' needs twice the image's channels: give out_channels {twice}")
     if self.diffusion_steps is None:
@@ -89,7 +114,6 @@ class ModelConfig:
         raise ValueError("rescale_timesteps is for a network of discrete steps: give diffusion_steps")
     else:
       checks.lookup("schedule of discrete steps", self.schedule, schedules.BETAS)
-      checks.at_least("diffusion_steps", self.diffusion_steps, 1)
       if self.prediction not in ("eps", "x0", "v"):
         raise ValueError(f"a network that predicts {self.prediction!r} is told no steps: leave out diffusion_steps")
 
@@ -122,13 +146,77 @@ class ModelConfig:
     return scaling.scaling(self.prediction, self.noise_schedule, time_scale)
 
 
+def _network_fields(cls: type[linen.Module], given: Mapping[str, Any], classes: str) -> dict[str, Any]:
+  """Check the fields of a network; ``classes`` is its own name for the number of its classes."""
+  known = {field.name: field.type for field in dataclasses.fields(cls) if field.name not in NOT_FIELDS}
+  checked: dict[str, Any] = {}
+  for name, value in given.items():
+    if name == "perturbation":
+      raise ValueError("perturbation is not one of a model's fields: give it to jaxguide.perturbed, when sampling")
+    kind = checks.lookup(f"field of {cls.__name__}", name, known)
+    if name == classes:
+      raise ValueError(f"{name} is not one of the fields: the model's num_classes tells it")
+    if name == "dtype":
+      checked[name] = dtype_name(value)
+    else:
+      checked[name] = checks.field(name, value, kind, *NETWORK_BOUNDS.get(name, ()))
+  for name in ("num_head_channels", "num_heads_upsample"):
+    if checked.get(name) == 0:
+      raise ValueError(f"{name} must be at least 1, or -1 to leave it to others; got 0")
+  channels: int = checked.get("model_channels", nn.UNet.model_channels)
+  for factor in checked.get("channel_mult", ()):
+    if int(factor * channels) < 1:
+      raise ValueError(f"each of channel_mult must leave at least one of the {channels} model_channels, got {factor}")
+  if "pool" in checked:
+    checks.lookup("pool", checked["pool"], dict.fromkeys(POOLS))
+  return checked
+
+
+def dtype_name(dtype: Any) -> str:
+  """Give the name of a type that networks compute in.
+
+  Raises:
+    ValueError: if it is none of ``float32``, ``bfloat16``, ``float16`` and ``float64``.
+
+  >>> import jax.numpy as jnp
+  >>> dtype_name(jnp.bfloat16), dtype_name(np.dtype("float32")), dtype_name("bfloat16")
+  ('bfloat16', 'float32', 'bfloat16')
+  """
+  try:
+    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+  except TypeError:
+    name = repr(dtype)
+  if dtype is None or name not in DTYPES:
+    raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+  return name
+
+
+MATMUL_PRECISIONS = ("default", "high", "highest", "bfloat16", "tensorfloat32", "float32")
+
+# A state counts its steps in 32 bits.
+STEPS = 2**31 - 1
+TRAINING_BOUNDS: dict[str, tuple[int | float, int | float]] = {
+  "steps": (1, STEPS),
+  "batch_size": (1, 2**20),
+  "learning_rate": (0, math.inf),
+  "warmup": (0, STEPS),
+  "weight_decay": (0, math.inf),
+  "clip_norm": (0, math.inf),
+  "ema_decay": (0, 1),
+  "p_uncond": (0, 1),
+  "noise_std": (0, math.inf),
+  "seed": (0, keys.MAX_SEED),
+  "save_every": (1, STEPS),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
   """How a network is trained.
 
   Args:
-    steps: number of optimiser steps.
-    batch_size: examples a step.
+    steps: number of optimiser steps, at most 2**31 - 1.
+    batch_size: examples a step, at most 2**20.
     learning_rate: of AdamW, at its peak; it rises linearly over ``warmup`` steps and falls along a cosine to 0.
     warmup: number of steps.
     weight_decay: of AdamW.
@@ -139,8 +227,14 @@ class TrainingConfig:
       takes neither this nor the next.
     noise_std: its standard deviation.
     loss: of a UNet on a discrete process, one of `jaxguide.variational.LOSSES`; ``rescaled_mse`` if left out.
-    seed: of the parameters, the batches, and the noise.
+    seed: of the parameters, the batches, and the noise; a whole number from 0 to 2**64 - 1, all digits of which count.
     save_every: steps between checkpoints.
+    matmul_precision: of products and convolutions of float32, as ``jax.default_matmul_precision`` has it: ``default``,
+      ``high``, ``highest``, ``bfloat16``, ``tensorfloat32`` or ``float32``. On an NVIDIA GPU
+      the default is TensorFloat-32, 6.6e-4 away from what float64 gives where ``highest`` is 1.1e-6 away.
+
+  Raises:
+    ValueError: for a value that is out of range or of another type than the field's, naming the field.
   """
 
   steps: int
@@ -156,20 +250,12 @@ class TrainingConfig:
   loss: str | None = None
   seed: int = 0
   save_every: int = 200
+  matmul_precision: str = "default"
 
   def __post_init__(self):
-    for name in ("steps", "batch_size", "save_every"):
-      checks.at_least(name, getattr(self, name), 1)
-    for name in ("warmup", "seed"):
-      checks.at_least(name, getattr(self, name), 0)
-    for name in ("learning_rate", "weight_decay", "clip_norm"):
-      checks.in_range(name, getattr(self, name), 0)
-    if self.noise_std is not None:
-      checks.in_range("noise_std", self.noise_std, 0)
-    if self.noise_mean is not None:
-      checks.finite("noise_mean", self.noise_mean)
+    for field in dataclasses.fields(self):
+      bounds = TRAINING_BOUNDS.get(field.name, ())
+      object.__setattr__(self, field.name, checks.field(field.name, getattr(self, field.name), field.type, *bounds))
     if self.loss is not None:
       checks.lookup("loss", self.loss, dict.fromkeys(LOSSES))
-    checks.in_range("ema_decay", self.ema_decay, 0, 1)
-    if self.p_uncond is not None:
-      checks.in_range("p_uncond", self.p_uncond, 0, 1)
+    checks.lookup("matmul_precision", self.matmul_precision, dict.fromkeys(MATMUL_PRECISIONS))
