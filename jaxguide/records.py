@@ -8,9 +8,15 @@ before a field existed has the field's default.
 import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from jaxguide.files import PathLike
+
 VERSION = 1
+
+# More than any record has.
+LARGEST = 2**26
 
 
 def record(**parts: Any) -> dict[str, Any]:
@@ -23,6 +29,66 @@ def record(**parts: Any) -> dict[str, Any]:
   {'version': 1, 'data': {'name': 'digits', 'shape': [8, 8, 1]}}
   """
   return {"version": VERSION, **json.loads(json.dumps(parts, default=dataclasses.asdict))}
+
+
+def read(path: PathLike) -> dict[str, Any]:
+  """Read a record, or another file of JSON with fields, strictly.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    OSError: if it cannot be read.
+    ValueError: if it is torn: it is not JSON, names a field twice, or holds what no record does.
+  """
+  path = Path(path)
+  try:
+    if path.exists() and not path.is_file():
+      raise ValueError("it is not a regular file")
+    with path.open("rb") as file:
+      content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+      raise ValueError(f"it is larger than {LARGEST:,} bytes")
+    value = json.loads(content.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
+    if not isinstance(value, dict):
+      raise ValueError("it holds no fields")
+  except NotADirectoryError:
+    raise FileNotFoundError(f"there is no {path}") from None
+  except RecursionError:
+    raise ValueError(f"{path} is torn (it is nested too deeply)") from None
+  except ValueError as error:
+    raise ValueError(f"{path} is torn ({error})") from error
+  return value
+
+
+def check_version(held: Mapping[str, Any]) -> None:
+  """Check that a record is of this version or an older one.
+
+  Raises:
+    ValueError: if it is not.
+
+  >>> check_version({"version": 2})
+  Traceback (most recent call last):
+  ...
+  ValueError: the record has version 2, and this jaxguide knows those up to 1: use a newer one
+  """
+  version = held.get("version")
+  if type(version) is not int or version < 1:
+    raise ValueError(f"the record has version {version!r}, which is none")
+  if version > VERSION:
+    raise ValueError(
+      f"the record has version {version}, and this jaxguide knows those up to {VERSION}: use a newer one"
+    )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  fields = dict(pairs)
+  if len(fields) < len(pairs):
+    names = [name for name, _ in pairs]
+    raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+  return fields
+
+
+def _refuse(constant: str) -> None:
+  raise ValueError(f"{constant} is no number")
 
 
 def defaults(cls: type) -> dict[str, Any]:

@@ -7,6 +7,8 @@ encode first (MNIST and CIFAR-10 are such). Once prepared, they too are read wit
 import contextlib
 import dataclasses
 import difflib
+import functools
+import hashlib
 import io
 import os
 import sys
@@ -53,6 +55,17 @@ class Images:
   def image_shape(self) -> tuple[int, ...]:
     """The shape (h, w, c) of one image."""
     return self.images.shape[1:]
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Tell these images from others: a SHA-256 over their shape, pixels, labels, and number of classes, in order.
+
+    The name is not part of it, nor is the type of the labels. It is made once: do not change the arrays afterwards.
+    """
+    made = hashlib.sha256(f"{self.images.shape} {self.num_classes}".encode())
+    for array in (self.images, self.labels.astype("<i8")):
+      made.update(np.ascontiguousarray(array).reshape(-1).data)
+    return made.hexdigest()
 
 
 def load(name: str, split: str = "train", data_dir: str | os.PathLike[str] | None = None) -> Images:
@@ -131,7 +144,8 @@ def batches(images: Images, batch_size: int, seed: int, start: int = 0) -> Itera
 
 def _batches(images: Images, batch_size: int, seed: int, start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   def order(epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(len(images))
+    # NumPy makes words of 32 bits of each number and then adds zeros: a long seed must not run into the epoch.
+    return np.random.default_rng((seed % 2**32, epoch, seed // 2**32)).permutation(len(images))
 
   epoch, offset = divmod(start * batch_size, len(images))
   rest = order(epoch)[offset:]
