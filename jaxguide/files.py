@@ -139,7 +139,8 @@ def lock(path: PathLike, what: PathLike) -> Iterator[None]:
     raise OSError(f"{what} is in use by {holder}: wait until it has ended, or choose another path") from None
   try:
     since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-    path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}")
+    with contextlib.suppress(OSError):  # On a full disk the lock holds all the same.
+      path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}")
     yield
   finally:
     # Removed while it is held: who opens it at this moment finds that it has no name any more, and makes a new one.

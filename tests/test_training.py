@@ -131,8 +131,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(images
   with pytest.raises(FloatingPointError, match=r"not finite at step 47; the checkpoint of step 40 is kept in .*lower"):
     training.fit(UNET, config, images, tmp_path, progress=False)
   assert (tmp_path / "checkpoints" / "40").is_dir()
-  # What a torn checkpoint would do to the run that goes on from it.
-  for path in sorted((tmp_path / "checkpoints" / "40").rglob("*")):
+  # What torn checkpoints would do to the run that goes on from them.
+  for path in sorted((tmp_path / "checkpoints").rglob("*")):
     if path.is_file() and path.stat().st_size > 100:
       path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
   with pytest.raises(ValueError, match=r"checkpoint of step 40 in .* is torn"):
@@ -172,7 +172,7 @@ def test_a_torn_model_is_told_from_a_whole_one(trained, tmp_path):
   other = json.loads((whole / "config.json").read_text())
   other["fields"]["model_channels"] = 16
   (whole / "config.json").write_text(json.dumps(other))
-  with pytest.raises(ValueError, match="torn or not this model's"):
+  with pytest.raises(ValueError, match=r"config\.json was changed after it was saved"):
     training.load(whole)
 
   with pytest.raises(FileNotFoundError, match="there is no model in"):
@@ -197,7 +197,7 @@ def test_a_torn_model_is_told_from_a_whole_one(trained, tmp_path):
     ({"fields": {"num_classes": 5}}, "num_classes is not one of the fields"),
     ({"fields": {"perturbation": {"kind": "skip"}}}, "perturbation is not one of a model's fields"),
     ({"image_shape": (8, 8)}, r"must be \(height, width, channels\), got \(8, 8\)"),
-    ({"num_classes": 0}, "num_classes must be a whole number of at least 1"),
+    ({"num_classes": 0}, "num_classes must be a whole number from 1 to 16777216"),
     ({"schedule": "cosin"}, "did you mean 'cosine'"),
     ({"low_res_shape": (2, 2, 1)}, "low_res_shape is for a super_res_unet, which needs it; the network is a unet"),
     ({"network": "super_res_unet"}, "low_res_shape is for a super_res_unet, which needs it"),

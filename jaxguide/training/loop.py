@@ -2,11 +2,14 @@
 
 The state after step ``k`` depends on the configuration and the data alone, whether or not the run was interrupted:
 batch ``k`` and the key of step ``k`` are made from the seed and ``k``.
+
+A folder has a record, ``training.json``, of all that the state depends on, and one process at a time that writes there.
 """
 
 import dataclasses
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +20,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxguide import losses, schedules, struct, variational
+from jaxguide import keys, losses, records, schedules, struct, variational
 from jaxguide.data import Images, batches
-from jaxguide.files import PathLike, check_writable, write_atomically
+from jaxguide.files import PathLike, check_writable, lock, remove_parts, write_atomically
+from jaxguide.training import arrays
 from jaxguide.training import model as models
-from jaxguide.training.config import ModelConfig, TrainingConfig
+from jaxguide.training.config import NETWORKS, ModelConfig, TrainingConfig, dtype_name
 from jaxguide.training.model import Model
 from jaxguide.typing import Leaf
 
@@ -113,9 +117,10 @@ def train_step(model: ModelConfig, training: TrainingConfig) -> Callable[..., An
   tx, loss = optimizer(training), loss_fn(model, training)
 
   def step(state: TrainState, images, labels):
-    key = jax.random.fold_in(jax.random.key(training.seed), state.step)
+    key = jax.random.fold_in(keys.seed_key(training.seed), state.step)
     x0 = images.astype(jnp.float32) / 127.5 - 1
-    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, key, x0, labels)
+    with jax.default_matmul_precision(training.matmul_precision):
+      (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, key, x0, labels)
     updates, opt_state = tx.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     # Early on the mean is short, or it would remember the random start.
@@ -135,7 +140,7 @@ def init_state(model: ModelConfig, training: TrainingConfig) -> TrainState:
 
   # It runs once, so the time to compile it is all that counts.
   quick = {"xla_backend_optimization_level": 0}
-  return jax.jit(init, compiler_options=quick)(jax.random.key(training.seed))
+  return jax.jit(init, compiler_options=quick)(keys.seed_key(training.seed))
 
 
 def fit(
@@ -161,11 +166,21 @@ def fit(
     The model with the running mean of its parameters, which ``folder`` holds too.
 
   Raises:
-    ValueError: if the images do not suit the network, the folder holds a model that was configured otherwise, or a
-      checkpoint is torn.
-    OSError: if the folder cannot be written.
-    FloatingPointError: if the loss is not finite, naming the step; the last good checkpoint stays.
+    TypeError: if an argument is of another kind.
+    ValueError: if the images do not suit the network; if the folder holds a model or checkpoints that were configured
+      otherwise or made of other images, naming what differs; or if no checkpoint is whole.
+    OSError: if the folder cannot be written, or another process is training in it.
+    FloatingPointError: if the loss, a parameter or the optimiser's state is not finite, naming the step; the last good
+      checkpoint stays.
   """
+  for name, value, kind in (("model", model, ModelConfig), ("training", training, TrainingConfig)):
+    if not isinstance(value, kind):
+      raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+  if not isinstance(images, Images):
+    raise TypeError(
+      f"images must be a jaxguide.data.Images, got {type(images).__name__}: make one of arrays with "
+      "Images(images, labels, num_classes, name)"
+    )
   folder = Path(folder).absolute()
   if model.network == "super_res_unet":
     raise ValueError("a super_res_unet cannot be trained here: the data hold no low-resolution images")
@@ -174,21 +189,75 @@ def fit(
       f"the network is for images of shape {model.image_shape} in {model.num_classes} classes, but {images.name} has "
       f"{images.image_shape} in {images.num_classes}"
     )
+  models.shapes(model)
   loss_fn(model, training)  # It says what does not go together, before anything is written.
-  record = json.dumps({"data": images.name, **dataclasses.asdict(model), **dataclasses.asdict(training)}, indent=2)
+  record = _record(model, training, images)
   check_writable(folder / "training.json")
-  if retrain:
-    models.remove(folder)
-  elif (folder / "training.json").exists() and (folder / "training.json").read_text() != record:
-    raise ValueError(f"{folder} holds a model that was configured otherwise: retrain it, or choose another folder")
-  if (folder / "config.json").exists():
-    return models.load(folder)
-  write_atomically(folder / "training.json", record.encode())
-  state = _run(model, training, images, folder / "checkpoints", progress)
-  trained = Model(model, jax.device_put(state.ema_params, jax.local_devices()[0]))
-  models.save(folder, trained)
-  shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+  with lock(folder / ".lock", folder):
+    remove_parts(folder)
+    if retrain:
+      models.remove(folder)
+    _check_record(folder, record, model)
+    if (folder / "config.json").exists():
+      trained = models.load(folder)
+    else:
+      write_atomically(folder / "training.json", json.dumps(record, indent=2).encode())
+      state = _run(model, training, images, folder / "checkpoints", progress)
+      trained = Model(model, jax.device_put(state.ema_params, jax.local_devices()[0]))
+      models.write(folder, trained)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
   return trained
+
+
+def _record(model: ModelConfig, training: TrainingConfig, images: Images) -> dict[str, Any]:
+  data = {
+    "name": images.name,
+    "number": len(images),
+    "image_shape": images.image_shape,
+    "num_classes": images.num_classes,
+    "fingerprint": images.fingerprint,
+  }
+  return records.record(model=model, training=training, data=data)
+
+
+def _check_record(folder: Path, record: dict[str, Any], model: ModelConfig) -> None:
+  """Check that what a folder holds was made by the run of this record, if it holds anything."""
+  path, or_else = folder / "training.json", "retrain it, or choose another folder"
+  if not (folder / "config.json").exists() and not _holds_checkpoints(folder):
+    return
+  try:
+    held = records.read(path)
+    held = held if "version" in held else _from_flat(held)
+    records.check_version(held)
+  except FileNotFoundError:
+    raise ValueError(f"{folder} holds a model, but no training.json that tells how it was trained: {or_else}") from None
+  except ValueError as error:
+    raise ValueError(f"{path} does not tell how the model was trained ({error}): {or_else}") from error
+  data = held.get("data")
+  if isinstance(data, dict) and "fingerprint" not in data:  # It was written before there were fingerprints.
+    record = {**record, "data": {"name": record["data"]["name"]}}
+  fields = records.defaults(NETWORKS[model.network])
+  default = {
+    "model": {**records.defaults(ModelConfig), "fields": {**fields, "dtype": dtype_name(fields["dtype"])}},
+    "training": records.defaults(TrainingConfig),
+  }
+  different = records.differences(held, record, default)
+  if different:
+    raise ValueError(f"{folder} holds a model that was configured otherwise: {or_else}. {'; '.join(different)}")
+
+
+def _holds_checkpoints(folder: Path) -> bool:
+  return (folder / "checkpoints").is_dir() and any(path.name.isdigit() for path in (folder / "checkpoints").iterdir())
+
+
+def _from_flat(held: dict[str, Any]) -> dict[str, Any]:
+  """Read a record as it was written before it had parts."""
+  parts = {"model": ModelConfig, "training": TrainingConfig}
+  split = {
+    part: {field.name: held[field.name] for field in dataclasses.fields(cls) if field.name in held}
+    for part, cls in parts.items()
+  }
+  return {"version": records.VERSION, **split, "data": {"name": held.get("data")}}
 
 
 def _run(model: ModelConfig, training: TrainingConfig, images: Images, folder: Path, progress: bool) -> TrainState:
@@ -201,7 +270,10 @@ def _run(model: ModelConfig, training: TrainingConfig, images: Images, folder: P
   spread, same = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
   state = jax.device_put(init_state(model, training), same)
   step = train_step(model, training)
-  options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+  if folder.is_dir():
+    arrays.remove_unfinished(folder)
+  # Two, so that where the last is torn there is another.
+  options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
   with ocp.CheckpointManager(folder, options=options) as manager:
     state = _restore(manager, state, folder)
     start = int(state.step)
@@ -216,30 +288,63 @@ def _run(model: ModelConfig, training: TrainingConfig, images: Images, folder: P
           state, metrics = step(state, *jax.device_put(next(source), spread))
           chunk.append(metrics)
         history = jax.tree.map(lambda *values: np.asarray(values), *jax.device_get(chunk))
+        done = first + len(chunk)
         if not np.isfinite(history["loss"]).all():
           bad = first + int(np.argmin(np.isfinite(history["loss"])))
-          last = manager.latest_step()
-          kept = f"the checkpoint of step {last} is kept in {folder}" if last else "there was no checkpoint yet"
-          raise FloatingPointError(f"the loss is not finite at step {bad}; {kept}. Try a lower learning_rate")
+          raise _not_finite(f"the loss is not finite at step {bad}", manager, folder)
         bar.set_postfix({name: f"{values.mean():.3f}" for name, values in history.items()}, refresh=False)
         bar.update(len(chunk))
-        done = first + len(chunk)
-        # The last step of all is saved as the model itself.
-        if done // training.save_every > first // training.save_every and done < training.steps:
-          manager.save(done, args=ocp.args.StandardSave(state))
+        last = done == training.steps
+        if last or done // training.save_every > first // training.save_every:
+          # A loss is that of the parameters before the step; those after the last step have none yet.
+          path = arrays.not_finite(state)
+          if path is not None:
+            raise _not_finite(f"{path} is not finite after step {done - 1}", manager, folder)
+          # The last step of all is saved as the model itself.
+          if not last:
+            _save(manager, state, done, folder)
   return state
 
 
-def _restore(manager: Any, state: TrainState, folder: Path) -> TrainState:
+def _not_finite(what: str, manager: Any, folder: Path) -> FloatingPointError:
+  last = manager.latest_step()
+  kept = f"the checkpoint of step {last} is kept in {folder}" if last else "there was no checkpoint yet"
+  return FloatingPointError(f"{what}; {kept}. Try a lower learning_rate")
+
+
+def _save(manager: Any, state: TrainState, step: int, folder: Path) -> None:
   import orbax.checkpoint as ocp
 
-  if manager.latest_step() is None:
-    return state
+  items = {"state": ocp.args.StandardSave(state), "checksums": ocp.args.JsonSave(arrays.checksums(state))}
+  arrays.write(folder / str(step), lambda: manager.save(step, args=ocp.args.Composite(**items)))
+
+
+def _restore(manager: Any, state: TrainState, folder: Path) -> TrainState:
+  """Give the state of the last checkpoint that is whole; the one that was given if there is no checkpoint."""
+  import orbax.checkpoint as ocp
+
   template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
-  try:
-    return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(template))
-  except Exception as error:  # Orbax and its storage raise many kinds for a torn checkpoint.
-    reason = str(error).strip().split("\n")[0]
-    raise ValueError(
-      f"the checkpoint of step {manager.latest_step()} in {folder} is torn ({reason}): retrain"
-    ) from error
+  items = {"state": ocp.args.StandardRestore(template), "checksums": ocp.args.JsonRestore()}
+
+  def restore(step: int) -> TrainState:
+    held = manager.restore(step, args=ocp.args.Composite(**items))
+    arrays.check(held["state"], held["checksums"])
+    if held["state"].step != step:
+      raise ValueError(f"it is one of step {held['state'].step}")
+    return held["state"]
+
+  torn: dict[int, str] = {}
+  for step in sorted(manager.all_steps(), reverse=True):
+    restored, failed = arrays.attempt(lambda: restore(step))  # noqa: B023
+    if failed is None:
+      for number, reason in torn.items():
+        warnings.warn(
+          f"the checkpoint of step {number} in {folder} is torn ({reason}): going on from step {step}", stacklevel=4
+        )
+        manager.delete(number)
+      return restored
+    torn[step] = failed
+  if torn:
+    step, reason = next(iter(torn.items()))
+    raise ValueError(f"the checkpoint of step {step} in {folder} is torn ({reason}), and no other is whole: retrain")
+  return state

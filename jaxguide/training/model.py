@@ -1,22 +1,31 @@
 """A network with its parameters, in memory and on disk.
 
-A model is a folder: ``config.json`` says what it is, ``params`` holds its parameters as an Orbax checkpoint. The first
-is written last and removed first, so that where writing was cut short there is no model instead of half of one.
+A model is a folder: ``config.json`` says what it is, ``params`` holds its parameters as an Orbax checkpoint, and
+``checksums.json`` tells whether the two are as they were saved. The first is written last and removed first, so that
+where writing was cut short there is no model instead of half of one.
 """
 
 import dataclasses
 import json
+import math
 import shutil
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxguide import records
 from jaxguide.denoisers import ClassifierLogProb, NetworkDenoiser, check_params, param_shapes
-from jaxguide.files import PathLike, check_writable, write_atomically
+from jaxguide.files import PathLike, check_writable, lock, remove_parts, sync_folder, write_atomically
+from jaxguide.training import arrays
 from jaxguide.training.config import ModelConfig
 from jaxguide.typing import PyTree
+
+LARGEST_NETWORK = 2**34
+"""How many parameters a network may have: 17 billion."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,31 +74,97 @@ def least_inputs(config: ModelConfig) -> tuple[Any, ...]:
   return x, t, label
 
 
+def shapes(config: ModelConfig) -> PyTree:
+  """Give the shapes and types of a network's parameters, ``{"params": ...}``, without making them.
+
+  Raises:
+    ValueError: if its fields do not fit each other or the images, or it has more than `LARGEST_NETWORK` parameters.
+
+  >>> shapes(ModelConfig("unet", {"model_channels": 32}, (8, 8, 1), 10))["params"]["label_emb"]["embedding"].shape
+  (11, 128)
+  """
+  try:
+    expected = param_shapes(config.module, *jax.eval_shape(lambda: least_inputs(config)))
+  except (ArithmeticError, TypeError, AttributeError) as error:
+    raise ValueError(f"a {config.network} cannot be made of these fields: {error}") from error
+  size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(expected))
+  if size > LARGEST_NETWORK:
+    raise ValueError(
+      f"the network would have {size:,} parameters, and may have {LARGEST_NETWORK:,}: make model_channels, "
+      "channel_mult, num_res_blocks or num_classes smaller"
+    )
+  return expected
+
+
+def check(model: Model) -> None:
+  """Check that parameters are those of the network, and finite.
+
+  Raises:
+    ValueError: naming the first that is not.
+  """
+  shapes(model.config)
+  check_params(model.config.module, model.params, *jax.eval_shape(lambda: least_inputs(model.config)))
+  path = arrays.not_finite(model.params)
+  if path is not None:
+    raise ValueError(f"the parameter {path} is not finite: it holds infinities or NaN, and no sample can be drawn")
+
+
 def save(folder: PathLike, model: Model) -> None:
   """Write a model, in place of one that was there.
 
   Raises:
-    OSError: if the folder cannot be written.
-    ValueError: if the parameters do not fit the network.
+    OSError: if the folder cannot be written, or is in use.
+    ValueError: if the parameters do not fit the network or are not finite, or the folder holds an unfinished training.
   """
+  folder = Path(folder).absolute()
+  check(model)
+  check_writable(folder / "config.json")
+  with lock(folder / ".lock", folder):
+    if (folder / "checkpoints").exists() and not (folder / "config.json").exists():
+      raise ValueError(f"{folder} holds an unfinished training: finish it, remove it, or choose another folder")
+    # It tells how the model was trained that was here.
+    (folder / "training.json").unlink(missing_ok=True)
+    write(folder, model)
+
+
+def write(folder: Path, model: Model) -> None:
+  """Do what `save` does, for who has checked the model and holds the folder's lock."""
   import orbax.checkpoint as ocp
 
-  folder = Path(folder).absolute()
-  check_params(model.config.module, model.params, *least_inputs(model.config))
-  check_writable(folder / "config.json")
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / "config.json").unlink(missing_ok=True)
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(folder / "params", model.params, force=True)
-  write_atomically(folder / "config.json", json.dumps(dataclasses.asdict(model.config), indent=2).encode())
+  for name in ("config.json", "checksums.json"):
+    (folder / name).unlink(missing_ok=True)
+  remove_parts(folder)
+  arrays.remove_unfinished(folder)
+
+  def save_params():
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(folder / "params", model.params, force=True)
+
+  arrays.write(folder / "params", save_params)
+  sync_folder(folder)
+  config = records.record(config=model.config)["config"]
+  sums = {"version": records.VERSION, "config": _checksum(config), "params": arrays.checksums(model.params)}
+  write_atomically(folder / "checksums.json", json.dumps(sums, indent=1).encode())
+  write_atomically(folder / "config.json", json.dumps(config, indent=2).encode())
 
 
-def load(folder: PathLike) -> Model:
+def _checksum(config: Mapping[str, Any]) -> str:
+  """The checksum of a configuration, however it is laid out in its file."""
+  return f"{zlib.crc32(json.dumps(config, sort_keys=True).encode()):08x}"
+
+
+def load(folder: PathLike, *, verify: bool = True) -> Model:
   """Read a model that `save` wrote.
+
+  Args:
+    folder: where it is.
+    verify: whether to hold configuration and parameters against the checksums that were saved with them. Without it a
+      model is read that has none, or whose ``config.json`` was edited on purpose; `save` then makes it whole.
 
   Raises:
     FileNotFoundError: if there is none.
-    ValueError: if it is torn: a part is missing or does not fit the rest.
+    ValueError: if it is torn: a part is missing, is not as it was saved, or does not fit the rest; or if parameters are
+      not finite.
 
   A model can then be guided, in one's own ``jit`` or by `jaxguide.sample_batch`::
 
@@ -99,30 +174,67 @@ def load(folder: PathLike) -> Model:
   import orbax.checkpoint as ocp
 
   folder = Path(folder).absolute()
+  path = folder / "config.json"
   try:
-    config = ModelConfig(**json.loads((folder / "config.json").read_text()))
-    expected = param_shapes(config.module, *least_inputs(config))
+    held = records.read(path)
+    config = ModelConfig(**held)
+    expected = shapes(config)
   except FileNotFoundError:
     raise FileNotFoundError(f"there is no model in {folder}: train one, with `jaxguide demo` for example") from None
-  except (NotADirectoryError, UnicodeDecodeError, TypeError, ValueError) as error:
-    raise ValueError(f"{folder / 'config.json'} does not describe a model ({error}): train it again") from error
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{path} does not describe a model ({error}): train it again") from error
+  sums = _read_checksums(folder, expected) if verify else {}
+  if verify and sums["config"] != _checksum(held):
+    raise ValueError(
+      f"{path} was changed after it was saved: undo that, or, if it was meant, load the model with verify=False and "
+      "save it again"
+    )
   # Orbax warns about placing arrays unless it is told where; the first device is where they are used from.
   where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), expected)
-  try:
+  template = [
+    jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(sums["params"][name]["dtype"]) if verify else leaf.dtype, sharding=where)
+    for name, leaf in arrays.leaves(expected).items()
+  ]
+
+  def restore():
     with ocp.StandardCheckpointer() as checkpointer:
-      params = checkpointer.restore(folder / "params", template)
-  except Exception as error:  # Orbax and its storage raise many kinds for a torn checkpoint.
-    reason = str(error).strip().split("\n")[0]
-    raise ValueError(f"the parameters in {folder / 'params'} are torn or not this model's ({reason})") from error
-  check_params(config.module, params, *least_inputs(config))
+      params = checkpointer.restore(folder / "params", jax.tree.unflatten(jax.tree.structure(expected), template))
+    if verify:
+      arrays.check(params, sums["params"])
+    check(Model(config, params))
+    return params
+
+  params, failed = arrays.attempt(restore)
+  if failed is not None:
+    raise ValueError(f"the parameters in {folder / 'params'} are torn or not this model's ({failed}): train it again")
   return Model(config, params)
+
+
+def _read_checksums(folder: Path, expected: PyTree) -> dict[str, Any]:
+  path = folder / "checksums.json"
+  try:
+    sums = records.read(path)
+    records.check_version(sums)
+    if not isinstance(sums.get("params"), dict) or "config" not in sums:
+      raise ValueError("it holds no checksums")
+    for name in arrays.leaves(expected):
+      jnp.dtype(sums["params"][name]["dtype"])
+  except FileNotFoundError:
+    raise ValueError(
+      f"{folder} has lost its checksums.json, or was saved before there were any: nothing tells whether its parameters "
+      "are whole. If you know that they are, load the model with verify=False and save it again"
+    ) from None
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(f"{path} is torn or not this model's ({error}): train it again") from error
+  return sums
 
 
 def remove(folder: PathLike) -> None:
   """Remove a model and its training's checkpoints, and nothing else that may lie in the folder."""
   folder = Path(folder)
-  for part in ("config.json", "training.json"):
-    (folder / part).unlink(missing_ok=True)
-  for part in ("params", "checkpoints"):
-    shutil.rmtree(folder / part, ignore_errors=True)
+  # What tells how the checkpoints were made goes after them, or others could go on from them.
+  for part in ("config.json", "checksums.json", "params", "checkpoints", "training.json"):
+    if (folder / part).is_dir():
+      shutil.rmtree(folder / part)
+    else:
+      (folder / part).unlink(missing_ok=True)
