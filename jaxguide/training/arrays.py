@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -84,14 +85,22 @@ def check(tree: PyTree, wanted: Mapping[str, Any]) -> None:
       raise ValueError(f"{path} does not match its checksum")
 
 
-def reason(error: Exception) -> str:
-  """Give the first line of what Orbax or its storage raised; the system's own word for it, where it is the system's."""
-  code = re.search(r"os_error_code='(\d+)'", str(error))
+def reason(error: BaseException) -> str:
+  """Give in one line what went wrong at the root of what Orbax or its storage raised.
+
+  >>> reason(ValueError("NOT_FOUND: no manifest [tensorstore_spec='...']"))
+  'NOT_FOUND: no manifest'
+  """
+  while error.__cause__ is not None:
+    error = error.__cause__
   if isinstance(error, OSError) and error.strerror:
     return error.strerror
+  code = re.search(r"os_error_code='(\d+)'", str(error))
   if code:
     return os.strerror(int(code[1]))
-  return next(iter(str(error).strip().splitlines()), type(error).__name__)
+  first = next(iter(str(error).strip().splitlines()), "").partition(" [tensorstore_spec")[0]
+  named = f"{type(error).__name__} {first}" if isinstance(error, KeyError) or not first else first
+  return textwrap.shorten(named, 300, placeholder=" ...")
 
 
 def attempt(call: Callable[[], Any]) -> tuple[Any, str | None]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -92,9 +93,9 @@ class ModelConfig:
     for name in ("image_shape", "low_res_shape"):
       shape = getattr(self, name)
       if shape is not None and len(shape) != 3:
-        raise ValueError(f"{name} must be (height, width, channels), got {shape}")
+        raise ValueError(f"{name} must be (height, width, channels), got {reprlib.repr(shape)}")
       if shape is not None and math.prod(shape) > LARGEST_IMAGE:
-        raise ValueError(f"{name} must be of at most {LARGEST_IMAGE:,} numbers, got {shape}")
+        raise ValueError(f"{name} must be of at most {LARGEST_IMAGE:,} numbers, got {reprlib.repr(shape)}")
     cls = checks.lookup("network", self.network, NETWORKS)
     object.__setattr__(self, "fields", _network_fields(cls, self.fields, self._classes))
     if (self.network == "super_res_unet") != (self.low_res_shape is not None):
@@ -163,6 +164,8 @@ def _network_fields(cls: type[linen.Module], given: Mapping[str, Any], classes: 
   for name in ("num_head_channels", "num_heads_upsample"):
     if checked.get(name) == 0:
       raise ValueError(f"{name} must be at least 1, or -1 to leave it to others; got 0")
+  if checked.get("channel_mult") == ():
+    raise ValueError("channel_mult must have a number for at least one level, got none")
   channels: int = checked.get("model_channels", nn.UNet.model_channels)
   for factor in checked.get("channel_mult", ()):
     if int(factor * channels) < 1:
@@ -184,10 +187,10 @@ def dtype_name(dtype: Any) -> str:
   """
   try:
     name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
-  except TypeError:
+  except (TypeError, ValueError):
     name = repr(dtype)
   if dtype is None or name not in DTYPES:
-    raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {reprlib.repr(dtype)}")
   return name
 
 

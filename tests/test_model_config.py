@@ -1,0 +1,184 @@
+"""Configurations: each field is checked for type and range before anything is built, and is plain data afterwards."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from jaxguide import training
+from jaxguide.interop.presets import PRESETS
+from jaxguide.training import ModelConfig, TrainingConfig, model
+from jaxguide.training.config import NETWORKS
+
+FIELDS = {
+  "model_channels": 8,
+  "channel_mult": (1,),
+  "num_res_blocks": 1,
+  "attention_resolutions": (),
+  "num_head_channels": 8,
+}
+UNET = {"network": "unet", "fields": FIELDS, "image_shape": (4, 4, 1), "num_classes": 2}
+
+# None of them is a value of any field.
+ALIEN = [{"a": {}}, [[1]], [None], ["a"], b"x", 1 + 2j, object(), [[[[]]]], "nonsense", float("nan")]
+# Values that are right for some fields; for these they are wrong.
+WRONG = {
+  "network": [None, 1, []],
+  "fields": [None, [], 1, "x", {"name": "x"}, {"parent": None}],
+  "image_shape": [None, [], 8, [8, 8, 0], [0, 8, 1], [8, 8], [8, 8.0, 1], [10**9] * 3, [2**16, 2**16, 1], [8, True, 1]],
+  "num_classes": [0, -1, 10**12, 1e3, True, 0.5, []],
+  "prediction": [None, 1, []],
+  "schedule": [None, 1, []],
+  "diffusion_steps": [0, -1, 10**10, 1e3, True, []],
+  "rescale_timesteps": [None, 1, "true", []],
+  "variance": [None, 1, []],
+  "scale": [True, math.inf, 10**400, []],
+  "low_res_shape": [[], [2, 2, 0], 2, [10**9] * 3],
+  "model_channels": [None, -32, 0, 10**9, 32.0, True, "32", []],
+  "out_channels": [0, -1, 10**9, 1.0, True, []],
+  "num_res_blocks": [None, -1, 10**6, 1.0, True, []],
+  "attention_resolutions": [None, 1, [0], [1.5], [True]],
+  "dropout": [None, -0.1, 1.5, True, []],
+  "channel_mult": [None, 1, "1", [], [0], [-1], [1e9], [1e-9], [math.inf], [True]],
+  "conv_resample": [None, 1, []],
+  "num_heads": [None, 0, -1, 10**9, 1.0, True, []],
+  "num_head_channels": [None, 0, -2, 10**9, 8.0, True, []],
+  "use_scale_shift_norm": [None, 0, []],
+  "resblock_updown": [None, 0, []],
+  "use_new_attention_order": [None, 0, []],
+  "use_checkpoint": [None, 0, []],
+  "dtype": [None, 1, [], "int8", "float8", np.int32, "bfloat16 "],
+  "cudnn_attention": [None, 0, []],
+  "null_class": [None, 0, []],
+  "num_heads_upsample": [None, 0, -2, 1.0, True, []],
+  "pool": [None, 1, []],
+}
+TRAINING_WRONG = {
+  "steps": [None, 0, -1, 2**31, 1.0, True, []],
+  "batch_size": [None, 0, 10**9, 1.0, []],
+  "learning_rate": [None, -1, math.inf, 10**400, True, []],
+  "warmup": [None, -1, 1.5, 2**31, []],
+  "weight_decay": [None, -1, math.inf, []],
+  "clip_norm": [None, -1, math.inf, []],
+  "ema_decay": [None, -0.1, 1.1, []],
+  "p_uncond": [-0.1, 1.1, True, []],
+  "noise_mean": [math.inf, True, []],
+  "noise_std": [-1, math.inf, []],
+  "loss": [1, [], "mse2"],
+  "seed": [None, -1, 2**64, 2**70, 0.5, True, []],
+  "save_every": [None, 0, 1.5, 2**31, []],
+  "matmul_precision": [None, 1, [], "lowest"],
+}
+
+
+def fields_of(*classes):
+  return {field.name for cls in classes for field in dataclasses.fields(cls)}
+
+
+def test_the_tables_have_every_field():
+  assert {*WRONG} == fields_of(ModelConfig, *NETWORKS.values()) - {"perturbation", "parent", "name"}
+  assert {*TRAINING_WRONG} == fields_of(TrainingConfig)
+
+
+@pytest.fixture
+def as_users_run_it(monkeypatch):
+  """Without the types of arguments being checked on the way in, which the tests turn on."""
+  monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def refused(make, name, value):
+  with pytest.raises(ValueError, match=rf"\b{name}") as error:
+    make(value)
+  assert len(str(error.value)) < 700
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_field_of_another_type_or_range_is_named(name):
+  def make(value):
+    if name in fields_of(ModelConfig):
+      return ModelConfig(**{**UNET, name: value})
+    network = "classifier" if name == "pool" else "unet"
+    return ModelConfig(**{**UNET, "network": network, "fields": {**FIELDS, name: value}})
+
+  for value in [*ALIEN, *WRONG[name]]:
+    refused(make, "field" if name == "fields" else name, value)
+
+
+@pytest.mark.parametrize("name", TRAINING_WRONG)
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_training_field_of_another_type_or_range_is_named(name):
+  for value in [*ALIEN, *TRAINING_WRONG[name]]:
+    refused(lambda value: TrainingConfig(**{"steps": 1, name: value}), name, value)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.dtype(jnp.bfloat16), jnp.zeros(1, jnp.bfloat16).dtype, "bfloat16"])
+def test_a_type_is_kept_by_its_name(dtype):
+  config = ModelConfig(**{**UNET, "fields": {**FIELDS, "dtype": dtype}})
+  assert json.loads(json.dumps(dataclasses.asdict(config)))["fields"]["dtype"] == "bfloat16"
+  assert jnp.dtype(config.module.dtype) == jnp.bfloat16
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_numbers_of_numpy_become_plain_data():
+  config = ModelConfig(
+    "unet", {**FIELDS, "model_channels": np.int64(8), "channel_mult": np.array([1])}, np.array([4, 4, 1]), np.int32(2)
+  )
+  assert ModelConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config == ModelConfig(**UNET)
+  how = TrainingConfig(steps=np.int64(3), learning_rate=np.float32(0.5), p_uncond=jnp.float32(0.25))
+  assert json.loads(json.dumps(dataclasses.asdict(how)))["learning_rate"] == 0.5
+  assert how == TrainingConfig(steps=3, learning_rate=0.5, p_uncond=0.25)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_published_networks_pass(name):
+  config = PRESETS[name]
+  assert ModelConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+def test_a_network_too_large_for_any_machine_is_refused_by_its_shapes():
+  config = ModelConfig("unet", {**FIELDS, "model_channels": 2**16}, (4, 4, 1), 2)
+  with pytest.raises(
+    ValueError, match=r"would have [\d,]+ parameters, and may have 17,179,869,184: make model_channels"
+  ):
+    model.shapes(config)
+  large = ModelConfig("unet", {**FIELDS, "model_channels": 2**13}, (4, 4, 1), 2)  # It has 6 billion.
+  assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.shapes(large))) > 5e9
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("[" * 100_000, "nested too deeply"),
+    ('{"network": ' + '{"a":' * 5000 + "1" + "}" * 5001, "nested too deeply"),
+    ("[]", "holds no fields"),
+    ("", "torn"),
+    ('{"network": "unet"', "torn"),
+    ('{"network": "unet", "network": "classifier"}', "'network' is there twice"),
+    ('{"scale": NaN}', "NaN is no number"),
+    ('{"num_classes": ' + "9" * 5000 + "}", "torn"),
+    ('{"network": "unet"}', "fields"),
+    (json.dumps({**UNET, "colour": "red"}), "colour"),
+  ],
+  ids=range(10),
+)
+def test_a_config_that_is_none(tmp_path, text, message):
+  (tmp_path / "config.json").write_text(text)
+  with pytest.raises(ValueError, match="does not describe a model") as error:
+    training.load(tmp_path)
+  assert message in str(error.value)
+  assert len(str(error.value)) < 700
+
+
+def test_a_config_that_is_no_file(tmp_path):
+  (tmp_path / "config.json").mkdir()
+  with pytest.raises(ValueError, match=r"config\.json is torn \(it is not a regular file\)"):
+    training.load(tmp_path)
+  (tmp_path / "file").touch()
+  with pytest.raises(FileNotFoundError, match="there is no model in"):
+    training.load(tmp_path / "file")
