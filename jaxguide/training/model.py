@@ -183,12 +183,7 @@ def load(folder: PathLike, *, verify: bool = True) -> Model:
     raise FileNotFoundError(f"there is no model in {folder}: train one, with `jaxguide demo` for example") from None
   except (TypeError, ValueError) as error:
     raise ValueError(f"{path} does not describe a model ({error}): train it again") from error
-  sums = _read_checksums(folder, expected) if verify else {}
-  if verify and sums["config"] != _checksum(held):
-    raise ValueError(
-      f"{path} was changed after it was saved: undo that, or, if it was meant, load the model with verify=False and "
-      "save it again"
-    )
+  sums = _read_checksums(folder, held, expected) if verify else {}
   # Orbax warns about placing arrays unless it is told where; the first device is where they are used from.
   where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   template = [
@@ -210,23 +205,31 @@ def load(folder: PathLike, *, verify: bool = True) -> Model:
   return Model(config, params)
 
 
-def _read_checksums(folder: Path, expected: PyTree) -> dict[str, Any]:
+def _read_checksums(folder: Path, config: Mapping[str, Any], expected: PyTree) -> dict[str, Any]:
+  """Read the checksums of a model, each parameter's by its path, and hold the configuration against its own."""
   path = folder / "checksums.json"
   try:
-    sums = records.read(path)
-    records.check_version(sums)
-    if not isinstance(sums.get("params"), dict) or "config" not in sums:
+    held = records.read(path)
+    records.check_version(held)
+    if not isinstance(held.get("params"), dict) or "config" not in held:
       raise ValueError("it holds no checksums")
-    for name in arrays.leaves(expected):
-      jnp.dtype(sums["params"][name]["dtype"])
+    changed = held["config"] != _checksum(config)
+    if not changed:
+      for name in arrays.leaves(expected):
+        jnp.dtype(held["params"][name]["dtype"])
   except FileNotFoundError:
     raise ValueError(
       f"{folder} has lost its checksums.json, or was saved before there were any: nothing tells whether its parameters "
       "are whole. If you know that they are, load the model with verify=False and save it again"
     ) from None
   except (KeyError, TypeError, ValueError) as error:
-    raise ValueError(f"{path} is torn or not this model's ({error}): train it again") from error
-  return sums
+    raise ValueError(f"{path} is torn or not this model's ({arrays.reason(error)}): train it again") from error
+  if changed:
+    raise ValueError(
+      f"{folder / 'config.json'} was changed after it was saved: undo that, or, if it was meant, load the model with "
+      "verify=False and save it again"
+    )
+  return held
 
 
 def remove(folder: PathLike) -> None:
