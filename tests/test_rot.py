@@ -29,11 +29,6 @@ CONFIG = ModelConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-  monkeypatch.setattr(arrays, "SILENCE", 0.0)
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
   """A model with random parameters, and its folder; tests that change the folder work on a copy."""

@@ -1,6 +1,7 @@
 """Trees of arrays on their way to a disk and back: checksums, by which rot is told, and errors in one sentence."""
 
 import contextlib
+import errno
 import gc
 import glob
 import io
@@ -23,7 +24,10 @@ import numpy as np
 from jaxguide.typing import PyTree
 
 # How long a failed write has to be silent to be over, in seconds.
-SILENCE = 0.3
+PATIENCE = 1.0
+
+# What a checkpoint takes beside its arrays, in bytes, and some more.
+MARGIN = 2**20
 
 
 def leaves(tree: PyTree) -> dict[str, Any]:
@@ -103,16 +107,19 @@ def reason(error: BaseException) -> str:
   return textwrap.shorten(named, 300, placeholder=" ...")
 
 
-def attempt(call: Callable[[], Any]) -> tuple[Any, str | None]:
+def attempt(call: Callable[[], Any], patience: float = 0.0) -> tuple[Any, str | None]:
   """Call Orbax; give what it gives, or why it failed, in one line.
 
-  Where it fails its threads print a traceback for each array, some long after the first was raised, and its tasks when
-  they are collected. Those are not let through; what it prints where nothing goes wrong is.
+  Where it fails its threads print a traceback for each array, some after the first was raised, and its tasks when they
+  are collected. Those are not let through; what it prints where nothing goes wrong is.
+
+  Args:
+    call: what to do.
+    patience: where it fails, how long the threads have to be silent to be over, in seconds.
   """
-  heard, loggers = io.StringIO(), [logging.getLogger(name) for name in ("absl", "asyncio")]
+  heard, absl = io.StringIO(), logging.getLogger("absl")
   result, failed = None, None
-  for logger in loggers:
-    logger.addFilter(_has_no_traceback)
+  absl.addFilter(_has_no_traceback)
   try:
     with contextlib.redirect_stderr(heard):
       try:
@@ -120,13 +127,14 @@ def attempt(call: Callable[[], Any]) -> tuple[Any, str | None]:
       except Exception as error:  # Orbax and its storage raise many kinds.
         failed = reason(error)
       if failed is not None:
+        # It stays: tasks that nobody asked for their error may be collected at any time.
+        logging.getLogger("asyncio").addFilter(_is_not_of_orbax)
         length = -1
         while length != (length := heard.tell()):
           gc.collect()  # The error is gone by now, and lets go of the tasks.
-          time.sleep(SILENCE)
+          time.sleep(patience)
   finally:
-    for logger in loggers:
-      logger.removeFilter(_has_no_traceback)
+    absl.removeFilter(_has_no_traceback)
   if failed is None:
     sys.stderr.write(heard.getvalue())
   return result, failed
@@ -136,13 +144,22 @@ def _has_no_traceback(record: logging.LogRecord) -> bool:
   return not record.exc_info
 
 
-def write(path: Path, call: Callable[[], Any]) -> None:
-  """Let Orbax write to ``path``; where it fails, nothing of it stays on the disk.
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+  return not (record.exc_info and "OCDBT" in str(record.exc_info[1]))
+
+
+def write(path: Path, tree: PyTree, call: Callable[[], Any]) -> None:
+  """Let Orbax write a tree to ``path``; where it fails, nothing of it stays on the disk.
 
   Raises:
     OSError: with the path and the reason.
   """
-  _, failed = attempt(call)
+  needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + MARGIN
+  free = shutil.disk_usage(path.parent).free
+  # Known before, it costs no time, and Orbax is quiet.
+  failed = f"{os.strerror(errno.ENOSPC)}, it needs {needed:,} bytes and {free:,} are free" if free < needed else None
+  if failed is None:
+    _, failed = attempt(call, PATIENCE)
   if failed is not None:
     remove_unfinished(path.parent, path.name)
     raise OSError(f"cannot write {path}: {failed}; make room there, or choose another path")

@@ -25,9 +25,9 @@ from jaxguide.data import Images, batches
 from jaxguide.files import PathLike, check_writable, lock, remove_parts, write_atomically
 from jaxguide.training import arrays
 from jaxguide.training import model as models
-from jaxguide.training.config import NETWORKS, ModelConfig, TrainingConfig, dtype_name
+from jaxguide.training.config import NETWORKS, NOT_FIELDS, ModelConfig, TrainingConfig, dtype_name
 from jaxguide.training.model import Model
-from jaxguide.typing import Leaf
+from jaxguide.typing import Leaf, PyTree
 
 # Steps whose losses are fetched together: looking at each would make the device wait for Python.
 CHUNK = 20
@@ -202,8 +202,8 @@ def fit(
       trained = models.load(folder)
     else:
       write_atomically(folder / "training.json", json.dumps(record, indent=2).encode())
-      state = _run(model, training, images, folder / "checkpoints", progress)
-      trained = Model(model, jax.device_put(state.ema_params, jax.local_devices()[0]))
+      params = _run(model, training, images, folder / "checkpoints", progress)
+      trained = Model(model, jax.device_put(params, jax.local_devices()[0]))
       models.write(folder, trained)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
   return trained
@@ -223,7 +223,7 @@ def _record(model: ModelConfig, training: TrainingConfig, images: Images) -> dic
 def _check_record(folder: Path, record: dict[str, Any], model: ModelConfig) -> None:
   """Check that what a folder holds was made by the run of this record, if it holds anything."""
   path, or_else = folder / "training.json", "retrain it, or choose another folder"
-  if not (folder / "config.json").exists() and not _holds_checkpoints(folder):
+  if not (folder / "config.json").exists() and not _steps(folder / "checkpoints"):
     return
   try:
     held = records.read(path)
@@ -236,7 +236,7 @@ def _check_record(folder: Path, record: dict[str, Any], model: ModelConfig) -> N
   data = held.get("data")
   if isinstance(data, dict) and "fingerprint" not in data:  # It was written before there were fingerprints.
     record = {**record, "data": {"name": record["data"]["name"]}}
-  fields = records.defaults(NETWORKS[model.network])
+  fields = {name: value for name, value in records.defaults(NETWORKS[model.network]).items() if name not in NOT_FIELDS}
   default = {
     "model": {**records.defaults(ModelConfig), "fields": {**fields, "dtype": dtype_name(fields["dtype"])}},
     "training": records.defaults(TrainingConfig),
@@ -244,10 +244,6 @@ def _check_record(folder: Path, record: dict[str, Any], model: ModelConfig) -> N
   different = records.differences(held, record, default)
   if different:
     raise ValueError(f"{folder} holds a model that was configured otherwise: {or_else}. {'; '.join(different)}")
-
-
-def _holds_checkpoints(folder: Path) -> bool:
-  return (folder / "checkpoints").is_dir() and any(path.name.isdigit() for path in (folder / "checkpoints").iterdir())
 
 
 def _from_flat(held: dict[str, Any]) -> dict[str, Any]:
@@ -260,8 +256,8 @@ def _from_flat(held: dict[str, Any]) -> dict[str, Any]:
   return {"version": records.VERSION, **split, "data": {"name": held.get("data")}}
 
 
-def _run(model: ModelConfig, training: TrainingConfig, images: Images, folder: Path, progress: bool) -> TrainState:
-  import orbax.checkpoint as ocp
+def _run(model: ModelConfig, training: TrainingConfig, images: Images, folder: Path, progress: bool) -> PyTree:
+  """Train, and give the running mean of the parameters."""
   from tqdm.auto import tqdm
 
   # Examples are spread over the devices where they divide evenly; parameters are on each.
@@ -270,56 +266,74 @@ def _run(model: ModelConfig, training: TrainingConfig, images: Images, folder: P
   spread, same = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
   state = jax.device_put(init_state(model, training), same)
   step = train_step(model, training)
-  if folder.is_dir():
-    arrays.remove_unfinished(folder)
-  # Two, so that where the last is torn there is another.
-  options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-  with ocp.CheckpointManager(folder, options=options) as manager:
-    state = _restore(manager, state, folder)
-    start = int(state.step)
-    source = batches(images, training.batch_size, training.seed, start)
-    label = {"unet": "denoiser"}.get(model.network, model.network)
-    with tqdm(
-      total=training.steps, initial=start, desc=f"training the {label}", unit="step", disable=not progress
-    ) as bar:
-      for first in range(start, training.steps, CHUNK):
-        chunk = []
-        for _ in range(first, min(first + CHUNK, training.steps)):
-          state, metrics = step(state, *jax.device_put(next(source), spread))
-          chunk.append(metrics)
-        history = jax.tree.map(lambda *values: np.asarray(values), *jax.device_get(chunk))
-        done = first + len(chunk)
-        if not np.isfinite(history["loss"]).all():
-          bad = first + int(np.argmin(np.isfinite(history["loss"])))
-          raise _not_finite(f"the loss is not finite at step {bad}", manager, folder)
-        bar.set_postfix({name: f"{values.mean():.3f}" for name, values in history.items()}, refresh=False)
-        bar.update(len(chunk))
-        last = done == training.steps
-        if last or done // training.save_every > first // training.save_every:
-          # A loss is that of the parameters before the step; those after the last step have none yet.
-          path = arrays.not_finite(state)
-          if path is not None:
-            raise _not_finite(f"{path} is not finite after step {done - 1}", manager, folder)
-          # The last step of all is saved as the model itself.
-          if not last:
-            _save(manager, state, done, folder)
-  return state
+  state = _restore(folder, state)
+  start = int(state.step)
+  source = batches(images, training.batch_size, training.seed, start)
+  label = {"unet": "denoiser"}.get(model.network, model.network)
+  with tqdm(
+    total=training.steps, initial=start, desc=f"training the {label}", unit="step", disable=not progress
+  ) as bar:
+    for first in range(start, training.steps, CHUNK):
+      chunk = []
+      for _ in range(first, min(first + CHUNK, training.steps)):
+        state, metrics = step(state, *jax.device_put(next(source), spread))
+        chunk.append(metrics)
+      history = jax.tree.map(lambda *values: np.asarray(values), *jax.device_get(chunk))
+      done = first + len(chunk)
+      if not np.isfinite(history["loss"]).all():
+        bad = first + int(np.argmin(np.isfinite(history["loss"])))
+        raise _not_finite(f"the loss is not finite at step {bad}", folder)
+      bar.set_postfix({name: f"{values.mean():.3f}" for name, values in history.items()}, refresh=False)
+      bar.update(len(chunk))
+      last = done == training.steps
+      if last or done // training.save_every > first // training.save_every:
+        # A loss is that of the parameters before its step.
+        path = arrays.not_finite(state)
+        if path is not None:
+          raise _not_finite(f"{path} is not finite after step {done - 1}", folder)
+        # The last step of all is saved as the model itself.
+        if not last:
+          _save(folder, state, done)
+  mean = jax.device_get(state.ema_params)
+  # One step more, for the loss of what the last one made.
+  _, metrics = step(state, *jax.device_put(next(source), spread))
+  if not np.isfinite(metrics["loss"]):
+    raise _not_finite(f"the loss is not finite after step {training.steps - 1}", folder)
+  return mean
 
 
-def _not_finite(what: str, manager: Any, folder: Path) -> FloatingPointError:
-  last = manager.latest_step()
-  kept = f"the checkpoint of step {last} is kept in {folder}" if last else "there was no checkpoint yet"
+def _not_finite(what: str, folder: Path) -> FloatingPointError:
+  steps = _steps(folder)
+  kept = f"the checkpoint of step {max(steps)} is kept in {folder}" if steps else "there was no checkpoint yet"
   return FloatingPointError(f"{what}; {kept}. Try a lower learning_rate")
 
 
-def _save(manager: Any, state: TrainState, step: int, folder: Path) -> None:
+def _steps(folder: Path) -> list[int]:
+  """The steps of which there are checkpoints."""
+  return [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+
+
+def _manager(folder: Path) -> Any:
+  """What writes and reads checkpoints. It keeps two, so that where the last is torn there is another."""
+  import orbax.checkpoint as ocp
+
+  options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+  return ocp.CheckpointManager(folder, options=options)
+
+
+def _save(folder: Path, state: TrainState, step: int) -> None:
   import orbax.checkpoint as ocp
 
   items = {"state": ocp.args.StandardSave(state), "checksums": ocp.args.JsonSave(arrays.checksums(state))}
-  arrays.write(folder / str(step), lambda: manager.save(step, args=ocp.args.Composite(**items)))
+
+  def save():
+    with _manager(folder) as manager:
+      manager.save(step, args=ocp.args.Composite(**items))
+
+  arrays.write(folder / str(step), state, save)
 
 
-def _restore(manager: Any, state: TrainState, folder: Path) -> TrainState:
+def _restore(folder: Path, state: TrainState) -> TrainState:
   """Give the state of the last checkpoint that is whole; the one that was given if there is no checkpoint."""
   import orbax.checkpoint as ocp
 
@@ -327,21 +341,24 @@ def _restore(manager: Any, state: TrainState, folder: Path) -> TrainState:
   items = {"state": ocp.args.StandardRestore(template), "checksums": ocp.args.JsonRestore()}
 
   def restore(step: int) -> TrainState:
-    held = manager.restore(step, args=ocp.args.Composite(**items))
+    with _manager(folder) as manager:
+      held = manager.restore(step, args=ocp.args.Composite(**items))
     arrays.check(held["state"], held["checksums"])
     if held["state"].step != step:
       raise ValueError(f"it is one of step {held['state'].step}")
     return held["state"]
 
+  folder.mkdir(exist_ok=True)
+  arrays.remove_unfinished(folder)
   torn: dict[int, str] = {}
-  for step in sorted(manager.all_steps(), reverse=True):
+  for step in sorted(_steps(folder), reverse=True):
     restored, failed = arrays.attempt(lambda: restore(step))  # noqa: B023
     if failed is None:
       for number, reason in torn.items():
         warnings.warn(
           f"the checkpoint of step {number} in {folder} is torn ({reason}): going on from step {step}", stacklevel=4
         )
-        manager.delete(number)
+        shutil.rmtree(folder / str(number))
       return restored
     torn[step] = failed
   if torn:

@@ -140,7 +140,7 @@ def write(folder: Path, model: Model) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save(folder / "params", model.params, force=True)
 
-  arrays.write(folder / "params", save_params)
+  arrays.write(folder / "params", model.params, save_params)
   sync_folder(folder)
   config = records.record(config=model.config)["config"]
   sums = {"version": records.VERSION, "config": _checksum(config), "params": arrays.checksums(model.params)}

@@ -1,0 +1,432 @@
+"""What `fit` meets: damaged checkpoints, other data, numbers that are not finite, a second run, a full disk."""
+
+import dataclasses
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+import warnings
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from jaxguide import keys, training
+from jaxguide.data import Images
+from jaxguide.files import lock
+from jaxguide.training import ModelConfig, TrainingConfig, loop, model
+
+pytestmark = [
+  pytest.mark.xdist_group("fit faults"),  # Its step is compiled once.
+  # Orbax leaves readers open where it fails.
+  pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+UNET = ModelConfig(
+  "unet",
+  {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": (), "num_head_channels": 8},
+  (4, 4, 1),
+  2,
+)
+HOW = TrainingConfig(steps=6, batch_size=3, save_every=2)
+PIXELS = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 1)).astype(np.uint8)
+IMAGES = Images(PIXELS, np.arange(8, dtype=np.int32) % 2, 2, "mine")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+  return loop.train_step(UNET, HOW), loop.init_state(UNET, HOW)
+
+
+def runs(compiled, patch):
+  """Give ``(folder, stop=None, poison=None)``: train, with one step for all that is compiled once.
+
+  ``stop`` kills the run in that step; ``poison`` makes a parameter infinite in it, which its loss does not tell.
+  """
+  step, first = compiled
+  patch.setattr(loop, "CHUNK", 2)
+  patch.setattr(loop, "init_state", lambda *args: jax.tree.map(jnp.copy, first))
+
+  def fit(folder, stop=None, poison=None, images=IMAGES, how=HOW, **options):
+    def faulty(state, *batch):
+      number = int(state.step)
+      if number == stop:
+        raise KeyboardInterrupt
+      state, metrics = step(state, *batch)
+      if number == poison:
+        kernel = state.params["params"]["out_2"]["kernel"]
+        state.params["params"]["out_2"]["kernel"] = kernel.at[0, 0, 0, 0].set(jnp.inf)
+      return state, metrics
+
+    patch.setattr(loop, "train_step", lambda *args: faulty)
+    return training.fit(UNET, how, images, folder, progress=False, **options)
+
+  return fit
+
+
+@pytest.fixture
+def run(compiled, monkeypatch):
+  return runs(compiled, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def made(compiled, tmp_path_factory):
+  """The model of an unbroken run; and its folder, and that of a run that was killed in step 5."""
+  folder = tmp_path_factory.mktemp("made")
+  with pytest.MonkeyPatch.context() as patch:
+    run = runs(compiled, patch)
+    trained = run(folder / "whole")
+    with pytest.raises(KeyboardInterrupt):
+      run(folder / "broken", stop=5)
+  return trained, folder
+
+
+@pytest.fixture
+def whole(made, tmp_path):
+  """The model of an unbroken run, and a copy of its folder."""
+  return made[0], shutil.copytree(made[1] / "whole", tmp_path / "whole")
+
+
+@pytest.fixture
+def broken(made, tmp_path):
+  """A copy of the folder of a run that was killed in step 5, with the checkpoints of steps 2 and 4."""
+  folder = shutil.copytree(made[1] / "broken", tmp_path / "broken")
+  assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["2", "4"]
+  return folder
+
+
+def same_bits(ours, theirs):
+  return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
+
+
+def largest(folder):
+  return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip(path, where=0.5):
+  content = bytearray(path.read_bytes())
+  content[int(where * len(content))] ^= 1
+  path.write_bytes(content)
+
+
+def cut(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def replace_an_array(step):
+  """Write other numbers in place of an array of the state: what only a checksum tells."""
+  import orbax.checkpoint as ocp
+
+  with ocp.StandardCheckpointer() as checkpointer:
+    state = checkpointer.restore(step / "state")
+    state["opt_state"][1][0]["mu"]["params"]["out_2"]["bias"] += 1e-7
+    checkpointer.save(step / "state", state, force=True)
+
+
+@pytest.mark.parametrize(
+  ("damage", "named"),
+  [
+    (replace_an_array, "mu/params/out_2/bias does not match its checksum"),
+    (lambda step: cut(largest(step / "state")), "torn"),
+    (lambda step: largest(step / "state").unlink(), "torn"),
+    (lambda step: cut(step / "checksums" / "metadata"), "torn"),
+    (lambda step: shutil.rmtree(step / "checksums"), "torn"),
+  ],
+  ids=["array", "cut", "missing", "checksums cut", "checksums missing"],
+)
+def test_where_the_last_checkpoint_is_torn_it_goes_on_from_the_one_before(run, whole, broken, damage, named, capfd):
+  damage(broken / "checkpoints" / "4")
+  with pytest.warns(UserWarning, match=r"checkpoint of step 4 in .*broken/checkpoints is torn .*from step 2") as said:
+    resumed = run(broken)
+  assert named in str(said[0].message)
+  assert same_bits(resumed.params, whole[0].params)
+  assert "Traceback" not in capfd.readouterr().err
+
+
+def test_where_no_checkpoint_is_whole_the_last_is_named(run, broken):
+  for step in (2, 4):
+    replace_an_array(broken / "checkpoints" / str(step))
+  with pytest.raises(
+    ValueError, match=r"step 4 in .* is torn \(.*out_2/bias does not match.*no other is whole: retrain"
+  ):
+    run(broken)
+  assert (broken / "checkpoints" / "2").is_dir()
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_torn(run, whole, broken):
+  shutil.rmtree(broken / "checkpoints" / "4")
+  shutil.copytree(broken / "checkpoints" / "2", broken / "checkpoints" / "4")
+  with pytest.warns(UserWarning, match="it is one of step 2"):
+    assert same_bits(run(broken).params, whole[0].params)
+
+
+@pytest.mark.slow
+def test_damaged_checkpoints_change_nothing(run, whole, broken, tmp_path):
+  rng = np.random.default_rng(0)
+  for case in range(24):
+    folder = shutil.copytree(broken, tmp_path / str(case))
+    files = sorted(path for path in (folder / "checkpoints").rglob("*") if path.is_file())
+    path = largest(folder / "checkpoints" / "4") if case % 2 else files[rng.integers(len(files))]
+    [flip, flip, lambda path, _: cut(path), lambda path, _: path.unlink()][case % 4](path, rng.random())
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")
+      assert same_bits(run(folder).params, whole[0].params)
+
+
+# --- numbers that are not finite ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_what_is_not_finite_is_not_kept(run, whole, tmp_path, step):
+  message = rf"params/params/out_2/kernel is not finite after step {step}; the checkpoint of step {step - 1} is kept"
+  with pytest.raises(FloatingPointError, match=message):
+    run(tmp_path / "run", poison=step)
+  with pytest.raises(FileNotFoundError):
+    training.load(tmp_path / "run")
+  assert same_bits(run(tmp_path / "run").params, whole[0].params)
+
+
+def test_one_step_at_a_rate_beyond_all_numbers(tmp_path):
+  how = TrainingConfig(steps=1, batch_size=3, learning_rate=1e38)
+  with pytest.raises(FloatingPointError, match=r"loss is not finite after step 0; there was no checkpoint yet.*lower"):
+    training.fit(UNET, how, IMAGES, tmp_path, progress=False)
+  with pytest.raises(FileNotFoundError):
+    training.load(tmp_path)
+
+
+def test_a_run_that_failed_does_not_block_its_correction(run, tmp_path):
+  with pytest.raises(FloatingPointError, match="there was no checkpoint yet"):
+    run(tmp_path, poison=1, how=dataclasses.replace(HOW, learning_rate=10.0))
+  run(tmp_path)
+  assert json.loads((tmp_path / "training.json").read_text())["training"]["learning_rate"] == HOW.learning_rate
+
+
+# --- the record -----------------------------------------------------------------------------------
+
+
+def images(pixels=PIXELS, labels=IMAGES.labels, name="mine"):
+  return Images(pixels, labels, 2, name)
+
+
+@pytest.mark.parametrize("begun", ["whole", "broken"])
+def test_other_data_of_one_name_are_told(run, request, begun):
+  folder = request.getfixturevalue(begun)
+  folder = folder[1] if begun == "whole" else folder
+  before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+  for other, named in (
+    (images(PIXELS ^ 1), "data.fingerprint is"),
+    (images(labels=1 - IMAGES.labels), "data.fingerprint is"),
+    (images(PIXELS[:7], IMAGES.labels[:7]), "data.number is 8 there, and 7 here"),
+    (images(name="yours"), "data.name is 'mine' there, and 'yours' here"),
+  ):
+    with pytest.raises(ValueError, match="configured otherwise: retrain it, or choose another folder") as error:
+      run(folder, images=other)
+    assert named in str(error.value)
+  assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*") if path != folder) == before
+
+
+def test_each_setting_that_differs_is_named(run, whole):
+  with pytest.raises(ValueError, match=r"training\.ema_decay is 0.995 there, and 0.5 here") as error:
+    run(whole[1], how=dataclasses.replace(HOW, seed=2**40, ema_decay=0.5))
+  assert "training.seed is 0 there, and 1099511627776 here" in str(error.value)
+  other = dataclasses.replace(UNET, fields={**UNET.fields, "dropout": 0.5}, prediction="eps")
+  with pytest.raises(ValueError, match=r"model\.prediction is 'v' there, and 'eps' here") as error:
+    training.fit(other, HOW, IMAGES, whole[1])
+  assert "model.fields.dropout is 0.0 there, and 0.5 here" in str(error.value)
+
+
+def test_a_default_that_is_spelled_out_differs_in_nothing(whole):
+  spelled = dataclasses.replace(UNET, fields={**UNET.fields, "dropout": 0.0, "dtype": jnp.float32, "null_class": True})
+  assert same_bits(training.fit(spelled, HOW, IMAGES, whole[1]).params, whole[0].params)
+
+
+def test_records_of_older_versions_are_read(run, whole):
+  path = whole[1] / "training.json"
+  held = json.loads(path.read_text())
+  del held["training"]["matmul_precision"], held["model"]["low_res_shape"], held["model"]["variance"]
+  path.write_text(json.dumps(held))
+  assert same_bits(run(whole[1]).params, whole[0].params)
+  flat = {"data": "mine", **held["model"], **held["training"]}
+  path.write_text(json.dumps(flat, indent=2))
+  assert same_bits(run(whole[1]).params, whole[0].params)
+  with pytest.raises(ValueError, match=r"training\.seed is 0 there, and 1 here"):
+    run(whole[1], how=dataclasses.replace(HOW, seed=1))
+  with pytest.raises(ValueError, match=r"data\.name is 'mine' there, and 'yours' here"):
+    run(whole[1], images=images(name="yours"))
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    ("", r"training\.json does not tell how the model was trained .*torn.*retrain it, or choose another folder"),
+    ("[]", "does not tell how"),
+    ('{"version": 2}', "use a newer one"),
+    ('{"version": 1}', r"model\.network is absent there"),
+    ('{"version": 1, "model": [], "training": 5, "data": null}', "training is 5 there"),
+    ("{}", "does not tell how|absent there"),
+    (None, r"no training\.json that tells how it was trained: retrain it, or choose another folder"),
+  ],
+  ids=range(7),
+)
+def test_a_record_that_tells_nothing(run, whole, content, message):
+  path = whole[1] / "training.json"
+  path.unlink() if content is None else path.write_text(content)
+  with pytest.raises(ValueError, match=message):
+    run(whole[1])
+  assert training.load(whole[1]).config == UNET
+
+
+def test_a_model_that_was_put_there_is_not_taken_for_the_one_that_was_trained(run, whole, broken):
+  other = jax.tree.map(jnp.zeros_like, whole[0].params)
+  training.save(whole[1], training.Model(UNET, other))
+  with pytest.raises(ValueError, match=r"holds a model, but no training\.json"):
+    run(whole[1])
+  with pytest.raises(ValueError, match="holds an unfinished training: finish it"):
+    training.save(broken, training.Model(UNET, other))
+  assert same_bits(run(whole[1], retrain=True).params, whole[0].params)
+  run(broken)
+
+
+def test_checkpoints_go_before_what_tells_how_they_were_made(broken, monkeypatch):
+  gone = []
+  monkeypatch.setattr(shutil, "rmtree", lambda path, **_: gone.append((path.name, (broken / "training.json").exists())))
+  model.remove(broken)
+  assert gone == [("checkpoints", True)]
+  assert not (broken / "training.json").exists()
+
+
+# --- another run, and a full disk -----------------------------------------------------------------
+
+
+def test_a_folder_that_is_in_use(run, whole):
+  folder = whole[1]
+  with lock(folder / ".lock", folder):
+    for use in (lambda: run(folder), lambda: run(folder, retrain=True), lambda: training.save(folder, whole[0])):
+      with pytest.raises(OSError, match=rf"whole is in use by process {os.getpid()} on .*: wait until it has ended"):
+        use()
+  assert same_bits(training.load(folder).params, whole[0].params)
+  assert same_bits(run(folder).params, whole[0].params)
+  assert not (folder / ".lock").exists()
+
+
+def test_what_a_killed_run_left_behind_is_removed(run, whole, broken):
+  (broken / ".0123.part").touch()
+  shutil.copytree(broken / "checkpoints" / "4", broken / "checkpoints" / "6.orbax-checkpoint-tmp")
+  shutil.copytree(broken / "checkpoints" / "4" / "state", broken / "params.orbax-checkpoint-tmp")
+  assert same_bits(run(broken).params, whole[0].params)
+  assert sorted(path.name for path in broken.iterdir()) == ["checksums.json", "config.json", "params", "training.json"]
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_and_a_kill(tmp_path):
+  code = f"""
+import numpy as np
+from jaxguide import training
+from jaxguide.data import Images
+from jaxguide.training import ModelConfig, TrainingConfig
+images = Images(np.zeros((8, 4, 4, 1), np.uint8), np.zeros(8, np.int32), 2, "zeros")
+training.fit({UNET!r}, TrainingConfig(steps=10**6, batch_size=3), images, {str(tmp_path)!r}, progress=False)
+"""
+  first = subprocess.Popen([sys.executable, "-c", code])
+  try:
+    while not (tmp_path / "training.json").exists():
+      assert first.poll() is None
+      time.sleep(0.1)
+    second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert second.returncode == 1
+    assert second.stderr.strip().splitlines()[-1].startswith(f"OSError: {tmp_path} is in use by process {first.pid} on")
+  finally:
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+  training.fit(UNET, TrainingConfig(steps=1, batch_size=3), IMAGES, tmp_path, retrain=True, progress=False)
+
+
+@pytest.fixture
+def small_files():
+  """``with small_files():`` no file of more than 20,000 bytes can be written, as on a disk that is full."""
+
+  class Limit:
+    def __enter__(self):
+      self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+      resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, self.before[1]))
+
+    def __exit__(self, *_):
+      resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+  return Limit
+
+
+def test_a_full_disk_is_one_error_and_loses_nothing(run, whole, broken, small_files):
+  with small_files(), pytest.raises(OSError, match=r"cannot write .*broken/params: File too large; make room") as error:
+    run(broken)
+  assert "\n" not in str(error.value)
+  shutil.rmtree(broken / "checkpoints" / "4")
+  with small_files(), pytest.raises(OSError, match=r"cannot write .*broken/checkpoints/4: File too large; make room"):
+    run(broken)
+  assert sorted(path.name for path in (broken / "checkpoints").iterdir()) == ["2"]
+  assert same_bits(run(broken).params, whole[0].params)
+
+
+def test_a_disk_with_too_little_room_is_told_beforehand(run, whole, broken, monkeypatch, capfd):
+  with monkeypatch.context() as patch:
+    patch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10**6))
+    with pytest.raises(
+      OSError, match=r"broken/params: No space left on device, it needs [\d,]+ bytes and 1,000,000 are"
+    ):
+      run(broken)
+  assert capfd.readouterr().err == ""
+  assert same_bits(run(broken).params, whole[0].params)
+
+
+# --- arguments and numbers ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ({"images": PIXELS}, r"images must be a jaxguide.data.Images, got ndarray: .*Images\(images, labels, num_classes"),
+    ({"images": (PIXELS, IMAGES.labels)}, "images must be a jaxguide.data.Images, got tuple"),
+    ({"model": HOW, "training": UNET}, "model must be a ModelConfig, got TrainingConfig"),
+    ({"training": None}, "training must be a TrainingConfig, got NoneType"),
+    ({"model": "unet"}, "model must be a ModelConfig, got str"),
+  ],
+  ids=range(5),
+)
+def test_arguments_of_other_kinds(tmp_path, monkeypatch, given, message):
+  monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+  arguments = {"model": UNET, "training": HOW, "images": IMAGES, "folder": tmp_path / "folder", **given}
+  with pytest.raises(TypeError, match=message):
+    training.fit(**arguments)
+  assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("precision", ["default", "high", "highest"])
+def test_products_have_the_precision_that_was_asked_for(compiled, precision):
+  how = dataclasses.replace(HOW, matmul_precision=precision)
+  with jax.default_matmul_precision("bfloat16"):  # What is configured elsewhere does not matter.
+    program = jax.make_jaxpr(loop.train_step(UNET, how))(compiled[1], PIXELS[:3], IMAGES.labels[:3])
+  said = re.findall(r"precision=(.*)", str(program))
+  name = f"Precision.{precision.upper()}"
+  assert {*said} == {f"({name}, {name})"}
+
+
+def test_a_run_is_of_all_digits_of_its_seed_and_of_no_default():
+  def leaves(seed):
+    key = keys.seed_key(dataclasses.replace(HOW, seed=seed).seed)
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(model.init_params(UNET, key))])
+
+  zero = leaves(0)
+  assert not np.array_equal(zero, leaves(2**32))
+  with jax.default_prng_impl("rbg"):
+    assert np.array_equal(zero, leaves(0))
