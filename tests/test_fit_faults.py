@@ -19,7 +19,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from jaxguide import keys, training
+from jaxguide import training
 from jaxguide.data import Images
 from jaxguide.files import lock
 from jaxguide.training import ModelConfig, TrainingConfig, loop, model
@@ -47,15 +47,15 @@ def compiled():
 
 
 def runs(compiled, patch):
-  """Give ``(folder, stop=None, poison=None)``: train, with one step for all that is compiled once.
+  """Give ``(folder, stop=None, poison=None, value=inf)``: train, with one step for all that is compiled once.
 
-  ``stop`` kills the run in that step; ``poison`` makes a parameter infinite in it, which its loss does not tell.
+  ``stop`` kills the run in that step; ``poison`` gives parameters a value in it, which its loss does not tell.
   """
   step, first = compiled
   patch.setattr(loop, "CHUNK", 2)
   patch.setattr(loop, "init_state", lambda *args: jax.tree.map(jnp.copy, first))
 
-  def fit(folder, stop=None, poison=None, images=IMAGES, how=HOW, **options):
+  def fit(folder, stop=None, poison=None, value=jnp.inf, images=IMAGES, how=HOW, **options):
     def faulty(state, *batch):
       number = int(state.step)
       if number == stop:
@@ -63,7 +63,7 @@ def runs(compiled, patch):
       state, metrics = step(state, *batch)
       if number == poison:
         kernel = state.params["params"]["out_2"]["kernel"]
-        state.params["params"]["out_2"]["kernel"] = kernel.at[0, 0, 0, 0].set(jnp.inf)
+        state.params["params"]["out_2"]["kernel"] = kernel.at[0, 0].set(value)
       return state, metrics
 
     patch.setattr(loop, "train_step", lambda *args: faulty)
@@ -197,6 +197,16 @@ def test_what_is_not_finite_is_not_kept(run, whole, tmp_path, step):
   assert same_bits(run(tmp_path / "run").params, whole[0].params)
 
 
+@pytest.mark.parametrize(("step", "message"), [(3, "at step 4; the checkpoint of step 4"), (5, "after step 5; the")])
+def test_parameters_that_no_sample_can_be_drawn_with_are_not_kept(run, tmp_path, step, message):
+  # They are numbers still, and only the loss after the step tells.
+  with pytest.raises(FloatingPointError, match=rf"the loss is not finite {message} .*Try a lower learning_rate"):
+    run(tmp_path, poison=step, value=1e38)
+  with pytest.raises(FileNotFoundError):
+    training.load(tmp_path)
+
+
+@pytest.mark.slow
 def test_one_step_at_a_rate_beyond_all_numbers(tmp_path):
   how = TrainingConfig(steps=1, batch_size=3, learning_rate=1e38)
   with pytest.raises(FloatingPointError, match=r"loss is not finite after step 0; there was no checkpoint yet.*lower"):
@@ -421,12 +431,17 @@ def test_products_have_the_precision_that_was_asked_for(compiled, precision):
   assert {*said} == {f"({name}, {name})"}
 
 
-def test_a_run_is_of_all_digits_of_its_seed_and_of_no_default():
-  def leaves(seed):
-    key = keys.seed_key(dataclasses.replace(HOW, seed=seed).seed)
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(model.init_params(UNET, key))])
+def test_a_run_is_of_all_digits_of_its_seed_and_of_no_default(monkeypatch):
+  monkeypatch.setattr(model, "init_params", lambda config, key: {"w": jax.random.normal(key, (4,))})
+  loss = lambda params, key, x0, labels: (params["w"] @ jax.random.normal(key, (4,)), {})  # noqa: E731
+  monkeypatch.setattr(loop, "loss_fn", lambda *_: loss)
 
-  zero = leaves(0)
-  assert not np.array_equal(zero, leaves(2**32))
+  def result(seed):
+    how = dataclasses.replace(HOW, seed=seed)
+    state, metrics = loop.train_step(UNET, how)(loop.init_state(UNET, how), PIXELS[:3], IMAGES.labels[:3])
+    return *state.params["w"].tolist(), float(metrics["loss"])
+
+  zero, large = result(0), result(2**32)
+  assert not {*zero} & {*large}
   with jax.default_prng_impl("rbg"):
-    assert np.array_equal(zero, leaves(0))
+    assert result(0) == zero
