@@ -118,8 +118,9 @@ def attempt(call: Callable[[], Any], patience: float = 0.0) -> tuple[Any, str | 
     patience: where it fails, how long the threads have to be silent to be over, in seconds.
   """
   heard, absl = io.StringIO(), logging.getLogger("absl")
-  result, failed = None, None
+  result, failed, hook = None, None, sys.unraisablehook
   absl.addFilter(_has_no_traceback)
+  sys.unraisablehook = lambda ignored: None if _is_of_orbax(ignored.object) else hook(ignored)
   try:
     with contextlib.redirect_stderr(heard):
       try:
@@ -135,6 +136,7 @@ def attempt(call: Callable[[], Any], patience: float = 0.0) -> tuple[Any, str | 
           time.sleep(patience)
   finally:
     absl.removeFilter(_has_no_traceback)
+    sys.unraisablehook = hook
   if failed is None:
     sys.stderr.write(heard.getvalue())
   return result, failed
@@ -142,6 +144,10 @@ def attempt(call: Callable[[], Any], patience: float = 0.0) -> tuple[Any, str | 
 
 def _has_no_traceback(record: logging.LogRecord) -> bool:
   return not record.exc_info
+
+
+def _is_of_orbax(coroutine: Any) -> bool:
+  return "orbax" in getattr(getattr(coroutine, "cr_code", None), "co_filename", "")
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
