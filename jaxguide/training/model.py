@@ -122,6 +122,7 @@ def save(folder: PathLike, model: Model) -> None:
   with lock(folder / ".lock", folder):
     if (folder / "checkpoints").exists() and not (folder / "config.json").exists():
       raise ValueError(f"{folder} holds an unfinished training: finish it, remove it, or choose another folder")
+    remove_parts(folder)
     # It tells how the model was trained that was here.
     (folder / "training.json").unlink(missing_ok=True)
     write(folder, model)
@@ -133,7 +134,6 @@ def write(folder: Path, model: Model) -> None:
 
   for name in ("config.json", "checksums.json"):
     (folder / name).unlink(missing_ok=True)
-  remove_parts(folder)
   arrays.remove_unfinished(folder)
 
   def save_params():
