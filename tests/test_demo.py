@@ -47,9 +47,17 @@ def short():
   with pytest.MonkeyPatch.context() as patch:
     for name in ("DENOISER", "CLASSIFIER"):
       config, training = getattr(digits, name), getattr(digits, f"{name}_TRAINING")
-      fields = {**config.fields, "model_channels": 8, "channel_mult": (1,), "num_head_channels": 8}
+      fields = {
+        **config.fields,
+        "model_channels": 8,
+        "channel_mult": (1,),
+        "attention_resolutions": (),
+        "num_head_channels": 8,
+      }
       patch.setattr(digits, name, dataclasses.replace(config, fields=fields))
-      patch.setattr(digits, f"{name}_TRAINING", dataclasses.replace(training, steps=3))
+      patch.setattr(
+        digits, f"{name}_TRAINING", dataclasses.replace(training, steps=3, batch_size=3)
+      )  # 3: for one device
     for name, value in (("NUM", 40), ("STEPS", 3), ("BATCH", 20)):
       patch.setattr(demo, name, value)
     patch.setattr(demo, "SCALES", {"cfg": (0.0, 2.0), "classifier": (1.0, 30.0)})
