@@ -501,8 +501,8 @@ BY_NAME = {
   "dpmpp-2s-ancestral": jg.DPMpp2SAncestral(),
   "dpmpp-2s-sde": jg.DPMpp2SSDE(),
   "edm-stochastic": jg.EDMStochastic(),
-  "edm-stochastic:churn=2,s_min=0.1,s_max=9,s_noise=1.01": jg.EDMStochastic.from_churn(
-    2.0, num_steps=3, s_min=0.1, s_max=9.0, s_noise=1.01
+  "edm-stochastic:churn=0.6,s_min=0.1,s_max=9,s_noise=1.01": jg.EDMStochastic.from_churn(
+    0.6, num_steps=3, s_min=0.1, s_max=9.0, s_noise=1.01
   ),
 }
 
