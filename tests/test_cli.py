@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import operator
 import os
 import re
@@ -6,19 +7,47 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 import jaxguide
+import jaxguide as jg
 from jaxguide import cli, data, generate, schedules, solvers
 from jaxguide.generate import methods, unfinished
+from jaxguide.generate.plan import plan
 from jaxguide.training import ModelConfig
 from jaxguide.training import model as models
 
 pytestmark = pytest.mark.xdist_group("cli")  # Its models are made once.
 
 TINY = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": ()}
+# What is sampled with these is one program: cfg by default, a micro-batch of 4, and 2 steps.
+QUICK = ("--steps", 2, "--batch-size", 4)
+
+
+def save(folder, config):
+  """Write a model that knows nothing; of random parameters, since the last convolution starts at zero."""
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(lambda key: models.init_params(config, key), jax.random.key(0))
+  params = jax.tree.map(lambda leaf: jnp.asarray(0.15 * rng.normal(size=leaf.shape), leaf.dtype), shapes)
+  models.save(folder, models.Model(config, params))
+
+
+def load(folder, **fields):
+  """Read a model as the command does, which says what its network computes in."""
+  model = models.load(folder)
+  fields = {**model.config.fields, "dtype": "float32", "cudnn_attention": False, **fields}
+  return dataclasses.replace(model, config=dataclasses.replace(model.config, fields=fields))
+
+
+def assert_same(got, wanted):
+  """Both are the same functions of the same numbers."""
+  assert jax.tree.structure(got) == jax.tree.structure(wanted)
+  chex.assert_trees_all_equal(got, wanted)
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +62,7 @@ def folders(tmp_path_factory):
   ):
     shape = (16, 16, 1) if name == "larger" else (8, 8, 1)
     config = ModelConfig(network, {**TINY, **extra}, image_shape=shape, num_classes=10)
-    params = jax.jit(lambda key, config=config: models.init_params(config, key))(jax.random.key(0))
-    # The last convolution starts at zero, and every sample would be the same.
-    params = jax.tree.map(lambda leaf: leaf + 0.02 * jax.random.normal(jax.random.key(1), leaf.shape), params)
-    models.save(folder / name, models.Model(config, params))
+    save(folder / name, config)
   return folder
 
 
@@ -95,24 +121,39 @@ def test_a_second_process_compiles_nothing(folders, tmp_path):
 
 def test_sample_writes_npz(run, tmp_path):
   out = tmp_path / "new" / "samples.npz"
-  status, printed, errors = run("sample", "--out", out, "--label", 3, "--num", 5, "--steps", 2)
+  status, printed, errors = run("sample", "--out", out, "--label", 3, "--num", 5, *QUICK)
   assert (status, errors) == (0, "")
   assert str(out) in printed
   images, labels = data.load_npz(out)
   assert images.shape == (5, 8, 8, 1)
   assert labels.tolist() == [3] * 5
+  assert len(np.unique(images, axis=0)) == 5
+
+  def drawn(name, *args):
+    assert run("sample", "--out", tmp_path / name, "--steps", 2, *args)[0] == 0
+    return data.load_npz(tmp_path / name)
+
   # Sample i is a matter of seed, i and label, not of how many there are or how they are cut.
-  run("sample", "--out", tmp_path / "more.npz", "--label", 3, "--num", 7, "--steps", 2, "--batch-size", 4)
-  np.testing.assert_array_equal(data.load_npz(tmp_path / "more.npz")[0][:5], images)
-  run("sample", "--out", tmp_path / "other.npz", "--label", 3, "--num", 5, "--steps", 2, "--seed", 1)
-  assert (data.load_npz(tmp_path / "other.npz")[0] != images).any()
+  np.testing.assert_array_equal(drawn("more.npz", "--label", 3, "--num", 7)[0][:5], images)
+  small = ("--num", 5, "--batch-size", 4)
+  assert (drawn("other.npz", "--label", 3, *small, "--seed", 1)[0] != images).any()
+  # The labels that are written are those that were sampled by.
+  mixed, labels = drawn("mixed.npz", "--label", 3, "--label", 7, *small)
+  assert labels.tolist() == [3, 7, 3, 7, 3]
+  seven = drawn("seven.npz", "--label", 7, *small)[0]
+  assert (seven != images).any((1, 2, 3)).all()
+  for i, label in enumerate(labels):
+    np.testing.assert_array_equal(mixed[i], (images if label == 3 else seven)[i])
 
 
-@pytest.mark.parametrize("guidance", ["none", "classifier"])
-def test_sample_takes_all_classes_in_turn(run, tmp_path, guidance):
-  status, _, _ = run("sample", "--out", tmp_path / "s.npz", "--num", 12, "--steps", 2, "--guidance", guidance)
-  assert status == 0
-  assert data.load_npz(tmp_path / "s.npz")[1].tolist() == [*range(10), 0, 1]
+@pytest.mark.parametrize("guidance", ["none", "cfg", "classifier"])
+def test_sample_takes_all_classes_in_turn(run, folders, tmp_path, guidance):
+  planned = plan(generate.Settings(str(folders / "denoiser"), num=12, guidance=guidance))
+  for labels in (planned.labels, planned.cond):
+    assert labels.tolist() == [*range(10), 0, 1]
+  if guidance == "cfg":
+    assert run("sample", "--out", tmp_path / "s.npz", "--num", 12, *QUICK)[0] == 0
+    assert data.load_npz(tmp_path / "s.npz")[1].tolist() == [*range(10), 0, 1]
 
 
 @pytest.mark.parametrize(("labels", "num", "rows", "columns"), [([3], 16, 4, 4), ([3, 7], 24, 2, 12)])
@@ -120,15 +161,55 @@ def test_sample_draws_every_sample(run, tmp_path, labels, num, rows, columns):
   from PIL import Image
 
   asked = [part for label in labels for part in ("--label", label)]
-  status, _, _ = run(
-    "sample", "--out", tmp_path / "s.png", *asked, "--num", num, "--steps", 2, "--solver", "ddim:eta=1"
-  )
+  status, _, _ = run("sample", "--out", tmp_path / "s.png", *asked, "--num", num, *QUICK)
   assert status == 0
   picture = Image.open(tmp_path / "s.png")
   assert picture.format == "PNG"
   # Each is 48 pixels wide; margins and the text take less than one more.
-  assert picture.size[0] // 48 >= columns
-  assert picture.size[1] // 48 >= rows
+  assert columns <= picture.size[0] // 48 < columns + 2
+  assert rows <= picture.size[1] // 48 < rows + 2
+
+
+def test_every_option_reaches_the_settings(run, tmp_path, monkeypatch):
+  asked = []
+  monkeypatch.setattr(generate, "run", lambda out, settings, **options: asked.append((out, settings, options)))
+  wanted = generate.Settings(
+    model="elsewhere",
+    classifier="judge",
+    base_samples="low.npz",
+    labels=(3, 7),
+    num=5,
+    guidance=("cfg:combine=rescaled", "classifier"),
+    join="parallel",
+    scale=1.5,
+    solver="ddpm:variance=large",
+    steps="ddim25",
+    grid="respaced",
+    dtype="bfloat16",
+    cudnn_attention=True,
+    clip=False,
+    seed=9,
+    batch_size=2,
+  )
+  args = []
+  for field in dataclasses.fields(wanted):
+    value, option = getattr(wanted, field.name), "--" + field.name.replace("_", "-")
+    if value == field.default:
+      continue  # What has been added since is at its default.
+    for each in value if isinstance(value, tuple) else (value,):
+      match each:
+        case bool():
+          args.append(option if each else option.replace("--", "--no-", 1))
+        case _:
+          args += [option.removesuffix("s") if field.name == "labels" else option, each]
+  command = ["jaxguide", "sample", "--out", tmp_path / "s.npz", "--no-progress", *args]
+  monkeypatch.setattr(sys, "argv", list(map(str, command)))
+  with pytest.raises(SystemExit) as exit:
+    cli.main()
+  assert exit.value.code in (0, None)
+  ((out, settings, options),) = asked
+  assert (out, settings) == (tmp_path / "s.npz", wanted)
+  assert options["progress"] is False
 
 
 @pytest.mark.parametrize(
@@ -275,75 +356,180 @@ def test_the_readme_tables_have_every_name():
     operator.attrgetter(path)(jaxguide)
 
 
-# What `--guidance` can say of these networks, which know nothing; each has to change what comes out.
-ASKED = [
-  "cfg:scale=3",
-  "cfg:scale=3,combine=rescaled,phi=0.9",
-  "cfg:scale=3,combine=projected,norm_threshold=0.5,momentum=-0.5",
-  "cfg:scale=3,combine=zero-star",
-  "cfg:scale=3,combine=tangential",
-  "cfg:scale=3,combine=frequency-decoupled,ratios=1/0.2",
-  "cfg:scale=3,schedule=linear,floor=1.5",
-  "cfg:scale=3,schedule=cosine",
-  "cfg:scale=3,schedule=powered-cosine,power=0.5",
-  "cfg:scale=0.6,schedule=cfg++",
-  "cfg:scale=3,sigma_lo=0.5,sigma_hi=20",
-  "cfg:ratio=0.3",
-  "classifier:scale=30",
-  "autoguidance:scale=3,weak={weak}",
-  "pag:scale=8",
-  "seg:scale=8,width=1",
-  "slg:scale=8,blocks=middle_block_0/middle_block_1",
-  "compose:scale=2,labels=3/4,scales=1/-1",
-  "reconstruction:scale=30",
-  "backward:scale=30,steps=2",
-  "clip:bound=0.2",
-  "dynamic-threshold:quantile=0.5,bound=0.1",
-]
+# What `--guidance` can say of these networks, and what the library calls it: ``(model, null, classifier, weak)``.
+ASKED = {
+  "cfg:scale=3": lambda m, c, w: jg.classifier_free(10, 3.0),
+  "cfg": lambda m, c, w: jg.classifier_free(10, 2.0),
+  "cfg:scale=3,combine=rescaled,phi=0.9": lambda m, c, w: jg.classifier_free(10, 3.0, jg.rescaled(0.9)),
+  "cfg:scale=3,combine=projected,norm_threshold=0.5,momentum=-0.5": lambda m, c, w: jg.classifier_free(
+    10, 3.0, jg.projected(norm_threshold=0.5, momentum=-0.5)
+  ),
+  "cfg:scale=3,combine=zero-star": lambda m, c, w: jg.classifier_free(10, 3.0, jg.zero_star()),
+  "cfg:scale=3,combine=tangential": lambda m, c, w: jg.classifier_free(10, 3.0, jg.tangential),
+  "cfg:scale=3,combine=frequency-decoupled,ratios=1/0.2": lambda m, c, w: jg.classifier_free(
+    10, 3.0, jg.frequency_decoupled(1.0, 0.2)
+  ),
+  "cfg:scale=3,schedule=linear,floor=1.5": lambda m, c, w: jg.classifier_free(
+    10, jg.scales.linear(3.0, m.config.noise_schedule, 1.5)
+  ),
+  "cfg:scale=3,schedule=cosine": lambda m, c, w: jg.classifier_free(10, jg.scales.cosine(3.0, m.config.noise_schedule)),
+  "cfg:scale=3,schedule=powered-cosine,power=0.5": lambda m, c, w: jg.classifier_free(
+    10, jg.scales.powered_cosine(3.0, m.config.noise_schedule, 0.5)
+  ),
+  "cfg:scale=0.6,schedule=cfg++": lambda m, c, w: jg.classifier_free(10, jg.scales.cfg_pp(0.6, jg.karras(3), 0.0)),
+  "cfg:scale=3,sigma_lo=0.5,sigma_hi=20": lambda m, c, w: jg.interval(jg.classifier_free(10, 3.0), 0.5, 20.0),
+  "cfg:ratio=0.3": lambda m, c, w: jg.normalized(jg.classifier_free(10, 2.0), 0.3),
+  "classifier:scale=30": lambda m, c, w: jg.classifier(c.log_prob, 30.0),
+  "autoguidance:scale=3,weak={weak}": lambda m, c, w: jg.autoguidance(w.denoiser, 3.0),
+  "pag:scale=8": lambda m, c, w: jg.autoguidance(_perturbed(m, "identity", "middle_block_1"), 8.0),
+  "seg:scale=8,width=1": lambda m, c, w: jg.autoguidance(_perturbed(m, "smooth", "middle_block_1", width=1.0), 8.0),
+  "slg:scale=8,blocks=middle_block_0/middle_block_1": lambda m, c, w: jg.autoguidance(
+    _perturbed(m, "skip", "middle_block_0", "middle_block_1"), 8.0
+  ),
+  "reconstruction:scale=30": lambda m, c, w: jg.reconstruction(_clean(c, 0.01), 30.0),
+  "backward:scale=30,steps=2": lambda m, c, w: jg.backward_guidance(_clean(c, 0.01), 30.0, 2),
+  "clip:bound=0.2": lambda m, c, w: jg.clip_x0(0.2),
+  "dynamic-threshold:quantile=0.5,bound=0.1": lambda m, c, w: jg.dynamic_threshold(0.5, 0.1),
+}
+GRADIENT = ("classifier", "reconstruction", "backward")  # of a classifier: the network goes without the label
+
+
+def _perturbed(model, kind, *blocks, **options):
+  return jg.perturbed(model.denoiser, jg.Perturbation(kind, blocks, **options))
+
+
+def _clean(classifier, level):
+  return Partial(methods._at_level, classifier.log_prob, level)
 
 
 @pytest.fixture(scope="module")
-def unguided():
-  return []
+def networks(folders):
+  """The denoiser, the classifier and the weak denoiser, as the command has them."""
+  return [load(folders / name) for name in ("denoiser", "classifier", "weak")]
 
 
+def settings(folders, **given):
+  return generate.Settings(str(folders / "denoiser"), num=2, steps=3, labels=[3], **given)
+
+
+@pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("asked", ASKED)
-def test_every_guidance_by_name(run, folders, tmp_path, unguided, asked):
-  def drawn(guidance):
-    args = "--label", 3, "--num", 2, "--steps", 3, "--no-clip", "--guidance", guidance
-    status, _, errors = run("sample", "--out", tmp_path / "s.npz", *args)
+def test_every_guidance_by_name(folders, networks, asked, clip):
+  got = plan(settings(folders, guidance=asked.format(weak=folders / "weak"), clip=clip)).denoiser
+  name = asked.partition(":")[0]
+  parts = [jg.unconditional(10)] if name in GRADIENT else []
+  parts.append(ASKED[asked](*networks))
+  if clip and name not in ("clip", "dynamic-threshold"):
+    # What the network says is clipped, and what a classifier does to it is not.
+    parts.insert(1 if name == "classifier" else len(parts), jg.clip_x0())
+  assert_same(got, jg.chain(*parts)(networks[0].denoiser))
+
+
+def test_every_guidance_is_asked():
+  names = [asked.partition(":")[0] for asked in ASKED]
+  assert {*names, "compose"} == set(methods.METHODS)
+  for option, table in (("combine", methods.COMBINES), ("schedule", methods.SCHEDULES)):
+    assert {name for name in table if any(f"{option}={name}" in asked for asked in ASKED)} >= {*table} - {
+      "linear",
+      "constant",
+    }
+
+
+def test_composed_labels_are_those_that_are_asked_for(folders, networks):
+  model = networks[0].denoiser
+  got = plan(settings(folders, guidance="compose:scale=2,labels=3/4,scales=1/-1", clip=False)).denoiser
+  wanted = jg.compose(10, jnp.array([2.0, 1.0, -1.0]))(model)
+  x, sigma = jnp.linspace(-1, 1, 64).reshape(8, 8, 1), jnp.asarray(0.7)
+  ours, theirs, bare = jax.jit(
+    lambda label: (got(x, sigma, label), wanted(x, sigma, jnp.stack([label, 3, 4])), model(x, sigma, label))
+  )(jnp.asarray(5))
+  chex.assert_trees_all_close(ours, theirs, rtol=1e-5)
+  assert jnp.abs(ours - bare).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+  "asked",
+  ["cfg:scale=3,combine=projected,momentum=-0.5,sigma_lo=0.5,sigma_hi=100", "reconstruction:scale=30"],
+)
+def test_a_guidance_changes_what_is_sampled(run, tmp_path, asked):
+  def drawn(name, guidance):
+    args = "--label", 3, "--num", 4, "--no-clip", "--guidance", guidance, *QUICK
+    status, _, errors = run("sample", "--out", tmp_path / name, *args)
     assert (status, errors) == (0, "")
-    return data.load_npz(tmp_path / "s.npz")[0]
-
-  if not unguided:
-    unguided.append(drawn("none"))
-  assert (drawn(asked.format(weak=folders / "weak")) != unguided[0]).any()
-
-
-def test_guidances_are_joined(run, tmp_path):
-  def drawn(name, *args):
-    guidance = ("--guidance", "cfg:scale=6", "--guidance", "classifier:scale=40")
-    run("sample", "--out", tmp_path / name, "--num", 3, "--steps", 3, *guidance, *args)
     return data.load_npz(tmp_path / name)[0]
 
-  assert (drawn("chain.npz") != drawn("parallel.npz", "--join", "parallel")).any()
+  assert (drawn("a.npz", asked) != drawn("b.npz", "none")).any()
+
+
+def test_guidances_are_joined(folders, networks):
+  model, classifier, _ = networks
+  cfg, away = jg.classifier_free(10, 6.0), jg.classifier(classifier.log_prob, 40.0)
+  texts = ("cfg:scale=6", "classifier:scale=40")
+  chain, again, parallel, swapped = (
+    plan(settings(folders, guidance=guidance, **join)).denoiser
+    for guidance, join in (
+      (texts, {}),
+      (texts, {"join": "chain"}),
+      (texts, {"join": "parallel"}),
+      (texts[::-1], {"join": "parallel"}),
+    )
+  )
+  wanted = jg.chain(cfg, jg.clip_x0(), away)(model.denoiser)
+  assert_same(chain, wanted)
+  assert_same(again, wanted)
   # A classifier beside another guidance leaves the network its label, in whatever order they come.
-  swapped = ("--guidance", "classifier:scale=40", "--guidance", "cfg:scale=6", "--join", "parallel")
-  run("sample", "--out", tmp_path / "swapped.npz", "--num", 3, "--steps", 3, *swapped)
-  both = [data.load_npz(tmp_path / name)[0].astype(int) for name in ("swapped.npz", "parallel.npz")]
-  assert np.abs(both[0] - both[1]).max() <= 1  # sums in another order
-  np.testing.assert_array_equal(drawn("chain.npz"), drawn("again.npz", "--join", "chain"))
+  assert_same(parallel, jg.chain(jg.parallel(cfg, away), jg.clip_x0())(model.denoiser))
+  assert_same(swapped, jg.chain(jg.parallel(away, cfg), jg.clip_x0())(model.denoiser))
 
 
-@pytest.mark.parametrize("solver", [*solvers.SOLVERS, "dpmpp-2m-sde:eta=0.5,solver_type=heun", "unipc:predictor=3"])
-def test_every_solver_by_name(run, tmp_path, solver):
-  status, _, errors = run("sample", "--out", tmp_path / "s.npz", "--num", 2, "--steps", 3, "--solver", solver)
+BY_NAME = {
+  "euler": jg.Euler(),
+  "ddim": jg.DDIM(),
+  "ddim:eta=0.5": jg.DDIM(0.5),
+  "ddpm": jg.DDPM(),
+  "ddpm:variance=large": jg.DDPM("large"),
+  "heun": jg.Heun(),
+  "dpmpp-2m": jg.DPMpp2M(),
+  "euler-ancestral": jg.EulerAncestral(),
+  "dpmpp-3m": jg.DPMpp3M(),
+  "dpmpp-2m-sde": jg.DPMpp2MSDE(),
+  "dpmpp-2m-sde:eta=0.5,solver_type=heun": jg.DPMpp2MSDE(eta=0.5, solver_type="heun"),
+  "dpmpp-3m-sde": jg.DPMpp3MSDE(),
+  "unipc": jg.UniPC(),
+  "unipc:predictor=3": jg.UniPC(predictor=3),
+  "dpmpp-2s": jg.DPMpp2S(),
+  "dpmpp-2s-ancestral": jg.DPMpp2SAncestral(),
+  "dpmpp-2s-sde": jg.DPMpp2SSDE(),
+  "edm-stochastic": jg.EDMStochastic(),
+  "edm-stochastic:churn=0.6,s_min=0.1,s_max=9,s_noise=1.01": jg.EDMStochastic.from_churn(
+    0.6, num_steps=3, s_min=0.1, s_max=9.0, s_noise=1.01
+  ),
+}
+
+
+@pytest.mark.parametrize("solver", BY_NAME)
+def test_every_solver_by_name(folders, solver):
+  assert_same(plan(settings(folders, solver=solver)).solver, BY_NAME[solver])
+
+
+def test_every_solver_is_asked():
+  assert {name.partition(":")[0] for name in BY_NAME} == set(solvers.SOLVERS)
+
+
+@pytest.mark.parametrize("solver", ["unipc"])
+def test_a_solver_samples(run, tmp_path, solver):
+  status, _, errors = run("sample", "--out", tmp_path / "s.npz", "--num", 4, "--solver", solver, *QUICK)
   assert (status, errors) == (0, "")
 
 
 @pytest.mark.parametrize("grid", [*schedules.GRIDS, "karras:rho=3,sigma_min=0.05,sigma_max=20"])
-def test_every_grid_by_name(run, tmp_path, grid):
-  status, _, errors = run("sample", "--out", tmp_path / "s.npz", "--num", 2, "--steps", 3, "--grid", grid)
+def test_every_grid_by_name(run, folders, tmp_path, grid):
+  name, _, options = grid.partition(":")
+  given = {option: float(value) for option, _, value in (each.partition("=") for each in options.split(",") if each)}
+  wanted = schedules.GRIDS[name](3, **given)
+  np.testing.assert_array_equal(plan(settings(folders, grid=grid)).sigmas, wanted)
+  # On every grid it is the program that it is on the others.
+  status, _, errors = run("sample", "--out", tmp_path / "s.npz", "--num", 4, "--grid", grid, *QUICK)
   assert (status, errors) == (0, "")
 
 
@@ -471,53 +657,122 @@ def published(tmp_path_factory):
     ("classifier", "classifier", {**TINY, "num_head_channels": 8}, 10, {"scale": 4.0}),
     ("upsampler", "super_res_unet", learned, 10, {"variance": "learned_range", "low_res_shape": (4, 4, 1)}),
   ):
-    config = ModelConfig(network, fields, (8, 8, 1), classes, **common, **extra)
-    params = jax.jit(lambda key, config=config: models.init_params(config, key))(jax.random.key(0))
-    params = jax.tree.map(lambda leaf: leaf + 0.02 * jax.random.normal(jax.random.key(1), leaf.shape), params)
-    models.save(folder / name, models.Model(config, params))
+    save(folder / name, ModelConfig(network, fields, (8, 8, 1), classes, **common, **extra))
   return folder
 
 
 @pytest.fixture
 def sample_published(published, monkeypatch, capsys, tmp_path):
+  count = itertools.count()
+
   def sample(name, *args):
-    command = ["sample", "--model", published / name, "--out", tmp_path / "s.npz", "--no-progress", *args]
+    out = tmp_path / f"s{next(count)}.npz"
+    command = ["sample", "--model", published / name, "--out", out, "--no-progress", *args]
     monkeypatch.setattr(sys, "argv", ["jaxguide", *map(str, command)])
     with pytest.raises(SystemExit) as exit:
       cli.main()
     if exit.value.code:
       return exit.value.code, capsys.readouterr().err
-    with np.load(tmp_path / "s.npz") as arrays:
+    with np.load(out) as arrays:
       return dict(arrays)
 
   return sample
 
 
+# What is asked of a published model, and the solver, the levels and the guidance that it means, where the classifier's
+# recommended scale is 4.
+PUBLISHED = {
+  "--guidance classifier --solver ddpm --steps 6": lambda table, by, scale: (
+    jg.DDPM("learned_range", by, scale),
+    jg.respaced(table, 6),
+    [jg.clip_x0()],
+  ),
+  "--guidance classifier --steps 3,3 --solver ddpm:gradient_at=mean,variance=large": lambda table, by, scale: (
+    jg.DDPM("large", by, scale, "mean"),
+    jg.respaced(table, "3,3"),
+    [jg.clip_x0()],
+  ),
+  "--guidance classifier --solver ddim --steps ddim5": lambda table, by, scale: (
+    jg.DDIM(),
+    jg.respaced(table, "ddim5"),
+    [jg.clip_x0(), jg.classifier(by, scale)],
+  ),
+  "--guidance classifier --solver dpmpp-2m --steps 4 --grid karras": lambda table, by, scale: (
+    jg.DPMpp2M(),
+    jg.karras(4),
+    [jg.clip_x0(), jg.classifier(by, scale)],
+  ),
+  "--solver ddpm --steps 4 --no-clip": lambda table, by, scale: (
+    jg.DDPM("learned_range"),
+    jg.respaced(table, 4),
+    [],
+  ),
+  "--solver edm-stochastic:churn=2 --steps 4": lambda table, by, scale: (
+    jg.EDMStochastic.from_churn(2.0, num_steps=4),
+    jg.respaced(table, 4),
+    [jg.clip_x0()],
+  ),
+}
+
+
 @pytest.mark.parametrize("name", ["conditional", "unconditional"])
+@pytest.mark.parametrize("args", PUBLISHED)
+def test_published_models(published, monkeypatch, name, args):
+  model, classifier = load(published / name), load(published / "classifier")
+
+  def planned(*more):
+    asked = []
+    monkeypatch.setattr(generate, "run", lambda out, settings, **_: asked.append(settings))
+    command = ["sample", "--out", "s.npz", "--model", published / name, "--num", 3, *args.split(), *more]
+    monkeypatch.setattr(sys, "argv", ["jaxguide", *map(str, command)])
+    with pytest.raises(SystemExit) as exit:
+      cli.main()
+    assert exit.value.code in (0, None)
+    return plan(*asked)
+
+  def wanted(scale):
+    solver, sigmas, guidances = PUBLISHED[args](model.config.noise_schedule, classifier.log_prob, scale)
+    # What has no classes is given no label, though the classifier is.
+    without = [jg.unconditional(None)] if name == "unconditional" else []
+    return jg.chain(*without, *guidances)(model.denoiser), solver, sigmas
+
+  got = planned()
+  assert_same((got.denoiser, got.solver, got.sigmas), wanted(4.0))
+  # Without classes or a classifier there are no labels to write.
+  labelled = name == "conditional" or "classifier" in args
+  assert (None if got.labels is None else got.labels.tolist()) == ([0, 1, 2] if labelled else None)
+  if "classifier" in args:
+    # The recommended scale, 4, is the default, and another scale is another.
+    four, forty = planned("--scale", 4), planned("--scale", 40)
+    assert_same((four.denoiser, four.solver), wanted(4.0)[:2])
+    assert_same((forty.denoiser, forty.solver), wanted(40.0)[:2])
+  # All of it goes together: the program can be traced.
+  cond = None if got.cond is None else jnp.asarray(got.cond[0])
+  traced = jax.eval_shape(
+    lambda key: jg.sample(got.denoiser, key, got.image_shape, got.sigmas, got.solver, cond)[0], jax.random.key(0)
+  )
+  assert traced.shape == (8, 8, 1)
+
+
 @pytest.mark.parametrize(
-  "args",
+  ("name", "args"),
   [
-    ["--guidance", "classifier", "--solver", "ddpm", "--steps", "6"],
-    ["--guidance", "classifier", "--steps", "3,3", "--solver", "ddpm:gradient_at=mean,variance=large"],
-    ["--guidance", "classifier", "--solver", "ddim", "--steps", "ddim5"],
-    ["--guidance", "classifier", "--solver", "dpmpp-2m", "--steps", "4", "--grid", "karras"],
-    ["--solver", "ddpm", "--steps", "4", "--no-clip"],
-    ["--solver", "edm-stochastic:churn=2", "--steps", "4"],
+    ("conditional", "--guidance classifier --solver ddpm --steps 6"),
+    ("unconditional", "--solver edm-stochastic:churn=2 --steps 4"),
   ],
-  ids=" ".join,
 )
-def test_published_models(sample_published, name, args):
-  arrays = sample_published(name, "--num", 3, *args)
+def test_published_models_sample(sample_published, name, args):
+  assert args in PUBLISHED
+  arrays = sample_published(name, "--num", 3, *args.split())
   assert isinstance(arrays, dict), arrays
   assert arrays["arr_0"].shape == (3, 8, 8, 1)
   assert arrays["arr_0"].dtype == np.uint8
   assert len(np.unique(arrays["arr_0"])) > 1
-  # Without classes or a classifier there are no labels to write.
   assert ("arr_1" in arrays) == (name == "conditional" or "classifier" in args)
   if "classifier" in args:
-    # The recommended scale, 4, is the default, and a scale does something.
-    np.testing.assert_array_equal(sample_published(name, "--num", 3, "--scale", 4, *args)["arr_0"], arrays["arr_0"])
-    assert (sample_published(name, "--num", 3, "--scale", 40, *args)["arr_0"] != arrays["arr_0"]).any()
+    again = sample_published(name, "--num", 3, "--scale", 4, *args.split())["arr_0"]
+    np.testing.assert_array_equal(again, arrays["arr_0"])
+    assert (sample_published(name, "--num", 3, "--scale", 40, *args.split())["arr_0"] != arrays["arr_0"]).any()
 
 
 @pytest.mark.parametrize(
@@ -565,8 +820,8 @@ def test_an_upsampler_takes_samples_in_turn(sample_published, tmp_path):
   assert "has images of shape (2, 2, 1), but the model takes (4, 4, 1)" in errors
 
 
-def test_networks_compute_in_bfloat16(sample_published):
-  args = ["conditional", "--num", 3, "--steps", "ddim5", "--guidance", "classifier"]
+def test_networks_compute_in_bfloat16(sample_published, published):
+  args = ["conditional", "--num", 3, "--steps", "ddim2", "--guidance", "none"]
   full, half = (sample_published(*args, "--dtype", dtype)["arr_0"] for dtype in ("float32", "bfloat16"))
   assert (half != full).any()
   assert np.abs(half.astype(int) - full).mean() < 10
@@ -574,3 +829,8 @@ def test_networks_compute_in_bfloat16(sample_published):
   if jax.default_backend() == "cpu":
     assert (sample_published(*args, "--dtype", "bfloat16", "--cudnn-attention")["arr_0"] == half).all()
   assert "cudnn_attention is for half precision: give dtype bfloat16" in sample_published(*args, "--cudnn-attention")[1]
+  # Both networks compute so.
+  fields = {"dtype": "bfloat16", "cudnn_attention": True}
+  got = plan(generate.Settings(str(published / "conditional"), guidance="classifier", **fields)).denoiser
+  model, classifier = (load(published / name, **fields) for name in ("conditional", "classifier"))
+  assert_same(got, jg.chain(jg.clip_x0(), jg.classifier(classifier.log_prob, 4.0))(model.denoiser))

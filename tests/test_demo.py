@@ -1,5 +1,8 @@
-"""The main job, run as the README says, and what it has to show."""
+"""The main job: what it has to show, run as the README says; and all that it makes, of a demo that is cut short."""
 
+import contextlib
+import dataclasses
+import io
 import os
 import subprocess
 import sys
@@ -10,35 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxguide import data, demo, evaluation
+from jaxguide import cli, data, demo, evaluation
+from jaxguide.training import digits
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo")]
+pytestmark = pytest.mark.xdist_group("demo")  # It is made once.
 
 ROOT = Path(__file__).parent.parent
-
-
-def jaxguide(*args):
-  env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-  env.pop("XLA_FLAGS", None)  # one device, as a user has it
-  command = [sys.executable, "-m", "jaxguide.cli", *map(str, args)]
-  return subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200, check=False)
-
-
-@pytest.fixture(scope="module")
-def out(tmp_path_factory):
-  return tmp_path_factory.mktemp("demo") / "runs" / "demo"
-
-
-@pytest.fixture(scope="module")
-def ran(out):
-  result = jaxguide("demo", "--out", out)
-  assert result.returncode == 0, result.stderr
-  return result
-
-
-@pytest.fixture(scope="module")
-def rows(ran, out):
-  return evaluation.read_csv(out / "sweep.csv")
 
 
 def by_method(rows, column):
@@ -48,43 +28,83 @@ def by_method(rows, column):
   return values
 
 
+def called(*args):
+  """Run the command here; give what it printed, and what it wrote to the other stream."""
+  with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+    patch.setattr(sys, "argv", ["jaxguide", *map(str, args)])
+    with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as exit:
+      cli.main()
+  assert exit.value.code in (0, None), err.getvalue()
+  return out.getvalue(), err.getvalue()
+
+
+# --- cut short: what there is, and that it fits together ------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def short():
+  """A demo whose networks are small and hardly trained, over fewer scales and samples."""
+  with pytest.MonkeyPatch.context() as patch:
+    for name in ("DENOISER", "CLASSIFIER"):
+      config, training = getattr(digits, name), getattr(digits, f"{name}_TRAINING")
+      fields = {
+        **config.fields,
+        "model_channels": 8,
+        "channel_mult": (1,),
+        "attention_resolutions": (),
+        "num_head_channels": 8,
+      }
+      patch.setattr(digits, name, dataclasses.replace(config, fields=fields))
+      patch.setattr(
+        digits, f"{name}_TRAINING", dataclasses.replace(training, steps=3, batch_size=3)
+      )  # 3: for one device
+    for name, value in (("NUM", 40), ("STEPS", 3), ("BATCH", 20)):
+      patch.setattr(demo, name, value)
+    patch.setattr(demo, "SCALES", {"cfg": (0.0, 2.0), "classifier": (1.0, 30.0)})
+    yield
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+  return tmp_path_factory.mktemp("demo") / "runs" / "demo"
+
+
+@pytest.fixture(scope="module")
+def ran(short, out):
+  return called("demo", "--out", out)
+
+
+@pytest.fixture(scope="module")
+def rows(ran, out):
+  return evaluation.read_csv(out / "sweep.csv")
+
+
+def samples(out, row):
+  return data.load_npz(out / "samples" / f"{row.method}_{row.scale:g}.npz")
+
+
 def test_it_says_what_it_made(ran, rows, out):
-  assert evaluation.table(rows) in ran.stdout
-  assert str(out / "report.html") in ran.stdout
-  assert "loss=" in ran.stderr  # the progress bar
-  assert "step/s" in ran.stderr or "s/step" in ran.stderr
+  printed, progress = ran
+  assert evaluation.table(rows) in printed
+  assert str(out / "report.html") in printed
+  assert "loss=" in progress  # the progress bar
+  assert "step/s" in progress or "s/step" in progress
 
 
 def test_the_sweep_is_whole(rows):
   assert [(row.method, row.scale) for row in rows] == [(m, s) for m, scales in demo.SCALES.items() for s in scales]
-  assert all(row.n == 500 and row.samples_per_second > 0 for row in rows)
-
-
-def test_fidelity_rises_with_scale(rows):
-  accuracy = by_method(rows, "accuracy")
-  assert 0.05 <= accuracy["cfg"][0] <= 0.20
-  assert accuracy["cfg"][1] >= 0.85
-  assert accuracy["cfg"][4] >= 0.97
-  classifier = [accuracy["classifier"][scale] for scale in demo.SCALES["classifier"]]
-  assert 0.05 <= classifier[0] <= 0.20
-  assert max(classifier) >= 0.90
-  assert classifier[0] < classifier[1] < classifier[2] < max(classifier)
-
-
-def test_the_distance_is_least_before_the_largest_scale_and_diversity_falls(rows):
-  for method, distances in by_method(rows, "frechet_distance").items():
-    assert min(distances, key=distances.get) < max(distances), method
-  for method, values in by_method(rows, "diversity").items():
-    assert np.all(np.diff([values[scale] for scale in sorted(values)]) < 0), method
+  assert all(row.n == 40 and row.samples_per_second > 0 for row in rows)
 
 
 def test_the_files_are_what_they_should_be(rows, out):
+  seen = []
   for row in rows:
-    stem = out / "samples" / f"{row.method}_{row.scale:g}"
-    images, labels = data.load_npz(f"{stem}.npz")
-    assert images.shape == (500, 8, 8, 1)
-    assert np.bincount(labels).tolist() == [50] * 10
-    assert Image.open(f"{stem}.png").size[0] > 400
+    images, labels = samples(out, row)
+    assert images.shape == (40, 8, 8, 1)
+    assert labels.tolist() == [i % 10 for i in range(40)]
+    assert Image.open(out / "samples" / f"{row.method}_{row.scale:g}.png").size[0] > 150
+    assert not any(np.array_equal(images, other) for other in seen)  # Each row is of a scale of its own.
+    seen.append(images)
   assert Image.open(out / "fidelity.png").size[0] > 800
   report = (out / "report.html").read_text()
   assert report.count("data:image/png;base64,") == len(rows) + 1
@@ -94,9 +114,8 @@ def test_the_files_are_what_they_should_be(rows, out):
 def test_the_figures_are_those_of_the_samples(rows, out):
   train = data.load("digits", "train")
   judge = evaluation.Judge.fit(train.images, train.labels)
-  for row in rows[::4]:
-    images, labels = data.load_npz(out / "samples" / f"{row.method}_{row.scale:g}.npz")
-    again = evaluation.measure(images, labels, judge, train.images)
+  for row in rows:
+    again = evaluation.measure(*samples(out, row), judge, train.images)
     assert again.accuracy == row.accuracy
     assert again.frechet_distance == pytest.approx(row.frechet_distance)
     assert again.diversity == pytest.approx(row.diversity)
@@ -104,18 +123,90 @@ def test_the_figures_are_those_of_the_samples(rows, out):
 
 def test_run_again_it_reuses_what_it_trained_and_gives_the_same(ran, rows, out):
   trained = (out / "denoiser" / "config.json").stat().st_mtime_ns
-  result = jaxguide("demo", "--out", out, "--no-progress")
-  assert result.returncode == 0, result.stderr
+  before = [samples(out, row)[0] for row in rows]
+  _, progress = called("demo", "--out", out, "--no-progress")
+  assert "training" not in progress
   assert (out / "denoiser" / "config.json").stat().st_mtime_ns == trained
   again = evaluation.read_csv(out / "sweep.csv")
   assert [row.accuracy for row in again] == [row.accuracy for row in rows]
+  for row, images in zip(rows, before, strict=True):
+    np.testing.assert_array_equal(samples(out, row)[0], images)
 
 
-def test_sample_finds_the_trained_model(ran, out, tmp_path):
-  common = ("--model", out / "denoiser", "--label", 3, "--num", 16)
+def test_another_seed_draws_other_samples(ran, rows, out, monkeypatch):
+  before = samples(out, rows[0])[0]
+  monkeypatch.setattr(demo, "SCALES", {"cfg": (0.0,), "classifier": ()})
+  seen = [images for *_, images, _ in demo._sweep(*_sweep_inputs(out), 1, lambda n: None)]
+  assert (seen[0] != before).any()
+
+
+def _sweep_inputs(out):
+  denoiser, classifier = demo.train(out, progress=False)
+  return denoiser.denoiser, demo.guidances(denoiser, classifier), np.arange(40, dtype=np.int32) % 10
+
+
+# --- as shipped: what it has to show --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+  """The folder of the demo, run by a user: in a process of its own, with one device."""
+  out = tmp_path_factory.mktemp("shipped") / "demo"
+  env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+  env.pop("XLA_FLAGS", None)
+  command = [sys.executable, "-m", "jaxguide.cli", "demo", "--out", str(out)]
+  result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200, check=False)
+  assert result.returncode == 0, result.stderr
+  rows = evaluation.read_csv(out / "sweep.csv")
+  assert evaluation.table(rows) in result.stdout
+  assert "loss=" in result.stderr
+  return out
+
+
+@pytest.fixture(scope="module")
+def figures(shipped):
+  return evaluation.read_csv(shipped / "sweep.csv")
+
+
+@pytest.mark.slow
+def test_the_shipped_sweep_is_whole(figures, shipped):
+  # Not from the demo's tables, which may have been cut short in this process.
+  scales = {"cfg": (0, 1, 2, 4, 8), "classifier": (0, 1, 2, 5, 10)}
+  assert [(row.method, row.scale) for row in figures] == [(m, s) for m, each in scales.items() for s in each]
+  assert all(row.n == 500 and row.samples_per_second > 0 for row in figures)
+  for row in figures:
+    images, labels = samples(shipped, row)
+    assert images.shape == (500, 8, 8, 1)
+    assert np.bincount(labels).tolist() == [50] * 10
+    assert Image.open(shipped / "samples" / f"{row.method}_{row.scale:g}.png").size[0] > 400
+
+
+@pytest.mark.slow
+def test_fidelity_rises_with_scale(figures):
+  accuracy = by_method(figures, "accuracy")
+  assert 0.05 <= accuracy["cfg"][0] <= 0.20
+  assert accuracy["cfg"][1] >= 0.85
+  assert accuracy["cfg"][4] >= 0.97
+  classifier = [accuracy["classifier"][scale] for scale in (0, 1, 2, 5, 10)]
+  assert 0.05 <= classifier[0] <= 0.20
+  assert max(classifier) >= 0.90
+  assert classifier[0] < classifier[1] < classifier[2] < max(classifier)
+
+
+@pytest.mark.slow
+def test_the_distance_is_least_before_the_largest_scale_and_diversity_falls(figures):
+  for method, distances in by_method(figures, "frechet_distance").items():
+    assert min(distances, key=distances.get) < max(distances), method
+  for method, values in by_method(figures, "diversity").items():
+    assert np.all(np.diff([values[scale] for scale in sorted(values)]) < 0), method
+
+
+@pytest.mark.slow
+def test_sample_finds_the_trained_model(shipped, tmp_path):
+  common = ("--model", shipped / "denoiser", "--label", 3, "--num", 16, "--no-progress")
   train = data.load("digits", "train")
   judge = evaluation.Judge.fit(train.images, train.labels)
   for guidance, scale in (("cfg", 2), ("classifier", 5)):
-    made = jaxguide("sample", "--out", tmp_path / "s.npz", "--guidance", guidance, "--scale", scale, *common)
-    assert made.returncode == 0, made.stderr
-    assert judge.accuracy(*data.load_npz(tmp_path / "s.npz")) >= 0.75
+    out = tmp_path / f"{guidance}.npz"
+    called("sample", "--out", out, "--guidance", guidance, "--scale", scale, *common)
+    assert judge.accuracy(*data.load_npz(out)) >= 0.75
