@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from pathlib import Path
 
 import pytest
 
@@ -10,16 +11,30 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 _tests = itertools.count(1)
+_MAPPINGS = 40_000  # of the 65,530 that a process may have
+_KILOBYTES = 3_000_000  # of memory that a process holds
 
 
 @pytest.fixture(autouse=True)
 def forget_programs():
-  """Let go of compiled programs now and then: each is mapped into memory, and of mappings a process has 65,530.
+  """Let go of compiled programs where there are too many: each is mapped into memory, and there are 65,530 mappings.
 
-  Past those the next program to be compiled is a segmentation fault.
+  Past the limit the next program to be compiled is a segmentation fault. Until then programs are kept, since the next
+  test may need them again.
   """
   yield
-  if next(_tests) % 100 == 0:
+  if next(_tests) % 10 == 0 and (_mappings() > _MAPPINGS or _resident() > _KILOBYTES):
     import jax
 
     jax.clear_caches()
+
+
+def _mappings():
+  maps = Path("/proc/self/maps")
+  return maps.read_bytes().count(b"\n") if maps.exists() else 0
+
+
+def _resident():
+  status = Path("/proc/self/status")
+  lines = status.read_text().splitlines() if status.exists() else []
+  return next((int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), 0)

@@ -111,19 +111,15 @@ def solver(request):
   return SOLVERS[request.param]()
 
 
-# What compiles a program takes seconds for each. Quickly, every guidance with one solver and every solver with one
-# guidance; slowly, every guidance with one solver of each kind (how it makes its noise, how often it evaluates, what it
-# remembers), and every solver with one evaluation and with two.
-QUICK = [(name, "dpmpp_2m") for name in GUIDANCES] + [("interval", name) for name in SOLVERS if name != "dpmpp_2m"]
+# What compiles a program takes seconds for each. A solver sees nothing of a guidance but a function, as a test shows:
+# every guidance with one solver and every solver with one guidance, that with a branch, say all. What remembers
+# depends on how often a step evaluates, so that it meets a solver of each kind. Slowly, so does what differentiates.
 KINDS = ("ddim_half", "ddpm", "heun", "dpmpp_2m", "unipc_2", "edm_churn")
-PAIRS = [
-  pytest.param(
-    (guidance, solver), id=f"{guidance}-{solver}", marks=() if (guidance, solver) in QUICK else pytest.mark.slow
-  )
-  for guidance in GUIDANCES
-  for solver in SOLVERS
-  if solver in KINDS or guidance in ("classifier", "classifier_free", "interval")
-]
+QUICK = [(name, "dpmpp_2m") for name in GUIDANCES] + [("interval", name) for name in SOLVERS if name != "dpmpp_2m"]
+QUICK += [("momentum", name) for name in ("ddpm", "heun", "edm_churn")]
+SLOW = [(name, solver) for name in ("momentum", "classifier", "classifier_free") for solver in KINDS]
+PAIRS = [pytest.param(pair, id="-".join(pair)) for pair in QUICK]
+PAIRS += [pytest.param(pair, id="-".join(pair), marks=pytest.mark.slow) for pair in SLOW if pair not in QUICK]
 
 
 @pytest.fixture(params=PAIRS)
@@ -137,6 +133,12 @@ def pair(request):
 def all_solvers():
   """The whole table at once."""
   return {name: make() for name, make in SOLVERS.items()}
+
+
+@pytest.fixture
+def all_guidances():
+  """The whole table of guidances at once."""
+  return GUIDANCES
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -76,8 +77,8 @@ class _Same:
     return isinstance(other, _Same)
 
 
-def test_a_sweep_is_one_trace_of_the_users_jit(make_guidance, solver, random_mixture, no_rank_promotion):
-  traces, compiled = [], []
+def test_a_sweep_is_one_trace_of_the_users_jit(pair, random_mixture, no_rank_promotion):
+  (make_guidance, solver), traces, compiled = pair, [], []
 
   @jax.jit
   def images(guided, solver, sigmas, key, label):
@@ -107,21 +108,54 @@ def constants(closed):
         yield from constants(value)
 
 
-def test_a_sweep_compiles_nothing_after_the_first_call_of_sample_batch(pair, random_mixture, no_rank_promotion, caplog):
+def test_a_solver_sees_a_guidance_as_a_function(solver, all_guidances, random_mixture):
+  # The ground on which not every guidance meets every solver: nothing but calls reaches from the one to the other.
+  class Veiled:
+    init = staticmethod(solver.init)
+
+    def step(self, denoise, *args):
+      return solver.step(lambda x, sigma: denoise(x, sigma), *args)  # noqa: PLW0108
+
+  mixture = random_mixture(0, SHAPE)
+  for name in ("momentum", "interval"):
+    guided = all_guidances[name](mixture, 2.0)(mixture.denoiser)
+    programs = [
+      jax.make_jaxpr(lambda guided, key, s=s: draw(guided, key, 1, GRID, s))(guided, jax.random.key(0))
+      for s in (solver, Veiled())
+    ]
+    seen, veiled = (re.sub("0x[0-9a-f]+", "", str(program)) for program in programs)
+    assert seen == veiled, name
+
+
+def test_a_sweep_compiles_once_and_no_sample_knows_its_batch(pair, random_mixture, no_rank_promotion, caplog):
   make_guidance, solver = pair
+  model, made = random_mixture(0, SHAPE), []
+  labels, key = np.arange(7) % 3, jax.random.key(0)
   # What JAX itself says it compiles: a trace may be found again in a cache while the program is not.
   with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
-    for seed, (scale, label) in enumerate([(1.0, 0), (2.0, 1), (3, 2)]):
+    for seed, (scale, label) in enumerate([(2.0, labels), (1.0, labels[::-1].copy()), (3, 2)]):
       mixture = random_mixture(seed, SHAPE)
       guided = make_guidance(mixture, scale)(mixture.denoiser)
-      grid = jg.karras(4, 0.02 + 0.01 * seed, 10.0 + seed)
+      grid = jg.karras(4, 0.05 + 0.01 * seed, 10.0 + seed)
       # 7 in micro-batches of 4: the second is short, and no other program.
-      jg.sample_batch(
-        guided, jax.random.key(seed), label, num=7, shape=SHAPE, sigmas=grid, solver=solver, start=seed, batch_size=4
-      )
+      options = dict(shape=SHAPE, sigmas=grid, solver=solver, start=seed, batch_size=4, num=7)
+      made.append(jg.sample_batch(guided, jax.random.key(seed), label, **options))
       if seed:
         assert not compilations(caplog)
       caplog.clear()
+  first = made[0]
+  assert first.shape == (7, 2)
+  assert len(np.unique(first.round(5), axis=0)) == 7
+  guided = make_guidance(model, 2.0)(model.denoiser)
+  keys = jg.sample_keys(key, 7)
+  for i in (1, 3, 5):  # each label, in the first and in the second micro-batch
+    close(alone(guided, keys[i], jnp.asarray(labels[i]), GRID, solver), first[i])
+  close(alone(guided, jg.sample_keys(key, 1, start=6)[0], jnp.asarray(labels[6]), GRID, solver), first[6])
+
+
+# XLA may sum in another order in another shape of batch, and sampling amplifies the rounding.
+close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+alone = jax.jit(draw)
 
 
 def compilations(caplog):
@@ -167,24 +201,6 @@ def test_weights_of_a_network_are_no_constants(image_network):
 
 
 # --- sample i is sample i -------------------------------------------------------------------------
-
-
-# XLA may sum in another order in another shape of batch, and sampling amplifies the rounding.
-close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-
-
-def test_a_sample_does_not_know_its_batch(pair, model):
-  make_guidance, solver = pair
-  guided = make_guidance(model, 2.0)(model.denoiser)
-  labels = np.arange(7) % 3
-  key = jax.random.key(7)
-  made = jg.sample_batch(guided, key, labels, shape=SHAPE, sigmas=GRID, solver=solver, batch_size=4)
-  assert made.shape == (7, 2)
-  assert len(np.unique(made.round(5), axis=0)) == 7
-  alone, keys = jax.jit(draw), jg.sample_keys(key, 7)
-  for i in (0, 3, 6):
-    close(alone(guided, keys[i], jnp.asarray(labels[i]), GRID, solver), made[i])
-  close(alone(guided, jg.sample_keys(key, 1, start=6)[0], jnp.asarray(labels[6]), GRID, solver), made[6])
 
 
 def test_a_sample_does_not_know_where_it_is_made(model):
