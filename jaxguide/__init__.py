@@ -21,6 +21,7 @@ from jaxguide import (
   combine,
   denoisers,
   guidance,
+  keys,
   losses,
   measurements,
   mixtures,
@@ -55,7 +56,7 @@ from jaxguide.losses import classifier_loss, denoising_loss, uncertainty_loss
 from jaxguide.measurements import distance, measurement
 from jaxguide.mixtures import GaussianMixture, gaussian_mixture, ring
 from jaxguide.nn import Classifier, Perturbation, SuperResUNet, UNet
-from jaxguide.sampling import sample, sample_batch, sample_keys
+from jaxguide.sampling import invert, sample, sample_batch, sample_keys
 from jaxguide.schedules import from_schedule, karras, log_snr_uniform, respaced
 from jaxguide.smc import sample_product, tempered
 from jaxguide.solvers import (
@@ -126,7 +127,9 @@ __all__ = [
   "given",
   "guidance",
   "interval",
+  "invert",
   "karras",
+  "keys",
   "log_snr_uniform",
   "losses",
   "measurement",

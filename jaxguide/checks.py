@@ -41,7 +41,13 @@ def as_float(name: str, value: T) -> T:
   """
   if isinstance(value, str | bytes | bool) or value is None:
     raise TypeError(f"{name} must be a number, got {value!r}")
+  if any(np.issubdtype(jnp.result_type(leaf), np.complexfloating) for leaf in jax.tree.leaves(value) if _numeric(leaf)):
+    raise TypeError(f"{name} must be a real number, got the complex {value!r}")
   return float(value) if isinstance(value, int | float | np.number) else value  # type: ignore[return-value]
+
+
+def _numeric(leaf: Any) -> bool:
+  return isinstance(leaf, complex | np.generic | np.ndarray | jax.Array)
 
 
 def finite(name: str, value: T) -> T:
@@ -241,6 +247,62 @@ def options(name: str, cls: type, given: Mapping[str, Any]) -> Mapping[str, Any]
       has = f"it has {', '.join(known)}" if known else "it has none"
       raise ValueError(f"{name!r} has no option {option!r}; {has}")
   return given
+
+
+def solver(value: T) -> T:
+  """Give ``value`` back if it is a solver, made and not a name or a class.
+
+  Raises:
+    TypeError: if it is none.
+
+  >>> solver("ddim")
+  Traceback (most recent call last):
+  ...
+  TypeError: solver must be a solver, got the name 'ddim': make it with jaxguide.solvers.solver('ddim')
+  """
+  if isinstance(value, str):
+    remedy = f"the name {value!r}: make it with jaxguide.solvers.solver({value!r})"
+  elif isinstance(value, type):
+    remedy = f"the class {value.__name__}: make one, {value.__name__}()"
+  elif not (callable(getattr(value, "init", None)) and callable(getattr(value, "step", None))):
+    remedy = f"{value!r}, which has no init and step: make one of jaxguide.solvers, such as DDIM()"
+  else:
+    return value
+  raise TypeError(f"solver must be a solver, got {remedy}")
+
+
+def shape(name: str, value: Any) -> tuple[int, ...]:
+  """Give the shape of one example as a tuple of whole numbers.
+
+  Raises:
+    TypeError: if it is no sequence.
+    ValueError: if a side is no whole number of at least 0.
+
+  >>> shape("shape", 8)
+  Traceback (most recent call last):
+  ...
+  TypeError: shape must be the sides of one example, such as (8, 8, 1) or (2,), got 8
+  """
+  if isinstance(value, str) or not np.iterable(value):
+    raise TypeError(f"{name} must be the sides of one example, such as (8, 8, 1) or (2,), got {value!r}")
+  return tuple(at_least(f"each side of {name}", side, 0) for side in value)
+
+
+def cond(value: T) -> T:
+  """Give a condition back if its leaves are numbers or arrays of numbers.
+
+  Raises:
+    TypeError: if a leaf is something else, such as a text.
+
+  >>> cond("cat")
+  Traceback (most recent call last):
+  ...
+  TypeError: cond must hold numbers or arrays, got 'cat': give the number of the class
+  """
+  for leaf in jax.tree.leaves(value):
+    if isinstance(leaf, str | bytes) or (hasattr(leaf, "dtype") and leaf.dtype.kind in "OSU"):
+      raise TypeError(f"cond must hold numbers or arrays, got {leaf!r}: give the number of the class")
+  return value
 
 
 def labels(name: str, value: T, num_classes: int, null: bool = False) -> T:

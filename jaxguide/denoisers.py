@@ -16,6 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.errors import FlaxError
 
 from jaxguide import checks, struct
@@ -94,10 +95,18 @@ class ClassifierLogProb:
 
   def logits(self, x: Example, sigma: Scalar) -> Array:
     """Give the logits, (classes,), for one example."""
-    return _apply(self, x, sigma).astype(jnp.promote_types(x.dtype, jnp.float32))
+    logits = _apply(self, x, sigma)
+    if logits.ndim != 1:
+      raise ValueError(f"the classifier must give logits of shape (n, classes), got (n, *{logits.shape})")
+    return logits.astype(jnp.promote_types(x.dtype, jnp.float32))
 
   def __call__(self, x: Example, sigma: Scalar, cond: PyTree) -> Scalar:
     """Give the log-probability of the label ``cond``, a scalar."""
+    if jnp.ndim(cond) or not jnp.issubdtype(jnp.result_type(cond), jnp.integer):
+      raise ValueError(
+        f"the classifier needs one whole number as the label of one example, got {jnp.result_type(cond)} of shape "
+        f"{jnp.shape(cond)}"
+      )
     return jax.nn.log_softmax(self.logits(x, sigma))[cond]
 
   def check_cond(self, cond: PyTree) -> None:
@@ -196,6 +205,43 @@ def split_variance(output: Array, x: Array) -> tuple[Array, Array | None]:
   if output.shape != x.shape:
     raise ValueError(f"the network gave shape {output.shape} for an input of shape {x.shape}")
   return output, variance
+
+
+def same_type(null: ArrayLike, cond: ArrayLike) -> tuple[Array, Array]:
+  """Give a null condition and a condition as arrays of one type that holds both.
+
+  It is the condition's own type. Where whole numbers of that type cannot hold the null label, such as 300 in ``uint8``,
+  it is a larger one.
+
+  Raises:
+    ValueError: if no type holds both.
+
+  >>> [leaf.dtype.name for leaf in same_type(300, np.uint8(1))]
+  ['int32', 'int32']
+  """
+  own = jnp.result_type(cond)
+  whole = jnp.issubdtype(own, jnp.integer) or own == jnp.bool_
+  if not whole or getattr(null, "dtype", None) == own or (own == jnp.bool_ and isinstance(null, bool | np.bool_)):
+    return jnp.asarray(null, own), jnp.asarray(cond)
+  if isinstance(null, jax.core.Tracer):
+    kind = jnp.promote_types(own, null.dtype)
+  else:
+    limits = [0, 1] if own == jnp.bool_ else [jnp.iinfo(own).min, jnp.iinfo(own).max]
+    values = np.append(np.asarray(null, object), limits)
+    kinds = [own] if own != jnp.bool_ else []
+    kinds += [jnp.promote_types(own, jnp.int32), jnp.promote_types(own, jnp.int64)]
+    kinds = [kind for kind in map(jax.dtypes.canonicalize_dtype, kinds) if _holds(kind, values)]
+    if not kinds:
+      raise ValueError(f"null_cond {null!r} does not fit cond's type, {own.name}: give labels of a larger type")
+    kind = kinds[0]
+  return jnp.asarray(null).astype(kind), jnp.asarray(cond).astype(kind)
+
+
+def _holds(kind: Any, values: np.ndarray) -> bool:
+  if not jnp.issubdtype(kind, jnp.integer):
+    return False
+  limits = jnp.iinfo(kind)
+  return bool((values >= limits.min).all() and (values <= limits.max).all())
 
 
 def check_cond(tree: PyTree, cond: PyTree) -> None:

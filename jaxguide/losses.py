@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxguide import checks
+from jaxguide.denoisers import same_type
 from jaxguide.scaling import Scaling
 from jaxguide.schedules import NoiseLevels
 from jaxguide.typing import Array, ArrayLike, Float, Int, Key, PyTree
@@ -62,7 +63,8 @@ def drop_cond(key: Key, cond: PyTree, null_cond: PyTree, p_uncond: ArrayLike) ->
     p_uncond: in [0, 1]; the paper finds 0.1 and 0.2 best.
 
   Raises:
-    ValueError: if ``p_uncond`` is outside [0, 1], or above 0 without a condition to drop and a ``null_cond`` for it.
+    ValueError: if ``p_uncond`` is outside [0, 1], or above 0 without a condition to drop and a ``null_cond`` for it; or
+      if no type holds both a label and the null label.
 
   >>> drop_cond(jax.random.key(0), jnp.array([3, 1, 4]), 10, 1.0).tolist()
   [10, 10, 10]
@@ -74,7 +76,12 @@ def drop_cond(key: Key, cond: PyTree, null_cond: PyTree, p_uncond: ArrayLike) ->
     raise ValueError("p_uncond above 0 needs a cond to drop, and null_cond to put in its place")
   leaves = jax.tree.leaves(cond)
   drop = jax.random.bernoulli(key, p_uncond, (leaves[0].shape[0],))
-  return jax.tree.map(lambda y, null: jnp.where(wide(drop, y), jnp.asarray(null, y.dtype), y), cond, null_cond)
+
+  def replace(y, null):
+    null, y = same_type(null, y)
+    return jnp.where(wide(drop, y), null, y)
+
+  return jax.tree.map(replace, cond, null_cond)
 
 
 def denoising_loss(

@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxguide import checks, memory
+from jaxguide import checks, keys, memory
 from jaxguide.denoisers import check_cond
+from jaxguide.guidance.rule import check_denoiser
+from jaxguide.solvers import Euler, Heun
 from jaxguide.solvers.base import Conditioned
 from jaxguide.typing import ArrayLike, Denoiser, Example, Float, Key, PyTree, Solver
 
@@ -38,7 +40,8 @@ def sample(
 
   Args:
     denoise: ``(x, sigma, cond) -> x0``, guided or not.
-    key: the sample's own key, from which the start and each step's noise are made.
+    key: the sample's own key, from which the start and each step's noise are made. A key of another kind than Threefry
+      (``rbg``, ``unsafe_rbg``) is made one of Threefry; see `jaxguide.keys.threefry`.
     shape: shape of the example, without a batch axis.
     sigmas: (steps + 1,) noise levels that decrease and end in 0; see `jaxguide.schedules`. Their type is the sample's.
     solver: see `jaxguide.solvers`.
@@ -52,8 +55,9 @@ def sample(
     The example, and what ``collect`` gave (``None`` without it).
 
   Raises:
-    ValueError: for a grid that does not decrease or end in 0, a label outside the classes, or an ``x_init`` of another
-      shape.
+    ValueError: for a grid that does not decrease or end in 0, a label outside the classes, or an ``x_init`` that has
+      another shape or is not finite.
+    TypeError: if ``denoise``, ``key``, ``shape``, ``solver`` or ``cond`` is something else.
 
   >>> from jaxguide import mixtures, schedules, solvers
   >>> ring = mixtures.ring(4)
@@ -64,17 +68,19 @@ def sample(
   ((2,), (8, 2), True)
   """
   checks.sigmas(sigmas)
-  check_cond((denoise, solver), cond)
+  check_denoiser(denoise)
+  check_cond((denoise, checks.solver(solver)), checks.cond(cond))
+  shape, key = checks.shape("shape", shape), keys.threefry(key)
   sigmas = jnp.asarray(sigmas)
   if not jnp.issubdtype(sigmas.dtype, jnp.floating):
     sigmas = sigmas.astype(float)
   start_key, step_key = jax.random.split(key)
   if x_init is None:
-    x = sigmas[0] * jax.random.normal(start_key, tuple(shape), sigmas.dtype)
-  elif x_init.shape == tuple(shape):
-    x = x_init.astype(sigmas.dtype)
+    x = sigmas[0] * jax.random.normal(start_key, shape, sigmas.dtype)
+  elif jnp.shape(x_init) == shape:
+    x = jnp.asarray(checks.finite("x_init", x_init)).astype(sigmas.dtype)
   else:
-    raise ValueError(f"x_init must have the shape {tuple(shape)} of the example, got {x_init.shape}")
+    raise ValueError(f"x_init must have the shape {shape} of the example, got {jnp.shape(x_init)}")
 
   def step(carry, inputs):
     state, remembered = carry
@@ -97,11 +103,87 @@ def sample(
 def sample_keys(key: Key, num: int, start: int = 0) -> Key:
   """Give the keys of samples ``start`` to ``start + num - 1``: ``fold_in(key, i)``.
 
+  Args:
+    key: a random key of any kind; those of the samples are Threefry's.
+    num: how many.
+    start: index of the first.
+
+  Raises:
+    ValueError: if an index is above `jaxguide.keys.MAX_INDEX`, or a number below 0.
+
   >>> sample_keys(jax.random.key(0), 3).shape
   (3,)
   """
-  num, start = checks.at_least("num", num, 0), checks.at_least("start", start, 0)
-  return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(start, start + num))
+  num, start = _indices(num, start, 0)
+  return _keys_of(keys.threefry(key), start + np.arange(num, dtype=np.int64))
+
+
+def _indices(num, start, least):
+  num, start = checks.at_least("num", num, least), checks.at_least("start", start, 0)
+  if start + num - 1 > keys.MAX_INDEX:
+    raise ValueError(
+      f"start + num must be at most {keys.MAX_INDEX + 1}, since an index is one word of 32 bits; got {start} + {num}"
+    )
+  return num, start
+
+
+def _keys_of(key, indices):
+  return jax.vmap(functools.partial(jax.random.fold_in, key))(indices.astype(np.uint32))
+
+
+def invert(
+  denoise: Denoiser,
+  x0: Example,
+  sigmas: ArrayLike,
+  solver: Solver | None = None,
+  cond: PyTree = None,
+) -> Example:
+  r"""Walk up the noise from a clean example, along the probability flow: what `sample` would start from to end there.
+
+  ``sample(denoise, key, shape, sigmas, solver, cond, x_init=invert(denoise, x0, sigmas, solver, cond))`` gives ``x0``
+  back, to the error of the steps. It is DDIM inversion (Song et al. 2021, arXiv:2010.02502, section 4.3; Dhariwal &
+  Nichol 2021, appendix F) for `jaxguide.Euler`, and the same of second order for `jaxguide.Heun`.
+
+  Args:
+    denoise: ``(x, sigma, cond) -> x0``, guided or not. Large scales of guidance are hard to invert.
+    x0: a clean example.
+    sigmas: (steps + 1,) levels that decrease and end in 0, as `sample` takes them; they are walked upwards, from the
+      last above 0, where ``x0`` is taken to be.
+    solver: a solver without noise that looks at one step alone: `jaxguide.Heun` if left out, or `jaxguide.Euler`.
+    cond: one example's condition.
+
+  Returns:
+    ``x`` at ``sigmas[0]``, of the shape of ``x0``.
+
+  Raises:
+    ValueError: for a solver that adds noise or remembers steps, a bad grid or condition, or an ``x0`` that is not
+      finite.
+
+  >>> from jaxguide import mixtures, schedules, solvers
+  >>> ring, grid, x0 = mixtures.ring(4), schedules.karras(40), jnp.array([0.9, 0.1])
+  >>> x = invert(ring.denoiser, x0, grid, cond=0)
+  >>> again = sample(ring.denoiser, jax.random.key(0), (2,), grid, solvers.Heun(), 0, x_init=x)[0]
+  >>> bool(jnp.abs(again - x0).max() < 1e-2)
+  True
+  """
+  checks.sigmas(sigmas)
+  solver = Heun() if solver is None else checks.solver(solver)
+  if not isinstance(solver, Heun | Euler):
+    raise ValueError(f"inversion needs a solver without noise or memory, Heun() or Euler(), got {solver!r}")
+  check_cond(check_denoiser(denoise), checks.cond(cond))
+  if memory.find(denoise) is not None:
+    raise ValueError("a guidance that remembers earlier steps cannot be walked upwards: leave out its momentum")
+  sigmas = jnp.asarray(sigmas)
+  sigmas = sigmas if jnp.issubdtype(sigmas.dtype, jnp.floating) else sigmas.astype(float)
+  levels = sigmas[-2::-1]
+  conditioned, unused = Conditioned(denoise, cond), keys.seed_key(0)
+
+  def step(state, levels):
+    sigma, sigma_next = levels
+    return solver.step(conditioned, state, sigma, sigma_next, unused), None
+
+  start = solver.init(jnp.asarray(checks.finite("x0", x0)).astype(sigmas.dtype))
+  return jax.lax.scan(step, start, (levels[:-1], levels[1:]))[0].x
 
 
 def sample_batch(
@@ -117,6 +199,7 @@ def sample_batch(
   batch_size: int | None = None,
   devices: Sequence[jax.Device] | None = None,
   progress: Callable[[int], object] | None = None,
+  x_init: ArrayLike | None = None,
 ) -> Float[np.ndarray, " num *shape"]:
   """Draw many examples: compiled, in micro-batches, spread over the devices.
 
@@ -136,13 +219,17 @@ def sample_batch(
     batch_size: the most samples at a time, over all devices; all at once if left out.
     devices: where to run; all devices of this process if left out.
     progress: called with the number of samples just made, after each micro-batch (``tqdm(...).update`` fits).
+    x_init: (num, *shape), or (*shape) for every sample: start from these at ``sigmas[0]``, and not from noise. For
+      image to image, add noise of that level to clean images; `invert` finds the start that leads back to one.
 
   Returns:
     (num, *shape) in host memory.
 
   Raises:
-    ValueError: for a bad grid, a label outside the classes, lengths in ``cond`` that differ, or a count below 1.
-    TypeError: if ``denoise`` is not a pytree of arrays.
+    ValueError: for a bad grid, a label outside the classes, lengths in ``cond`` that differ, a count below 1, an index
+      above `jaxguide.keys.MAX_INDEX`, a device named twice, or an ``x_init`` of another shape or not finite.
+    TypeError: if ``denoise`` is not a pytree of arrays, ``key`` no random key, ``solver`` no solver, ``cond`` no
+      numbers; or inside ``jit``, where `sample` belongs.
     FloatingPointError: if a sample is not finite, naming it and the step where it happened.
 
   >>> from jaxguide import guidance, mixtures, schedules, solvers
@@ -165,6 +252,7 @@ def sample_batch(
     start=start,
     batch_size=batch_size,
     devices=devices,
+    x_init=x_init,
   ):
     made.append(x)
     if progress is not None:
@@ -185,6 +273,7 @@ def sample_batches(
   batch_size: int | None = None,
   devices: Sequence[jax.Device] | None = None,
   skip: int = 0,
+  x_init: ArrayLike | None = None,
 ) -> Iterator[Float[np.ndarray, " n *shape"]]:
   """Draw many examples as `sample_batch` does, one micro-batch after another.
 
@@ -203,6 +292,7 @@ def sample_batches(
     devices: where to run; all devices of this process if left out.
     skip: how many of the ``num`` there are already, from an earlier run that was cut off. The rest comes out as it
       would have then, to the last bit if ``skip`` is a whole number of micro-batches.
+    x_init: where to start from, as in `sample_batch`.
 
   Returns:
     An iterator over arrays (n, *shape) in host memory.
@@ -211,15 +301,31 @@ def sample_batches(
     ValueError, TypeError: as `sample_batch`, before the first is drawn.
     FloatingPointError: if a sample is not finite.
   """
+  if isinstance(jnp.zeros(()), jax.core.Tracer):
+    raise TypeError(
+      "sample_batch compiles itself and cannot run inside jit, vmap or grad: call it outside, or use jax.vmap of "
+      "jaxguide.sample there"
+    )
   checks.sigmas(sigmas)
-  check_cond((denoise, solver), cond)
+  check_denoiser(denoise)
+  checks.solver(solver)
+  cond = jax.tree.map(lambda leaf: np.asarray(leaf) if isinstance(leaf, list) else leaf, cond, is_leaf=_is_numbers)
+  check_cond((denoise, solver), checks.cond(cond))
   _check_pytree("denoise", denoise)
   _check_pytree("solver", solver)
+  shape, key = checks.shape("shape", shape), keys.threefry(key)
   num, cond = _broadcast(cond, num)
-  start = checks.at_least("start", start, 0)
+  num, start = _indices(num, start, 1)
+  if x_init is not None:
+    x_init = np.asarray(checks.finite("x_init", np.asarray(x_init)))
+    if x_init.shape not in (shape, (num, *shape)):
+      raise ValueError(f"x_init must have the shape {(num, *shape)} of the samples or {shape}, got {x_init.shape}")
+    x_init = np.broadcast_to(x_init, (num, *shape))
   devices = jax.local_devices() if devices is None else list(devices)
   if not devices:
     raise ValueError("devices must name at least one device, or be left out to use all")
+  if len(set(devices)) < len(devices):
+    raise ValueError(f"devices must name each device once, got {devices}")
   size = num if batch_size is None else min(num, checks.at_least("batch_size", batch_size, 1))
   size = math.ceil(size / len(devices)) * len(devices)
   spread = jax.sharding.NamedSharding(
@@ -229,42 +335,44 @@ def sample_batches(
   fixed = jax.device_put((denoise, jnp.asarray(sigmas), solver), same)
 
   skip = checks.at_least("skip", skip, 0)
-  return _micro_batches(fixed, spread, key, cond, tuple(shape), range(skip, num, size), start)
+  return _micro_batches(fixed, spread, key, (cond, x_init), shape, range(skip, num, size), start)
 
 
-def _micro_batches(fixed, spread, key, cond, shape, firsts, start):
+def _micro_batches(fixed, spread, key, given, shape, firsts, start):
   num, size = firsts.stop, firsts.step
   for first in firsts:
     # The last micro-batch is filled up with copies of the last sample, so that every one has the same shape.
     rows = np.minimum(np.arange(first, first + size), num - 1)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(start + rows)
-    conds = _rows(cond, rows)
-    made = np.asarray(_sample_many(*fixed, *jax.device_put((keys, conds), spread), shape=shape))
+    inputs = _keys_of(key, start + rows), *_rows(given, rows)
+    made = np.asarray(_sample_many(*fixed, *jax.device_put(inputs, spread), shape=shape))
     made = made[: num - first]
-    _check_finite(made, fixed, keys, conds, shape, start + first)
+    _check_finite(made, fixed, inputs, shape, start + first)
     yield made
 
 
 @functools.partial(jax.jit, static_argnames="shape")
-def _sample_many(denoise, sigmas, solver, keys, cond, *, shape):
-  return jax.vmap(lambda key, cond: sample(denoise, key, shape, sigmas, solver, cond)[0])(keys, cond)
+def _sample_many(denoise, sigmas, solver, keys, cond, x_init, *, shape):
+  def one(key, cond, x_init):
+    return sample(denoise, key, shape, sigmas, solver, cond, x_init=x_init)[0]
+
+  return jax.vmap(one)(keys, cond, x_init)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
-def _finite_steps(denoise, sigmas, solver, key, cond, *, shape):
-  return sample(denoise, key, shape, sigmas, solver, cond, lambda state: jnp.isfinite(state.x).all())[1]
+def _finite_steps(denoise, sigmas, solver, key, cond, x_init, *, shape):
+  return sample(denoise, key, shape, sigmas, solver, cond, lambda state: jnp.isfinite(state.x).all(), x_init)[1]
 
 
 def _rows(tree, rows):
   return jax.tree.map(lambda leaf: leaf[rows], tree)
 
 
-def _check_finite(made, fixed, keys, conds, shape, first):
+def _check_finite(made, fixed, inputs, shape, first):
   bad = np.flatnonzero(~np.isfinite(made).reshape(len(made), -1).all(1))
   if bad.size:
     row = bad[0]
     # Only now, since looking at every step costs time: walk the first bad sample's path again.
-    finite = _finite_steps(*fixed, keys[row], _rows(conds, row), shape=shape)
+    finite = _finite_steps(*fixed, *_rows(inputs, row), shape=shape)
     step = int(np.argmin(np.asarray(finite)))
     raise FloatingPointError(
       f"{bad.size} of {len(made)} samples are not finite; sample {first + row} first at step {step} of {len(finite)}, "
@@ -272,12 +380,19 @@ def _check_finite(made, fixed, keys, conds, shape, first):
     )
 
 
+def _is_numbers(node: Any) -> bool:
+  """Whether this is a list of numbers, or of such lists: what somebody writes for an array."""
+  numbers = int | float | np.generic | np.ndarray
+  return isinstance(node, list) and all(isinstance(item, numbers) or _is_numbers(item) for item in node)
+
+
 def _check_pytree(name: str, tree: PyTree) -> None:
   for leaf in jax.tree.leaves(tree):
     if callable(leaf) or not isinstance(leaf, int | float | complex | np.generic | np.ndarray | jax.Array):
       raise TypeError(
         f"{name} must be a pytree of arrays, but holds {leaf!r}; make a function of your own one with "
-        "jax.tree_util.Partial(function, params), its arrays in params and not in a closure"
+        "jax.tree_util.Partial(function, params), its arrays in params and not in a closure. Of an Equinox module the "
+        "params are its arrays, equinox.partition(module, equinox.is_array)[0]; combine them with the rest in apply"
       )
 
 

@@ -118,14 +118,21 @@ def _edm(sigma_data, sigma):
   return Coefficients((sigma_data / total) ** 2, sigma * sigma_data / total, 1 / total, jnp.log(sigma) / 4)
 
 
-def flow(time_scale: ArrayLike = 1000.0) -> Scaling:
+def flow(time_scale: ArrayLike | None = None) -> Scaling:
   """The network predicts the velocity ``eps - x0`` of a straight path (Lipman et al. 2023, arXiv:2210.02747).
 
   The path is ``x_t = (1 - t) x0 + t eps``, so that ``t = sigma / (1 + sigma)`` and ``x_t = x / (1 + sigma)``.
 
   Args:
-    time_scale: ``c_noise`` is ``time_scale * t``.
+    time_scale: ``c_noise`` is ``time_scale * t``: 1000 for networks whose time runs to a thousand, as those of Stable
+      Diffusion 3 and of `jaxguide.training`, 1 for those that are told ``t`` in [0, 1]. There is no default, since the
+      wrong one gives wrong samples without a word.
+
+  Raises:
+    TypeError: without a ``time_scale``.
   """
+  if time_scale is None:
+    raise TypeError("flow needs a time_scale: 1.0 for a network that is told t in [0, 1], 1000.0 for one told 1000 t")
   return Partial(_flow, checks.finite("time_scale", time_scale))
 
 
@@ -160,6 +167,8 @@ def iddpm(table: Table) -> Scaling:
   >>> float(iddpm(schedules.table("linear", 1000))(0.3).c_noise)
   88.0
   """
+  if not isinstance(table, Table):
+    raise TypeError(f"table must be a schedule of discrete steps, as jaxguide.schedules.table makes it, got {table!r}")
   return Partial(_iddpm, table)
 
 
@@ -173,6 +182,12 @@ def _alpha(sigma):
 
 
 def _time_scale(schedule, given):
+  if isinstance(schedule, str | type) or not callable(getattr(schedule, "time", None)):
+    shown = schedule.__name__ + "'s class" if isinstance(schedule, type) else repr(schedule)
+    raise TypeError(
+      f"schedule must be a noise schedule, got {shown}: make one, such as jaxguide.schedules.schedule('cosine') or "
+      "jaxguide.schedules.table('linear', 1000)"
+    )
   if given is None:
     return 1.0 if isinstance(schedule, Table) else 1000.0
   return checks.finite("time_scale", given)
@@ -189,18 +204,21 @@ PREDICTIONS: dict[str, Callable[..., Scaling]] = {
 
 
 def scaling(prediction: str, schedule: NoiseSchedule, time_scale: ArrayLike | None = None) -> Scaling:
-  """Make a scaling by the name of what the network predicts; ``edm``, ``flow`` and ``ve`` need no schedule.
+  """Make a scaling by the name of what the network predicts; ``edm``, ``flow`` and ``ve`` take nothing of a schedule.
 
   Args:
     prediction: ``eps``, ``x0``, ``v``, ``edm``, ``flow`` or ``ve``.
     schedule: tells the network its time.
-    time_scale: as in `eps`.
+    time_scale: as in `eps`; `flow` needs it.
 
   Raises:
     ValueError: for an unknown name, with the nearest.
+    TypeError: for ``flow`` without a ``time_scale``.
   """
   make = checks.lookup("prediction", prediction, PREDICTIONS)
-  return make() if make in (edm, flow, ve) else make(schedule, time_scale)
+  if make is flow:
+    return flow(time_scale)
+  return make() if make in (edm, ve) else make(schedule, time_scale)
 
 
 # --- weights of the loss, on |x0 - D|² -------------------------------------------------------------

@@ -38,9 +38,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from jaxguide import checks, memory, struct
+from jaxguide import checks, keys, memory, struct
 from jaxguide.denoisers import check_cond
-from jaxguide.guidance import classifier
+from jaxguide.guidance import Rule, classifier
 from jaxguide.guidance.mixing import Both
 from jaxguide.sampling import sample_keys
 from jaxguide.solvers.base import Conditioned
@@ -227,7 +227,10 @@ def sample_product(
   ((100, 2), (20,), True)
   """
   checks.sigmas(sigmas)
-  check_cond((target, solver), cond)
+  if isinstance(target, Rule):
+    raise TypeError("the target must be made by tempered, tempered_by_classifier or product, got a guidance")
+  check_cond((target, checks.solver(solver)), checks.cond(cond))
+  shape, key = checks.shape("shape", shape), keys.threefry(key)
   num_particles = checks.at_least("num_particles", num_particles, 1)
   threshold = checks.in_range("threshold", threshold, 0, 1)
   if memory.find(target) is not None:

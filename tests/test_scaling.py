@@ -79,7 +79,7 @@ def test_time_is_the_step_of_a_table_and_thousandths_of_a_schedule(prediction, f
 
 
 def test_flow_time(float64):
-  np.testing.assert_allclose(scaling.flow()(np.array([1.0, 3.0])).c_noise, [500.0, 750.0])
+  np.testing.assert_allclose(scaling.flow(1000.0)(np.array([1.0, 3.0])).c_noise, [500.0, 750.0])
   np.testing.assert_allclose(scaling.flow(1.0)(np.array([1.0, 3.0])).c_noise, [0.5, 0.75])
 
 

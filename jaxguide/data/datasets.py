@@ -29,7 +29,8 @@ class Images:
 
   Attributes:
     images: ``uint8`` of shape (n, h, w, c), from 0 to 255.
-    labels: ``int32`` of shape (n,), from 0 to ``num_classes - 1``.
+    labels: whole numbers of any type, or a list of them, of shape (n,), from 0 to ``num_classes - 1``; they are kept as
+      ``int32``.
     num_classes: how many classes there are, whether or not each occurs.
     name: what the dataset is called.
 
@@ -37,16 +38,17 @@ class Images:
     ValueError: if the arrays are not that.
   """
 
-  images: np.ndarray
-  labels: np.ndarray
+  images: Any
+  labels: Any
   num_classes: int
   name: str
 
   def __post_init__(self):
-    check_images(self.images, self.labels)
-    if self.labels.dtype != np.int32:
-      raise ValueError(f"labels must be int32, got {self.labels.dtype}")
-    checks.labels("label", self.labels, self.num_classes)
+    images, labels = np.asarray(self.images), np.asarray(self.labels)
+    check_images(images, labels)
+    checks.labels("label", labels, checks.at_least("num_classes", self.num_classes, 1))
+    object.__setattr__(self, "images", images)
+    object.__setattr__(self, "labels", labels.astype(np.int32))
 
   def __len__(self) -> int:
     return len(self.images)

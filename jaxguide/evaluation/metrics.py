@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 
 def _check_images(images: np.ndarray) -> None:
@@ -46,10 +47,13 @@ def pixel_features(images: np.ndarray) -> np.ndarray:
   return images.reshape(len(images), int(np.prod(images.shape[1:]))) / 255.0
 
 
-def _moments(name: str, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _moments(name: str, features: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
   """Give the mean and a symmetric square root of the unbiased covariance."""
-  if features.ndim != 2 or len(features) < 2:
-    raise ValueError(f"{name} must be at least 2 feature vectors, of shape (n, d), got shape {features.shape}")
+  features = np.asarray(features)
+  if features.ndim != 2 or len(features) < 2 or not features.shape[1]:
+    raise ValueError(
+      f"{name} must be at least 2 feature vectors of at least 1 number, of shape (n, d), got shape {features.shape}"
+    )
   if not np.isfinite(features).all():
     raise ValueError(f"{name} must be finite, but holds infinity or NaN; drop those samples")
   features = features.astype(np.float64)
@@ -60,7 +64,7 @@ def _moments(name: str, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return mean, (vectors * np.sqrt(values.clip(0))) @ vectors.T
 
 
-def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
+def frechet_distance(features_a: npt.ArrayLike, features_b: npt.ArrayLike) -> float:
   """Measure the Fréchet distance between Gaussians fitted to two sets of feature vectors.
 
   It is ``|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))``, with unbiased covariances ``S``: the formula of the FID
@@ -94,7 +98,7 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
   return max(0.0, float(((mean_a - mean_b) ** 2).sum() + spread))
 
 
-def diversity(images: np.ndarray, labels: np.ndarray) -> float:
+def diversity(images: npt.ArrayLike, labels: npt.ArrayLike) -> float:
   """Measure how unlike one another the samples of one class are.
 
   For each class it takes the mean Euclidean distance, on pixels in [0, 1], over all pairs of samples for which that
@@ -116,6 +120,7 @@ def diversity(images: np.ndarray, labels: np.ndarray) -> float:
   >>> diversity(images, np.array([0, 0, 1, 1]))
   0.5
   """
+  images, labels = np.asarray(images), np.asarray(labels)
   _check_labelled(images, labels)
   means = []
   for label in np.unique(labels):

@@ -129,7 +129,8 @@ def compose(networks: Networks, scale: Scale, *, labels: tuple[int, ...], scales
 
 
 def _compose(denoise, guidance, labels, x, sigma, cond):
-  return guidance(denoise)(x, sigma, jnp.append(cond, labels.astype(cond.dtype)))
+  labels, cond = denoisers.same_type(labels, cond)
+  return guidance(denoise)(x, sigma, jnp.append(cond, labels))
 
 
 def _with_others(scale, others, sigma):
@@ -304,7 +305,7 @@ def build(text: str, networks: Networks, scale: float | None = None) -> Guidance
     made["combine"] = rule(**part(of_rule))
   guidance = method.make(networks, **made)
   if "ratio" in given:
-    guidance = guide.normalized(guidance, given["ratio"])
+    guidance = guide.normalized(guidance, checks.in_range("ratio", given["ratio"], 0))
   if "sigma_lo" in given or "sigma_hi" in given:
     guidance = guide.interval(guidance, given.get("sigma_lo", 0.0), given.get("sigma_hi", float("inf")))
   return guidance

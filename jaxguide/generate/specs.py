@@ -27,9 +27,9 @@ def parse(text: str) -> Spec:
   >>> parse("cfg:scale=4,combine=rescaled")
   Spec(name='cfg', options={'scale': '4', 'combine': 'rescaled'})
   """
-  name, _, rest = text.partition(":")
+  name, colon, rest = text.partition(":")
   options: dict[str, str] = {}
-  for part in filter(None, rest.split(",")):
+  for part in rest.split(",") if colon else ():
     option, _, value = part.partition("=")
     if not (option and value):
       raise ValueError(f"{text!r} must be written NAME:option=value,option=value; {part!r} is not option=value")

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxguide import checks, memory, struct
-from jaxguide.denoisers import check_cond
+from jaxguide.denoisers import NetworkDenoiser, check_cond
 from jaxguide.guidance.rule import Composition, Rule
 from jaxguide.typing import ArrayLike, Example, Guidance, Leaf, Prediction, PyTree, Scalar, map_x0
 
@@ -29,7 +29,7 @@ def _chain(denoise, guidances):
 
 def _functions(guidances):
   for guidance in guidances:
-    if not callable(guidance):
+    if not callable(guidance) or isinstance(guidance, NetworkDenoiser | type):
       raise TypeError(f"guidance must be functions from a denoiser to a guided one, got {guidance!r}")
   return guidances
 

@@ -177,14 +177,15 @@ def normalized(guidance: Guidance, ratio: Scale) -> Guidance:
     one's where they are the same, as for the guidances by gradients.
 
   Raises:
-    ValueError: if ``ratio`` is not finite.
+    ValueError: if ``ratio`` is negative or not finite.
 
   >>> inside = classifier(lambda x, sigma, cond: jnp.sum(x * cond), 5.0)
   >>> guided = normalized(inside, 0.1)(lambda x, sigma, cond: 0 * x)
   >>> guided(jnp.array([3.0, 4.0]), jnp.asarray(2.0), jnp.array([0.0, 2.0])).tolist()  # 0.1 of 5, along the gradient
   [0.0, 0.5]
   """
-  return Rule(_normalized, (guidance, checks.scale("ratio", ratio)))
+  ratio = checks.scale("ratio", ratio) if callable(ratio) else checks.in_range("ratio", ratio, 0)
+  return Rule(_normalized, (guidance, ratio))
 
 
 def _normalized(denoise, guidance, ratio, x, sigma, cond):

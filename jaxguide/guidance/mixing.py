@@ -12,7 +12,7 @@ from jax.tree_util import Partial
 
 from jaxguide import checks, memory, struct
 from jaxguide.combine import Combine, linear
-from jaxguide.denoisers import check_cond
+from jaxguide.denoisers import check_cond, same_type
 from jaxguide.guidance.rule import Composition, Rule
 from jaxguide.typing import Denoiser, Example, Guidance, Leaf, PyTree, Scalar, Scale, map_x0, scale_at, x0_of
 
@@ -71,9 +71,7 @@ class Both:
   def __call__(self, x: Example, sigma: Scalar, cond: PyTree) -> tuple[Any, Any]:
     """Give the two predictions."""
     _check_null(self.denoise, cond, self.null_cond)
-    both = jax.tree.map(
-      lambda null, y: jnp.stack([jnp.asarray(null, jnp.result_type(y)), jnp.asarray(y)]), self.null_cond, cond
-    )
+    both = jax.tree.map(lambda null, y: jnp.stack(same_type(null, y)), self.null_cond, cond)
     said = jax.vmap(self.denoise, (None, None, 0))(x, sigma, both)
     return jax.tree.map(operator.itemgetter(0), said), jax.tree.map(operator.itemgetter(1), said)
 
@@ -135,8 +133,8 @@ class _Composed:
     _check_null(self.denoise, jax.tree.map(operator.itemgetter(0), cond), self.null_cond)
 
     def with_null(given, null):
-      null = jnp.asarray(null, jnp.result_type(given))
-      return jnp.concatenate([jnp.asarray(given), null[None]])
+      null, given = same_type(null, given)
+      return jnp.concatenate([given, null[None]])
 
     said = jax.vmap(self.denoise, (None, None, 0))(x, sigma, jax.tree.map(with_null, cond, self.null_cond))
 

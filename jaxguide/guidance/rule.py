@@ -23,7 +23,7 @@ class Rule:
 
   def __call__(self, denoise: Denoiser) -> Denoiser:
     """Give the guided denoiser."""
-    return Partial(self.formula, denoise, *self.parameters)
+    return Partial(self.formula, check_denoiser(denoise), *self.parameters)
 
 
 @struct.dataclass
@@ -35,4 +35,23 @@ class Composition(Rule):
 
   def __call__(self, denoise: Denoiser) -> Denoiser:
     """Give the guided denoiser."""
-    return self.formula(denoise, *self.parameters)
+    return self.formula(check_denoiser(denoise), *self.parameters)
+
+
+def check_denoiser(denoise: Denoiser) -> Denoiser:
+  """Give a denoiser back if it can be called and is no guidance that waits for one.
+
+  Raises:
+    TypeError: if it is not that.
+
+  >>> import jaxguide as jg
+  >>> check_denoiser(jg.clip_x0())
+  Traceback (most recent call last):
+  ...
+  TypeError: denoise must be a denoiser, got a guidance: apply it to one first, guidance(denoise)
+  """
+  if isinstance(denoise, Rule):
+    raise TypeError("denoise must be a denoiser, got a guidance: apply it to one first, guidance(denoise)")
+  if isinstance(denoise, type) or not callable(denoise):
+    raise TypeError(f"denoise must be a denoiser, a function (x, sigma, cond) -> x0 of one example; got {denoise!r}")
+  return denoise

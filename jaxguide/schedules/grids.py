@@ -12,15 +12,18 @@ from jaxtyping import Array, Float, Int
 
 from jaxguide import checks
 from jaxguide.schedules.noise import NoiseSchedule
-from jaxguide.schedules.tables import Table, cosine_betas, spaced_timesteps
+from jaxguide.schedules.tables import MOST_STEPS, Table, cosine_betas, spaced_timesteps
 from jaxguide.typing import ArrayLike
+
+MOST_RHO = 1000.0
+"""The largest rho: from some hundreds on the grid is `log_snr_uniform`, and far above it its levels are rounding."""
 
 
 def _bounds(steps: int, sigma_min: ArrayLike, sigma_max: ArrayLike) -> int:
   ends = checks.finite("sigma_min", sigma_min), checks.finite("sigma_max", sigma_max)
   if checks.is_concrete(ends) and not 0 < np.asarray(sigma_min) < np.asarray(sigma_max):
     raise ValueError(f"sigma_min must be above 0 and below sigma_max, got {sigma_min} and {sigma_max}")
-  return checks.at_least("steps", steps, 1)
+  return checks.whole("steps", steps, 1, MOST_STEPS)
 
 
 def _end_in_zero(sigmas: ArrayLike) -> Array:
@@ -45,13 +48,13 @@ def karras(
     (steps + 1,) decreasing levels.
 
   Raises:
-    ValueError: for steps below 1, or not 0 < sigma_min < sigma_max, or rho below 1.
+    ValueError: for steps below 1, or not 0 < sigma_min < sigma_max, or rho below 1 or above `MOST_RHO`.
 
   >>> [round(float(s), 3) for s in karras(3)]
   [80.0, 2.515, 0.002, 0.0]
   """
   ramp = np.linspace(0, 1, _bounds(steps, sigma_min, sigma_max))
-  rho = checks.in_range("rho", rho, 1)
+  rho = checks.in_range("rho", rho, 1, MOST_RHO)
   first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
   return _end_in_zero((first + ramp * (last - first)) ** rho)
 
@@ -124,7 +127,7 @@ def from_schedule(schedule: NoiseSchedule, steps: int, t_min: ArrayLike | None =
   >>> [round(float(s), 1) for s in from_schedule(Linear(), 2)]
   [152.2, 3.4, 0.0]
   """
-  steps = checks.at_least("steps", steps, 1)
+  steps = checks.whole("steps", steps, 1, MOST_STEPS)
   if isinstance(schedule, Table):
     raise TypeError("a table's time is a step and not in [0, 1]: use respaced(table, steps)")
   t_min = 1 / steps if t_min is None else checks.finite("t_min", t_min)
@@ -153,7 +156,8 @@ def respaced(
     spacing: where a number of steps lies (table 2 of Lin et al. 2024, arXiv:2305.08891, and diffusers); T-1 is visited
       by all but ``leading``, which leaves the noisiest levels out, and 0 only by the first two:
 
-      - ``linspace``, also if left out: evenly from 0 to T-1; one step alone visits T-1.
+      - ``linspace``, also if left out: evenly from 0 to T-1, rounded to whole steps as OpenAI's code does (diffusers
+        keeps the fractions, and interpolates the levels between two steps); one step alone visits T-1.
       - ``leading``: 0, k, 2k, ... with the whole stride ``k = T // steps``, as DDIM has it.
       - ``trailing``: T-1, T-1-k, ... with the stride ``k = T / steps``, rounded.
 
@@ -248,5 +252,39 @@ def round_sigma(table: Table, sigma: ArrayLike) -> Float[Array, "*shape"]:
   return jnp.append(table.sigmas, 0)[nearest_step(table, sigma)]
 
 
-GRIDS: dict[str, Callable[..., Array]] = {"karras": karras, "log-snr": log_snr_uniform, "cosine": cosine}
-"""Grids by the names that the command line takes; each is a function of ``(steps, sigma_min, sigma_max)``."""
+def flow(steps: int, shift: float | int = 1.0, sigma_max: float | int = 1000.0) -> Float[Array, " levels"]:
+  """The grid of flows: uniform in the time ``t`` of `Flow`, from 1 down, then 0.
+
+  Flow matching (Lipman et al. 2023, arXiv:2210.02747) walks ``t = 1, 1 - 1/steps, ..., 1/steps, 0``. A shift above 1
+  puts more of the steps at high noise, for large images (Esser et al. 2024, arXiv:2403.03206, eq. 23).
+
+  Args:
+    steps: number of steps, at least 1.
+    shift: s, above 0; 1 is none, 3 that of Stable Diffusion 3 for 1024x1024.
+    sigma_max: stands for the infinite level at time 1. It has to be above the next level.
+
+  Returns:
+    (steps + 1,) decreasing levels.
+
+  Raises:
+    ValueError: for steps below 1, a shift that is not above 0, or a sigma_max that is not above the second level.
+
+  >>> [round(float(s), 3) for s in flow(4, shift=3.0)]
+  [1000.0, 9.0, 3.0, 1.0, 0.0]
+  """
+  steps = checks.whole("steps", steps, 1, MOST_STEPS)
+  shift, sigma_max = checks.above("shift", checks.finite("shift", shift), 0), checks.finite("sigma_max", sigma_max)
+  t = 1 - np.arange(1, steps) / steps
+  levels = np.append(sigma_max, shift * t / (1 - t))
+  if levels[0] <= (levels[1] if steps > 1 else 0):
+    raise ValueError(f"sigma_max must be above the second level, {levels[1] if steps > 1 else 0:g}, got {sigma_max:g}")
+  return _end_in_zero(levels)
+
+
+GRIDS: dict[str, Callable[..., Array]] = {
+  "karras": karras,
+  "log-snr": log_snr_uniform,
+  "cosine": cosine,
+  "flow": flow,
+}
+"""Grids by the names that the command line takes; each is a function of the number of steps, and of its options."""

@@ -292,6 +292,36 @@ class LogSNRCosine(_Continuous):
 
 
 @struct.dataclass
+class Flow(_Continuous):
+  r"""The straight path of flow matching (Lipman et al. 2023, arXiv:2210.02747), ``(1 - t) x0 + t eps``.
+
+  .. math:: \sigma(t) = \frac{t'}{1 - t'} = s \frac{t}{1 - t}, \quad t' = \frac{s t}{1 + (s - 1) t}
+
+  with the time shift ``s`` of Esser et al. (2024, arXiv:2403.03206, eq. 23). Time 1 is the noise, whose level is
+  infinite; it is cut off at ``sigma_max``.
+
+  >>> [float(Flow(shift=3.0).sigma(t)) for t in (0.0, 0.5)]
+  [0.0, 3.0]
+  """
+
+  shift: Leaf = 1.0
+  sigma_max: Leaf = 1e4
+
+  def __post_init__(self):
+    checks.written(self, "shift", checks.above, 0)
+
+  def sigma(self, t: ArrayLike) -> Array:
+    """Give the noise level at ``t`` in [0, 1]."""
+    t = jnp.asarray(t)
+    return jnp.minimum(self.shift * t / jnp.maximum(1 - t, 1e-30), self.sigma_max)
+
+  def inverse(self, sigma: ArrayLike) -> Array:
+    """Give the time of a noise level; beyond the ends, where the formula leads."""
+    sigma = jnp.asarray(sigma)
+    return sigma / (self.shift + sigma)
+
+
+@struct.dataclass
 class LogNormal:
   r"""``log sigma ~ N(mean, std²)``, how EDM draws its training noise (arXiv:2206.00364, table 1)."""
 
@@ -332,6 +362,7 @@ SCHEDULES: dict[str, type] = {
   "edm": EDM,
   "log-snr": LogSNR,
   "log-snr-cosine": LogSNRCosine,
+  "flow": Flow,
 }
 
 
@@ -346,7 +377,7 @@ def schedule(name: str, **options: ArrayLike) -> NoiseSchedule:
   >>> schedule("cosin")
   Traceback (most recent call last):
   ...
-  ValueError: unknown schedule 'cosin': did you mean 'cosine'? There are cosine, edm, linear, log-snr, ...
+  ValueError: unknown schedule 'cosin': did you mean 'cosine'? There are cosine, edm, flow, linear, ...
   """
   cls = checks.lookup("schedule", name, SCHEDULES)
   return cls(**checks.options(name, cls, {key: checks.finite(key, value) for key, value in options.items()}))

@@ -146,6 +146,10 @@ def spaced_timesteps(total: int, spec: str) -> np.ndarray:
   return np.array(chosen)
 
 
+MOST_STEPS = 1_000_000
+"""The most steps of a table or a grid."""
+
+
 def linear_betas(steps: int) -> np.ndarray:
   """Ho et al.'s betas, 1e-4 to 0.02 over 1000 steps, scaled to any number of steps (arXiv:2006.11239, section 4).
 
@@ -155,7 +159,7 @@ def linear_betas(steps: int) -> np.ndarray:
   >>> linear_betas(1000)[[0, -1]]
   array([0.0001, 0.02  ])
   """
-  scale = 1000 / checks.at_least("steps", steps, 1)
+  scale = 1000 / checks.whole("steps", steps, 1, MOST_STEPS)
   return np.minimum(np.linspace(scale * 1e-4, scale * 0.02, steps), 0.999)
 
 
@@ -165,7 +169,7 @@ def betas_of(schedule: NoiseSchedule, steps: int, max_beta: ArrayLike = 0.999) -
   Returns:
     (steps,) betas for `Table.from_betas`.
   """
-  steps = checks.at_least("steps", steps, 1)
+  steps = checks.whole("steps", steps, 1, MOST_STEPS)
   # Also while a program that a table is made in is being traced.
   with jax.enable_x64(True), jax.ensure_compile_time_eval():
     t = jnp.linspace(0, 1, steps + 1, dtype=jnp.float64)

@@ -14,6 +14,7 @@ from jaxguide.solvers.base import Denoise, Memoryless, State, draw
 from jaxguide.typing import ArrayLike, Key, Leaf, Scalar
 
 MOST = math.sqrt(2) - 1
+MOST_CHURN = 10_000.0  # The paper's largest is 100; what is larger is a slip of the pen.
 
 
 @struct.dataclass
@@ -65,6 +66,9 @@ class EDMStochastic(Memoryless):
     checks.written(self, "s_max", _not_negative)
     checks.written(self, "s_noise", checks.in_range, 0)
     checks.written(self, "alpha", _part)
+    bounds = self.s_min, self.s_max
+    if all(isinstance(bound, float) for bound in bounds) and bounds[0] > bounds[1]:
+      raise ValueError(f"s_min must be at most s_max, got {bounds[0]} and {bounds[1]}: no level would be raised")
     if isinstance(self.schedule, Table):
       raise TypeError("a table's time is a step and not continuous: give a schedule, or None for sigma itself")
 
@@ -79,9 +83,9 @@ class EDMStochastic(Memoryless):
       options: the other fields.
 
     Raises:
-      ValueError: if ``s_churn`` is negative or ``num_steps`` below 1.
+      ValueError: if ``s_churn`` is negative or above `MOST_CHURN`, or ``num_steps`` below 1.
     """
-    gamma = checks.in_range("s_churn", s_churn, 0) / checks.at_least("num_steps", num_steps, 1)
+    gamma = checks.in_range("s_churn", s_churn, 0, MOST_CHURN) / checks.at_least("num_steps", num_steps, 1)
     return cls(min(gamma, MOST) if isinstance(gamma, float) else jnp.minimum(gamma, MOST), **options)
 
   @property

@@ -144,6 +144,8 @@ class ModelConfig:
   def scaling(self) -> scaling.Scaling:
     """How the network's input and output are scaled."""
     time_scale = 1000 / self.diffusion_steps if self.diffusion_steps and self.rescale_timesteps else None
+    if self.prediction == "flow":
+      time_scale = 1000.0  # What the networks trained here are told.
     return scaling.scaling(self.prediction, self.noise_schedule, time_scale)
 
 
