@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxguide import checks, data, evaluation, guidance, sampling, schedules, solvers, training
+from jaxguide import data, evaluation, guidance, keys, sampling, schedules, solvers, training
 from jaxguide.files import PathLike, check_writable, write_atomically
 from jaxguide.training import digits
 from jaxguide.typing import Denoiser, Guidance
@@ -87,7 +87,7 @@ def run(out: PathLike = "runs/demo", *, retrain: bool = False, seed: int = 0, pr
 
   out = Path(out)
   check_writable(out / "report.html")
-  seed = checks.at_least("seed", seed, 0)
+  keys.check_seed("seed", seed)
   began = time.perf_counter()
   denoiser, classifier = train(out, retrain=retrain, progress=progress)
   trained = time.perf_counter() - began
@@ -142,7 +142,7 @@ def _sweep(
   update: Callable[[int], object],
 ) -> Iterator[tuple[str, float, np.ndarray, float]]:
   """Give (method, scale, images, seconds) for each scale of each method."""
-  key = jax.random.key(seed)
+  key = keys.seed_key(seed)
   draw = functools.partial(
     sampling.sample_batch,
     key=key,

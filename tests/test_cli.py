@@ -556,7 +556,7 @@ def test_a_run_that_was_killed_goes_on(run, tmp_path, monkeypatch, at):
   assert not (tmp_path / "s.npz").exists()
   status, _, errors = run("sample", "--out", tmp_path / "s.npz", *args, "--seed", 1)
   assert status == 2
-  assert "unfinished run with seed 0, not 1" in errors
+  assert "settings.seed is 0 there, and 1 here" in errors
 
   monkeypatch.setattr(unfinished.Unfinished, "append", lambda self, x: (made.append(len(x)), append(self, x)))
   assert run("sample", "--out", tmp_path / "s.npz", *args)[0] == 0
@@ -633,10 +633,10 @@ def test_a_run_does_not_go_on_with_another_model(begun, folders):
   try:
     other = dataclasses.replace(whole.config, schedule="linear")
     models.save(folders / "denoiser", models.Model(other, whole.params))
-    assert "unfinished run with network" in again()[2]
+    assert "network.variance is " in again()[2]
     moved = jax.tree.map(lambda leaf: leaf + 1e-3, whole.params)
     models.save(folders / "denoiser", models.Model(whole.config, moved))
-    assert "unfinished run with data" in again()[2]
+    assert "data.crc32 is " in again()[2]
   finally:
     models.save(folders / "denoiser", whole)
   assert again()[0] == 0

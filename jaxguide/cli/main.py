@@ -1,6 +1,8 @@
 """The commands: parse, call, print."""
 
 import os
+import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -130,6 +132,9 @@ def sample(
   clip: Annotated[bool, typer.Option(help="Keep x0 in [-1, 1].")] = True,
   seed: Annotated[int, typer.Option(help="Seed: sample i depends on seed, i and its label alone.")] = 0,
   batch_size: Annotated[int, typer.Option(help="Samples at a time.")] = 256,
+  overwrite: Annotated[
+    bool, typer.Option("--overwrite", help="Replace a finished file that was made with other options.")
+  ] = False,
   progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
   """Sample from a trained model, guided, into an .npz or .png file.
@@ -156,5 +161,9 @@ def sample(
     seed=seed,
     batch_size=batch_size,
   )
-  generate.run(out, settings, progress=progress)
-  print(f"{num} samples are in {out}.")
+  with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always", UserWarning)
+    drawn = generate.run(out, settings, overwrite=overwrite, progress=progress)
+  for warning in caught:
+    print(f"jaxguide: {warning.message}", file=sys.stderr)
+  print(f"{num} samples are in {out}{'' if drawn else ' already, made with these options'}.")

@@ -10,8 +10,10 @@ from jaxguide.data.images import (
   from_uint8,
   image_grid,
   load_npz,
+  saturation,
   save_npz,
   save_png,
+  settings_of,
   to_uint8,
 )
 
@@ -22,7 +24,9 @@ __all__ = [
   "image_grid",
   "load",
   "load_npz",
+  "saturation",
   "save_npz",
   "save_png",
+  "settings_of",
   "to_uint8",
 ]

@@ -3,6 +3,7 @@
 Every image here is a batch in NHWC order: (images, height, width, channels).
 """
 
+import math
 import zipfile
 import zlib
 from pathlib import Path
@@ -74,13 +75,14 @@ def from_uint8(images: np.ndarray) -> np.ndarray:
   return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
-def save_npz(path: PathLike, images: np.ndarray, labels: np.ndarray | None = None) -> None:
+def save_npz(path: PathLike, images: np.ndarray, labels: np.ndarray | None = None, settings: str | None = None) -> None:
   """Write samples in the format of OpenAI's guided-diffusion evaluator, atomically.
 
   Args:
     path: the file, taken as it is; missing folders are made.
     images: ``uint8`` of shape (n, h, w, c), stored as ``arr_0``.
     labels: whole numbers of shape (n,), stored as ``arr_1`` in ``int64``; without them there is none.
+    settings: a text that says what the samples were made with, stored as ``settings``; see `settings_of`.
 
   Raises:
     ValueError: if the images or the labels are not that.
@@ -88,10 +90,53 @@ def save_npz(path: PathLike, images: np.ndarray, labels: np.ndarray | None = Non
   """
   check_images(images, labels)
   with replacing(path) as file:
-    if labels is None:
-      np.savez(file, arr_0=images)
-    else:
-      np.savez(file, arr_0=images, arr_1=labels.astype(np.int64))
+    arrays = {"arr_0": images}
+    if labels is not None:
+      arrays["arr_1"] = labels.astype(np.int64)
+    if settings is not None:
+      arrays["settings"] = np.array(settings)
+    np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def settings_of(path: PathLike) -> str | None:
+  """Read what a finished ``.npz`` or ``.png`` says of the settings that it was made with; None if it says nothing."""
+  from PIL import Image
+
+  try:
+    if Path(path).suffix == ".png":
+      with Image.open(path) as picture:
+        return picture.info.get("settings")
+    with np.load(path) as arrays:
+      return str(arrays["settings"])
+  except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+    return None
+
+
+def saturation(images: np.ndarray) -> float:
+  """Give the share of the values, from 0 to 1, that lie at an end of the range of pixels, 0 or 255.
+
+  >>> saturation(np.array([0, 255, 7, 9], np.uint8))
+  0.5
+  """
+  return float(((images == 0) | (images == WHITE)).mean())
+
+
+def _check_sizes(path: PathLike) -> None:
+  """Check that the arrays of an .npz file are no larger than the file can hold, before memory is taken for them.
+
+  Raises:
+    ValueError: if one claims to be.
+  """
+  with zipfile.ZipFile(path) as members:
+    for member in members.infolist():
+      with members.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        claimed = math.prod(shape) * dtype.itemsize
+        # Deflate makes a thousandth of what it is given at best.
+        if claimed > min(member.file_size, 1032 * member.compress_size):
+          raise ValueError(f"{member.filename} claims {claimed} bytes, and the file has {member.file_size}")
 
 
 def load_npz(path: PathLike, labelled: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
@@ -106,7 +151,11 @@ def load_npz(path: PathLike, labelled: bool = True) -> tuple[np.ndarray, np.ndar
     OSError: if it cannot be read.
     ValueError: if it is not an .npz file of that format.
   """
+  if Path(path).exists() and not Path(path).is_file():
+    raise OSError(f"cannot read {path}: it is not a regular file; name one")
   try:
+    if zipfile.is_zipfile(path):
+      _check_sizes(path)
     with np.load(path) as arrays:
       images = arrays["arr_0"]
       labels = arrays["arr_1"] if labelled or "arr_1" in arrays else None
@@ -163,6 +212,7 @@ def save_png(
   columns: int = 10,
   zoom: int | None = None,
   title: str | None = None,
+  settings: str | None = None,
 ) -> None:
   """Write a grid of images as a PNG picture, atomically.
 
@@ -174,12 +224,13 @@ def save_png(
     columns: how many images a row has at most.
     zoom: how many pixels a side each pixel becomes; the default makes images of at least 48.
     title: a line of text above the grid.
+    settings: a text that says what the images were made with, kept inside the file; see `settings_of`.
 
   Raises:
     ValueError: if the images, the labels, ``columns`` or ``zoom`` are not that.
     OSError: if ``path`` cannot be written.
   """
-  from PIL import Image, ImageDraw
+  from PIL import Image, ImageDraw, PngImagePlugin
 
   check_images(images, labels)
   n, h, w, c = images.shape
@@ -214,8 +265,11 @@ def save_png(
   for i, name in enumerate(names):
     middle = top + i * (cell + GAP) + cell // 2
     draw.text((left - PADDING, middle), name, "black", name_font, anchor="rm")
+  info = PngImagePlugin.PngInfo()
+  if settings is not None:
+    info.add_text("settings", settings)
   with replacing(path) as file:
-    canvas.save(file, "PNG")
+    canvas.save(file, "PNG", pnginfo=info)
 
 
 def _font(size: int) -> Any:

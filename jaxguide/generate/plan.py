@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxguide import checks, data, schedules, solvers, training
+from jaxguide import checks, data, keys, schedules, solvers, training
 from jaxguide import guidance as guide
 from jaxguide.files import PathLike
 from jaxguide.generate import methods
@@ -17,6 +17,8 @@ from jaxguide.typing import Array, Denoiser, Guidance, Solver
 
 DTYPES = ("float32", "bfloat16")
 JOINS = ("chain", "parallel")
+MAX_NUM = 10**8
+"""The most samples of a file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Settings:
     base_samples: an ``.npz`` of low-resolution samples, for a model of super-resolution, which are taken in turn; their
       labels, where the model has classes, are those of the file.
     labels: classes to take in turn; all of them if left out.
-    num: number of samples.
+    num: number of samples, at most `MAX_NUM`.
     guidance: names with options, the first innermost; or ``none`` alone. Guidance by classifiers alone is of the
       unconditional network, where the model can be one. If left out, ``classifier`` where there is one, else
       ``cfg`` where the model knows a null class, else ``none``. A model of super-resolution takes ``none`` alone.
@@ -47,7 +49,7 @@ class Settings:
     cudnn_attention: whether they attend by cuDNN's fused kernel on a GPU; see `jaxguide.UNet`.
     clip: whether x0 is kept in [-1, 1]: what guidance made of it, or before a ``classifier`` changes it. Where
       ``guidance`` says itself where it is clipped, nothing else is.
-    seed: sample ``i`` depends on the seed, ``i`` and its label alone.
+    seed: sample ``i`` depends on the seed, ``i`` and its label alone. Up to 2**64 - 1; every digit counts.
     batch_size: samples at a time.
   """
 
@@ -69,8 +71,9 @@ class Settings:
   batch_size: int = 256
 
   def __post_init__(self):
-    for name, low in (("num", 1), ("batch_size", 1), ("seed", 0)):
-      checks.at_least(name, getattr(self, name), low)
+    checks.whole("num", self.num, 1, MAX_NUM)
+    checks.at_least("batch_size", self.batch_size, 1)
+    keys.check_seed("seed", self.seed)
     if not isinstance(self.steps, str):
       checks.at_least("steps", self.steps, 1)
     if self.labels is not None:

@@ -1,85 +1,145 @@
 """The run: sample, keep what is done, and write the file at the end."""
 
-import dataclasses
+import json
 import math
+import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 import jaxguide
-from jaxguide import checks, data, sampling
-from jaxguide.files import PathLike, check_writable
-from jaxguide.generate.plan import Settings, plan
-from jaxguide.generate.unfinished import Unfinished
+from jaxguide import checks, data, keys, records, sampling
+from jaxguide.files import PathLike, check_writable, lock
+from jaxguide.generate import unfinished
+from jaxguide.generate.plan import Plan, Settings, plan
+from jaxguide.training import ModelConfig
 from jaxguide.typing import PyTree
 
 
-def _save_png(path: Path, images: np.ndarray, labels: np.ndarray | None) -> None:
+def _save_png(path: Path, images: np.ndarray, labels: np.ndarray | None, settings: str) -> None:
   """Draw every sample: a row for each label, or a square where there is only one."""
   counts = np.ones(1) if labels is None else np.bincount(labels)
   if np.count_nonzero(counts) == 1:
     title = None if labels is None else f"label {labels[0]}"
-    data.save_png(path, images, columns=math.ceil(math.sqrt(len(images))), title=title)
+    data.save_png(path, images, columns=math.ceil(math.sqrt(len(images))), title=title, settings=settings)
   else:
-    data.save_png(path, images, labels, columns=int(counts.max()))
+    data.save_png(path, images, labels, columns=int(counts.max()), settings=settings)
 
 
 FORMATS: dict[str, Callable[..., None]] = {".npz": data.save_npz, ".png": _save_png}
 
 
-def run(out: PathLike, settings: Settings, *, progress: bool = True) -> None:
+def run(out: PathLike, settings: Settings, *, overwrite: bool = False, progress: bool = True) -> bool:
   """Sample and write a file.
 
   Until the file is whole, the samples are kept in a folder beside it, ``OUT.unfinished``. A run that was killed goes on
-  where it stopped when it is started again with the same settings, and the file is what an unbroken run gives.
+  where it stopped when it is started again with the same settings, and the file is what an unbroken run gives. The file
+  holds its settings. Where it is there already, and was made with the same ones, nothing is drawn.
 
   Args:
     out: an ``.npz`` (``arr_0`` uint8 NHWC, ``arr_1`` labels, as OpenAI's evaluator reads it) or a ``.png`` (a labelled
       grid).
     settings: all that the samples depend on.
+    overwrite: whether a finished file that was made with other settings may be replaced.
     progress: whether to show a progress bar.
 
+  Returns:
+    Whether samples were drawn; False if the file was there already.
+
+  Warns:
+    UserWarning: if far more of the pixels lie at the ends of their range than in the training data.
+
   Raises:
-    ValueError: for a setting that is out of range, unknown, or does not suit the others, before the work starts; or an
-      unfinished run with other settings.
-    OSError: if ``out`` cannot be written, before the work starts.
+    ValueError: for a setting that is out of range, unknown, or does not suit the others, before the work starts; or a
+      finished file or an unfinished run with other settings, naming what differs.
+    OSError: if ``out`` cannot be written, or another process is writing it, before the work starts.
     FileNotFoundError: if there is no model.
     FloatingPointError: if a sample is not finite. Those before it are kept.
   """
-  from tqdm.auto import tqdm
-
   out = Path(out)
   write = checks.lookup("format", out.suffix, FORMATS)
   check_writable(out)
   planned = plan(settings)
-  record = {
-    "version": jaxguide.__version__,
-    **dataclasses.asdict(settings),
-    **planned.record,
-    "data": _fingerprint(planned.data),
-  }
-  shape = (settings.num, *planned.image_shape)
-  unfinished = Unfinished(out.with_name(out.name + ".unfinished"), record, shape)
-  with tqdm(total=settings.num, initial=unfinished.done, desc="sampling", unit="sample", disable=not progress) as bar:
+  record = records.record(
+    settings=settings, **planned.record, data={"crc32": _fingerprint(planned.data)}, jaxguide=jaxguide.__version__
+  )
+  unfinished_at = out.with_name(out.name + ".unfinished")
+  with lock(out.with_name(f".{out.name}.lock"), out):
+    if out.exists() and not overwrite:
+      _check_finished(out, record)
+      if unfinished_at.is_dir() and not (unfinished_at / "settings.json").exists():
+        unfinished.clear(unfinished_at)  # The run that wrote the file was killed while it cleaned up.
+      return False
+    samples = unfinished.Unfinished(unfinished_at, record, (settings.num, *planned.image_shape), _DEFAULTS)
+    try:
+      _sample(samples, settings, planned, progress)
+    except BaseException:
+      if not samples.done:
+        samples.remove()  # It must not stand in the way of a run with better settings.
+      raise
+    write(out, samples.images, planned.labels, json.dumps(record))
+    share = data.saturation(samples.images)
+    samples.remove()
+  _warn_of_saturation(settings, share)
+  return True
+
+
+_DEFAULTS = {"settings": records.defaults(Settings), "network": records.defaults(ModelConfig)}
+_DEFAULTS["classifier_network"] = _DEFAULTS["network"]
+
+
+def _sample(samples: unfinished.Unfinished, settings: Settings, planned: Plan, progress: bool) -> None:
+  from tqdm.auto import tqdm
+
+  with tqdm(total=settings.num, initial=samples.done, desc="sampling", unit="sample", disable=not progress) as bar:
     batches = sampling.sample_batches(
       planned.denoiser,
-      jax.random.key(settings.seed),
+      keys.seed_key(settings.seed),
       planned.cond,
       num=settings.num,
       shape=planned.image_shape,
       sigmas=planned.sigmas,
       solver=planned.solver,
       batch_size=settings.batch_size,
-      skip=unfinished.done,
+      skip=samples.done,
     )
     for x in batches:
-      unfinished.append(data.to_uint8(x))
+      samples.append(data.to_uint8(x))
       bar.update(len(x))
-  write(out, unfinished.images, planned.labels)
-  unfinished.remove()
+
+
+def _check_finished(out: Path, record: Mapping[str, Any]) -> None:
+  text = data.settings_of(out)
+  try:
+    held = json.loads(text or "")
+  except ValueError:
+    raise ValueError(
+      f"{out} is there already, and does not say what it was made with: choose another file, or --overwrite it"
+    ) from None
+  different = records.differences(held, record, _DEFAULTS)
+  if different:
+    raise ValueError(
+      f"{out} is there already, made with other settings ({'; '.join(different)}): choose another file, or "
+      "--overwrite it"
+    )
+
+
+def _warn_of_saturation(settings: Settings, share: float) -> None:
+  """Warn where the share of saturated values is more than half the way from the training data's to 1."""
+  try:
+    trained = float(json.loads(Path(settings.model, "training.json").read_text())["data"]["saturation"])
+  except (OSError, ValueError, KeyError, TypeError):
+    trained = 0.8  # A model that does not say: so much black or white is rare but in drawings.
+  if share > (1 + trained) / 2 and trained < 1:
+    warnings.warn(
+      f"{share:.0%} of the pixel values lie at the ends of their range, 0 or 255, and {trained:.0%} would be usual: "
+      "the samples are saturated; lower the scale of guidance, or try cfg:combine=rescaled or dynamic-threshold",
+      stacklevel=3,
+    )
 
 
 def _fingerprint(arrays: PyTree) -> int:

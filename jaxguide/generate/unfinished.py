@@ -1,16 +1,27 @@
 """Samples on their way to a file, kept so that a run that was killed can be gone on with."""
 
 import json
+import math
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxguide.files import write_atomically
+from jaxguide import records
+from jaxguide.files import is_part, remove_parts, write_atomically
 
 FILES = ("settings.json", "done.json", "images.npy")
+
+
+def clear(folder: Path) -> None:
+  """Remove such a folder, and nothing else that may lie in it; call it under the lock of its file."""
+  for name in FILES:
+    (folder / name).unlink(missing_ok=True)
+  remove_parts(folder)
+  folder.rmdir()
 
 
 class Unfinished:
@@ -20,22 +31,28 @@ class Unfinished:
 
   Args:
     folder: where; made if it is not there.
-    settings: what the samples depend on, as JSON has it.
+    settings: the record of what the samples depend on; see `jaxguide.records`.
     shape: (num, height, width, channels) of them all.
+    default: the fields of a record that have a default; see `jaxguide.records.differences`.
 
   Raises:
-    ValueError: if the folder holds samples of other settings, is torn, or holds anything else.
-    OSError: if there is no room for the images.
+    ValueError: if the folder holds samples of other settings, is torn, or holds anything else. A folder without samples
+      is taken over, whatever its settings.
+    OSError: if there is no room for the images and the file that is made of them.
   """
 
-  def __init__(self, folder: Path, settings: Mapping[str, Any], shape: Sequence[int]):
+  def __init__(
+    self, folder: Path, settings: Mapping[str, Any], shape: Sequence[int], default: Mapping[str, Any] | None = None
+  ):
     self.folder = folder
-    settings = json.loads(json.dumps(settings))  # As they come back: lists for tuples.
-    others = sorted(path.name for path in folder.iterdir() if path.name not in FILES) if folder.is_dir() else []
+    found = list(folder.iterdir()) if folder.is_dir() else []
+    others = sorted(path.name for path in found if path.name not in FILES and not is_part(path))
     if others or (folder.exists() and not folder.is_dir()):
       what = f"holds {others[0]}" if others else "is a file"
       raise ValueError(f"{folder} {what}, where samples would be kept until they are all there: move it away")
-    if not (folder / "settings.json").exists():
+    if found:
+      remove_parts(folder)
+    if not (folder / "settings.json").exists() or self._done() == 0:
       self._begin(settings, tuple(shape))
       return
     try:
@@ -44,11 +61,10 @@ class Unfinished:
         raise ValueError("settings.json holds no settings")
     except (OSError, ValueError) as error:
       raise self._torn(error) from error
-    different = [name for name in {**held, **settings} if held.get(name) != settings.get(name)]
+    different = records.differences(held, settings, default)
     if different:
-      name = different[0]
       raise ValueError(
-        f"{folder} holds samples of an unfinished run with {name} {held.get(name)!r}, not {settings.get(name)!r}: "
+        f"{folder} holds samples of an unfinished run with other settings ({'; '.join(different)}): "
         "finish it with its own settings, or remove the folder to start over"
       )
     try:
@@ -68,18 +84,35 @@ class Unfinished:
 
   def remove(self) -> None:
     """Remove the folder."""
-    for name in FILES:
-      (self.folder / name).unlink(missing_ok=True)
-    self.folder.rmdir()
+    clear(self.folder)
+
+  def _done(self) -> int | None:
+    """How many samples there are, None where the folder does not say."""
+    try:
+      return json.loads((self.folder / "done.json").read_text())
+    except (OSError, ValueError):
+      return None
 
   def _begin(self, settings: Mapping[str, Any], shape: Sequence[int]) -> None:
     self.folder.mkdir(parents=True, exist_ok=True)
+    (self.folder / "settings.json").unlink(missing_ok=True)
     path = self.folder / "images.npy"
-    self.images = np.lib.format.open_memmap(path, "w+", np.uint8, tuple(shape))
-    if hasattr(os, "posix_fallocate"):
-      # A full disk is an error now, and not a fault in the middle of the run.
-      with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    path.unlink(missing_ok=True)
+    # The images are written twice, here and in the file at the end.
+    need, free = 2 * math.prod(shape), shutil.disk_usage(self.folder).free
+    try:
+      if need > free:
+        raise OSError(f"{need / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are free")
+      self.images = np.lib.format.open_memmap(path, "w+", np.uint8, tuple(shape))
+      if hasattr(os, "posix_fallocate"):
+        # A full disk is an error now, and not a fault in the middle of the run.
+        with path.open("r+b") as file:
+          os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+      clear(self.folder)
+      raise OSError(
+        f"cannot keep {shape[0]} samples in {self.folder}: {error.strerror or error}; make room, or lower num"
+      ) from error
     self._count(0)
     # Last, so that a folder without them is one where nothing was begun.
     write_atomically(self.folder / "settings.json", json.dumps(settings, indent=2).encode())
