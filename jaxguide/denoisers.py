@@ -222,19 +222,27 @@ def same_type(null: ArrayLike, cond: ArrayLike) -> tuple[Array, Array]:
   own = jnp.result_type(cond)
   whole = jnp.issubdtype(own, jnp.integer) or own == jnp.bool_
   if not whole or getattr(null, "dtype", None) == own or (own == jnp.bool_ and isinstance(null, bool | np.bool_)):
-    return jnp.asarray(null, own), jnp.asarray(cond)
+    return _spread_alike(jnp.asarray(null, own), jnp.asarray(cond))
   if isinstance(null, jax.core.Tracer):
-    kind = jnp.promote_types(own, null.dtype)
+    kind = jax.dtypes.canonicalize_dtype(np.promote_types(own, null.dtype))
   else:
     limits = [0, 1] if own == jnp.bool_ else [jnp.iinfo(own).min, jnp.iinfo(own).max]
     values = np.append(np.asarray(null, object), limits)
     kinds = [own] if own != jnp.bool_ else []
-    kinds += [jnp.promote_types(own, jnp.int32), jnp.promote_types(own, jnp.int64)]
+    kinds += [np.promote_types(own, np.int32), np.promote_types(own, np.int64)]
     kinds = [kind for kind in map(jax.dtypes.canonicalize_dtype, kinds) if _holds(kind, values)]
     if not kinds:
       raise ValueError(f"null_cond {null!r} does not fit cond's type, {own.name}: give labels of a larger type")
     kind = kinds[0]
-  return jnp.asarray(null).astype(kind), jnp.asarray(cond).astype(kind)
+  return _spread_alike(jnp.asarray(null).astype(kind), jnp.asarray(cond).astype(kind))
+
+
+def _spread_alike(null, cond):
+  """Give a null condition the mesh axes that a condition is spread over; JAX asks for it where they are Explicit."""
+  if jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+    nothing = (cond != cond) & False  # noqa: PLR0124, of the shape and the axes of cond
+    null = null | nothing if null.dtype == jnp.bool_ else null + nothing.astype(null.dtype)
+  return null, cond
 
 
 def _holds(kind: Any, values: np.ndarray) -> bool:
@@ -310,7 +318,8 @@ def check_params(module: nn.Module, params: PyTree, *args: Any) -> None:
   name, expected = type(module).__name__, param_shapes(module, *args)
   ours, theirs = (
     {jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(leaf) for path, leaf in leaves}
-    for leaves in map(jax.tree_util.tree_leaves_with_path, (params, expected))
+    # Parameters may be in boxes that say how they are partitioned, or out of them.
+    for leaves in map(jax.tree_util.tree_leaves_with_path, map(nn.meta.unbox, (params, expected)))
   )
   for path in [*theirs, *ours]:
     if ours.get(path) != theirs.get(path):

@@ -28,7 +28,8 @@ def stratified_uniform(key: Key, num: int) -> Float[Array, " num"]:
   [0, 1, 2, 3]
   """
   order, within = jax.random.split(key)
-  u = (jax.random.permutation(order, num) + jax.random.uniform(within, (num,))) / num
+  within = jax.random.uniform(within, (num,))
+  u = (jax.random.permutation(order, num).astype(within.dtype) + within) / num
   # Rounding may reach the ends, where a quantile may be infinite.
   tiny = jnp.finfo(u.dtype).eps
   return jnp.clip(u, tiny, 1 - tiny)

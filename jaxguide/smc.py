@@ -317,9 +317,9 @@ def resample(key: Key, log_weights: Float[Array, " n"]) -> Int[Array, " n"]:
   reached *= n / reached[-1]
   # The points below, with no difference of large numbers: so that whole ones stay whole.
   below = jnp.floor(reached)
-  below += reached - below > jax.random.uniform(key, (), reached.dtype)
+  below += (reached - below > jax.random.uniform(key, (), reached.dtype)).astype(below.dtype)
   # Whatever the rounding, the last particle reaches the end.
-  return jnp.minimum(jnp.searchsorted(below, jnp.arange(n), side="right"), n - 1)
+  return jnp.minimum(jnp.searchsorted(below, jnp.arange(n, dtype=below.dtype), side="right"), n - 1)
 
 
 def effective_sample_size(log_weights: Float[Array, " n"]) -> Scalar:

@@ -79,7 +79,7 @@ def test_every_prediction_and_weight_is_a_weighted_loss_of_x0(prediction, weight
     "flow": (1 / (1 + sigma), lambda x, f: w(1 / (1 + sigma)) * (x - w(sigma) * f), ((1 + sigma) / sigma) ** 2),
   }[prediction]
   x = x0 + w(sigma) * eps
-  scale = scaling.scaling(prediction, schedules.Linear())
+  scale = scaling.scaling(prediction, schedules.Linear(), 1000.0)
   f = np.asarray(network(jnp.asarray(0.7), jnp.asarray(w(seen) * x), scale(sigma).c_noise, jnp.asarray(c)))
   factor = {None: own, scaling.eps_weight: sigma**-2.0, scaling.x0_weight: sigma**0.0}.get(
     weight, np.minimum(sigma**-2.0, 5.0)
@@ -100,7 +100,7 @@ def w(per_example):
 def test_the_exact_denoiser_minimises_the_loss(prediction):
   # Data N(m, v): the best x0 is affine in x with coefficients that are functions of sigma; those are perturbed.
   m, v, num = 0.4, 0.3, 4000
-  make = scaling.scaling(prediction, schedules.Linear())
+  make = scaling.scaling(prediction, schedules.Linear(), 1000.0)
   levels = schedules.LogNormal(-0.5, 1.0)
 
   @jax.jit

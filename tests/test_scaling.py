@@ -45,7 +45,7 @@ def test_a_perfect_network_gives_back_x0(prediction, sigma, float64, relative_er
     return jnp.asarray(output)[None] * params
 
   inputs = []
-  denoise = jg.NetworkDenoiser(jnp.asarray(1.0), apply, scaling.scaling(prediction, schedules.Cosine()))
+  denoise = jg.NetworkDenoiser(jnp.asarray(1.0), apply, scaling.scaling(prediction, schedules.Cosine(), 1000.0))
   given = denoise(jnp.asarray(x0 + sigma * eps), jnp.asarray(sigma), None)
   assert relative_error(given, x0) < 1e-12
   assert relative_error(inputs[0][0], seen) < 1e-12
@@ -108,5 +108,5 @@ def test_scalings_are_pytrees_of_one_trace(prediction):
     return make(sigma)
 
   for schedule in (schedules.Linear(0.1, 20.0), schedules.Linear(0.2, 10.0)):
-    coefficients(scaling.scaling(prediction, schedule), 1.0)
+    coefficients(scaling.scaling(prediction, schedule, 1000.0), 1.0)
   assert len(traces) == 1

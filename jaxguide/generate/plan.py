@@ -71,7 +71,8 @@ class Settings:
   batch_size: int = 256
 
   def __post_init__(self):
-    checks.whole("num", self.num, 1, MAX_NUM)
+    if checks.at_least("num", self.num, 1) > MAX_NUM:
+      raise ValueError(f"num must be at most {MAX_NUM}, the most samples of a file, got {self.num}")
     checks.at_least("batch_size", self.batch_size, 1)
     keys.check_seed("seed", self.seed)
     if not isinstance(self.steps, str):

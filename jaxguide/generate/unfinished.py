@@ -86,8 +86,8 @@ class Unfinished:
     """Remove the folder."""
     clear(self.folder)
 
-  def _done(self) -> int | None:
-    """How many samples there are, None where the folder does not say."""
+  def _done(self) -> Any:
+    """What the folder says of how many samples there are, None where it says nothing."""
     try:
       return json.loads((self.folder / "done.json").read_text())
     except (OSError, ValueError):

@@ -4,11 +4,36 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from jaxguide import checks
 from jaxguide.nn.layers import AttentionBlock, Conv, Downsample, ResBlock, timestep_embedding
 from jaxguide.nn.perturbation import Perturbation
+
+
+def _by_auto_axes(function, variables, x, *args, **kwargs):
+  """Call a function under a mesh whose Explicit axes are Auto ones inside: there the partitioner lays out what is made.
+
+  What comes out is spread over its first axis as ``x`` is.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  explicit = jax.sharding.AxisType.Explicit
+  if explicit not in mesh.axis_types:
+    return function(variables, x, *args, **kwargs)
+  spec = jax.typeof(x).sharding.spec
+  out = jax.sharding.PartitionSpec(spec[0] if len(spec) else None)
+
+  def call(variables, x, args, kwargs):
+    return function(variables, x, *args, **kwargs)
+
+  axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == explicit)
+  static = {name: value for name, value in kwargs.items() if name != "rngs"}
+  dynamic = {name: value for name, value in kwargs.items() if name == "rngs"}
+  whole = jax.sharding.auto_axes(
+    lambda variables, x, args, dynamic: call(variables, x, args, {**static, **dynamic}), axes=axes, out_sharding=out
+  )
+  return whole(variables, x, args, dynamic)
 
 
 class Encoder(nn.Module):
@@ -73,6 +98,11 @@ class Encoder(nn.Module):
         f"{type(self).__name__} halves the image {len(self.channel_mult) - 1} times, so its sides must be multiples "
         f"of {factor}; got {x.shape[1]}x{x.shape[2]}. Pad the image, or shorten channel_mult"
       )
+
+  @nn.nowrap
+  def apply(self, variables, x, *args, **kwargs):  # type: ignore[override]
+    """Call the network on its variables, as Flax does; also under a mesh of Explicit axes, as `jax.make_mesh` has."""
+    return _by_auto_axes(super().apply, variables, x, *args, **kwargs)
 
   @nn.nowrap
   def perturbation_of(self, name: str) -> Perturbation | None:

@@ -36,8 +36,8 @@ def timestep_embedding(
   [[1.0, 1.0, 0.0, 0.0]]
   """
   half = features // 2
-  frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half) / half)
-  angles = t.astype(jnp.float32)[:, None] * frequencies
+  frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+  angles = t.astype(jnp.float32)[:, None] * frequencies[None]
   return jnp.pad(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1), ((0, 0), (0, features % 2)))
 
 
@@ -56,7 +56,13 @@ class Conv(nn.Module):
     shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
     kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
     bias = self.param("bias", zeros, (self.features,), jnp.float32)
-    return convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride) + bias.astype(self.dtype)
+    out = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
+    return out + _along_channels(bias.astype(self.dtype), out)
+
+
+def _along_channels(per_channel, like):
+  """Give (c,) the axes that it needs to meet (..., c) of ``like``."""
+  return jax.lax.expand_dims(per_channel, range(like.ndim - 1))
 
 
 class GroupNorm(nn.Module):
@@ -99,9 +105,10 @@ def _normalise(x, scale, bias, scale_shift, silu):
   x = x.astype(jnp.float32)
   centred = x - spread(per_group(x.mean(pixels)))
   variance = per_group(jnp.square(centred).mean(pixels))
+  scale, bias = _along_channels(scale, x), _along_channels(bias, x)
   out = centred * (spread(jax.lax.rsqrt(variance + 1e-5)) * scale) + bias
   if scale_shift is not None:
-    out = out * (1 + scale_shift[0]) + scale_shift[1]
+    out = out * (1 + scale_shift[0]).astype(jnp.float32) + scale_shift[1].astype(jnp.float32)
   return nn.silu(out) if silu else out
 
 
@@ -302,7 +309,8 @@ class AttentionPool(nn.Module):
     n, h, w, c = x.shape
     x = x.reshape(n, h * w, c)
     x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1)
-    x += self.param("positional_embedding", nn.initializers.normal(c**-0.5), (h * w + 1, c), jnp.float32)
+    position = self.param("positional_embedding", nn.initializers.normal(c**-0.5), (h * w + 1, c), jnp.float32)
+    x += position[None]
     qkv = nn.Dense(3 * c, name="qkv_proj")(x)
     out = attend(qkv, count_heads(c, 1, self.num_head_channels), new_order=True)
     return nn.Dense(self.features, name="c_proj")(out[:, 0])

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxguide import checks
 from jaxguide.schedules.noise import NoiseSchedule
-from jaxguide.schedules.tables import MOST_STEPS, Table, cosine_betas, spaced_timesteps
+from jaxguide.schedules.tables import Table, at_most, cosine_betas, spaced_timesteps
 from jaxguide.typing import ArrayLike
 
 MOST_RHO = 1000.0
@@ -23,7 +23,7 @@ def _bounds(steps: int, sigma_min: ArrayLike, sigma_max: ArrayLike) -> int:
   ends = checks.finite("sigma_min", sigma_min), checks.finite("sigma_max", sigma_max)
   if checks.is_concrete(ends) and not 0 < np.asarray(sigma_min) < np.asarray(sigma_max):
     raise ValueError(f"sigma_min must be above 0 and below sigma_max, got {sigma_min} and {sigma_max}")
-  return checks.whole("steps", steps, 1, MOST_STEPS)
+  return at_most("steps", steps)
 
 
 def _end_in_zero(sigmas: ArrayLike) -> Array:
@@ -54,7 +54,9 @@ def karras(
   [80.0, 2.515, 0.002, 0.0]
   """
   ramp = np.linspace(0, 1, _bounds(steps, sigma_min, sigma_max))
-  rho = checks.in_range("rho", rho, 1, MOST_RHO)
+  rho = checks.in_range("rho", rho, 1)
+  if checks.is_concrete(rho) and np.max(rho) > MOST_RHO:
+    raise ValueError(f"rho must be at most {MOST_RHO:g}, got {rho}: use log_snr_uniform for what it tends to")
   first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
   return _end_in_zero((first + ramp * (last - first)) ** rho)
 
@@ -127,7 +129,7 @@ def from_schedule(schedule: NoiseSchedule, steps: int, t_min: ArrayLike | None =
   >>> [round(float(s), 1) for s in from_schedule(Linear(), 2)]
   [152.2, 3.4, 0.0]
   """
-  steps = checks.whole("steps", steps, 1, MOST_STEPS)
+  steps = at_most("steps", steps)
   if isinstance(schedule, Table):
     raise TypeError("a table's time is a step and not in [0, 1]: use respaced(table, steps)")
   t_min = 1 / steps if t_min is None else checks.finite("t_min", t_min)
@@ -272,7 +274,7 @@ def flow(steps: int, shift: float | int = 1.0, sigma_max: float | int = 1000.0) 
   >>> [round(float(s), 3) for s in flow(4, shift=3.0)]
   [1000.0, 9.0, 3.0, 1.0, 0.0]
   """
-  steps = checks.whole("steps", steps, 1, MOST_STEPS)
+  steps = at_most("steps", steps)
   shift, sigma_max = checks.above("shift", checks.finite("shift", shift), 0), checks.finite("sigma_max", sigma_max)
   t = 1 - np.arange(1, steps) / steps
   levels = np.append(sigma_max, shift * t / (1 - t))

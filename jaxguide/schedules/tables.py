@@ -77,7 +77,7 @@ class Table:
     t = jnp.clip(jnp.asarray(t, float), 0, self.num_steps - 1)
     below = jnp.floor(t).astype(int)
     level, log_ratio = self._rise(below)
-    return level * jnp.exp((t - below) * log_ratio)
+    return level * jnp.exp((t - below.astype(t.dtype)) * log_ratio)
 
   def time(self, sigma: ArrayLike) -> Array:
     """Give the (fractional) step in [0, T-1] of a noise level; exactly whole for the table's own."""
@@ -85,7 +85,7 @@ class Table:
     sigma = jnp.clip(jnp.asarray(sigma, sigmas.dtype), sigmas[0], sigmas[-1])
     below = jnp.searchsorted(sigmas, sigma, side="right") - 1
     level, log_ratio = self._rise(below)
-    return below + jnp.log1p((sigma - level) / level) / jnp.where(log_ratio > 0, log_ratio, 1)
+    return below.astype(level.dtype) + jnp.log1p((sigma - level) / level) / jnp.where(log_ratio > 0, log_ratio, 1)
 
   def quantile(self, u: ArrayLike) -> Array:
     """Give the level of step ``floor(u T)``: training draws the steps uniformly."""
@@ -150,6 +150,13 @@ MOST_STEPS = 1_000_000
 """The most steps of a table or a grid."""
 
 
+def at_most(name: str, steps: int) -> int:
+  """Give a number of steps back if it is a whole number from 1 to `MOST_STEPS`."""
+  if checks.at_least(name, steps, 1) > MOST_STEPS:
+    raise ValueError(f"{name} must be a whole number from 1 to {MOST_STEPS}, got {steps}")
+  return int(steps)
+
+
 def linear_betas(steps: int) -> np.ndarray:
   """Ho et al.'s betas, 1e-4 to 0.02 over 1000 steps, scaled to any number of steps (arXiv:2006.11239, section 4).
 
@@ -159,7 +166,7 @@ def linear_betas(steps: int) -> np.ndarray:
   >>> linear_betas(1000)[[0, -1]]
   array([0.0001, 0.02  ])
   """
-  scale = 1000 / checks.whole("steps", steps, 1, MOST_STEPS)
+  scale = 1000 / at_most("steps", steps)
   return np.minimum(np.linspace(scale * 1e-4, scale * 0.02, steps), 0.999)
 
 
@@ -169,7 +176,7 @@ def betas_of(schedule: NoiseSchedule, steps: int, max_beta: ArrayLike = 0.999) -
   Returns:
     (steps,) betas for `Table.from_betas`.
   """
-  steps = checks.whole("steps", steps, 1, MOST_STEPS)
+  steps = at_most("steps", steps)
   # Also while a program that a table is made in is being traced.
   with jax.enable_x64(True), jax.ensure_compile_time_eval():
     t = jnp.linspace(0, 1, steps + 1, dtype=jnp.float64)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxguide import checks, struct
 from jaxguide.schedules import Table
@@ -85,7 +86,10 @@ class EDMStochastic(Memoryless):
     Raises:
       ValueError: if ``s_churn`` is negative or above `MOST_CHURN`, or ``num_steps`` below 1.
     """
-    gamma = checks.in_range("s_churn", s_churn, 0, MOST_CHURN) / checks.at_least("num_steps", num_steps, 1)
+    s_churn = checks.in_range("s_churn", s_churn, 0)
+    if checks.is_concrete(s_churn) and np.max(s_churn) > MOST_CHURN:
+      raise ValueError(f"s_churn must be at most {MOST_CHURN:g}, got {s_churn}: the paper's are at most 100")
+    gamma = s_churn / checks.at_least("num_steps", num_steps, 1)
     return cls(min(gamma, MOST) if isinstance(gamma, float) else jnp.minimum(gamma, MOST), **options)
 
   @property

@@ -21,7 +21,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxguide import keys, losses, records, schedules, struct, variational
-from jaxguide.data import Images, batches
+from jaxguide.data import Images, batches, saturation
 from jaxguide.files import PathLike, check_writable, lock, remove_parts, write_atomically
 from jaxguide.training import arrays
 from jaxguide.training import model as models
@@ -216,6 +216,7 @@ def _record(model: ModelConfig, training: TrainingConfig, images: Images) -> dic
     "image_shape": images.image_shape,
     "num_classes": images.num_classes,
     "fingerprint": images.fingerprint,
+    "saturation": saturation(images.images),
   }
   return records.record(model=model, training=training, data=data)
 
@@ -240,6 +241,7 @@ def _check_record(folder: Path, record: dict[str, Any], model: ModelConfig) -> N
   default = {
     "model": {**records.defaults(ModelConfig), "fields": {**fields, "dtype": dtype_name(fields["dtype"])}},
     "training": records.defaults(TrainingConfig),
+    "data": {"saturation": record["data"].get("saturation")},  # A word on the images, which their fingerprint tells.
   }
   different = records.differences(held, record, default)
   if different:
