@@ -126,6 +126,9 @@ def sample(
     ),
   ] = None,
   dtype: Annotated[str, typer.Option(help="What the networks compute in: float32 or bfloat16.")] = "float32",
+  matmul_precision: Annotated[
+    str, typer.Option(help="Of products: default, high, highest and others; on a GPU default is TF32 for float32.")
+  ] = "default",
   cudnn_attention: Annotated[
     bool, typer.Option(help="Attend by cuDNN's fused kernel, on an NVIDIA GPU and in bfloat16; elsewhere no change.")
   ] = False,
@@ -156,6 +159,7 @@ def sample(
     steps=steps,
     grid=grid,
     dtype=dtype,
+    matmul_precision=matmul_precision,
     cudnn_attention=cudnn_attention,
     clip=clip,
     seed=seed,

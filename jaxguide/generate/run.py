@@ -107,9 +107,10 @@ def _sample(samples: unfinished.Unfinished, settings: Settings, planned: Plan, p
       batch_size=settings.batch_size,
       skip=samples.done,
     )
-    for x in batches:
-      samples.append(data.to_uint8(x))
-      bar.update(len(x))
+    with jax.default_matmul_precision(settings.matmul_precision):
+      for x in batches:
+        samples.append(data.to_uint8(x))
+        bar.update(len(x))
 
 
 def _check_finished(out: Path, record: Mapping[str, Any]) -> None:

@@ -1,0 +1,144 @@
+"""What a sampling run may and may not do to what is there: finished files, folders of killed and failed runs, locks."""
+
+import os
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+
+from jaxguide import data, files, generate
+from jaxguide.generate import Settings
+from jaxguide.training import ModelConfig
+from jaxguide.training import model as models
+
+TINY = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": ()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  config = ModelConfig("unet", TINY, (8, 8, 1), 3)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda leaf: 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype), models.shapes(config))
+  folder = tmp_path_factory.mktemp("model")
+  models.save(folder, models.Model(config, params))
+  return folder
+
+
+@pytest.fixture
+def settings(folder):
+  return lambda **changes: Settings(model=str(folder), **{"num": 3, "steps": 2, "batch_size": 4, **changes})
+
+
+def draw(out, settings, **options):
+  return generate.run(out, settings, progress=False, **options)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".png"])
+def test_a_finished_file_stays_unless_it_may_be_overwritten(settings, tmp_path, suffix):
+  out = tmp_path / f"s{suffix}"
+  assert draw(out, settings()) is True
+  before = out.read_bytes()
+  assert draw(out, settings()) is False
+  for changes, difference in (
+    ({"seed": 1}, "settings.seed is 0 there, and 1 here"),
+    ({"scale": 3.0}, "settings.scale is None there, and 3.0 here"),
+    ({"labels": (2,)}, r"settings.labels is None there, and \[2\] here"),
+  ):
+    with pytest.raises(ValueError, match=rf"s\{suffix} is there already.*{difference}.*--overwrite"):
+      draw(out, settings(**changes))
+  assert out.read_bytes() == before
+  assert draw(out, settings(seed=1), overwrite=True) is True
+  assert out.read_bytes() != before
+  assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def test_a_file_that_says_nothing_is_somebody_elses(settings, tmp_path):
+  out = tmp_path / "s.npz"
+  data.save_npz(out, np.zeros((3, 8, 8, 1), np.uint8))
+  with pytest.raises(ValueError, match="does not say what it was made with"):
+    draw(out, settings())
+  assert draw(out, settings(), overwrite=True)
+
+
+def test_settings_do_not_change_what_evaluators_read(settings, tmp_path):
+  draw(tmp_path / "s.npz", settings())
+  with np.load(tmp_path / "s.npz") as arrays:
+    assert sorted(arrays) == ["arr_0", "arr_1", "settings"]
+  assert data.load_npz(tmp_path / "s.npz")[0].shape == (3, 8, 8, 1)
+
+
+def test_two_runs_at_once(settings, tmp_path):
+  out = tmp_path / "s.npz"
+  with files.lock(tmp_path / ".s.npz.lock", out), pytest.raises(OSError, match=rf"in use by process {os.getpid()} on"):
+    draw(out, settings())
+  assert draw(out, settings())
+
+
+def test_what_a_kill_leaves_behind(settings, tmp_path):
+  out, left = tmp_path / "s.npz", tmp_path / "s.npz.unfinished"
+  for names in ([], [".4c0f1e2d.part"], ["images.npy"], ["images.npy", "done.json", ".ab.part"]):
+    left.mkdir()
+    for name in names:
+      (left / name).touch()
+    assert draw(out, settings(), overwrite=True)
+    assert not left.exists()
+  # Killed after the file, while it cleaned up.
+  left.mkdir()
+  (left / "done.json").touch()
+  assert draw(out, settings()) is False
+  assert not left.exists()
+
+
+def test_a_failed_run_does_not_stand_in_the_way(settings, tmp_path):
+  out = tmp_path / "s.npz"
+  with pytest.raises(FloatingPointError):
+    draw(out, settings(scale=1e39, clip=False))
+  assert list(tmp_path.iterdir()) == []
+  assert draw(out, settings(scale=2.0))
+
+
+def test_seeds_are_all_of_their_digits(settings, tmp_path):
+  made = []
+  for seed in (0, 2**32, 2**64 - 1):
+    draw(tmp_path / f"{seed}.npz", settings(seed=seed))
+    made.append(data.load_npz(tmp_path / f"{seed}.npz")[0].tobytes())
+  assert len(set(made)) == 3
+  for seed in (2**64, -1, 99999999999999999999):
+    with pytest.raises(ValueError, match="seed must be a whole number"):
+      settings(seed=seed)
+
+
+def test_numbers_out_of_reach(settings, tmp_path):
+  with pytest.raises(ValueError, match="num must be at most 100000000"):
+    settings(num=10**12)
+
+
+def test_too_little_room_is_said_beforehand(settings, tmp_path, monkeypatch):
+  monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
+  with pytest.raises(OSError, match=r"cannot keep 3 samples in .*s\.npz\.unfinished: .* are needed and .* are free"):
+    draw(tmp_path / "s.npz", settings())
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_an_npz_that_claims_more_than_it_holds(tmp_path):
+  path = tmp_path / "s.npz"
+  header = {"descr": "|u1", "fortran_order": False, "shape": (10**7, 128, 128, 1)}
+  with zipfile.ZipFile(path, "w") as members, members.open("arr_0.npy", "w") as file:
+    np.lib.format.write_array_header_1_0(file, header)
+    file.write(bytes(100))
+  with pytest.raises(ValueError, match=r"s\.npz is not an .npz file.*claims 163840000000 bytes"):
+    data.load_npz(path, labelled=False)
+
+
+def test_a_fifo_is_no_file(tmp_path):
+  os.mkfifo(tmp_path / "s.npz")
+  with pytest.raises(OSError, match="not a regular file"):
+    data.load_npz(tmp_path / "s.npz")
+
+
+def test_saturated_samples_are_said(settings, tmp_path, recwarn):
+  draw(tmp_path / "a.npz", settings(guidance="none"))
+  assert not [warning for warning in recwarn if "saturated" in str(warning.message)]
+  with pytest.warns(UserWarning, match=r"of the pixel values lie at the ends of their range.*lower the scale"):
+    draw(tmp_path / "b.npz", settings(scale=1e30))
