@@ -222,7 +222,7 @@ def same_type(null: ArrayLike, cond: ArrayLike) -> tuple[Array, Array]:
   own = jnp.result_type(cond)
   whole = jnp.issubdtype(own, jnp.integer) or own == jnp.bool_
   if not whole or getattr(null, "dtype", None) == own or (own == jnp.bool_ and isinstance(null, bool | np.bool_)):
-    return _spread_alike(jnp.asarray(null, own), jnp.asarray(cond))
+    return _alike(jnp.asarray(null, own), jnp.asarray(cond))
   if isinstance(null, jax.core.Tracer):
     kind = jax.dtypes.canonicalize_dtype(np.promote_types(own, null.dtype))
   else:
@@ -234,15 +234,20 @@ def same_type(null: ArrayLike, cond: ArrayLike) -> tuple[Array, Array]:
     if not kinds:
       raise ValueError(f"null_cond {null!r} does not fit cond's type, {own.name}: give labels of a larger type")
     kind = kinds[0]
-  return _spread_alike(jnp.asarray(null).astype(kind), jnp.asarray(cond).astype(kind))
+  return _alike(jnp.asarray(null).astype(kind), jnp.asarray(cond).astype(kind))
 
 
-def _spread_alike(null, cond):
-  """Give a null condition the mesh axes that a condition is spread over; JAX asks for it where they are Explicit."""
-  if jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
-    nothing = (cond != cond) & False  # noqa: PLR0124, of the shape and the axes of cond
-    null = null | nothing if null.dtype == jnp.bool_ else null + nothing.astype(null.dtype)
-  return null, cond
+def _alike(null, cond):
+  return spread_as(null, cond), cond
+
+
+def spread_as(value: Array, like: Array) -> Array:
+  """Give a value the mesh axes that another is spread over; a choice between both needs it where they are Explicit."""
+  meshes = jax.sharding.get_abstract_mesh(), jax.typeof(like).sharding.mesh
+  if any(jax.sharding.AxisType.Explicit in mesh.axis_types for mesh in meshes):
+    nothing = (like != like) & False  # noqa: PLR0124, of the shape and the axes of the other
+    value = value | nothing if value.dtype == jnp.bool_ else value + nothing.astype(value.dtype)
+  return value
 
 
 def _holds(kind: Any, values: np.ndarray) -> bool:

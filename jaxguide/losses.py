@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxguide import checks
-from jaxguide.denoisers import same_type
+from jaxguide.denoisers import same_type, spread_as
 from jaxguide.scaling import Scaling
 from jaxguide.schedules import NoiseLevels
 from jaxguide.typing import Array, ArrayLike, Float, Int, Key, PyTree
@@ -80,7 +80,7 @@ def drop_cond(key: Key, cond: PyTree, null_cond: PyTree, p_uncond: ArrayLike) ->
 
   def replace(y, null):
     null, y = same_type(null, y)
-    return jnp.where(wide(drop, y), null, y)
+    return jnp.where(spread_as(wide(drop, y), y), null, y)
 
   return jax.tree.map(replace, cond, null_cond)
 

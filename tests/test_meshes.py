@@ -1,5 +1,7 @@
 """Networks and guided sampling under meshes of Explicit axes, which `jax.make_mesh` has, as under Auto ones."""
 
+import contextlib
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -29,11 +31,24 @@ def random_params(name):
   return jax.tree.map(lambda leaf: jnp.asarray(0.1 * RNG.normal(size=leaf.shape), leaf.dtype), shapes)
 
 
-@pytest.fixture(params=["explicit", "auto", "two axes"])
+MESHES = {
+  "explicit": (AxisType.Explicit, (4,), ("batch",)),
+  "carried": (AxisType.Explicit, (4,), ("batch",)),  # by the arrays alone: the program is not told of it
+  "two axes": (AxisType.Explicit, (2, 2), ("batch", "model")),
+  "auto": (AxisType.Auto, (4,), ("batch",)),
+}
+
+
+@pytest.fixture(params=MESHES)
 def mesh(request):
-  kind = AxisType.Auto if request.param == "auto" else AxisType.Explicit
-  shape, names = ((2, 2), ("batch", "model")) if request.param == "two axes" else ((4,), ("batch",))
+  kind, shape, names = MESHES[request.param]
   return jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
+
+
+@pytest.fixture
+def within(request, mesh):
+  """What a program runs in."""
+  return contextlib.nullcontext if request.node.callspec.params["mesh"] == "carried" else lambda: jax.set_mesh(mesh)
 
 
 def spread(mesh, tree):
@@ -41,7 +56,7 @@ def spread(mesh, tree):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_and_their_gradients(name, mesh):
+def test_networks_and_their_gradients(name, mesh, within):
   module, params = NETWORKS[name], random_params(name)
 
   @jax.jit
@@ -54,19 +69,57 @@ def test_networks_and_their_gradients(name, mesh):
     return out, gradients
 
   wanted = both(params, *inputs(name))
-  with jax.set_mesh(mesh):
+  with within():
     same = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     got = both(same, *spread(mesh, inputs(name)))
   chex.assert_trees_all_close(jax.device_get(got), jax.device_get(wanted), atol=1e-4, rtol=1e-3)
 
 
-def test_guided_sampling(mesh):
-  scaled = scaling.v(schedules.Cosine())
-  denoise = jg.NetworkDenoiser(random_params("unet"), NETWORKS["unet"].apply, scaled)
-  guided = jg.classifier_free(3, 2.0)(denoise)
-  draw = jax.jit(jax.vmap(lambda key, y: jg.sample(guided, key, (8, 8, 1), jg.karras(2, 0.1, 5.0), jg.DDIM(1.0), y)[0]))
+SCALED = scaling.v(schedules.Cosine())
+
+
+def guided(params, of_classifier):
+  denoise = jg.NetworkDenoiser(params, NETWORKS["unet"].apply, SCALED)
+  log_prob = jg.ClassifierLogProb(of_classifier, NETWORKS["attention"].apply, SCALED)
+  return jg.chain(jg.classifier_free(3, 2.0), jg.classifier(log_prob, 1.5))(denoise)
+
+
+def test_guided_sampling(mesh, within):
+  params = random_params("unet"), random_params("attention")
+
+  @jax.jit
+  def draw(params, keys, labels):
+    one = lambda key, y: jg.sample(guided(*params), key, (8, 8, 1), jg.karras(2, 0.1, 5.0), jg.DDIM(1.0), y)[0]  # noqa: E731
+    return jax.vmap(one)(keys, labels)
+
   keys, labels = jg.sample_keys(jax.random.key(0), 4), np.arange(4) % 3
-  wanted = draw(keys, labels)
-  with jax.set_mesh(mesh):
-    got = draw(*spread(mesh, (keys, labels)))
+  wanted = draw(params, keys, labels)
+  with within():
+    same = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    got = draw(same, *spread(mesh, (keys, labels)))
   np.testing.assert_allclose(np.asarray(got), np.asarray(wanted), atol=1e-3, rtol=1e-3)
+
+
+def loss(params, x, y):
+  return jg.denoising_loss(
+    params, NETWORKS["unet"].apply, jax.random.key(1), x, y,
+    scaling=SCALED, noise_levels=schedules.Cosine(), null_cond=3, p_uncond=0.5,
+  )  # fmt: skip
+
+
+def test_training(mesh, within):
+  params, step = random_params("unet"), jax.jit(jax.value_and_grad(loss))
+  wanted = step(params, X, Y % 3)
+  with within():
+    same = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    got = step(same, *spread(mesh, (X, Y % 3)))
+  chex.assert_trees_all_close(jax.device_get(got), jax.device_get(wanted), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_parameters_are_drawn_as_without_a_mesh(name, mesh, within):
+  draw = NETWORKS[name].init
+  shapes = jax.eval_shape(draw, jax.random.key(0), *inputs(name))
+  with within():
+    made = jax.jit(draw).trace(jax.random.key(0), *spread(mesh, inputs(name))).out_info
+  chex.assert_trees_all_equal_shapes_and_dtypes(made, shapes)

@@ -149,13 +149,16 @@ def _batch(args, axes, **params):
   return out.reshape(*x.shape[:2], *out.shape[1:]), 0
 
 
+def _abstract(x, kernel, **params):
+  out = jax.eval_shape(functools.partial(_plain, **params), x, kernel)
+  # On the mesh of x, and spread over its batch as x is: a type without a mesh meets no other one under a mesh.
+  sharding = x.sharding.update(spec=jax.sharding.PartitionSpec(x.sharding.spec[0], None, None, None))
+  return jax.core.ShapedArray(out.shape, out.dtype, sharding=sharding)
+
+
 _convolve_p = Primitive("jaxguide_convolve")
 _convolve_p.def_impl(jax.jit(_on_cpu, static_argnames=("stride", "padding", "turned")))
-_convolve_p.def_abstract_eval(
-  lambda x, kernel, **params: jax.core.ShapedArray(
-    (out := jax.eval_shape(functools.partial(_plain, **params), x, kernel)).shape, out.dtype
-  )
-)
+_convolve_p.def_abstract_eval(_abstract)
 ad.defbilinear(_convolve_p, _input_gradient, _kernel_gradient)
 batching.primitive_batchers[_convolve_p] = _batch
 mlir.register_lowering(_convolve_p, mlir.lower_fun(_on_cpu, multiple_results=False))

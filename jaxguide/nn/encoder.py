@@ -1,5 +1,7 @@
 """What the UNet and the classifier share: the time embedding, the way down, and the middle."""
 
+import contextlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,28 +14,39 @@ from jaxguide.nn.layers import AttentionBlock, Conv, Downsample, ResBlock, times
 from jaxguide.nn.perturbation import Perturbation
 
 
-def _by_auto_axes(function, variables, x, *args, **kwargs):
-  """Call a function under a mesh whose Explicit axes are Auto ones inside: there the partitioner lays out what is made.
+def _by_auto_axes(function, out, *args, **kwargs):
+  """Call a function with the Explicit axes of a mesh as Auto ones inside: there the partitioner lays out what is made.
 
-  What comes out is spread over its first axis as ``x`` is.
+  Args:
+    function: what to call.
+    out: how what comes out is spread over the mesh.
+    *args: its arguments, whose arrays carry the mesh where none is set.
+    **kwargs: its arguments by name.
   """
+  leaves, treedef = jax.tree.flatten((args, kwargs))
+  arrays = [isinstance(leaf, jax.Array) for leaf in leaves]
+  context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
   mesh = jax.sharding.get_abstract_mesh()
+  for leaf in itertools.compress(leaves, arrays):
+    if not mesh.empty:
+      break
+    mesh = jax.typeof(leaf).sharding.mesh
+    if not mesh.empty:
+      traced = isinstance(leaf, jax.core.Tracer)
+      context = jax.sharding.use_abstract_mesh(mesh) if traced else jax.set_mesh(leaf.sharding.mesh)
   explicit = jax.sharding.AxisType.Explicit
-  if explicit not in mesh.axis_types:
-    return function(variables, x, *args, **kwargs)
-  spec = jax.typeof(x).sharding.spec
-  out = jax.sharding.PartitionSpec(spec[0] if len(spec) else None)
-
-  def call(variables, x, args, kwargs):
-    return function(variables, x, *args, **kwargs)
-
   axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == explicit)
-  static = {name: value for name, value in kwargs.items() if name != "rngs"}
-  dynamic = {name: value for name, value in kwargs.items() if name == "rngs"}
-  whole = jax.sharding.auto_axes(
-    lambda variables, x, args, dynamic: call(variables, x, args, {**static, **dynamic}), axes=axes, out_sharding=out
-  )
-  return whole(variables, x, args, dynamic)
+  if not axes:
+    return function(*args, **kwargs)
+
+  def call(*dynamic):
+    given = iter(dynamic)
+    whole = [next(given) if array else leaf for leaf, array in zip(leaves, arrays, strict=True)]
+    args, kwargs = jax.tree.unflatten(treedef, whole)
+    return function(*args, **kwargs)
+
+  with context:
+    return jax.sharding.auto_axes(call, axes=axes, out_sharding=out)(*itertools.compress(leaves, arrays))
 
 
 class Encoder(nn.Module):
@@ -102,7 +115,13 @@ class Encoder(nn.Module):
   @nn.nowrap
   def apply(self, variables, x, *args, **kwargs):  # type: ignore[override]
     """Call the network on its variables, as Flax does; also under a mesh of Explicit axes, as `jax.make_mesh` has."""
-    return _by_auto_axes(super().apply, variables, x, *args, **kwargs)
+    out = jax.sharding.PartitionSpec(*jax.typeof(x).sharding.spec[:1])
+    return _by_auto_axes(super().apply, out, variables, x, *args, **kwargs)
+
+  @nn.nowrap
+  def init(self, *args, **kwargs):
+    """Draw variables, as Flax does; under a mesh of Explicit axes every device has them whole."""
+    return _by_auto_axes(super().init, jax.sharding.PartitionSpec(), *args, **kwargs)
 
   @nn.nowrap
   def perturbation_of(self, name: str) -> Perturbation | None:
