@@ -285,11 +285,12 @@ def _apply(model: NetworkDenoiser | ClassifierLogProb, x, sigma, *cond):
   return model.apply(model.params, *args)[0]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _ModuleMethod:
   """A Flax module's method that is equal where the modules are: Python compares bound methods by identity.
 
-  Without it two networks of one configuration would be two programs.
+  Without it two networks of one configuration would be two programs. Fields that have no hash, such as dictionaries,
+  lists and arrays, are compared by what they hold.
   """
 
   module: nn.Module
@@ -297,6 +298,49 @@ class _ModuleMethod:
 
   def __call__(self, *args, **kwargs):
     return getattr(self.module, self.name)(*args, **kwargs)
+
+  def __eq__(self, other):
+    return isinstance(other, _ModuleMethod) and self._value == other._value
+
+  def __hash__(self):
+    return hash(self._value)
+
+  @functools.cached_property
+  def _value(self):
+    return _hashable(self.module), self.name
+
+
+def _hashable(value):
+  """Give a value that has a hash, and is equal where this one holds the same."""
+  if isinstance(value, nn.Module):
+    fields = [field.name for field in dataclasses.fields(value) if field.name not in ("parent", "name")]
+    return type(value), value.name, tuple((name, _hashable(getattr(value, name))) for name in fields)
+  if isinstance(value, Mapping):
+    return "mapping", frozenset((key, _hashable(item)) for key, item in value.items())
+  if isinstance(value, list | tuple):
+    return type(value), tuple(map(_hashable, value))
+  if isinstance(value, set | frozenset):
+    return "set", frozenset(map(_hashable, value))
+  if isinstance(value, np.ndarray | jax.Array):
+    return "array", value.shape, value.dtype, np.asarray(value).tobytes()
+  try:
+    hash(value)
+  except TypeError:
+    return _Same(value)
+  return value
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Same:
+  """A value that has no hash, and is equal to itself alone."""
+
+  value: Any
+
+  def __eq__(self, other):
+    return isinstance(other, _Same) and self.value is other.value
+
+  def __hash__(self):
+    return id(self.value)
 
 
 def _by_value(apply: Callable[..., Any]) -> Callable[..., Any]:
@@ -352,15 +396,15 @@ def param_shapes(module: nn.Module, *args: Any) -> PyTree:
   """
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), args)
   leaves, treedef = jax.tree.flatten(shapes)
-  return _param_shapes(module, tuple(leaves), treedef)
+  return _param_shapes(_ModuleMethod(module, "init"), tuple(leaves), treedef)
 
 
 @functools.lru_cache(maxsize=64)  # Tracing a network takes long, and loading one asks more than once.
-def _param_shapes(module: nn.Module, leaves: tuple[Any, ...], treedef: Any) -> PyTree:
+def _param_shapes(init: _ModuleMethod, leaves: tuple[Any, ...], treedef: Any) -> PyTree:
   try:
-    return jax.eval_shape(module.init, jax.random.key(0), *jax.tree.unflatten(treedef, leaves))
+    return jax.eval_shape(init, jax.random.key(0), *jax.tree.unflatten(treedef, leaves))
   except FlaxError as error:
-    raise ValueError(f"{type(module).__name__} cannot be set up on inputs of these shapes: {error}") from error
+    raise ValueError(f"{type(init.module).__name__} cannot be set up on inputs of these shapes: {error}") from error
 
 
 # --- between what a denoiser can say ---------------------------------------------------------------

@@ -227,3 +227,32 @@ def test_a_classifier_looks_at_labels_too():
   with pytest.raises(ValueError, match="label 5 is not one of the 3 classes"):
     denoisers.check_cond(guided, 5)
   denoisers.check_cond(guided, 2)
+
+
+class Scaled(nn.Module):
+  """A network with a field that may be of any kind."""
+
+  by: object
+
+  @nn.compact
+  def __call__(self, x, t, y=None):
+    factor = self.param("factor", nn.initializers.ones, ())
+    return factor * jnp.sum(jnp.asarray(jax.tree.leaves(self.by), x.dtype)) * x
+
+
+@pytest.mark.parametrize(
+  "field",
+  [lambda a: {"a": a}, lambda a: [1, a], np.array, lambda a: jnp.full(2, a), lambda a: ([1], {"a": [a]})],
+  ids=["dict", "list", "numpy", "jax", "nested"],
+)
+def test_modules_whose_fields_have_no_hash(field):
+  def draw(value):
+    module = Scaled(field(value))
+    denoise = jg.NetworkDenoiser({"params": {"factor": jnp.ones(())}}, module.apply, jg.scaling.ve())
+    return step(denoise)
+
+  step = jax.jit(lambda denoise: denoise(jnp.ones(2), jnp.asarray(1.0)))
+  first, other, again = draw(2.0), draw(3.0), draw(2.0)
+  assert not np.array_equal(first, other)
+  np.testing.assert_array_equal(first, again)
+  assert step._cache_size() == 2
