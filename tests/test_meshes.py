@@ -55,19 +55,18 @@ def spread(mesh, tree):
   return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("batch")))
 
 
+def with_gradients(name):
+  def loss(params, x, *rest):
+    out = NETWORKS[name].apply(params, x, *rest)
+    return jnp.square(out).mean(), out
+
+  return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_and_their_gradients(name, mesh, within):
-  module, params = NETWORKS[name], random_params(name)
-
-  @jax.jit
-  def both(params, x, *rest):
-    def loss(params, x):
-      out = module.apply(params, x, *rest)
-      return jnp.square(out).mean(), out
-
-    (_, out), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
-    return out, gradients
-
+  params, both = random_params(name), with_gradients(name)
   wanted = both(params, *inputs(name))
   with within():
     same = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
@@ -84,14 +83,15 @@ def guided(params, of_classifier):
   return jg.chain(jg.classifier_free(3, 2.0), jg.classifier(log_prob, 1.5))(denoise)
 
 
+@jax.jit
+def draw(params, keys, labels):
+  one = lambda key, y: jg.sample(guided(*params), key, (8, 8, 1), jg.karras(2, 0.1, 5.0), jg.DDIM(1.0), y)[0]  # noqa: E731
+  return jax.vmap(one)(keys, labels)
+
+
+@pytest.mark.slow
 def test_guided_sampling(mesh, within):
   params = random_params("unet"), random_params("attention")
-
-  @jax.jit
-  def draw(params, keys, labels):
-    one = lambda key, y: jg.sample(guided(*params), key, (8, 8, 1), jg.karras(2, 0.1, 5.0), jg.DDIM(1.0), y)[0]  # noqa: E731
-    return jax.vmap(one)(keys, labels)
-
   keys, labels = jg.sample_keys(jax.random.key(0), 4), np.arange(4) % 3
   wanted = draw(params, keys, labels)
   with within():
@@ -107,8 +107,12 @@ def loss(params, x, y):
   )  # fmt: skip
 
 
+step = jax.jit(jax.value_and_grad(loss))
+
+
+@pytest.mark.slow
 def test_training(mesh, within):
-  params, step = random_params("unet"), jax.jit(jax.value_and_grad(loss))
+  params = random_params("unet")
   wanted = step(params, X, Y % 3)
   with within():
     same = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
@@ -123,3 +127,14 @@ def test_parameters_are_drawn_as_without_a_mesh(name, mesh, within):
   with within():
     made = jax.jit(draw).trace(jax.random.key(0), *spread(mesh, inputs(name))).out_info
   chex.assert_trees_all_equal_shapes_and_dtypes(made, shapes)
+
+
+def test_axes_fit_in_every_program(mesh, within):
+  """Where axes do not fit, it is an error of tracing; what the programs give is for the slow tests."""
+  with within():
+    params = jax.device_put({name: random_params(name) for name in NETWORKS}, NamedSharding(mesh, PartitionSpec()))
+    keys, x, labels = spread(mesh, (jax.random.split(jax.random.key(0), 4), X, Y % 3))
+    for name in NETWORKS:
+      with_gradients(name).trace(params[name], *spread(mesh, inputs(name)))
+    draw.trace((params["unet"], params["attention"]), keys, labels)
+    step.trace(params["unet"], x, labels)
