@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxguide import data, files, generate
-from jaxguide.generate import Settings
+from jaxguide.generate import Settings, unfinished
 from jaxguide.training import ModelConfig
 from jaxguide.training import model as models
 
@@ -88,6 +88,66 @@ def test_what_a_kill_leaves_behind(settings, tmp_path):
   (left / "done.json").touch()
   assert draw(out, settings()) is False
   assert not left.exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_kill_between_the_file_and_the_cleaning_up(settings, tmp_path, monkeypatch, overwrite):
+  out, left = tmp_path / "s.npz", tmp_path / "s.npz.unfinished"
+  with monkeypatch.context() as patch:
+    patch.setattr(unfinished.Unfinished, "remove", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+      draw(out, settings())
+  assert left.is_dir()
+  # The samples of the finished file are in nobody's way, whatever is asked for next.
+  assert draw(out, settings(seed=int(overwrite)), overwrite=overwrite) is overwrite
+  assert not left.exists()
+
+
+def test_what_is_not_ours_stays_beside_a_finished_file(settings, tmp_path):
+  out, left = tmp_path / "s.npz", tmp_path / "s.npz.unfinished"
+  draw(out, settings())
+  left.mkdir()
+  for name in ("thesis.txt", "images.npy"):
+    (left / name).touch()
+  assert draw(out, settings()) is False
+  assert sorted(path.name for path in left.iterdir()) == ["images.npy", "thesis.txt"]
+
+
+def test_a_large_picture_says_what_it_was_made_with(settings, tmp_path, monkeypatch):
+  out = tmp_path / "s.png"
+  draw(out, settings())
+  monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
+  assert draw(out, settings()) is False
+  out.write_bytes(b"no picture")
+  with pytest.raises(ValueError, match="does not say what it was made with"):
+    draw(out, settings())
+
+
+def claim(file, shape):
+  np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+  file.write(bytes(100))
+
+
+def test_a_finished_file_whose_settings_are_none(settings, tmp_path):
+  out = tmp_path / "s.npz"
+  for text in ("[1]", "null", "{", "[" * 100_000):
+    data.save_npz(out, np.zeros((3, 8, 8, 1), np.uint8), settings=text)
+    with pytest.raises(ValueError, match="does not say what it was made with"):
+      draw(out, settings())
+  with zipfile.ZipFile(out, "w") as members, members.open("settings.npy", "w") as file:
+    claim(file, (10**14,))
+  with pytest.raises(ValueError, match="does not say what it was made with"):
+    draw(out, settings())
+
+
+def test_a_bare_array_that_claims_more_than_it_holds(settings, tmp_path):
+  out = tmp_path / "s.npz"
+  with out.open("wb") as file:
+    claim(file, (10**14,))
+  with pytest.raises(ValueError, match=r"s\.npz is not an .npz file"):
+    data.load_npz(out)
+  with pytest.raises(ValueError, match="does not say what it was made with"):
+    draw(out, settings())
 
 
 def test_a_failed_run_does_not_stand_in_the_way(settings, tmp_path):

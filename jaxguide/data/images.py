@@ -100,15 +100,17 @@ def save_npz(path: PathLike, images: np.ndarray, labels: np.ndarray | None = Non
 
 def settings_of(path: PathLike) -> str | None:
   """Read what a finished ``.npz`` or ``.png`` says of the settings that it was made with; None if it says nothing."""
-  from PIL import Image
+  from PIL import PngImagePlugin
 
   try:
     if Path(path).suffix == ".png":
-      with Image.open(path) as picture:
+      # Not `Image.open`, which refuses large pictures: here none of their pixels is read.
+      with PngImagePlugin.PngImageFile(path) as picture:
         return picture.info.get("settings")
+    _check_sizes(path)
     with np.load(path) as arrays:
       return str(arrays["settings"])
-  except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+  except (OSError, ValueError, KeyError, TypeError, EOFError, SyntaxError, zipfile.BadZipFile, zlib.error):
     return None
 
 
@@ -125,8 +127,11 @@ def _check_sizes(path: PathLike) -> None:
   """Check that the arrays of an .npz file are no larger than the file can hold, before memory is taken for them.
 
   Raises:
-    ValueError: if one claims to be.
+    ValueError: if one claims to be, or the file is none of that format.
   """
+  with open(path, "rb") as opened:
+    if not zipfile.is_zipfile(opened):
+      raise ValueError("it holds no arrays")
   with zipfile.ZipFile(path) as members:
     for member in members.infolist():
       with members.open(member) as file:
@@ -154,8 +159,7 @@ def load_npz(path: PathLike, labelled: bool = True) -> tuple[np.ndarray, np.ndar
   if Path(path).exists() and not Path(path).is_file():
     raise OSError(f"cannot read {path}: it is not a regular file; name one")
   try:
-    if zipfile.is_zipfile(path):
-      _check_sizes(path)
+    _check_sizes(path)
     with np.load(path) as arrays:
       images = arrays["arr_0"]
       labels = arrays["arr_1"] if labelled or "arr_1" in arrays else None

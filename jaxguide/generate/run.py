@@ -69,11 +69,13 @@ def run(out: PathLike, settings: Settings, *, overwrite: bool = False, progress:
   )
   unfinished_at = out.with_name(out.name + ".unfinished")
   with lock(out.with_name(f".{out.name}.lock"), out):
-    if out.exists() and not overwrite:
-      _check_finished(out, record)
-      if unfinished_at.is_dir() and not (unfinished_at / "settings.json").exists():
-        unfinished.clear(unfinished_at)  # The run that wrote the file was killed while it cleaned up.
-      return False
+    if out.exists():
+      held = _settings_of(out)
+      if held is not None:
+        unfinished.clear_finished(unfinished_at, held)
+      if not overwrite:
+        _check_finished(out, held, record)
+        return False
     samples = unfinished.Unfinished(unfinished_at, record, (settings.num, *planned.image_shape), _DEFAULTS)
     try:
       _sample(samples, settings, planned, progress)
@@ -113,14 +115,19 @@ def _sample(samples: unfinished.Unfinished, settings: Settings, planned: Plan, p
         bar.update(len(x))
 
 
-def _check_finished(out: Path, record: Mapping[str, Any]) -> None:
-  text = data.settings_of(out)
+def _settings_of(out: Path) -> dict[str, Any] | None:
   try:
-    held = json.loads(text or "")
-  except ValueError:
+    held = json.loads(data.settings_of(out) or "")
+  except (ValueError, RecursionError):
+    return None
+  return held if isinstance(held, dict) else None
+
+
+def _check_finished(out: Path, held: Mapping[str, Any] | None, record: Mapping[str, Any]) -> None:
+  if held is None:
     raise ValueError(
       f"{out} is there already, and does not say what it was made with: choose another file, or --overwrite it"
-    ) from None
+    )
   different = records.differences(held, record, _DEFAULTS)
   if different:
     raise ValueError(

@@ -24,6 +24,23 @@ def clear(folder: Path) -> None:
   folder.rmdir()
 
 
+def clear_finished(folder: Path, settings: Mapping[str, Any]) -> None:
+  """Remove the folder of a run that was killed after it had written its file, whose settings these are.
+
+  A folder of other settings stays, and so does one that holds anything else.
+  """
+  if not folder.is_dir() or any(path.name not in FILES and not is_part(path) for path in folder.iterdir()):
+    return
+  try:
+    ours = json.loads((folder / "settings.json").read_text()) == settings
+  except FileNotFoundError:
+    ours = True  # It was killed while it cleaned up, or before it had begun.
+  except (OSError, ValueError):
+    ours = False
+  if ours:
+    clear(folder)
+
+
 class Unfinished:
   """A folder beside the file that is to be: settings, images so far, and how many they are.
 
