@@ -61,8 +61,11 @@ def check_seed(name: str, seed: int) -> int:
   ...
   ValueError: seed must be a whole number from 0 to 18446744073709551615 (2**64 - 1), got 1180591620717411303424
   """
-  number = checks.at_least(name, seed, 0)
-  if number > MAX_SEED:
+  try:
+    number = checks.at_least(name, seed, 0)
+  except ValueError:
+    number = -1
+  if not 0 <= number <= MAX_SEED:
     raise ValueError(f"{name} must be a whole number from 0 to {MAX_SEED} (2**64 - 1), got {seed!r}")
   return number
 

@@ -223,7 +223,7 @@ def test_every_option_reaches_the_settings(run, tmp_path, monkeypatch):
     (["--steps", 0], "steps must be a whole number of at least 1, got 0"),
     (["--num", 0], "num must be a whole number of at least 1, got 0"),
     (["--batch-size", 0], "batch_size must be a whole number of at least 1"),
-    (["--seed", -1], "seed must be a whole number of at least 0"),
+    (["--seed", -1], "seed must be a whole number from 0 to 18446744073709551615"),
     (["--solver", "dim"], "unknown solver 'dim': did you mean 'ddim'?"),
     (["--solver", "heun:eta=1"], "'heun' has no option 'eta'; it has none"),
     (["--solver", "ddim:eta=2"], "eta must be between 0 and 1, got 2.0"),
