@@ -103,7 +103,7 @@ def test_a_second_process_compiles_nothing(folders, tmp_path):
 
   def draw(seed):
     """Draw a sample in a process of its own; give how many programs it asked for, and how many had been kept."""
-    options = {"out": tmp_path / "a.png", "steps": 2, "num": 1, "model": folders / "denoiser", "seed": seed}
+    options = {"out": tmp_path / f"{seed}.png", "steps": 2, "num": 1, "model": folders / "denoiser", "seed": seed}
     made = subprocess.run(
       [sys.executable, "-c", COUNTED, "sample", *(f"--{name}={value}" for name, value in options.items())],
       env=environment | {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"},
