@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 # Four devices on one CPU, so that the code that spreads samples over devices runs wherever the tests do.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+_FLAGS = (
+  "--xla_force_host_platform_device_count=4",
+  # Most programs of the tests are small and run once: XLA takes longer to compile them than they take to run.
+  "--xla_backend_optimization_level=0",
+  "--xla_llvm_disable_expensive_passes=true",
+)
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 _tests = itertools.count(1)

@@ -32,7 +32,8 @@ def sample(
   solver: Solver,
   cond: PyTree = None,
   collect: Callable[[Any], PyTree] | None = None,
-  x_init: Example | None = None,
+  x_init: Example | np.ndarray | None = None,
+  add_noise: bool = False,
 ) -> tuple[Example, PyTree]:
   """Draw one example by walking down a grid of noise levels.
 
@@ -50,13 +51,15 @@ def sample(
       ``lambda state: state.x0`` shows what the denoiser saw.
     x_init: start from this at ``sigmas[0]`` instead of from noise, ``sigmas[0] * eps``. (The loops of DDPM start from
       ``x_t = eps``, which is ``sqrt(1 + sigmas[0]²) * eps`` here: at a network's noisiest levels, the same to 1e-4.)
+    add_noise: whether ``x_init`` is clean, and the sample's own noise is added to it: image to image, as SDEdit has it
+      (Meng et al. 2021, arXiv:2108.01073). The lower ``sigmas[0]``, the nearer the sample stays to ``x_init``.
 
   Returns:
     The example, and what ``collect`` gave (``None`` without it).
 
   Raises:
-    ValueError: for a grid that does not decrease or end in 0, a label outside the classes, or an ``x_init`` that has
-      another shape or is not finite.
+    ValueError: for a grid that does not decrease or end in 0, a label outside the classes, an ``x_init`` that has
+      another shape or is not finite, or ``add_noise`` without one.
     TypeError: if ``denoise``, ``key``, ``shape``, ``solver`` or ``cond`` is something else.
 
   >>> from jaxguide import mixtures, schedules, solvers
@@ -75,12 +78,13 @@ def sample(
   if not jnp.issubdtype(sigmas.dtype, jnp.floating):
     sigmas = sigmas.astype(float)
   start_key, step_key = jax.random.split(key)
-  if x_init is None:
-    x = sigmas[0] * jax.random.normal(start_key, shape, sigmas.dtype)
-  elif jnp.shape(x_init) == shape:
-    x = jnp.asarray(checks.finite("x_init", x_init)).astype(sigmas.dtype)
-  else:
+  if x_init is not None and jnp.shape(x_init) != shape:
     raise ValueError(f"x_init must have the shape {shape} of the example, got {jnp.shape(x_init)}")
+  _check_start(x_init, add_noise)
+  x = None if x_init is None else jnp.asarray(checks.finite("x_init", x_init)).astype(sigmas.dtype)
+  if x is None or add_noise:
+    noise = sigmas[0] * jax.random.normal(start_key, shape, sigmas.dtype)
+    x = noise if x is None else x + noise
 
   def step(carry, inputs):
     state, remembered = carry
@@ -116,6 +120,11 @@ def sample_keys(key: Key, num: int, start: int = 0) -> Key:
   """
   num, start = _indices(num, start, 0)
   return _keys_of(keys.threefry(key), start + np.arange(num, dtype=np.int64))
+
+
+def _check_start(x_init, add_noise):
+  if add_noise and x_init is None:
+    raise ValueError("add_noise adds noise to x_init: give one, or leave both out to start from noise alone")
 
 
 def _indices(num, start, least):
@@ -199,7 +208,8 @@ def sample_batch(
   batch_size: int | None = None,
   devices: Sequence[jax.Device] | None = None,
   progress: Callable[[int], object] | None = None,
-  x_init: ArrayLike | None = None,
+  x_init: ArrayLike | Callable[[np.ndarray], np.ndarray] | None = None,
+  add_noise: bool = False,
 ) -> Float[np.ndarray, " num *shape"]:
   """Draw many examples: compiled, in micro-batches, spread over the devices.
 
@@ -219,15 +229,18 @@ def sample_batch(
     batch_size: the most samples at a time, over all devices; all at once if left out.
     devices: where to run; all devices of this process if left out.
     progress: called with the number of samples just made, after each micro-batch (``tqdm(...).update`` fits).
-    x_init: (num, *shape), or (*shape) for every sample: start from these at ``sigmas[0]``, and not from noise. For
-      image to image, add noise of that level to clean images; `invert` finds the start that leads back to one.
+    x_init: (num, *shape), or (*shape) for every sample: start from these at ``sigmas[0]``, and not from noise; `invert`
+      finds the start that leads back to an image. Or a function that gives (n, *shape) for n samples when they are
+      drawn, counted from 0, where all would not fit in memory.
+    add_noise: whether ``x_init`` is clean, and each sample's own noise is added to it: image to image.
 
   Returns:
     (num, *shape) in host memory.
 
   Raises:
     ValueError: for a bad grid, a label outside the classes, lengths in ``cond`` that differ, a count below 1, an index
-      above `jaxguide.keys.MAX_INDEX`, a device named twice, or an ``x_init`` of another shape or not finite.
+      above `jaxguide.keys.MAX_INDEX`, a device named twice, an ``x_init`` of another shape or not finite, or
+      ``add_noise`` without one.
     TypeError: if ``denoise`` is not a pytree of arrays, ``key`` no random key, ``solver`` no solver, ``cond`` no
       numbers; or inside ``jit``, where `sample` belongs.
     FloatingPointError: if a sample is not finite, naming it and the step where it happened.
@@ -253,6 +266,7 @@ def sample_batch(
     batch_size=batch_size,
     devices=devices,
     x_init=x_init,
+    add_noise=add_noise,
   ):
     made.append(x)
     if progress is not None:
@@ -273,7 +287,8 @@ def sample_batches(
   batch_size: int | None = None,
   devices: Sequence[jax.Device] | None = None,
   skip: int = 0,
-  x_init: ArrayLike | None = None,
+  x_init: ArrayLike | Callable[[np.ndarray], np.ndarray] | None = None,
+  add_noise: bool = False,
 ) -> Iterator[Float[np.ndarray, " n *shape"]]:
   """Draw many examples as `sample_batch` does, one micro-batch after another.
 
@@ -293,6 +308,7 @@ def sample_batches(
     skip: how many of the ``num`` there are already, from an earlier run that was cut off. The rest comes out as it
       would have then, to the last bit if ``skip`` is a whole number of micro-batches.
     x_init: where to start from, as in `sample_batch`.
+    add_noise: whether noise is added to it.
 
   Returns:
     An iterator over arrays (n, *shape) in host memory.
@@ -316,11 +332,8 @@ def sample_batches(
   shape, key = checks.shape("shape", shape), keys.threefry(key)
   num, cond = _broadcast(cond, num)
   num, start = _indices(num, start, 1)
-  if x_init is not None:
-    x_init = np.asarray(checks.finite("x_init", np.asarray(x_init)))
-    if x_init.shape not in (shape, (num, *shape)):
-      raise ValueError(f"x_init must have the shape {(num, *shape)} of the samples or {shape}, got {x_init.shape}")
-    x_init = np.broadcast_to(x_init, (num, *shape))
+  _check_start(x_init, add_noise)
+  starts = x_init if callable(x_init) else _starts(x_init, num, shape)
   devices = jax.local_devices() if devices is None else list(devices)
   if not devices:
     raise ValueError("devices must name at least one device, or be left out to use all")
@@ -335,44 +348,59 @@ def sample_batches(
   fixed = jax.device_put((denoise, jnp.asarray(sigmas), solver), same)
 
   skip = checks.at_least("skip", skip, 0)
-  return _micro_batches(fixed, spread, key, (cond, x_init), shape, range(skip, num, size), start)
+  static = {"shape": shape, "add_noise": bool(add_noise)}
+  return _micro_batches(fixed, spread, key, cond, starts, static, range(skip, num, size), start)
 
 
-def _micro_batches(fixed, spread, key, given, shape, firsts, start):
+def _starts(x_init, num, shape):
+  """Give the function of the samples' numbers that looks their starts up."""
+  if x_init is None:
+    return lambda rows: None
+  x_init = np.asarray(checks.finite("x_init", np.asarray(x_init)))
+  if x_init.shape not in (shape, (num, *shape)):
+    raise ValueError(f"x_init must have the shape {(num, *shape)} of the samples or {shape}, got {x_init.shape}")
+  return np.broadcast_to(x_init, (num, *shape)).__getitem__
+
+
+def _micro_batches(fixed, spread, key, cond, starts, static, firsts, start):
   num, size = firsts.stop, firsts.step
   for first in firsts:
     # The last micro-batch is filled up with copies of the last sample, so that every one has the same shape.
     rows = np.minimum(np.arange(first, first + size), num - 1)
-    inputs = _keys_of(key, start + rows), *_rows(given, rows)
-    made = np.asarray(_sample_many(*fixed, *jax.device_put(inputs, spread), shape=shape))
+    x_init = starts(rows)
+    if x_init is not None and np.shape(x_init) != (size, *static["shape"]):
+      raise ValueError(f"x_init must give {(size, *static['shape'])} for {size} samples, got {np.shape(x_init)}")
+    inputs = _keys_of(key, start + rows), _rows(cond, rows), x_init
+    made = np.asarray(_sample_many(*fixed, *jax.device_put(inputs, spread), **static))
     made = made[: num - first]
-    _check_finite(made, fixed, inputs, shape, start + first)
+    _check_finite(made, fixed, inputs, static, start + first)
     yield made
 
 
-@functools.partial(jax.jit, static_argnames="shape")
-def _sample_many(denoise, sigmas, solver, keys, cond, x_init, *, shape):
+@functools.partial(jax.jit, static_argnames=("shape", "add_noise"))
+def _sample_many(denoise, sigmas, solver, keys, cond, x_init, *, shape, add_noise):
   def one(key, cond, x_init):
-    return sample(denoise, key, shape, sigmas, solver, cond, x_init=x_init)[0]
+    return sample(denoise, key, shape, sigmas, solver, cond, None, x_init, add_noise)[0]
 
   return jax.vmap(one)(keys, cond, x_init)
 
 
-@functools.partial(jax.jit, static_argnames="shape")
-def _finite_steps(denoise, sigmas, solver, key, cond, x_init, *, shape):
-  return sample(denoise, key, shape, sigmas, solver, cond, lambda state: jnp.isfinite(state.x).all(), x_init)[1]
+@functools.partial(jax.jit, static_argnames=("shape", "add_noise"))
+def _finite_steps(denoise, sigmas, solver, key, cond, x_init, *, shape, add_noise):
+  finite = lambda state: jnp.isfinite(state.x).all()  # noqa: E731
+  return sample(denoise, key, shape, sigmas, solver, cond, finite, x_init, add_noise)[1]
 
 
 def _rows(tree, rows):
   return jax.tree.map(lambda leaf: leaf[rows], tree)
 
 
-def _check_finite(made, fixed, inputs, shape, first):
+def _check_finite(made, fixed, inputs, static, first):
   bad = np.flatnonzero(~np.isfinite(made).reshape(len(made), -1).all(1))
   if bad.size:
     row = bad[0]
     # Only now, since looking at every step costs time: walk the first bad sample's path again.
-    finite = _finite_steps(*fixed, *_rows(inputs, row), shape=shape)
+    finite = _finite_steps(*fixed, *_rows(inputs, row), **static)
     step = int(np.argmin(np.asarray(finite)))
     raise FloatingPointError(
       f"{bad.size} of {len(made)} samples are not finite; sample {first + row} first at step {step} of {len(finite)}, "

@@ -16,7 +16,7 @@ from jax.tree_util import Partial
 
 import jaxguide
 import jaxguide as jg
-from jaxguide import cli, data, generate, schedules, solvers
+from jaxguide import cli, data, generate, keys, schedules, solvers
 from jaxguide.generate import methods, unfinished
 from jaxguide.generate.plan import plan
 from jaxguide.training import ModelConfig
@@ -170,6 +170,48 @@ def test_sample_draws_every_sample(run, tmp_path, labels, num, rows, columns):
   assert rows <= picture.size[1] // 48 < rows + 2
 
 
+def test_image_to_image(run, folders, tmp_path):
+  start, out = tmp_path / "start.npz", tmp_path / "out.npz"
+  images = np.random.default_rng(0).integers(60, 200, (2, 8, 8, 1)).astype(np.uint8)
+  data.save_npz(start, images)
+  given = ("--init", start, "--label", 3, "--num", 3, "--batch-size", 2, "--steps", 4, "--grid", "karras")
+
+  def drawn(*args):
+    assert run("sample", "--out", out, "--overwrite", *given, *args)[0] == 0
+    return data.load_npz(out)[0].astype(float)
+
+  # So little noise leaves the images, in turn, as they are, but for what the last step's network makes of them.
+  near = drawn("--init-level", 0.002)
+  levels = np.asarray(jg.karras(4))
+  made = plan(
+    generate.Settings(model=str(folders / "denoiser"), init=str(start), init_level=0.002, steps=4, grid="karras")
+  )
+  np.testing.assert_array_equal(made.sigmas, levels[-2:])
+  assert np.abs(near - images[[0, 1, 0]]).max() <= 2
+  # The sample is what the library draws from the same start.
+  settings = generate.Settings(
+    model=str(folders / "denoiser"), init=str(start), labels=[3], num=3, steps=4, grid="karras"
+  )
+  made = plan(settings)
+  np.testing.assert_array_equal(made.sigmas, levels[2:])
+  wanted = jg.sample_batch(
+    made.denoiser, keys.seed_key(0), made.cond, shape=(8, 8, 1), sigmas=levels[2:], solver=made.solver,
+    x_init=data.from_uint8(images[[0, 1, 0]]), add_noise=True,
+  )  # fmt: skip
+  assert np.abs(drawn() - data.to_uint8(wanted)).max() <= 1
+  for args, message in (
+    (("--init-level", 0), "init_level must be above 0"),
+    (("--init-level", 1e4), "init_level must be at most the grid's first level, 80, got 10000"),
+    (("--init", tmp_path / "none.npz"), "there is no file"),
+  ):
+    status, _, errors = run("sample", "--out", tmp_path / "no.npz", *given, *args)
+    assert status != 0
+    assert message in errors
+  assert "give both" in run("sample", "--out", out, "--init-level", 1)[2]
+  data.save_npz(start, images[:, :4])
+  assert "but the model makes (8, 8, 1)" in run("sample", "--out", tmp_path / "no.npz", *given)[2]
+
+
 def test_every_option_reaches_the_settings(run, tmp_path, monkeypatch):
   asked = []
   monkeypatch.setattr(generate, "run", lambda out, settings, **options: asked.append((out, settings, options)))
@@ -177,6 +219,8 @@ def test_every_option_reaches_the_settings(run, tmp_path, monkeypatch):
     model="elsewhere",
     classifier="judge",
     base_samples="low.npz",
+    init="start.npz",
+    init_level=2.5,
     labels=(3, 7),
     num=5,
     guidance=("cfg:combine=rescaled", "classifier"),
@@ -186,6 +230,7 @@ def test_every_option_reaches_the_settings(run, tmp_path, monkeypatch):
     steps="ddim25",
     grid="respaced",
     dtype="bfloat16",
+    matmul_precision="highest",
     cudnn_attention=True,
     clip=False,
     seed=9,
@@ -194,8 +239,7 @@ def test_every_option_reaches_the_settings(run, tmp_path, monkeypatch):
   args = []
   for field in dataclasses.fields(wanted):
     value, option = getattr(wanted, field.name), "--" + field.name.replace("_", "-")
-    if value == field.default:
-      continue  # What has been added since is at its default.
+    assert value != field.default, field.name
     for each in value if isinstance(value, tuple) else (value,):
       match each:
         case bool():

@@ -350,6 +350,26 @@ def test_x_init_replaces_the_starting_noise(model):
     jg.sample(model.denoiser, key, SHAPE, grid, jg.Euler(), 1, x_init=jnp.zeros(3))
 
 
+def test_noise_is_added_to_a_clean_start():
+  key, image = jax.random.key(3), np.array([7.0, -5.0], np.float32)
+  keep = Partial(lambda x, sigma, cond: x)  # What it starts from stays as it is.
+  grid = np.array([4.0, 1.0, 0.0])
+  options = dict(shape=SHAPE, sigmas=grid, solver=jg.Euler(), num=3)
+  noise = jg.sample_batch(keep, key, **options)
+  close(jg.sample_batch(keep, key, **options, x_init=image, add_noise=True), image + noise)
+  close(jg.sample_batch(keep, key, **options, x_init=image), [image] * 3)
+  # As a function of the samples' numbers, in a micro-batch of any size.
+  images = np.arange(6, dtype=np.float32).reshape(3, 2)
+  for x_init in (images, lambda rows: images[rows]):
+    close(jg.sample_batch(keep, key, **options, x_init=x_init, add_noise=True, batch_size=2), images + noise)
+  one = jg.sample(keep, jg.sample_keys(key, 3)[2], SHAPE, grid, jg.Euler(), x_init=image, add_noise=True)[0]
+  close(one, image + noise[2])
+  with pytest.raises(ValueError, match="add_noise adds noise to x_init"):
+    jg.sample_batch(keep, key, **options, add_noise=True)
+  with pytest.raises(ValueError, match=r"x_init must give \(4, 2\) for 4 samples, got \(2,\)"):
+    jg.sample_batch(keep, key, **options, x_init=lambda rows: image)
+
+
 def test_the_start_has_the_first_levels_noise():
   keys = jg.sample_keys(jax.random.key(0), 4000)
   identity = lambda x, sigma, cond: x  # noqa: E731

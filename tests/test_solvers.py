@@ -1,5 +1,6 @@
 """Solvers: their order of convergence, the papers' steps written again in NumPy, and the distribution they sample."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -27,13 +28,14 @@ def exact_x0(x, sigma):
   return (weights / weights.sum()) @ (MEANS + VARIANCES[:, None] / variance * (x - MEANS))
 
 
-def walk(solver, denoise, x, sigmas, keys):
-  """Take the steps of a grid, which need not end in 0 as a sampler's does."""
+def walk(solver, denoise, x, sigmas, keys, n):
+  """Take the first ``n`` steps of a grid, which need not end in 0 as a sampler's does: one program for every ``n``."""
 
   def step(state, inputs):
-    return solver.step(denoise, state, *inputs), None
+    i, *inputs = inputs
+    return jax.lax.cond(i < n, lambda: solver.step(denoise, state, *inputs), lambda: state), None
 
-  return jax.lax.scan(step, solver.init(x), (sigmas[:-1], sigmas[1:], keys))[0].x
+  return jax.lax.scan(step, solver.init(x), (jnp.arange(len(keys)), sigmas[:-1], sigmas[1:], keys))[0].x
 
 
 def is_random(solver):
@@ -63,30 +65,41 @@ def uneven_grid(steps, high, low):
 FINE = np.array([128, 256, 512, 1024]), 500.0, 0.4
 
 
+def padded(grid, steps, high, low, longest):
+  """A grid of that many steps, as long as the longest."""
+  return jnp.asarray(np.append(grid(steps, high, low), np.full(longest - steps, low)))
+
+
+@functools.cache
+def exact_flow(x, high, low):
+  """Where the probability flow takes ``x``."""
+  right = lambda sigma, x: (x - exact_x0(x, sigma)) / sigma  # noqa: E731
+  return solve_ivp(right, (high, low), x, "DOP853", rtol=1e-13, atol=1e-14).y[:, -1]
+
+
 # --- order ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grid", [smooth_grid, uneven_grid])
-def test_deterministic_solvers_converge_at_their_order(solver, grid, float64):
+def errors_of_the_flow(solver, x, counts, high, low):
+  """The errors after that many steps, for both grids."""
+  model, longest = mixture(), max(counts)
+  program = jax.jit(lambda *args: walk(solver, model.denoise, jnp.asarray(x), *args))
+  keys, wanted = jax.random.split(jax.random.key(0), longest), exact_flow(tuple(x), high, low)
+  for grid in (smooth_grid, uneven_grid):
+    yield [np.linalg.norm(program(padded(grid, n, high, low, longest), keys, n) - wanted) for n in counts]
+
+
+def test_deterministic_solvers_converge_at_their_order(solver, float64):
   if is_random(solver):
     pytest.skip("random: its order is that of the distribution, below")
   # A multistep method of third order begins with less, which shows unless x0 hardly changes where it begins.
   counts, high, low = (np.array([32, 64, 128, 256]), 5.0, 0.4) if solver.order < 3 else FINE
-  x = np.array([0.8, -0.6]) * high
-  flow = solve_ivp(lambda sigma, x: (x - exact_x0(x, sigma)) / sigma, (high, low), x, "DOP853", rtol=1e-12, atol=1e-13)
-  model, errors = mixture(), []
-  for n in counts:
-    sigmas = jnp.asarray(grid(n, high, low))
-    got = jax.jit(lambda sigmas, keys: walk(solver, model.denoise, jnp.asarray(x), sigmas, keys))(
-      sigmas, jax.random.split(jax.random.key(0), n)
-    )
-    errors.append(np.linalg.norm(got - flow.y[:, -1]))
-  assert abs(slope(counts, errors) - solver.order) < 0.1
-  assert errors[-1] < 0.05
+  for errors in errors_of_the_flow(solver, np.array([0.8, -0.6]) * high, counts, high, low):
+    assert abs(slope(counts, errors) - solver.order) < 0.1
+    assert errors[-1] < 0.05
 
 
-@pytest.mark.parametrize("grid", [smooth_grid, uneven_grid])
-def test_the_variance_of_a_gaussian_converges_at_the_order(solver, grid, given_noise, float64):
+def test_the_variance_of_a_gaussian_converges_at_the_order(solver, given_noise, float64):
   # Data of one Gaussian make every step affine in the start and in the noises, so that the mean and the variance of
   # what comes out are known exactly, from derivatives: no sampling error hides the solver's.
   m, v = 0.7, 0.3
@@ -95,32 +108,28 @@ def test_the_variance_of_a_gaussian_converges_at_the_order(solver, grid, given_n
   def denoise(x, sigma):
     return m + v / (v + sigma**2) * (x - m)
 
-  errors, gamma = [], getattr(solver, "gamma", None)
-  for n in counts:
-    if isinstance(solver, jg.EDMStochastic):  # the more steps, the less noise in each
-      solver = solver.replace(gamma=gamma * counts[0] / n)
-    sigmas = jnp.asarray(grid(n, high, low))
-    path = jax.jit(jax.value_and_grad(lambda x, z: walk(solver, denoise, x, sigmas, z), (0, 1)))  # noqa: B023
-    mean, (by_start, by_noise) = path(jnp.asarray(m), jnp.zeros((n, 2)))
-    variance = by_start**2 * (v + high**2) + (by_noise**2).sum()
-    np.testing.assert_allclose(mean, m, rtol=1e-12)
-    errors.append(abs(variance - (v + low**2)))
-  assert abs(slope(counts, errors) - solver.order) < 0.1
-  assert errors[-1] < 0.05 * (v + low**2)
+  end = lambda x, z, solver, sigmas, n: walk(solver, denoise, x, sigmas, z, n)  # noqa: E731
+  path, longest = jax.jit(jax.value_and_grad(end, (0, 1))), max(counts)
+  gamma = getattr(solver, "gamma", None)
+  for grid in (smooth_grid, uneven_grid):
+    errors = []
+    for n in counts:
+      if isinstance(solver, jg.EDMStochastic):  # the more steps, the less noise in each
+        solver = solver.replace(gamma=gamma * counts[0] / n)
+      sigmas = padded(grid, n, high, low, longest)
+      mean, (by_start, by_noise) = path(jnp.asarray(m), jnp.zeros((longest, 2)), solver, sigmas, n)
+      variance = by_start**2 * (v + high**2) + (by_noise**2).sum()
+      np.testing.assert_allclose(mean, m, rtol=1e-12)
+      errors.append(abs(variance - (v + low**2)))
+    assert abs(slope(counts, errors) - solver.order) < 0.1, grid
+    assert errors[-1] < 0.05 * (v + low**2)
 
 
-@pytest.mark.parametrize("grid", [smooth_grid, uneven_grid])
-def test_unipc_3_is_of_fourth_order(grid, float64):
+def test_unipc_3_is_of_fourth_order(float64):
   # Its own test: its errors fall to the rounding soon, and there is no variance between them to be seen.
-  x, high, low = np.array([40.0, -30.0]), 50.0, 0.4
-  flow = solve_ivp(lambda sigma, x: (x - exact_x0(x, sigma)) / sigma, (high, low), x, "DOP853", rtol=1e-13, atol=1e-14)
-  counts, errors, model = [256, 512, 1024], [], mixture()
-  for n in counts:
-    got = jax.jit(lambda sigmas: walk(jg.UniPC(3), model.denoise, jnp.asarray(x), sigmas, jnp.zeros(n)))(  # noqa: B023
-      jnp.asarray(grid(n, high, low))
-    )
-    errors.append(np.linalg.norm(got - flow.y[:, -1]))
-  assert abs(slope(counts, errors) - jg.UniPC(3).order) < 0.1
+  counts = [256, 512, 1024]
+  for errors in errors_of_the_flow(jg.UniPC(3), np.array([40.0, -30.0]), counts, 50.0, 0.4):
+    assert abs(slope(counts, errors) - jg.UniPC(3).order) < 0.1
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])

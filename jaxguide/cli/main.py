@@ -87,6 +87,16 @@ def sample(
   base_samples: Annotated[
     Path | None, typer.Option(help=".npz of low-resolution samples, for a model of super-resolution.")
   ] = None,
+  init: Annotated[
+    Path | None, typer.Option(help=".npz of images to start from, taken in turn, instead of from noise.")
+  ] = None,
+  init_level: Annotated[
+    float | None,
+    typer.Option(
+      help="Noise level sigma that --init's images are given, nearest of the grid: the higher, the less is left of "
+      "them. [default: half of the steps are walked]"
+    ),
+  ] = None,
   label: Annotated[
     list[int] | None, typer.Option(help="Class to sample; repeat for several. All classes in turn if left out.")
   ] = None,
@@ -150,6 +160,8 @@ def sample(
     model=str(model),
     classifier=None if classifier is None else str(classifier),
     base_samples=None if base_samples is None else str(base_samples),
+    init=None if init is None else str(init),
+    init_level=init_level,
     labels=label,
     num=num,
     guidance=guidance,

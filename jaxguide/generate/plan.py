@@ -33,6 +33,10 @@ class Settings:
     classifier: folder of a classifier; for guidance that asks one, the one beside the model if left out.
     base_samples: an ``.npz`` of low-resolution samples, for a model of super-resolution, which are taken in turn; their
       labels, where the model has classes, are those of the file.
+    init: an ``.npz`` of images to start from, taken in turn, whose labels are not looked at; each sample adds its own
+      noise to its image (image to image).
+    init_level: how much noise that is, as a level sigma of the grid, of which the nearest is taken. The grid's levels
+      above it are left out, and so are their steps. If left out, half of the steps are.
     labels: classes to take in turn; all of them if left out.
     num: number of samples, at most `MAX_NUM`.
     guidance: names with options, the first innermost; or ``none`` alone. Guidance by classifiers alone is of the
@@ -59,6 +63,8 @@ class Settings:
   model: str
   classifier: str | None = None
   base_samples: str | None = None
+  init: str | None = None
+  init_level: float | None = None
   labels: Sequence[int] | None = None
   num: int = 16
   guidance: str | Sequence[str] | None = None
@@ -88,6 +94,10 @@ class Settings:
       object.__setattr__(self, "labels", tuple(labels.tolist()))
     if self.scale is not None:
       checks.finite("scale", self.scale)
+    if self.init_level is not None:
+      if self.init is None:
+        raise ValueError("init_level is the noise that is added to init: give both, or leave it out")
+      checks.above("init_level", checks.number("init_level", self.init_level), 0)
     if isinstance(self.guidance, str):
       object.__setattr__(self, "guidance", (self.guidance,))
     if self.guidance is not None:
@@ -115,6 +125,7 @@ class Plan(NamedTuple):
     cond: of every sample.
     labels: of every sample, None where there are no classes.
     image_shape: of one sample.
+    init: uint8 (n, *image_shape), images that samples start from in turn; None where they start from noise.
     record: what the networks are, as plain data.
     data: all arrays that the samples depend on.
   """
@@ -125,6 +136,7 @@ class Plan(NamedTuple):
   cond: Any
   labels: np.ndarray | None
   image_shape: Sequence[int]
+  init: np.ndarray | None
   record: Any
   data: Any
 
@@ -150,7 +162,10 @@ def plan(settings: Settings) -> Plan:
       raise ValueError(f"guidance {none!r} takes no {option}: leave it out, or choose another guidance")
   table = model.config.noise_schedule
   grid = settings.grid or ("respaced" if isinstance(table, schedules.Table) else "karras")
+  init = _init(settings, model)
   sigmas = methods.grid(grid, settings.steps, table)
+  if init is not None:
+    sigmas = sigmas[_first_step(settings, sigmas) :]
   others: list[Model] = []
 
   def load_other(folder: str) -> Model:
@@ -197,12 +212,19 @@ def plan(settings: Settings) -> Plan:
     cond=cond,
     labels=labels,
     image_shape=model.config.image_shape,
+    init=init,
     record={
       "network": dataclasses.asdict(model.config),
       "classifier_network": None if classifier is None else dataclasses.asdict(classifier.config),
       "other_networks": [dataclasses.asdict(other.config) for other in others],
     },
-    data=(model.params, None if classifier is None else classifier.params, [other.params for other in others], cond),
+    data=(
+      model.params,
+      None if classifier is None else classifier.params,
+      [other.params for other in others],
+      cond,
+      init,
+    ),
   )
 
 
@@ -300,6 +322,27 @@ def _cond(settings: Settings, model: Model, classifier: Model | None) -> tuple[A
     raise ValueError(f"{settings.base_samples} has no labels, which the model needs: it must have them in arr_1")
   labels = checks.labels("label", labels[rows], model.config.num_classes).astype(np.int32)
   return {"label": labels, "low_res": low_res}, labels
+
+
+def _init(settings: Settings, model: Model) -> np.ndarray | None:
+  if settings.init is None:
+    return None
+  images, _ = data.load_npz(settings.init, labelled=False)
+  if images.shape[1:] != model.config.image_shape:
+    raise ValueError(
+      f"{settings.init} has images of shape {images.shape[1:]}, but the model makes {model.config.image_shape}"
+    )
+  return images[: settings.num]
+
+
+def _first_step(settings: Settings, sigmas: Array) -> int:
+  """The step of the grid that a walk from an image begins with."""
+  levels = np.asarray(sigmas)[:-1]
+  if settings.init_level is None:
+    return len(levels) // 2
+  if settings.init_level > levels[0] * 1.01:
+    raise ValueError(f"init_level must be at most the grid's first level, {levels[0]:g}, got {settings.init_level:g}")
+  return int(np.argmin(np.abs(np.log(levels / settings.init_level))))
 
 
 def _labels(settings: Settings, model: Model, classifier: Model | None) -> np.ndarray | None:

@@ -97,6 +97,7 @@ _DEFAULTS["classifier_network"] = _DEFAULTS["network"]
 def _sample(samples: unfinished.Unfinished, settings: Settings, planned: Plan, progress: bool) -> None:
   from tqdm.auto import tqdm
 
+  init = planned.init
   with tqdm(total=settings.num, initial=samples.done, desc="sampling", unit="sample", disable=not progress) as bar:
     batches = sampling.sample_batches(
       planned.denoiser,
@@ -108,6 +109,8 @@ def _sample(samples: unfinished.Unfinished, settings: Settings, planned: Plan, p
       solver=planned.solver,
       batch_size=settings.batch_size,
       skip=samples.done,
+      x_init=None if init is None else lambda rows: data.from_uint8(init[rows % len(init)]),
+      add_noise=init is not None,
     )
     with jax.default_matmul_precision(settings.matmul_precision):
       for x in batches:
