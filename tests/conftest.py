@@ -111,18 +111,14 @@ def solver(request):
   return SOLVERS[request.param]()
 
 
-# What compiles a program takes seconds for each. A solver sees nothing of a guidance but a function, as a test shows:
-# every guidance with one solver and every solver with one guidance, that with a branch, say all. What remembers
-# depends on how often a step evaluates, so that it meets a solver of each kind. Slowly, so does what differentiates.
-KINDS = ("ddim_half", "ddpm", "heun", "dpmpp_2m", "unipc_2", "edm_churn")
-QUICK = [(name, "dpmpp_2m") for name in GUIDANCES] + [("interval", name) for name in SOLVERS if name != "dpmpp_2m"]
-QUICK += [("momentum", name) for name in ("ddpm", "heun", "edm_churn")]
-SLOW = [(name, solver) for name in ("momentum", "classifier", "classifier_free") for solver in KINDS]
-PAIRS = [pytest.param(pair, id="-".join(pair)) for pair in QUICK]
-PAIRS += [pytest.param(pair, id="-".join(pair), marks=pytest.mark.slow) for pair in SLOW if pair not in QUICK]
+# A solver sees nothing of a guidance but a function, as a test shows: every guidance with one solver and every solver
+# with one guidance, that with a branch, say all. What remembers depends on how often a step evaluates, so that it meets
+# a solver of each kind.
+PAIRS = [(name, "dpmpp_2m") for name in GUIDANCES] + [("interval", name) for name in SOLVERS if name != "dpmpp_2m"]
+PAIRS += [("momentum", name) for name in ("ddpm", "heun", "edm_churn")]
 
 
-@pytest.fixture(params=PAIRS)
+@pytest.fixture(params=PAIRS, ids="-".join)
 def pair(request):
   """A guidance, as ``(mixture, scale) -> Guidance``, and a solver."""
   guidance, solver = request.param

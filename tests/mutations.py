@@ -187,8 +187,8 @@ MUTATIONS = [
   Mutation(
     "samples start from noise of level 1",
     "sampling.py",
-    "x = sigmas[0] * jax.random.normal(",
-    "x = 1.0 * jax.random.normal(",
+    "noise = sigmas[0] * jax.random.normal(",
+    "noise = 1.0 * jax.random.normal(",
     "test_sampling.py -k start",
   ),
   Mutation(
@@ -224,8 +224,8 @@ MUTATIONS = [
   Mutation(
     "scale and shift change places in a residual block",
     "nn/layers.py",
-    "out * (1 + scale_shift[0]) + scale_shift[1]",
-    "out * (1 + scale_shift[1]) + scale_shift[0]",
+    "(1 + scale_shift[0]).astype(jnp.float32) + scale_shift[1].astype",
+    "(1 + scale_shift[1]).astype(jnp.float32) + scale_shift[0].astype",
     "test_nn.py -k 'group_norm or published'",
   ),
   Mutation(

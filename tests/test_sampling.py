@@ -16,6 +16,7 @@ from jaxguide import scaling, schedules
 
 SHAPE = (2,)
 GRID = jg.karras(4, 0.05, 10.0)
+KINDS = ("ddim_half", "ddpm", "heun", "dpmpp_2m", "unipc_2", "edm_churn")  # a solver of each kind
 
 
 def draw(guided, key, label, sigmas, solver):
@@ -129,7 +130,7 @@ def test_a_solver_sees_a_guidance_as_a_function(solver, all_guidances, random_mi
 
 def test_a_sweep_compiles_once_and_no_sample_knows_its_batch(pair, random_mixture, no_rank_promotion, caplog):
   make_guidance, solver = pair
-  model, made = random_mixture(0, SHAPE), []
+  made = []
   labels, key = np.arange(7) % 3, jax.random.key(0)
   # What JAX itself says it compiles: a trace may be found again in a cache while the program is not.
   with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
@@ -143,14 +144,25 @@ def test_a_sweep_compiles_once_and_no_sample_knows_its_batch(pair, random_mixtur
       if seed:
         assert not compilations(caplog)
       caplog.clear()
+      if not seed:
+        # The same program for the samples from the third on: each is now elsewhere, among others.
+        shifted = jg.sample_batch(guided, key, np.arange(3, 10) % 3, **options | {"start": 3})
+        assert not compilations(caplog)
   first = made[0]
   assert first.shape == (7, 2)
   assert len(np.unique(first.round(5), axis=0)) == 7
-  guided = make_guidance(model, 2.0)(model.denoiser)
+  close(shifted[:4], first[3:])
+
+
+@pytest.mark.parametrize("name", ["momentum", "classifier", "backward_guidance", "scheduled"])
+def test_a_sample_is_the_same_alone(name, all_guidances, model):
+  guided, key, labels = all_guidances[name](model, 2.0)(model.denoiser), jax.random.key(0), np.arange(7) % 3
+  options = dict(shape=SHAPE, sigmas=GRID, solver=jg.DPMpp2M())
+  whole = jg.sample_batch(guided, key, labels, batch_size=4, **options)
   keys = jg.sample_keys(key, 7)
   for i in (1, 3, 5):  # each label, in the first and in the second micro-batch
-    close(alone(guided, keys[i], jnp.asarray(labels[i]), GRID, solver), first[i])
-  close(alone(guided, jg.sample_keys(key, 1, start=6)[0], jnp.asarray(labels[6]), GRID, solver), first[6])
+    close(alone(guided, keys[i], jnp.asarray(labels[i]), GRID, options["solver"]), whole[i])
+  close(alone(guided, jg.sample_keys(key, 1, start=6)[0], jnp.asarray(labels[6]), GRID, options["solver"]), whole[6])
 
 
 # XLA may sum in another order in another shape of batch, and sampling amplifies the rounding.
@@ -268,7 +280,10 @@ def test_conditions_of_any_structure():
 # --- memory, gradients ----------------------------------------------------------------------------
 
 
-def test_memory_does_not_grow_with_the_steps(solver, model):
+@pytest.mark.parametrize("name", ["euler", "dpmpp_3m_sde", "edm_churn"])
+def test_memory_does_not_grow_with_the_steps(name, all_solvers, model):
+  # The loop is one for all; of the solvers' states these are the smallest, the largest and one of two evaluations.
+  solver = all_solvers[name]
   keys, labels = jg.sample_keys(jax.random.key(0), 64), jnp.zeros(64, int)
 
   def temporary(steps, collect=None):
@@ -286,17 +301,36 @@ def test_memory_does_not_grow_with_the_steps(solver, model):
     assert temporary(1000, lambda state: state.x) - temporary(10, lambda state: state.x) > 990 * 512
 
 
-def test_gradients_match_finite_differences(pair, random_mixture, float64, no_rank_promotion):
-  make_guidance, solver = pair
+@pytest.mark.parametrize(
+  ("guidance", "solver_name"),
+  [
+    pytest.param(*pair, marks=() if pair == ("momentum", "heun") else pytest.mark.slow, id="-".join(pair))
+    for pair in [(guidance, solver) for guidance in ("momentum", "classifier", "classifier_free") for solver in KINDS]
+  ],
+)
+def test_gradients_match_finite_differences(guidance, solver_name, all_guidances, all_solvers, random_mixture, float64):
   mixture = random_mixture(0, SHAPE)
 
   def total(at):
     scale, shift = at
     moved = mixture.replace(means=mixture.means + shift)
-    guided = make_guidance(moved, scale)(moved.denoiser)
-    return draw(guided, jax.random.key(2), 1, jg.karras(4, 0.1, 3.0), solver).sum()
+    guided = all_guidances[guidance](moved, scale)(moved.denoiser)
+    return draw(guided, jax.random.key(2), 1, jg.karras(4, 0.1, 3.0), all_solvers[solver_name]).sum()
 
   gradient = check_gradient(total, jnp.array([1.7, 0.02]))
+  assert (np.abs(gradient) > 1e-5).all()
+
+
+def test_gradients_of_guidance_match_finite_differences(make_guidance, random_mixture, float64, no_rank_promotion):
+  mixture = random_mixture(0, SHAPE)
+
+  def total(at):
+    scale, shift, sigma, x = at[0], at[1], at[2], at[3:]
+    moved = mixture.replace(means=mixture.means + shift)
+    guided = make_guidance(moved, scale)(moved.denoiser)(x, sigma, jnp.asarray(1))
+    return getattr(guided, "x0", guided) @ jnp.array([1.0, 0.3])  # One that remembers says more than x0.
+
+  gradient = check_gradient(total, jnp.array([1.7, 0.02, 0.8, 0.5, -0.9]))
   assert (np.abs(gradient) > 1e-5).all()
 
 
@@ -311,12 +345,17 @@ def check_gradient(function, at, number=None, step=1e-5):
   return gradient
 
 
-def test_gradients_in_the_levels_match_finite_differences(solver, random_mixture, float64):
-  denoiser = random_mixture(0, SHAPE).denoiser
+def test_gradients_of_solvers_match_finite_differences(solver, random_mixture, float64, no_rank_promotion):
+  mixture = random_mixture(0, SHAPE)
+
+  def total(at):
+    shift, grid = at[0], at[1:]
+    moved = mixture.replace(means=mixture.means + shift)
+    return draw(moved.denoiser, jax.random.key(2), 1, grid, solver).sum()
+
   # The last level is 0 and stays there; its gradient is only finite.
-  check_gradient(
-    lambda grid: draw(denoiser, jax.random.key(2), 1, grid, solver).sum(), jnp.array([3.0, 1.0, 0.3, 0.0]), 3
-  )
+  gradient = check_gradient(total, jnp.array([0.02, 3.0, 1.0, 0.3, 0.0]), 4)
+  assert (np.abs(gradient[:4]) > 1e-5).all()
 
 
 def test_the_gradient_in_eta_matches_finite_differences(random_mixture, float64):
@@ -334,9 +373,10 @@ def test_collect_stacks_what_it_is_asked_for(solver, model):
   assert {name: value.shape for name, value in history.items()} == {"x": (4, 2), "x0": (4, 2), "sum": (4,)}
   np.testing.assert_array_equal(history["x"][-1], x)
   np.testing.assert_allclose(history["x0"][-1], x, rtol=1e-5)
-  x_again, nothing = jg.sample(model.denoiser, jax.random.key(0), SHAPE, GRID, solver, 1)
-  assert nothing is None
-  np.testing.assert_array_equal(x_again, x)
+  if isinstance(solver, jg.DDPM):
+    x_again, nothing = jg.sample(model.denoiser, jax.random.key(0), SHAPE, GRID, solver, 1)
+    assert nothing is None
+    np.testing.assert_array_equal(x_again, x)
 
 
 def test_x_init_replaces_the_starting_noise(model):
