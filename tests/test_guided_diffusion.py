@@ -61,22 +61,29 @@ def network(params, x_vp, c_noise, cond):
   return output.astype(dtype)
 
 
+@functools.cache
+def network_of_kind(*kind):
+  """`network` by what changes its program; programs are told apart by it."""
+  return lambda params, *inputs: network((*params, *kind), *inputs)
+
+
 class Network:
-  """`network` with its unlearned parameters: one object each, since programs are told apart by it."""
+  """`network` with its unlearned parameters."""
 
   def __init__(self, name, schedule, steps, prediction="eps", learned=False, rescale=False):
     self.mixture, self.table = mixture(name), schedules.table(schedule, steps)
     time_scale = 1000 / steps if rescale else None
     self.scaling = {"eps": scaling.eps, "x0": scaling.x0}[prediction](self.table, time_scale)
-    self.rest = (steps / 1000 if rescale else 1, prediction, learned)
-    self.learned = learned
+    per_unit = steps / 1000 if rescale else 1.0
+    self.params = self.mixture, jnp.asarray(self.table.sigmas), jnp.asarray(per_unit)
+    self.kind, self.learned = network_of_kind(prediction, learned), learned
 
   def __call__(self, params, x, c_noise, cond):
-    return network((self.mixture, jnp.asarray(self.table.sigmas), *self.rest), x, c_noise, cond)
+    return self.kind(self.params, x, c_noise, cond)
 
   @property
   def denoiser(self):
-    return jg.NetworkDenoiser({}, self, self.scaling, learned_variance=self.learned)
+    return jg.NetworkDenoiser(self.params, self.kind, self.scaling, learned_variance=self.learned)
 
 
 network_of = functools.cache(Network)
@@ -337,7 +344,9 @@ def test_training_losses(config, group, name):
   for part in parts - {"grad"}:
     point.expect(pre + part, getattr(got, part), 10 * CASES["gd_pure"].get(f"{config}/{group}/{name}", 0))
   if "grad" in parts:
-    point.expect(pre + "grad", jax.jit(jax.grad(lambda params: terms(params).loss.sum()))(fixed))
+    # At the last step it is a quotient of small differences of tanh, which float32 knows to 1e-4.
+    unsure = 1e-4 * np.abs(point.data[f"{config}/{pre}grad"]).reshape(len(point.x), -1).max(1) if "KL" in loss else 0
+    point.expect(pre + "grad", jax.jit(jax.grad(lambda params: terms(params).loss.sum()))(fixed), unsure)
 
 
 @pytest.mark.parametrize("case", [key for key in CASES["gd_pure"] if key.startswith("calc_bpd_loop")])
