@@ -22,8 +22,6 @@ from jaxguide.generate.plan import plan
 from jaxguide.training import ModelConfig
 from jaxguide.training import model as models
 
-pytestmark = pytest.mark.xdist_group("cli")  # Its models are made once.
-
 TINY = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": ()}
 # What is sampled with these is one program: cfg by default, a micro-batch of 4, and 2 steps.
 QUICK = ("--steps", 2, "--batch-size", 4)

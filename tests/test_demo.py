@@ -16,8 +16,6 @@ from PIL import Image
 from jaxguide import cli, data, demo, evaluation
 from jaxguide.training import digits
 
-pytestmark = pytest.mark.xdist_group("demo")  # It is made once.
-
 ROOT = Path(__file__).parent.parent
 
 

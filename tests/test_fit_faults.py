@@ -25,7 +25,6 @@ from jaxguide.files import lock
 from jaxguide.training import ModelConfig, TrainingConfig, loop, model
 
 pytestmark = [
-  pytest.mark.xdist_group("fit faults"),  # Its step is compiled once.
   # Orbax leaves readers open where it fails.
   pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]

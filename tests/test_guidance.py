@@ -483,7 +483,8 @@ def test_no_condition_at_all_says_so():
     jg.classifier_free(None, 2.0)(lambda x, sigma, cond: x)(AT[0], AT[1], None)
 
 
-def test_rules_of_one_kind_are_one_program(mixture, make_guidance):
+def test_rules_of_one_kind_are_one_program(make_guidance, random_mixture):
+  mixture = random_mixture(0, (2,))
   # Same structure, whatever the numbers: the ground on which nothing compiles twice.
   one, two = (jax.tree.structure(make_guidance(mixture, scale)) for scale in (1.0, 2.0))
   assert one == two

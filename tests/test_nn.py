@@ -885,6 +885,11 @@ def test_gradients_inside_shard_map(rng):
   np.testing.assert_allclose(sharded(x, kernel), gradient(x, kernel), rtol=1e-4, atol=1e-4)
 
 
+def test_attention_is_at_half_the_sides_where_there_is_a_half():
+  assert UNet().attention_resolutions == (2,)
+  assert UNet(channel_mult=(1,)).attention_resolutions == ()
+
+
 @pytest.mark.parametrize(
   ("fields", "message"),
   [

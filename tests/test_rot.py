@@ -16,7 +16,6 @@ from jaxguide import training
 from jaxguide.training import ModelConfig, arrays, model
 
 pytestmark = [
-  pytest.mark.xdist_group("rot"),  # Its model is made once.
   # Orbax leaves readers open where it fails.
   pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]

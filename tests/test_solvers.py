@@ -132,14 +132,14 @@ def test_unipc_3_is_of_fourth_order(float64):
     assert abs(slope(counts, errors) - jg.UniPC(3).order) < 0.1
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("make", [jg.EulerAncestral, jg.DPMpp2SAncestral, jg.DPMpp2SSDE, jg.DPMpp2MSDE, jg.DPMpp3MSDE])
-def test_gradients_in_the_noise_are_finite(make, eta, float64):
+def test_gradients_in_the_noise_are_finite(make, float64):
   def end(solver):
     return jg.sample(mixture().denoiser, jax.random.key(0), (2,), jg.karras(5), solver, 1)[0].sum()
 
-  gradient = jax.jit(jax.grad(end))(make(jnp.asarray(eta), jnp.asarray(1.0)))
-  assert all(np.isfinite(leaf) for leaf in jax.tree.leaves(gradient))
+  gradient = jax.jit(jax.grad(end))
+  for eta in (0.0, 0.5, 1.0):
+    assert np.isfinite(jax.tree.leaves(gradient(make(jnp.asarray(eta), jnp.asarray(1.0))))).all(), eta
 
 
 @pytest.mark.parametrize(
@@ -453,17 +453,27 @@ def test_the_noise_half_way_is_of_the_same_motion(eta, given_noise, float64):
 # --- what they sample -----------------------------------------------------------------------------
 
 
-def pvalues(solver, scale, steps, num=3000):
-  """Two-sample tests of guided samples of class 0 against exact draws, along each axis and the diagonal."""
+NUM = 3000
+
+
+def four():
   means = [[-1.0, 0.0], [1.0, 0.3], [0.2, 1.0], [0.0, -0.5]]
-  model = jg.gaussian_mixture(means, [0.1, 0.2, 0.2, 0.1], [0, 0, 1, 1], [0.6, 0.4, 0.5, 0.5])
-  guided = jg.classifier_free(2, scale)(model.denoiser)
+  return jg.gaussian_mixture(means, [0.1, 0.2, 0.2, 0.1], [0, 0, 1, 1], [0.6, 0.4, 0.5, 0.5])
+
+
+@functools.cache
+def exact_draws():
+  return np.asarray(jax.vmap(lambda key: four().sample(key, 0))(jax.random.split(jax.random.key(2), NUM)))
+
+
+def pvalues(solver, scale, steps):
+  """Two-sample tests of guided samples of class 0 against exact draws, along each axis and the diagonal."""
+  guided = jg.classifier_free(2, scale)(four().denoiser)
   made = jg.sample_batch(
-    guided, jax.random.key(1), 0, num=num, shape=(2,), sigmas=jg.karras(steps, 0.01, 40.0), solver=solver
+    guided, jax.random.key(1), 0, num=NUM, shape=(2,), sigmas=jg.karras(steps, 0.01, 40.0), solver=solver
   )
-  exact = np.asarray(jax.vmap(lambda key: model.sample(key, 0))(jax.random.split(jax.random.key(2), num)))
   directions = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, -1.0]])
-  return [stats.ks_2samp(made @ d, exact @ d).pvalue for d in directions]
+  return [stats.ks_2samp(made @ d, exact_draws() @ d).pvalue for d in directions]
 
 
 def test_at_scale_1_solvers_sample_the_conditional(solver):

@@ -12,8 +12,6 @@ from jaxguide import training
 from jaxguide.data import Images
 from jaxguide.training import ModelConfig, TrainingConfig, loop, model
 
-pytestmark = pytest.mark.xdist_group("training")  # Its models are made once.
-
 TINY = {
   "model_channels": 8,
   "channel_mult": (1,),
@@ -77,10 +75,15 @@ def trained(images, tmp_path_factory):
   return training.fit(UNET, TrainingConfig(steps=1, batch_size=3), images, folder, progress=False), folder
 
 
+# One program for all that takes more than a step; with a batch of 3, for the same reason.
+LONG = TrainingConfig(steps=50, batch_size=3, save_every=20, ema_decay=0.15)
+
+
 def leaves_equal(a, b):
   return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
+@pytest.mark.slow
 def test_both_networks_learn(images, tmp_path):
   config = TrainingConfig(steps=60, batch_size=16, learning_rate=5e-3, warmup=5, ema_decay=0.9)
   denoiser = training.fit(UNET, config, images, tmp_path / "denoiser", progress=False)
@@ -95,7 +98,7 @@ def test_both_networks_learn(images, tmp_path):
 
 
 def test_a_killed_run_ends_where_an_unbroken_one_does(images, tmp_path, monkeypatch):
-  config = TrainingConfig(steps=50, batch_size=3, save_every=20)
+  config = LONG
   whole = training.fit(UNET, config, images, tmp_path / "whole", progress=False)
 
   step, seen = loop.train_step(UNET, config), []
@@ -129,15 +132,17 @@ def test_trained_once_is_trained(images, trained, tmp_path, monkeypatch):
     assert again.config == UNET
     with pytest.raises(ValueError, match="configured otherwise: retrain it, or choose another folder"):
       training.fit(UNET, dataclasses.replace(config, seed=1), images, folder, progress=False)
+    others = Images(255 - images.images, images.labels, 2, "halves")
+    with pytest.raises(ValueError, match="configured otherwise: retrain it, or choose another folder"):
+      training.fit(UNET, config, others, folder, progress=False)
   (folder / "notes.txt").touch()
-  other = training.fit(UNET, dataclasses.replace(config, seed=1), images, folder, retrain=True, progress=False)
+  other = training.fit(UNET, config, others, folder, retrain=True, progress=False)
   assert (folder / "notes.txt").exists()
   assert not leaves_equal(first.params, other.params)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(images, tmp_path, monkeypatch):
-  config = TrainingConfig(steps=50, batch_size=3, save_every=20)
-  make = loop.train_step
+  config, make = LONG, loop.train_step
 
   def poisoned(*args):
     step = make(*args)
@@ -162,11 +167,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(images
 
 
 def test_the_running_mean_is_what_its_definition_says(images):
-  config = TrainingConfig(steps=4, batch_size=4, ema_decay=0.15)
-  state, step = loop.init_state(UNET, config), loop.train_step(UNET, config)
+  state, step = loop.init_state(UNET, LONG), loop.train_step(UNET, LONG)
   mean = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(state.params)]
   for k in range(4):
-    state, _ = step(state, images.images[:4], images.labels[:4])
+    state, _ = step(state, images.images[:3], images.labels[:3])
     decay = min(0.15, (1 + k) / (10 + k))
     mean = [decay * m + (1 - decay) * np.asarray(p) for m, p in zip(mean, jax.tree.leaves(state.params), strict=True)]
   for ours, theirs in zip(jax.tree.leaves(state.ema_params), mean, strict=True):

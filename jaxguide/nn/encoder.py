@@ -55,7 +55,7 @@ class Encoder(nn.Module):
   model_channels: int = 64
   out_channels: int | None = None
   num_res_blocks: int = 2
-  attention_resolutions: Sequence[int] = (2,)
+  attention_resolutions: Sequence[int] | None = None
   dropout: int | float = 0.0
   channel_mult: Sequence[int | float] = (1, 2)
   conv_resample: bool = True
@@ -70,9 +70,10 @@ class Encoder(nn.Module):
 
   def __post_init__(self):
     # A configuration read from a file holds lists; a module has to be hashable.
-    self.attention_resolutions = tuple(self.attention_resolutions)
     self.channel_mult = tuple(self.channel_mult)
     name, levels = type(self).__name__, len(self.channel_mult)
+    usual = (2,) if levels > 1 else ()
+    self.attention_resolutions = usual if self.attention_resolutions is None else tuple(self.attention_resolutions)
     if not levels:
       raise ValueError(f"{name} needs a channel_mult for at least one level")
     factors = {2**level for level in range(levels)}
@@ -95,6 +96,11 @@ class Encoder(nn.Module):
   def channels(self, level: int) -> int:
     """Channels of a level of resolution, 0 the finest."""
     return int(self.channel_mult[level] * self.model_channels)
+
+  @nn.nowrap
+  def attends(self, level: int) -> bool:
+    """Whether a level has attention."""
+    return 2**level in (self.attention_resolutions or ())
 
   @nn.nowrap
   def check_input(self, x, t) -> None:
@@ -159,7 +165,7 @@ class Encoder(nn.Module):
       for _ in range(self.num_res_blocks):
         name = f"input_blocks_{len(outputs)}"
         h = self.res_block(self.channels(level), f"{name}_0")(h, emb, train)
-        if 2**level in self.attention_resolutions:
+        if self.attends(level):
           h = self.attention(self.num_heads, f"{name}_1")(h)
         outputs.append(h)
       if level < len(self.channel_mult) - 1:

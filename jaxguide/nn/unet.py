@@ -21,7 +21,8 @@ class UNet(Encoder):
     model_channels: channels of the finest level; the time embedding is four times as wide.
     out_channels: channels of the output: as many as the input's if left out; twice the image's for learned variance.
     num_res_blocks: residual blocks a level.
-    attention_resolutions: downsampling factors at which there is attention: (2,) is at half the image's sides.
+    attention_resolutions: downsampling factors at which there is attention: (2,) is at half the image's sides. If left
+      out, (2,) where there is such a level.
     dropout: probability of dropping an activation in training, in [0, 1).
     channel_mult: one factor on ``model_channels`` for each level of resolution.
     conv_resample: whether resampling convolves, where ``resblock_updown`` is off.
@@ -107,7 +108,7 @@ class UNet(Encoder):
       for i in range(self.num_res_blocks + 1):
         name, part = f"output_blocks_{block}", 1
         h = self.res_block(self.channels(level), f"{name}_0")(jnp.concatenate([h, skips.pop()], -1), emb, train)
-        if 2**level in self.attention_resolutions:
+        if self.attends(level):
           heads = self.num_heads if self.num_heads_upsample == -1 else self.num_heads_upsample
           h, part = self.attention(heads, f"{name}_1")(h), 2
         if level and i == self.num_res_blocks:
