@@ -42,7 +42,7 @@ WRONG = {
   "model_channels": [None, -32, 0, 10**9, 32.0, True, "32", []],
   "out_channels": [0, -1, 10**9, 1.0, True, []],
   "num_res_blocks": [None, -1, 10**6, 1.0, True, []],
-  "attention_resolutions": [None, 1, [0], [1.5], [True]],
+  "attention_resolutions": [1, [0], [1.5], [True]],
   "dropout": [None, -0.1, 1.5, True, []],
   "channel_mult": [None, 1, "1", [], [0], [-1], [1e9], [1e-9], [math.inf], [True]],
   "conv_resample": [None, 1, []],
