@@ -5,6 +5,7 @@ It is also the shape of a study of one's own: train (`jaxguide.training`), sampl
 """
 
 import functools
+import json
 import os
 import platform
 import time
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxguide import data, evaluation, guidance, keys, sampling, schedules, solvers, training
+from jaxguide import data, evaluation, guidance, keys, records, sampling, schedules, solvers, training
 from jaxguide.files import PathLike, check_writable, write_atomically
 from jaxguide.training import digits
 from jaxguide.typing import Denoiser, Guidance
@@ -69,25 +70,35 @@ def guidances(denoiser: training.Model, classifier: training.Model) -> dict[str,
   }
 
 
-def run(out: PathLike = "runs/demo", *, retrain: bool = False, seed: int = 0, progress: bool = True) -> Result:
+def run(
+  out: PathLike = "runs/demo", *, retrain: bool = False, seed: int = 0, overwrite: bool = False, progress: bool = True
+) -> Result:
   """Run the whole demo.
 
   Args:
     out: folder for the models, ``sweep.csv``, ``samples``, ``fidelity.png`` and ``report.html``.
     retrain: train anew, even where ``out`` holds trained models.
     seed: of the samples.
+    overwrite: whether samples and a report of another seed may be replaced.
     progress: whether to show progress bars.
 
   Raises:
     OSError: if ``out`` cannot be written, before any work.
-    ValueError: if ``out`` holds models that were configured otherwise, or torn ones, or the seed is below 0.
+    ValueError: if ``out`` holds models that were configured otherwise, or torn ones, or a report of other samples; or
+      the seed is below 0.
     FloatingPointError: if a loss or a sample is not finite.
   """
   from tqdm.auto import tqdm
 
   out = Path(out)
   check_writable(out / "report.html")
-  keys.check_seed("seed", seed)
+  record = records.record(samples={"seed": keys.check_seed("seed", seed), "num": NUM, "steps": STEPS, "scales": SCALES})
+  if (out / "demo.json").exists() and not (overwrite or retrain):
+    different = records.differences(records.read(out / "demo.json"), record)
+    if different:
+      raise ValueError(
+        f"{out} holds a demo of other samples ({'; '.join(different)}): choose another folder, or --overwrite it"
+      )
   began = time.perf_counter()
   denoiser, classifier = train(out, retrain=retrain, progress=progress)
   trained = time.perf_counter() - began
@@ -97,6 +108,7 @@ def run(out: PathLike = "runs/demo", *, retrain: bool = False, seed: int = 0, pr
   real = evaluation.measure(test_split.images, test_split.labels, judge, train_split.images)
   labels = np.arange(NUM, dtype=np.int32) % train_split.num_classes
 
+  write_atomically(out / "demo.json", json.dumps(record, indent=2).encode())
   rows, grids = [], {}
   methods = guidances(denoiser, classifier)
   with tqdm(total=NUM * sum(map(len, SCALES.values())), desc="sampling", unit="sample", disable=not progress) as bar:

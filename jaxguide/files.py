@@ -41,6 +41,21 @@ def check_writable(path: PathLike) -> None:
     raise OSError(f"cannot write {path}: no permission to write in {folder}; choose another path")
 
 
+def check_readable(path: PathLike) -> None:
+  """Check that what lies at ``path``, if anything, is a file: to open a pipe would wait for ever.
+
+  Raises:
+    OSError: if it is not.
+
+  >>> check_readable(os.curdir)
+  Traceback (most recent call last):
+  ...
+  OSError: cannot read .: it is not a regular file; name one
+  """
+  if os.path.exists(path) and not os.path.isfile(path):
+    raise OSError(f"cannot read {path}: it is not a regular file; name one")
+
+
 @contextlib.contextmanager
 def replacing(path: PathLike) -> Iterator[IO[bytes]]:
   """Open a file that takes its place at ``path`` only once it is whole and on the disk; missing folders are made.

@@ -23,7 +23,7 @@ class GaussianMixture:
   """A mixture of Gaussians with diagonal covariances, each component of a class. Make one with `gaussian_mixture`.
 
   A condition is a class label, 0 to ``num_classes - 1``; ``num_classes`` itself is the null class (everything), as in
-  the networks here, and so is ``None``.
+  the networks here, and so is ``None`` for the methods. Sampling asks for a label where there are two classes or more.
   """
 
   means: Leaf
@@ -100,7 +100,7 @@ class _Denoiser:
     return self.mixture.denoise(x, sigma, cond)
 
   def check_cond(self, cond: PyTree) -> None:
-    checks.labels("label", cond, self.mixture.num_classes, null=True)
+    _check_label(self.mixture, cond)
 
 
 @struct.dataclass
@@ -111,7 +111,14 @@ class _LogProb:
     return self.mixture.class_log_prob(x, sigma, cond)
 
   def check_cond(self, cond: PyTree) -> None:
-    checks.labels("label", cond, self.mixture.num_classes, null=True)
+    _check_label(self.mixture, cond)
+
+
+def _check_label(mixture: GaussianMixture, cond: PyTree) -> None:
+  classes = mixture.num_classes
+  if cond is None and classes > 1:
+    raise ValueError(f"cond must be a label of the mixture's {classes} classes, or {classes} for all of them; got None")
+  checks.labels("label", cond, classes, null=True)
 
 
 def gaussian_mixture(

@@ -254,6 +254,19 @@ def test_every_option_reaches_the_settings(run, tmp_path, monkeypatch):
   assert options["progress"] is False
 
 
+@pytest.mark.parametrize(("args", "wanted"), [((), "default"), (("--matmul-precision", "highest"), "highest")])
+def test_products_have_the_precision_that_is_asked_for(run, tmp_path, monkeypatch, args, wanted):
+  seen = []
+
+  def batches(denoiser, key, cond, *, num, shape, **options):
+    seen.append(jax.config.jax_default_matmul_precision)
+    yield np.zeros((num, *shape), np.float32)
+
+  monkeypatch.setattr(jg.sampling, "sample_batches", batches)
+  assert run("sample", "--out", tmp_path / "s.npz", "--num", 2, *args)[0] == 0
+  assert seen == [wanted]
+
+
 @pytest.mark.parametrize(
   ("args", "message"),
   [

@@ -138,6 +138,22 @@ def test_another_seed_draws_other_samples(ran, rows, out, monkeypatch):
   assert (seen[0] != before).any()
 
 
+def test_a_report_of_another_seed_is_kept_unless_it_may_be_replaced(ran, rows, out, monkeypatch):
+  before = (out / "report.html").read_bytes()
+  with pytest.raises(
+    ValueError, match=r"samples\.seed is 0 there, and 1 here\): choose another folder, or --overwrite"
+  ):
+    demo.run(out, seed=1, progress=False)
+  assert (out / "report.html").read_bytes() == before
+
+  def begun(*args, **kwargs):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(demo, "train", begun)
+  with pytest.raises(KeyboardInterrupt):
+    demo.run(out, seed=1, overwrite=True, progress=False)
+
+
 def _sweep_inputs(out):
   denoiser, classifier = demo.train(out, progress=False)
   return denoiser.denoiser, demo.guidances(denoiser, classifier), np.arange(40, dtype=np.int32) % 10

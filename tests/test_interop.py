@@ -559,7 +559,7 @@ def run(monkeypatch, capsys):
   return run
 
 
-def test_commands(run, tmp_path):
+def test_commands(run, tmp_path, monkeypatch, capsys):
   printed = run(
     *("import-adm", DATA / "classifier_b1.safetensors", "--out", tmp_path / "model", "--num-head-channels", 16),
     *("--no-use-new-attention-order", "--noise-schedule", "cosine", "--diffusion-steps", 1000, "--scale", 2),
@@ -576,6 +576,17 @@ def test_commands(run, tmp_path):
   ) in printed
   assert "--noise_schedule cosine --diffusion_steps 1000 --rescale_timesteps False" in printed
   assert "Note" not in printed
+  same_bits(load_file(exported), load_file(DATA / "classifier_b1.safetensors"))
+
+  # What is there is kept, unless it may be replaced.
+  exported.write_bytes(b"something else")
+  monkeypatch.setattr(sys, "argv", ["jaxguide", "export-adm", str(tmp_path / "model"), "--out", str(exported)])
+  with pytest.raises(SystemExit) as exit:
+    cli.main()
+  assert exit.value.code == 2
+  assert f"{exported} is there already: choose another file, or --overwrite it" in capsys.readouterr().err
+  assert exported.read_bytes() == b"something else"
+  run("export-adm", tmp_path / "model", "--out", exported, "--overwrite")
   same_bits(load_file(exported), load_file(DATA / "classifier_b1.safetensors"))
 
 

@@ -54,10 +54,13 @@ def import_adm(
 def export_adm(
   folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the model.")],
   out: Annotated[Path, typer.Option(help="File to write, .safetensors or .pt.")],
+  overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
 ) -> None:
   """Export a model as a state dict of OpenAI's guided-diffusion, for use in PyTorch."""
   from jaxguide.interop import openai
 
+  if out.exists() and not overwrite:
+    raise ValueError(f"{out} is there already: choose another file, or --overwrite it")
   exported = openai.export_model(folder, out)
   print(f"The state dict is in {out}. The network that takes it:\n{exported.constructor}")
   if exported.flags is not None:

@@ -44,6 +44,7 @@ def demo(
   out: Annotated[Path, typer.Option(help="Folder for models, samples, table and report.")] = DEMO,
   retrain: Annotated[bool, typer.Option("--retrain", help="Train anew what an earlier run has trained.")] = False,
   seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+  overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace samples and report of another seed.")] = False,
   progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
 ) -> None:
   """Train on digits, sample with both kinds of guidance over a range of scales, and report.
@@ -54,7 +55,7 @@ def demo(
   from jaxguide import demo as program
   from jaxguide import evaluation
 
-  result = program.run(out, retrain=retrain, seed=seed, progress=progress)
+  result = program.run(out, retrain=retrain, seed=seed, overwrite=overwrite, progress=progress)
   print(evaluation.table(result.rows))
   print(
     f"\nThe judge is right about {result.real.accuracy:.1%} of real test digits; their Fréchet distance is "

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxguide.checks import at_least
-from jaxguide.files import PathLike, replacing
+from jaxguide.files import PathLike, check_readable, replacing
 
 WHITE = 255
 PADDING = 6
@@ -103,6 +103,7 @@ def settings_of(path: PathLike) -> str | None:
   from PIL import PngImagePlugin
 
   try:
+    check_readable(path)
     if Path(path).suffix == ".png":
       # Not `Image.open`, which refuses large pictures: here none of their pixels is read.
       with PngImagePlugin.PngImageFile(path) as picture:
@@ -156,8 +157,7 @@ def load_npz(path: PathLike, labelled: bool = True) -> tuple[np.ndarray, np.ndar
     OSError: if it cannot be read.
     ValueError: if it is not an .npz file of that format.
   """
-  if Path(path).exists() and not Path(path).is_file():
-    raise OSError(f"cannot read {path}: it is not a regular file; name one")
+  check_readable(path)
   try:
     _check_sizes(path)
     with np.load(path) as arrays:

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxguide import checks
 from jaxguide.evaluation.metrics import Judge, diversity, frechet_distance, pixel_features
-from jaxguide.files import write_atomically
+from jaxguide.files import check_readable, write_atomically
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ def read_csv(path: str | Path) -> list[Row]:
   """
   names = [field.name for field in fields(Row)]
   rows = []
+  check_readable(path)
   with open(path, newline="", encoding="utf-8") as file:
     reader = csv.reader(file)
     header = next(reader, [])

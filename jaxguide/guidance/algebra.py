@@ -62,7 +62,8 @@ class _Unconditional:
 
   def check_cond(self, cond: PyTree) -> None:
     """Whatever ``cond`` is, the denoiser is not given it."""
-    check_cond(self.denoise, self.null_cond)
+    if self.null_cond is not None:
+      check_cond(self.denoise, self.null_cond)
 
 
 def interval(guidance: Guidance, sigma_lo: ArrayLike, sigma_hi: ArrayLike) -> Guidance:

@@ -78,7 +78,8 @@ class Both:
   def check_cond(self, cond: PyTree) -> None:
     """Raise ValueError where the denoiser knows neither ``cond`` nor the null condition."""
     check_cond(self.denoise, cond)
-    check_cond(self.denoise, self.null_cond)
+    if self.null_cond is not None:
+      check_cond(self.denoise, self.null_cond)
 
 
 def compose(null_cond: PyTree, scales: Scale) -> Guidance:
@@ -146,7 +147,8 @@ class _Composed:
 
   def check_cond(self, cond: PyTree) -> None:
     check_cond(self.denoise, cond)
-    check_cond(self.denoise, self.null_cond)
+    if self.null_cond is not None:
+      check_cond(self.denoise, self.null_cond)
 
 
 def _check_null(denoise: Denoiser, cond: PyTree, null_cond: PyTree) -> None:

@@ -138,9 +138,18 @@ def init_state(model: ModelConfig, training: TrainingConfig) -> TrainState:
     params = models.init_params(model, key)
     return TrainState(jnp.zeros((), jnp.int32), params, params, optimizer(training).init(params))
 
-  # It runs once, so the time to compile it is all that counts.
+  # It is one large program that runs once, so the time to compile it is all that counts. For a GPU it takes minutes.
   quick = {"xla_backend_optimization_level": 0}
-  return jax.jit(init, compiler_options=quick)(keys.seed_key(training.seed))
+  with jax.default_device(_host()):
+    return jax.jit(init, compiler_options=quick)(keys.seed_key(training.seed))
+
+
+def _host() -> jax.Device | None:
+  """The CPU; None where JAX was told to do without."""
+  try:
+    return jax.local_devices(backend="cpu")[0]
+  except RuntimeError:
+    return None
 
 
 def fit(
