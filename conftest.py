@@ -15,6 +15,9 @@ if importlib.metadata.version("jaxlib").startswith(("0.10.", "0.11.", "0.12.")):
   _FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# What mixes types or ranks unasked is an error for users who have set JAX so, and here.
+os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
 _tests = itertools.count(1)
 _MAPPINGS = 40_000  # of the 65,530 that a process may have

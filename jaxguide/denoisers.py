@@ -21,6 +21,7 @@ from flax.errors import FlaxError
 
 from jaxguide import checks, struct
 from jaxguide.nn.perturbation import Perturbation
+from jaxguide.promotion import together
 from jaxguide.typing import Array, ArrayLike, Example, Leaf, Prediction, PyTree, Scalar
 
 
@@ -59,7 +60,8 @@ class NetworkDenoiser:
     """Give ``x0``, of the shape and type of ``x``, or a `Prediction` that holds it."""
     c_skip, c_out, _, _ = self.scaling(sigma)
     output, variance = split_variance(_apply(self, x, sigma, cond), x)
-    x0 = (c_skip * x + c_out * output.astype(x.dtype)).astype(x.dtype)
+    c_skip, c_out, wide, output = together(c_skip, c_out, x, output.astype(x.dtype))
+    x0 = (c_skip * wide + c_out * output).astype(x.dtype)
     if not self.learned_variance:
       return x0
     if variance is None:
@@ -98,7 +100,7 @@ class ClassifierLogProb:
     logits = _apply(self, x, sigma)
     if logits.ndim != 1:
       raise ValueError(f"the classifier must give logits of shape (n, classes), got (n, *{logits.shape})")
-    return logits.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return logits.astype(np.promote_types(x.dtype, np.float32))
 
   def __call__(self, x: Example, sigma: Scalar, cond: PyTree) -> Scalar:
     """Give the log-probability of the label ``cond``, a scalar."""
@@ -207,56 +209,6 @@ def split_variance(output: Array, x: Array) -> tuple[Array, Array | None]:
   return output, variance
 
 
-def same_type(null: ArrayLike, cond: ArrayLike) -> tuple[Array, Array]:
-  """Give a null condition and a condition as arrays of one type that holds both.
-
-  It is the condition's own type. Where whole numbers of that type cannot hold the null label, such as 300 in ``uint8``,
-  it is a larger one.
-
-  Raises:
-    ValueError: if no type holds both.
-
-  >>> [leaf.dtype.name for leaf in same_type(300, np.uint8(1))]
-  ['int32', 'int32']
-  """
-  own = jnp.result_type(cond)
-  whole = jnp.issubdtype(own, jnp.integer) or own == jnp.bool_
-  if not whole or getattr(null, "dtype", None) == own or (own == jnp.bool_ and isinstance(null, bool | np.bool_)):
-    return _alike(jnp.asarray(null, own), jnp.asarray(cond))
-  if isinstance(null, jax.core.Tracer):
-    kind = jax.dtypes.canonicalize_dtype(np.promote_types(own, null.dtype))
-  else:
-    limits = [0, 1] if own == jnp.bool_ else [jnp.iinfo(own).min, jnp.iinfo(own).max]
-    values = np.append(np.asarray(null, object), limits)
-    kinds = [own] if own != jnp.bool_ else []
-    kinds += [np.promote_types(own, np.int32), np.promote_types(own, np.int64)]
-    kinds = [kind for kind in map(jax.dtypes.canonicalize_dtype, kinds) if _holds(kind, values)]
-    if not kinds:
-      raise ValueError(f"null_cond {null!r} does not fit cond's type, {own.name}: give labels of a larger type")
-    kind = kinds[0]
-  return _alike(jnp.asarray(null).astype(kind), jnp.asarray(cond).astype(kind))
-
-
-def _alike(null, cond):
-  return spread_as(null, cond), cond
-
-
-def spread_as(value: Array, like: Array) -> Array:
-  """Give a value the mesh axes that another is spread over; a choice between both needs it where they are Explicit."""
-  meshes = jax.sharding.get_abstract_mesh(), jax.typeof(like).sharding.mesh
-  if any(jax.sharding.AxisType.Explicit in mesh.axis_types for mesh in meshes):
-    nothing = (like != like) & False  # noqa: PLR0124, of the shape and the axes of the other
-    value = value | nothing if value.dtype == jnp.bool_ else value + nothing.astype(value.dtype)
-  return value
-
-
-def _holds(kind: Any, values: np.ndarray) -> bool:
-  if not jnp.issubdtype(kind, jnp.integer):
-    return False
-  limits = jnp.iinfo(kind)
-  return bool((values >= limits.min).all() and (values <= limits.max).all())
-
-
 def check_cond(tree: PyTree, cond: PyTree) -> None:
   """Let every denoiser and classifier inside ``tree`` that knows its classes look at ``cond``.
 
@@ -278,7 +230,8 @@ def check_cond(tree: PyTree, cond: PyTree) -> None:
 def _apply(model: NetworkDenoiser | ClassifierLogProb, x, sigma, *cond):
   """Call the network on a batch of one; ``vmap`` outside folds its axis into that batch."""
   _, _, c_in, c_noise = model.scaling(sigma)
-  args = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], ((c_in * x).astype(x.dtype), c_noise, *cond))
+  c_in, wide = together(c_in, x)
+  args = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], ((c_in * wide).astype(x.dtype), c_noise, *cond))
   module = _module(model.apply)
   if module is not None:
     check_params(module, model.params, *args)

@@ -5,6 +5,7 @@ import datetime
 import os
 import socket
 import uuid
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -13,6 +14,10 @@ PathLike = str | os.PathLike[str]
 
 PART = ".part"
 """How the name of a file ends while it is being written."""
+
+
+LONGEST = 200
+"""Bytes in the name of a file: beside it are others with longer names while it is made."""
 
 
 def check_writable(path: PathLike) -> None:
@@ -29,6 +34,8 @@ def check_writable(path: PathLike) -> None:
   OSError: cannot write .: it is a folder; name a file in it
   """
   path = Path(path)
+  if len(os.fsencode(path.name)) > LONGEST:
+    raise OSError(f"cannot write {path}: its name is longer than {LONGEST} bytes; choose a shorter one")
   if path.is_dir():
     raise OSError(f"cannot write {path}: it is a folder; name a file in it")
   if os.path.exists(path) and not path.is_file():
@@ -61,17 +68,18 @@ def replacing(path: PathLike) -> Iterator[IO[bytes]]:
   """Open a file that takes its place at ``path`` only once it is whole and on the disk; missing folders are made.
 
   A process that is killed meanwhile leaves a file whose name starts with a dot and ends in `PART`; see `remove_parts`.
+  Where ``path`` is a symbolic link, it stays one, and the file is what it leads to.
 
   Raises:
     OSError: if ``path`` cannot be written; what was there stays.
   """
-  path = Path(path)
+  path = Path(os.path.realpath(path) if os.path.islink(path) else path)
   check_writable(path)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, since a rename is atomic only within one file system; not `tempfile`, whose
     # files no one else may read.
-    part = path.with_name(f".{uuid.uuid4().hex}{PART}")
+    part = path.with_name(f"{_part_of(path.name)}{uuid.uuid4().hex}{PART}")
     try:
       with part.open("wb") as file:
         yield file
@@ -109,17 +117,28 @@ def sync_folder(folder: PathLike) -> None:
 def is_part(path: PathLike) -> bool:
   """Whether this is what `replacing` had begun to write when its process was killed.
 
-  >>> is_part("run/.4c0f1e2d.part"), is_part("run/params.part")
+  >>> is_part("run/.89d2ac01-4c0f1e2d.part"), is_part("run/params.part")
   (True, False)
   """
   name = Path(path).name
   return name.startswith(".") and name.endswith(PART)
 
 
-def remove_parts(folder: PathLike) -> None:
-  """Remove what processes that were killed had begun to write in a folder. Call it under the folder's `lock`."""
+def _part_of(name: str) -> str:
+  """How the name of a file's part begins: the same for every part of the file, and short, whatever its name."""
+  return f".{zlib.crc32(name.encode()):08x}-"
+
+
+def remove_parts(folder: PathLike, name: str | None = None) -> None:
+  """Remove what processes that were killed had begun to write in a folder. Call it under the `lock` of what they write.
+
+  Args:
+    folder: where.
+    name: the file that they were writing; all files in the folder if left out.
+  """
   for path in filter(is_part, Path(folder).iterdir()):
-    path.unlink(missing_ok=True)
+    if name is None or path.name.startswith(_part_of(name)):
+      path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxguide import checks
-from jaxguide.denoisers import same_type, spread_as
+from jaxguide.promotion import same_type, spread_as
 from jaxguide.scaling import Scaling
 from jaxguide.schedules import NoiseLevels
 from jaxguide.typing import Array, ArrayLike, Float, Int, Key, PyTree

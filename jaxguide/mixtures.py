@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxguide import checks, struct
+from jaxguide.promotion import same_type, together
 from jaxguide.typing import Array, ArrayLike, Denoiser, Example, Key, Leaf, LogProb, PyTree, Scalar
 
 
@@ -37,14 +38,15 @@ class GaussianMixture:
 
     The ``r_k`` are the posterior probabilities of the components.
     """
-    shrink = self.variances / (self.variances + sigma**2)
-    expected = self.means + shrink * (x[None] - self.means)
+    variances, means, wide, sigma = together(self.variances, self.means, x, sigma)
+    expected = means + variances / (variances + sigma**2) * (wide[None] - means)
     return jnp.tensordot(jax.nn.softmax(self._log_joint(x, sigma, cond)), expected, 1).astype(x.dtype)
 
   def log_density(self, x: Example, sigma: Scalar, cond: PyTree = None) -> Scalar:
     """``log p(x | cond; sigma)``, a scalar; its gradient in ``x`` is the score."""
-    prior = jax.nn.logsumexp(self._log_weights(cond))
-    return jax.nn.logsumexp(self._log_joint(x, sigma, cond)) - prior
+    parts = self._log_joint(x, sigma, cond), self._log_weights(cond)
+    joint, prior = together(*map(jax.nn.logsumexp, parts))
+    return joint - prior
 
   def class_log_prob(self, x: Example, sigma: Scalar, cond: PyTree) -> Scalar:
     """``log p(cond | x; sigma)``, a `LogProb`: the classifier that is right at every noise level."""
@@ -83,13 +85,16 @@ class GaussianMixture:
   def _log_weights(self, cond: PyTree) -> Array:
     if cond is None:
       return self.log_weights
-    member = (self.classes == cond) | (jnp.asarray(cond) == self.num_classes)
+    classes, cond = same_type(self.classes, cond)
+    member = (classes == cond) | (cond == self.num_classes)
     return jnp.where(member, self.log_weights, -jnp.inf)
 
   def _log_joint(self, x: Example, sigma: Scalar, cond: PyTree) -> Array:
-    variances = self.variances + sigma**2
-    terms = (x[None] - self.means) ** 2 / variances + jnp.log(2 * jnp.pi * variances)
-    return self._log_weights(cond) - 0.5 * terms.reshape(terms.shape[0], -1).sum(1)
+    variances, means, x, sigma = together(self.variances, self.means, x, sigma)
+    variances = variances + sigma**2
+    terms = (x[None] - means) ** 2 / variances + jnp.log(2 * jnp.pi * variances)
+    prior, fit = together(self._log_weights(cond), 0.5 * terms.reshape(terms.shape[0], -1).sum(1))
+    return prior - fit
 
 
 @struct.dataclass

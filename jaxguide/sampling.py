@@ -213,7 +213,9 @@ def sample_batch(
 ) -> Float[np.ndarray, " num *shape"]:
   """Draw many examples: compiled, in micro-batches, spread over the devices.
 
-  Nothing compiles anew for other scales, weights, labels, keys or levels, nor for a short last micro-batch.
+  Nothing compiles anew for other scales, weights, labels, keys or levels, nor for a short last micro-batch. On an
+  NVIDIA GPU a network's float32 products are TF32 (6.6e-4 from float64's result on an H100, against 1.1e-6) unless
+  ``jax.default_matmul_precision("highest")`` holds.
 
   Args:
     denoise: a pytree, as the denoisers and guidances here are. For a function of your own,

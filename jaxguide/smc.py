@@ -144,7 +144,7 @@ def tempered(denoise: Denoiser, null_cond: PyTree, scale: ArrayLike) -> Product:
     ValueError: if ``scale`` is not finite.
 
   >>> guided = tempered(lambda x, sigma, cond: x * cond, 0, 3.0)
-  >>> float(guided(jnp.asarray(2.0), jnp.asarray(1.0), 1))  # as classifier_free
+  >>> float(guided(jnp.asarray(2.0), jnp.asarray(1.0), 1.0))  # as classifier_free
   6.0
   """
   scale = checks.finite("scale", scale)

@@ -106,7 +106,7 @@ def test_an_output_of_another_shape_is_refused(shape):
 @pytest.mark.parametrize("sigma_dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.bfloat16])
 def test_a_network_in_bfloat16_gives_back_the_type_of_x(x_dtype, sigma_dtype):
-  denoise = jg.NetworkDenoiser(jnp.ones(()), lambda p, x, t, y: (p * x).astype(jnp.bfloat16), EPS)
+  denoise = jg.NetworkDenoiser(jnp.ones(()), lambda p, x, t, y: (p.astype(x.dtype) * x).astype(jnp.bfloat16), EPS)
   x = jnp.ones((2, 2, 3), x_dtype)
   x0 = denoise(x, jnp.asarray(0.5, sigma_dtype), None)
   assert x0.dtype == x_dtype

@@ -134,7 +134,11 @@ def test_edm2s_sampler_with_guidance(case, given_noise, precision):
   denoise = lambda x, sigma: jax.vmap(guided, (0, None, 0))(x, sigma, data[f"{where}/labels"])  # noqa: E731
   # Noise was drawn only where it is added.
   raised = (sigmas[:-1] >= CHURN["s_min"]) & (sigmas[:-1] <= CHURN["s_max"])
-  noise = jnp.zeros((32, *data[f"{where}/latents"].shape), sigmas.dtype).at[raised].set(data[f"{where}/noise"])
+  noise = (
+    jnp.zeros((32, *data[f"{where}/latents"].shape), sigmas.dtype)
+    .at[raised]
+    .set(jnp.asarray(data[f"{where}/noise"], sigmas.dtype))
+  )
   x = jnp.asarray(data[f"{where}/latents"], sigmas.dtype) * sigmas[0]
   xs, seen, told = walk(denoise, solver, x, sigmas, noise)
   # Two calls a step but the last: the published trajectory is what the first of each saw, and the result.

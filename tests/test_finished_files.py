@@ -1,6 +1,11 @@
 """What a sampling run may and may not do to what is there: finished files, folders of killed and failed runs, locks."""
 
+import contextlib
+import functools
+import gc
+import itertools
 import os
+import threading
 import zipfile
 
 import jax
@@ -101,6 +106,66 @@ def test_a_kill_between_the_file_and_the_cleaning_up(settings, tmp_path, monkeyp
   # The samples of the finished file are in nobody's way, whatever is asked for next.
   assert draw(out, settings(seed=int(overwrite)), overwrite=overwrite) is overwrite
   assert not left.exists()
+
+
+class Killed(BaseException):
+  """Stands for the signal that a process cannot catch."""
+
+
+class Deadly:
+  """The system's calls that change files, of which the n-th ends the process: nothing it would do then is done."""
+
+  def __init__(self, patch, n):
+    self.calls, self.n = 0, n
+    for name in ("mkdir", "rmdir", "unlink", "replace", "fsync", "posix_fallocate"):
+      patch.setattr(os, name, functools.partial(self.call, getattr(os, name)))
+
+  def call(self, function, *args, **kwargs):
+    if threading.current_thread() is threading.main_thread():
+      self.calls += 1
+      if self.calls > self.n:
+        raise Killed
+    return function(*args, **kwargs)
+
+
+def killed_everywhere(work, finished, tmp_path):
+  """Do the work in a new folder, killed before each change of a file in turn; then again, to the end."""
+  for n in itertools.count():
+    folder = tmp_path / str(n)
+    with pytest.MonkeyPatch.context() as patch:
+      folder.mkdir()
+      deadly = Deadly(patch, n)
+      with contextlib.suppress(Killed):
+        work(folder)
+    gc.collect()  # The lock of a process goes with it.
+    work(folder)
+    finished(folder)
+    if deadly.calls <= n:
+      return n
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_anywhere_goes_on(settings, tmp_path):
+  draw(tmp_path / "whole.npz", settings())
+  wanted = (tmp_path / "whole.npz").read_bytes()
+
+  def finished(folder):
+    assert (folder / "s.npz").read_bytes() == wanted
+    assert [path.name for path in folder.iterdir()] == ["s.npz"]
+
+  assert killed_everywhere(lambda folder: draw(folder / "s.npz", settings()), finished, tmp_path) > 20
+
+
+@pytest.mark.slow
+def test_a_model_whose_saving_is_killed_anywhere_is_saved_again(folder, tmp_path):
+  model = models.load(folder)
+
+  def finished(folder):
+    again = models.load(folder / "model")
+    assert again.config == model.config
+    assert jax.tree.all(jax.tree.map(np.array_equal, again.params, model.params))
+
+  assert killed_everywhere(lambda folder: models.save(folder / "model", model), finished, tmp_path) > 5
 
 
 def test_what_is_not_ours_stays_beside_a_finished_file(settings, tmp_path):

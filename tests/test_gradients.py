@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,7 +103,7 @@ def test_a_measurement_that_knows_its_spread_is_exact(operator, float64, relativ
   rng = np.random.default_rng(2)
   mean, std = rng.normal(size=6), 0.2
   if operator == "inpainting":  # unequal variances, unequal noise
-    variance, std, mask = rng.uniform(0.2, 2.0, size=6), rng.uniform(0.1, 0.4, size=6), np.array([1, 0, 0, 1, 1, 0])
+    variance, std, mask = rng.uniform(0.2, 2.0, size=6), rng.uniform(0.1, 0.4, size=6), np.array([1.0, 0, 0, 1, 1, 0])
     measure, matrix = Partial(jnp.multiply, jnp.asarray(mask, float)), np.diag(mask)
     spread = lambda sigma: mask * sigma * jnp.sqrt(variance / (variance + sigma**2))  # noqa: E731
   else:  # pairs, as in super-resolution
@@ -259,13 +260,13 @@ def test_inpainting_finds_the_modes_that_fit():
     assert min(first[2], first[6]) >= 16
     assert second[0] + second[1] + second[7] >= 48
     # The bare model goes everywhere.
-    assert landed(jg.sample_batch(ring.denoiser, jax.random.key(0), num=64, **options), ring).max() < 20
+    assert landed(jg.sample_batch(ring.denoiser, jax.random.key(0), 8, num=64, **options), ring).max() < 20
 
 
 def test_a_label_and_a_measurement():
   ring, known = jg.ring(8), Partial(jnp.multiply, jnp.array([1.0, 0.0]))
   guided = jg.reconstruction(jg.given("y", jg.measurement(known, 0.2)), 1.0)(jg.given("label", ring.denoiser))
-  cond = {"label": jnp.arange(16) % 8, "y": ring.means[jnp.arange(16) % 8] * jnp.array([1.0, 0.0])}
+  cond = {"label": jnp.arange(16) % 8, "y": ring.means[jnp.arange(16) % 8] * jnp.array([[1.0, 0.0]])}
   options = dict(shape=(2,), sigmas=jg.karras(40), solver=jg.DDIM(1.0))
   xs = jg.sample_batch(guided, jax.random.key(0), cond, **options)
   assert np.linalg.norm(xs - np.asarray(ring.means)[np.arange(16) % 8], axis=1).max() < 0.4
@@ -501,12 +502,12 @@ def test_bad_numbers_are_named(make, message):
 
 
 def test_a_sweep_over_every_number_is_one_program(random_mixture):
-  model, traces = random_mixture(0, (2,)), []
+  model = random_mixture(0, (2,))
   operator = lambda mask, x0: mask * x0  # noqa: E731
 
   @jax.jit
+  @chex.assert_max_traces(1)
   def run(guidance, x, sigma, y):
-    traces.append(1)
     return jg.chain(jg.unconditional(None), guidance)(model.denoiser)(x, sigma, y)
 
   for a in (0.5, 0.7, 0.9):
@@ -522,4 +523,3 @@ def test_a_sweep_over_every_number_is_one_program(random_mixture):
       jnp.asarray(a),
       jnp.array([a, 0.0]),
     )
-  assert len(traces) == 1

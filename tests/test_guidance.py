@@ -186,7 +186,7 @@ def test_chain_is_application(mixture):
 
 
 def test_clip_is_last_or_first():
-  denoise = lambda x, sigma, cond: x * cond  # noqa: E731
+  denoise = lambda x, sigma, cond: x * jnp.asarray(cond, x.dtype)  # noqa: E731
   free, clip = jg.classifier_free(0, 3.0), jg.clip_x0(1.0)
   assert float(jg.chain(free, clip)(denoise)(*AT)) == 1  # 3 * 2, clipped
   assert float(jg.chain(clip, free)(denoise)(*AT)) == 3  # 3 * clipped 2
@@ -195,7 +195,7 @@ def test_clip_is_last_or_first():
 
 
 def test_a_condition_of_many_leaves():
-  cond = {"label": jnp.asarray(3), "text": jnp.arange(4.0)}
+  cond = {"label": jnp.asarray(3.0), "text": jnp.arange(4.0)}
   null = {"label": 0, "text": np.zeros(4)}
   denoise = lambda x, sigma, c: x * c["label"] + c["text"].sum()  # noqa: E731
   guided = jg.classifier_free(null, 2.0)(denoise)
@@ -346,7 +346,7 @@ def test_interval_is_guided_inside_and_bare_outside(mixture):
 @pytest.mark.parametrize("infinity", [jnp.inf, math.inf, float("inf"), np.float64(np.inf)])
 def test_interval_may_have_no_upper_bound(infinity):
   guided = jg.interval(jg.classifier_free(0, 3.0), 1.0, infinity)(lambda x, sigma, cond: x * cond)
-  assert [float(guided(jnp.asarray(1.0), jnp.asarray(s), 1)) for s in (0.5, 1e6)] == [1.0, 3.0]
+  assert [float(guided(jnp.asarray(1.0), jnp.asarray(s), 1.0)) for s in (0.5, 1e6)] == [1.0, 3.0]
 
 
 def watched(log_prob, seen):
@@ -498,7 +498,7 @@ def test_guidance_never_touches_a_learned_variance(make_guidance, random_mixture
   mixture = random_mixture(0, (2,))
   # What each evaluation says of the variance tells its condition: the one for the sample's own has to come out.
   bare = mixture.denoiser
-  learned = lambda x, sigma, cond: jg.Prediction(bare(x, sigma, cond), x * 0 + cond)  # noqa: E731
+  learned = lambda x, sigma, cond: jg.Prediction(bare(x, sigma, cond), x * 0 + jnp.asarray(cond, x.dtype))  # noqa: E731
   x, guidance = noisy(mixture, 0, 1.0), make_guidance(mixture, 3.0)
   for sigma in (0.1, 1.0):  # outside and inside the interval
     args = x, jnp.asarray(sigma), jnp.asarray(1)

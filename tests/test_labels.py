@@ -53,7 +53,7 @@ def test_a_negative_null_label_meets_labels_without_a_sign():
 
 
 def test_a_sample_is_drawn_with_a_null_label_that_does_not_fit():
-  network = Partial(lambda shift, x, sigma, label: shift + 0 * x + label, jnp.zeros(2))
+  network = Partial(lambda shift, x, sigma, label: shift + 0 * x + label.astype(x.dtype), jnp.zeros(2))
   made = jg.sample_batch(
     jg.classifier_free(300, 0.0)(network), jax.random.key(0), np.zeros(3, np.uint8), shape=(2,),
     sigmas=jg.karras(2), solver=jg.Euler(),

@@ -592,9 +592,9 @@ def test_resampling_by_convolution(rng):
   down, up = Downsample(use_conv=True), Upsample(use_conv=True)
   kernel, bias = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(3, 3, 3, 3), (3,)])
   out = down.apply({"params": {"op": {"kernel": kernel, "bias": bias}}}, x)
-  np.testing.assert_allclose(out, loop_convolve(x, kernel, 2) + bias, rtol=0, atol=1e-5)
+  np.testing.assert_allclose(out, loop_convolve(x, kernel, 2) + np.asarray(bias), rtol=0, atol=1e-5)
   out = up.apply({"params": {"conv": {"kernel": kernel, "bias": bias}}}, x)
-  np.testing.assert_allclose(out, loop_convolve(upsample(x), kernel, 1) + bias, rtol=0, atol=1e-5)
+  np.testing.assert_allclose(out, loop_convolve(upsample(x), kernel, 1) + np.asarray(bias), rtol=0, atol=1e-5)
 
 
 # --- The networks ---
@@ -624,7 +624,7 @@ def test_spatial_v2_pool():
   params = random_params(classifier, x, t)
   apply = functools.partial(classifier.apply, capture_intermediates=True, mutable=["intermediates"])
   out, state = quick_jit(apply)(params, x, t)
-  seen, p = state["intermediates"], params["params"]
+  seen, p = state["intermediates"], jax.tree.map(np.asarray, params["params"])
   blocks = ["input_blocks_0_0", "input_blocks_1_0", "input_blocks_2_0", "input_blocks_3_1", "middle_block_2"]
   h = np.concatenate([np.asarray(seen[name]["__call__"][0]).mean((1, 2)) for name in blocks], axis=-1)
   h = h @ p["out_0"]["kernel"] + p["out_0"]["bias"]

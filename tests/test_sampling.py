@@ -269,7 +269,7 @@ def test_start_continues(model):
 
 def test_conditions_of_any_structure():
   def by_parts(scale, x, sigma, cond):
-    return scale * cond["shift"] + cond["which"] + 0 * x
+    return scale * cond["shift"] + cond["which"].astype(x.dtype) + 0 * x
 
   denoise = Partial(by_parts, jnp.asarray(2.0))
   cond = {"shift": np.arange(10.0, dtype=np.float32).reshape(5, 2), "which": np.arange(5)}
@@ -501,7 +501,8 @@ def test_a_grid_of_whole_numbers_is_one():
     ({"num": 0}, "num must be a whole number of at least 1"),
     ({"num": -3}, "num must be"),
     ({"num": None}, "one row for each sample"),
-    ({"num": None, "cond": None}, "say how many samples"),
+    ({"num": None, "cond": None, "denoise": Partial(lambda x, sigma, cond: x)}, "say how many samples"),
+    ({"cond": None}, "cond must be a label of the mixture's 4 classes, or 4 for all of them; got None"),
     ({"num": None, "cond": np.zeros(0, int)}, "number of samples must be"),
     ({"num": 3, "cond": np.array([0, 1])}, "one row for each sample"),
     ({"num": None, "cond": {"a": np.zeros(2, int), "b": np.zeros(3, int)}}, "one row for each sample"),

@@ -1,5 +1,6 @@
 """Predictions: a network that knows the answer, written in its own convention, gives the answer back."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,13 +101,10 @@ def test_an_unknown_prediction_names_the_nearest():
 
 @pytest.mark.parametrize("prediction", scaling.PREDICTIONS)
 def test_scalings_are_pytrees_of_one_trace(prediction):
-  traces = []
-
   @jax.jit
+  @chex.assert_max_traces(1)
   def coefficients(make, sigma):
-    traces.append(1)
     return make(sigma)
 
   for schedule in (schedules.Linear(0.1, 20.0), schedules.Linear(0.2, 10.0)):
     coefficients(scaling.scaling(prediction, schedule, 1000.0), 1.0)
-  assert len(traces) == 1

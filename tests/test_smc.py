@@ -281,7 +281,7 @@ def test_weights_of_any_size():
 
 
 def network(weights, x, sigma, cond):
-  return jnp.tanh(weights @ (x / (1 + sigma) + 0.1 * cond))
+  return jnp.tanh(weights @ (x / (1 + sigma) + 0.1 * jnp.asarray(cond, x.dtype)))
 
 
 def test_it_costs_no_more_than_guidance():

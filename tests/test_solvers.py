@@ -230,7 +230,7 @@ def test_dpmpp_2m_is_algorithm_2(grid, float64):
     x = s[i] / s[i - 1] * x - alphas[i] * (np.exp(-h) - 1) * d
     before = model
   got = jg.sample(
-    mixture().denoiser, jax.random.key(0), (2,), sigmas, jg.DPMpp2M(), x_init=jnp.asarray(start / alphas[0])
+    mixture().denoiser, jax.random.key(0), (2,), sigmas, jg.DPMpp2M(), 3, x_init=jnp.asarray(start / alphas[0])
   )[0]
   np.testing.assert_allclose(got, x, rtol=1e-11)
 
@@ -246,7 +246,7 @@ def test_heun_is_algorithm_1(float64):
       d_next = (x_next - exact_x0(x_next, t[i + 1])) / t[i + 1]
       x_next = x + (t[i + 1] - t[i]) * (0.5 * d + 0.5 * d_next)
     x = x_next
-  got = jg.sample(mixture().denoiser, jax.random.key(0), (2,), t, jg.Heun(), x_init=jnp.asarray(start))[0]
+  got = jg.sample(mixture().denoiser, jax.random.key(0), (2,), t, jg.Heun(), 3, x_init=jnp.asarray(start))[0]
   np.testing.assert_allclose(got, x, rtol=1e-11)
 
 
@@ -265,7 +265,7 @@ ENDS = [
 def test_a_family_ends_in_its_members(one, other, float64):
   model, keys = mixture().denoiser, jax.random.split(jax.random.key(0), 5)
   paths = [
-    jax.vmap(lambda key: jg.sample(model, key, (2,), jg.karras(12), s, collect=lambda state: state.x)[1])(keys)  # noqa: B023
+    jax.vmap(lambda key: jg.sample(model, key, (2,), jg.karras(12), s, 3, lambda state: state.x)[1])(keys)  # noqa: B023
     for s in (one, other)
   ]
   np.testing.assert_allclose(*paths, rtol=1e-7, atol=1e-7)
@@ -401,7 +401,8 @@ def test_one_key_is_one_noise_for_every_solver(float64):
   for solver, parts in NOISY:
     made = jg.sample(lambda x, sigma, cond: x0, key, (3,), sigmas, solver, collect=lambda state: state.x)[1]
     kept, up = parts(sigmas[:-2, None], sigmas[1:-1, None])
-    noise = (made[:-1] - x0 - kept * (np.stack([start, *made[:-2]]) - x0)) / up
+    before = np.stack([start, *made[:-2]])
+    noise = (made[:-1] - x0[None] - kept * (before - np.asarray(x0))) / up
     np.testing.assert_allclose(noise, wanted, rtol=1e-9, atol=1e-9, err_msg=str(solver))
   assert {type(solver) for solver, _ in NOISY} == {cls for cls in jg.solvers.SOLVERS.values() if cls.stochastic}
 

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -318,14 +319,10 @@ def test_only_a_null_class_stands_for_none(fields, null):
 
 
 def test_denoisers_of_one_configuration_are_one_program(trained):
-  traces = 0
-
   @jax.jit
+  @chex.assert_max_traces(1)
   def denoise(denoiser, x):
-    nonlocal traces
-    traces += 1
     return denoiser(x, jnp.asarray(1.0), jnp.asarray(0))
 
   for source in (trained[0], training.load(trained[1]), training.load(trained[1])):
     denoise(source.denoiser, jnp.zeros((4, 4, 1)))
-  assert traces == 1

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from jaxguide import checks, denoisers, nn, schedules, solvers
+from jaxguide import checks, denoisers, nn, promotion, schedules, solvers
 from jaxguide import combine as rules
 from jaxguide import guidance as guide
 from jaxguide import scales as scaled
@@ -129,7 +129,7 @@ def compose(networks: Networks, scale: Scale, *, labels: tuple[int, ...], scales
 
 
 def _compose(denoise, guidance, labels, x, sigma, cond):
-  labels, cond = denoisers.same_type(labels, cond)
+  labels, cond = promotion.same_type(labels, cond)
   return guidance(denoise)(x, sigma, jnp.append(cond, labels))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ import numpy as np
 
 import jaxguide
 from jaxguide import checks, data, keys, records, sampling
-from jaxguide.files import PathLike, check_writable, lock
+from jaxguide.files import PathLike, check_writable, lock, remove_parts
 from jaxguide.generate import unfinished
 from jaxguide.generate.plan import Plan, Settings, plan
 from jaxguide.training import ModelConfig
@@ -60,7 +61,7 @@ def run(out: PathLike, settings: Settings, *, overwrite: bool = False, progress:
     FileNotFoundError: if there is no model.
     FloatingPointError: if a sample is not finite. Those before it are kept.
   """
-  out = Path(out)
+  out = Path(os.path.realpath(out) if os.path.islink(out) else out)
   write = checks.lookup("format", out.suffix, FORMATS)
   check_writable(out)
   planned = plan(settings)
@@ -69,6 +70,7 @@ def run(out: PathLike, settings: Settings, *, overwrite: bool = False, progress:
   )
   unfinished_at = out.with_name(out.name + ".unfinished")
   with lock(out.with_name(f".{out.name}.lock"), out):
+    remove_parts(out.parent, out.name)
     if out.exists():
       held = _settings_of(out)
       if held is not None:
@@ -142,7 +144,7 @@ def _check_finished(out: Path, held: Mapping[str, Any] | None, record: Mapping[s
 def _warn_of_saturation(settings: Settings, share: float) -> None:
   """Warn where the share of saturated values is more than half the way from the training data's to 1."""
   try:
-    trained = float(json.loads(Path(settings.model, "training.json").read_text())["data"]["saturation"])
+    trained = float(records.read(Path(settings.model, "training.json"))["data"]["saturation"])
   except (OSError, ValueError, KeyError, TypeError):
     trained = 0.8  # A model that does not say: so much black or white is rare but in drawings.
   if share > (1 + trained) / 2 and trained < 1:

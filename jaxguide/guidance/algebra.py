@@ -85,7 +85,7 @@ def interval(guidance: Guidance, sigma_lo: ArrayLike, sigma_hi: ArrayLike) -> Gu
   >>> import jax.numpy as jnp
   >>> from jaxguide import classifier_free
   >>> guided = interval(classifier_free(0, 3.0), 0.5, 2.0)(lambda x, sigma, cond: x * cond)
-  >>> [float(guided(jnp.asarray(1.0), jnp.asarray(sigma), 1)) for sigma in (0.4, 1.0, 4.0)]
+  >>> [float(guided(jnp.asarray(1.0), jnp.asarray(sigma), 1.0)) for sigma in (0.4, 1.0, 4.0)]
   [1.0, 3.0, 1.0]
   """
   low, high = checks.in_range("sigma_lo", sigma_lo, 0), checks.as_float("sigma_hi", sigma_hi)

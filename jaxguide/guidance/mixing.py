@@ -12,8 +12,9 @@ from jax.tree_util import Partial
 
 from jaxguide import checks, memory, struct
 from jaxguide.combine import Combine, linear
-from jaxguide.denoisers import check_cond, same_type
+from jaxguide.denoisers import check_cond
 from jaxguide.guidance.rule import Composition, Rule
+from jaxguide.promotion import same_type
 from jaxguide.typing import Denoiser, Example, Guidance, Leaf, PyTree, Scalar, Scale, map_x0, scale_at, x0_of
 
 
@@ -46,7 +47,7 @@ def classifier_free(null_cond: PyTree, scale: Scale, combine: Combine = linear) 
 
   >>> denoise = lambda x, sigma, cond: x * cond
   >>> guided = classifier_free(0, 3.0)(denoise)
-  >>> float(guided(jnp.asarray(2.0), jnp.asarray(1.0), 1))
+  >>> float(guided(jnp.asarray(2.0), jnp.asarray(1.0), 1.0))
   6.0
   """
   return Composition(_classifier_free, (null_cond, checks.scale("scale", scale), struct.as_tree(combine)))
@@ -107,7 +108,7 @@ def compose(null_cond: PyTree, scales: Scale) -> Guidance:
       scales.
 
   >>> guided = compose(0, jnp.array([2.0, -1.0]))(lambda x, sigma, cond: x * cond)
-  >>> float(guided(jnp.asarray(1.0), jnp.asarray(1.0), jnp.array([3, 4])))
+  >>> float(guided(jnp.asarray(1.0), jnp.asarray(1.0), jnp.array([3.0, 4.0])))
   2.0
   """
   return Composition(_compose, (null_cond, checks.scale("scales", scales)))

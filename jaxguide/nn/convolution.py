@@ -27,6 +27,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -89,7 +90,7 @@ def _as_product(x, kernel, padding: Padding):
   """Convolve with the kernel turned round, which it is not: every pixel gives to all that it is seen by."""
   n, h, w, d = x.shape
   kh, kw, c, _ = kernel.shape
-  exact = jnp.promote_types(x.dtype, jnp.float32)
+  exact = np.promote_types(x.dtype, np.float32)
   given = lax.dot_general(
     x.reshape(-1, d), kernel.reshape(-1, d), (((1,), (1,)), ((), ())), preferred_element_type=exact
   ).reshape(n, h, w, kh, kw, c)

@@ -35,7 +35,8 @@ class UNet(Encoder):
     use_new_attention_order: the layout (qkv, head, channel) in place of (head, qkv, channel).
     use_checkpoint: compute activations again for the backward pass, to save memory.
     dtype: what convolutions and products compute in, ``jnp.float32`` or ``jnp.bfloat16``; parameters and normalisation
-      stay float32.
+      stay float32. On an NVIDIA GPU float32 products are TF32, of 10 bits, unless
+      ``jax.default_matmul_precision("highest")`` holds.
     cudnn_attention: attend by cuDNN's fused kernel on an NVIDIA GPU of Ampere's generation or later; elsewhere it
       changes nothing. It needs ``dtype`` bfloat16 and heads of at most 128 channels, a multiple of 8; it never holds
       all the weights of a map, and has a first derivative in reverse mode only.

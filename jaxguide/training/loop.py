@@ -121,7 +121,8 @@ def train_step(model: ModelConfig, training: TrainingConfig) -> Callable[..., An
     x0 = images.astype(jnp.float32) / 127.5 - 1
     with jax.default_matmul_precision(training.matmul_precision):
       (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, key, x0, labels)
-    updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # Optax counts on them.
+      updates, opt_state = tx.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     # Early on the mean is short, or it would remember the random start.
     decay = jnp.minimum(training.ema_decay, (1 + state.step) / (10 + state.step))
