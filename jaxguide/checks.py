@@ -21,6 +21,9 @@ from jaxguide import struct
 
 T = TypeVar("T")
 
+LARGEST = 2**31 - 1
+"""The most numbers of one example."""
+
 
 def is_concrete(value: Any) -> bool:
   """Whether every leaf of ``value`` is a number or an array that can be looked at."""
@@ -63,9 +66,49 @@ def finite(name: str, value: T) -> T:
   ValueError: scale must be finite, got nan
   """
   value = as_float(name, value)
-  if is_concrete(value) and not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(value)):
+  if is_concrete(value) and not all(_finite(leaf) for leaf in jax.tree.leaves(value)):
     raise ValueError(f"{name} must be finite, got {value}")
   return value
+
+
+def _finite(leaf: Any) -> bool:
+  """Whether numbers are finite, and stay so in the type that JAX holds them in."""
+  array = np.asarray(leaf)
+  kind = jax.dtypes.canonicalize_dtype(array.dtype)
+  if array.dtype == np.float64 and kind == np.float32:
+    return bool((np.abs(array) <= np.finfo(np.float32).max).all())
+  return bool(np.isfinite(array).all())
+
+
+def single(name: str, value: T) -> T:
+  """Give ``value`` back, as `finite` does, if it is one number and no array of several.
+
+  Raises:
+    TypeError: if it is no number.
+    ValueError: if it is several, or not finite.
+
+  >>> single("phi", [0.1, 0.9])
+  Traceback (most recent call last):
+  ...
+  ValueError: phi must be one number, got [0.1, 0.9]
+  """
+  several: Any = value
+  if np.shape(several):
+    raise ValueError(f"{name} must be one number, got {value}")
+  return finite(name, value)
+
+
+def flag(name: str, value: Any) -> bool:
+  """Give ``value`` back if it is True or False.
+
+  >>> flag("retrain", "no")
+  Traceback (most recent call last):
+  ...
+  TypeError: retrain must be True or False, got 'no'
+  """
+  if not isinstance(value, bool | np.bool_):
+    raise TypeError(f"{name} must be True or False, got {value!r}")
+  return bool(value)
 
 
 def scale(name: str, value: Any) -> Any:
@@ -271,6 +314,47 @@ def solver(value: T) -> T:
   raise TypeError(f"solver must be a solver, got {remedy}")
 
 
+def schedule(value: T, method: str = "sigma") -> T:
+  """Give ``value`` back if it is a noise schedule, made and not a name or a class: something that has the method.
+
+  Raises:
+    TypeError: if it is none.
+
+  >>> schedule("cosine")
+  Traceback (most recent call last):
+  ...
+  TypeError: schedule must be a noise schedule, got 'cosine': make one, such as ...
+  """
+  if isinstance(value, str | type) or not callable(getattr(value, method, None)):
+    shown = value.__name__ + "'s class" if isinstance(value, type) else repr(value)
+    raise TypeError(
+      f"schedule must be a noise schedule, got {shown}: make one, such as jaxguide.schedules.schedule('cosine') or "
+      "jaxguide.schedules.table('linear', 1000)"
+    )
+  return value
+
+
+def rising(self: Any, low: str, high: str, least: int | float = -math.inf) -> None:
+  """Check two fields of a frozen dataclass, if they are known: both finite, the first at least and below the second.
+
+  >>> @dataclasses.dataclass
+  ... class Ends:
+  ...   low: float
+  ...   high: float
+  >>> rising(Ends(2.0, 1.0), "low", "high")
+  Traceback (most recent call last):
+  ...
+  ValueError: low must be below high, got 2.0 and 1.0
+  """
+  ends = getattr(self, low), getattr(self, high)
+  if not all(isinstance(end, int | float | np.number) for end in ends):
+    return
+  for name, end in zip((low, high), ends, strict=True):
+    in_range(name, end, least)
+  if not ends[0] < ends[1]:
+    raise ValueError(f"{low} must be below {high}, got {ends[0]} and {ends[1]}")
+
+
 def shape(name: str, value: Any) -> tuple[int, ...]:
   """Give the shape of one example as a tuple of whole numbers.
 
@@ -285,7 +369,10 @@ def shape(name: str, value: Any) -> tuple[int, ...]:
   """
   if isinstance(value, str) or not np.iterable(value):
     raise TypeError(f"{name} must be the sides of one example, such as (8, 8, 1) or (2,), got {value!r}")
-  return tuple(at_least(f"each side of {name}", side, 0) for side in value)
+  sides = tuple(at_least(f"each side of {name}", side, 0) for side in value)
+  if math.prod(sides) > LARGEST:
+    raise ValueError(f"{name} has {math.prod(sides):,} numbers, and one example may have {LARGEST:,}: got {sides}")
+  return sides
 
 
 def cond(value: T) -> T:
@@ -302,6 +389,12 @@ def cond(value: T) -> T:
   for leaf in jax.tree.leaves(value):
     if isinstance(leaf, str | bytes) or (hasattr(leaf, "dtype") and leaf.dtype.kind in "OSU"):
       raise TypeError(f"cond must hold numbers or arrays, got {leaf!r}: give the number of the class")
+    if is_concrete(leaf) and np.asarray(leaf).dtype.kind in "iu":
+      array = np.asarray(leaf)
+      limits = np.iinfo(jax.dtypes.canonicalize_dtype(array.dtype))
+      outside = array[(array < limits.min) | (array > limits.max)]
+      if outside.size:
+        raise ValueError(f"cond holds {outside.flat[0]}, and JAX's whole numbers go from {limits.min} to {limits.max}")
   return value
 
 
@@ -341,6 +434,11 @@ def sigmas(value: T) -> T:
     raise ValueError(f"sigmas must have one axis of at least two levels, the last of them 0; got shape {shape}")
   if is_concrete(value):
     array = np.asarray(value)
+    if array.dtype.kind not in "fiu" and not jnp.issubdtype(array.dtype, jnp.floating):
+      raise TypeError(f"sigmas must be real numbers, got {array.dtype}")
+    if array.dtype.kind in "iu" or array.dtype == np.float64:
+      with np.errstate(over="ignore", under="ignore"):
+        array = array.astype(jax.dtypes.canonicalize_dtype(np.float64))  # What the walk takes them as.
     if not np.isfinite(array).all():
       raise ValueError(f"sigmas must be finite, but sigmas[{np.isfinite(array).argmin()}] is not")
     rises = np.flatnonzero(np.diff(array) >= 0)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def rescaled(phi: ArrayLike = 0.7, of: Combine = linear) -> Combine:
   >>> rescaled(1.0)(x0, base, 5.0, x0, jnp.asarray(1.0)).tolist()
   [1.0, 3.0]
   """
-  return Partial(_rescaled, checks.in_range("phi", phi, 0, 1), struct.as_tree(of))
+  return Partial(_rescaled, checks.in_range("phi", checks.single("phi", phi), 0, 1), check_rule(of))
 
 
 def _rescaled(phi, of, x0, x0_base, scale, x, sigma):
@@ -102,10 +103,15 @@ def projected(eta: ArrayLike = 0.0, norm_threshold: ArrayLike = math.inf, moment
   >>> projected(0.0)(x0, base, 3.0, x0, jnp.asarray(1.0)).tolist()
   [2.0, 2.0]
   """
-  numbers = checks.finite("eta", eta), checks.above("norm_threshold", norm_threshold, 0)
+  numbers = checks.single("eta", eta), checks.above("norm_threshold", norm_threshold, 0)
   if momentum is None:
     return Partial(_projected, *numbers)
-  return Partial(_averaged, checks.in_range("momentum", momentum, -1, 1), Memory(), Partial(_projected, *numbers))
+  return Partial(
+    _averaged,
+    checks.in_range("momentum", checks.single("momentum", momentum), -1, 1),
+    Memory(),
+    Partial(_projected, *numbers),
+  )
 
 
 def _projected(eta, norm_threshold, x0, x0_base, scale, x, sigma):
@@ -216,7 +222,7 @@ def frequency_decoupled(*ratios: ArrayLike) -> Combine:
   """
   if not ratios:
     raise ValueError("frequency_decoupled needs a ratio for at least one level")
-  return Partial(_frequency_decoupled, tuple(checks.finite("ratio", ratio) for ratio in ratios))
+  return Partial(_frequency_decoupled, tuple(checks.single("ratio", ratio) for ratio in ratios))
 
 
 def _frequency_decoupled(ratios, x0, x0_base, scale, x, sigma):
@@ -268,3 +274,22 @@ def _std(x: Example) -> Array:
   """The standard deviation over all elements, with a gradient of 0 where it is 0."""
   variance = jnp.var(x)
   return jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0)
+
+
+def check_rule(combine: Any) -> Combine:
+  """Give a combine rule as a pytree, if it is one and not the name or the maker of one.
+
+  Raises:
+    TypeError: if it is none.
+
+  >>> check_rule(rescaled)
+  Traceback (most recent call last):
+  ...
+  TypeError: combine must be a rule, got what makes one: call it, rescaled(...)
+  """
+  for make in (rescaled, projected, zero_star, frequency_decoupled):
+    if combine is make:
+      raise TypeError(f"combine must be a rule, got what makes one: call it, {make.__name__}(...)")
+  if not callable(combine) or isinstance(combine, type):
+    raise TypeError(f"combine must be a rule, such as jaxguide.combine.rescaled(0.7), got {combine!r}")
+  return struct.as_tree(combine)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxguide import checks, struct
+from jaxguide import checks, keys, struct
 from jaxguide.promotion import same_type, together
 from jaxguide.typing import Array, ArrayLike, Denoiser, Example, Key, Leaf, LogProb, PyTree, Scalar
 
@@ -77,7 +77,7 @@ class GaussianMixture:
 
   def sample(self, key: Key, cond: PyTree = None) -> Example:
     """Draw one clean example, of the shape of a mean; ``vmap`` over keys draws more."""
-    which, noise = jax.random.split(key)
+    which, noise = jax.random.split(keys.threefry(key))
     k = jax.random.categorical(which, self._log_weights(cond))
     z = jax.random.normal(noise, self.means.shape[1:], self.means.dtype)
     return self.means[k] + jnp.sqrt(self.variances[k]) * z
@@ -85,6 +85,9 @@ class GaussianMixture:
   def _log_weights(self, cond: PyTree) -> Array:
     if cond is None:
       return self.log_weights
+    if jnp.ndim(cond):
+      raise ValueError(f"cond must be one label of one example, got shape {jnp.shape(cond)}: use vmap over several")
+    checks.labels("label", cond, self.num_classes, null=True)
     classes, cond = same_type(self.classes, cond)
     member = (classes == cond) | (cond == self.num_classes)
     return jnp.where(member, self.log_weights, -jnp.inf)

@@ -27,17 +27,21 @@ def same_type(null: ArrayLike, cond: ArrayLike) -> tuple[Array, Array]:
   it is a larger one.
 
   Raises:
-    ValueError: if no type holds both.
+    ValueError: if no type holds both, or they are of different kinds.
 
   >>> [leaf.dtype.name for leaf in same_type(300, np.uint8(1))]
   ['int32', 'int32']
   """
   own = jnp.result_type(cond)
+  _check_kind(null, own)
   whole = jnp.issubdtype(own, jnp.integer) or own == jnp.bool_
   if not whole or getattr(null, "dtype", None) == own or (own == jnp.bool_ and isinstance(null, bool | np.bool_)):
     return _alike(jnp.asarray(null, own), jnp.asarray(cond))
   if isinstance(null, jax.core.Tracer):
-    kind = jax.dtypes.canonicalize_dtype(np.promote_types(own, null.dtype))
+    both = np.promote_types(own, null.dtype)
+    kind = jax.dtypes.canonicalize_dtype(both)
+    if kind != both:
+      raise ValueError(f"null_cond's type {null.dtype} and cond's {own.name} fit no type of JAX: give both one type")
   else:
     limits = [0, 1] if own == jnp.bool_ else [jnp.iinfo(own).min, jnp.iinfo(own).max]
     values = np.append(np.asarray(null, object), limits)
@@ -48,6 +52,22 @@ def same_type(null: ArrayLike, cond: ArrayLike) -> tuple[Array, Array]:
       raise ValueError(f"null_cond {null!r} does not fit cond's type, {own.name}: give labels of a larger type")
     kind = kinds[0]
   return _alike(jnp.asarray(null).astype(kind), jnp.asarray(cond).astype(kind))
+
+
+def _check_kind(null: ArrayLike, own: Any) -> None:
+  """Check that a null condition is of cond's kind: a label for labels, and a number that stays finite for numbers."""
+  given = jnp.result_type(null)
+  whole = jnp.issubdtype(own, jnp.integer) or own == jnp.bool_
+  if whole and jnp.issubdtype(given, jnp.inexact):
+    raise ValueError(f"null_cond {null!r} is no whole number, and cond's labels are {own.name}: give one")
+  if whole and own != jnp.bool_ and given == jnp.bool_:
+    raise ValueError(f"null_cond {null!r} is no label, and cond's labels are {own.name}: give a whole number")
+  if jnp.issubdtype(own, jnp.floating) and not isinstance(null, jax.core.Tracer):
+    values = np.asarray(null, np.float64)
+    with np.errstate(over="ignore"):
+      lost = np.isfinite(values) & ~np.isfinite(values.astype(own))
+    if lost.any():
+      raise ValueError(f"null_cond {null!r} is infinite in cond's type, {own.name}: give conditions of a larger type")
 
 
 def _alike(null: Array, cond: Array) -> tuple[Array, Array]:

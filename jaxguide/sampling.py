@@ -123,6 +123,9 @@ def sample_keys(key: Key, num: int, start: int = 0) -> Key:
 
 
 def _check_start(x_init, add_noise):
+  checks.flag("add_noise", add_noise)
+  if getattr(x_init, "dtype", None) == np.uint8:
+    raise TypeError("x_init must be floats, as images in [-1, 1] are, got uint8: give jaxguide.data.from_uint8(images)")
   if add_noise and x_init is None:
     raise ValueError("add_noise adds noise to x_init: give one, or leave both out to start from noise alone")
 
@@ -336,6 +339,8 @@ def sample_batches(
   num, start = _indices(num, start, 1)
   _check_start(x_init, add_noise)
   starts = x_init if callable(x_init) else _starts(x_init, num, shape)
+  if devices is not None and not (isinstance(devices, Sequence) and all(isinstance(d, jax.Device) for d in devices)):
+    raise TypeError(f"devices must be a list of devices, such as jax.devices(), got {devices!r}")
   devices = jax.local_devices() if devices is None else list(devices)
   if not devices:
     raise ValueError("devices must name at least one device, or be left out to use all")

@@ -46,7 +46,7 @@ def linear(scale: ArrayLike, schedule: NoiseSchedule, floor: ArrayLike | None = 
   [1.0, 3.0, 5.0]
   """
   floor = None if floor is None else checks.finite("floor", floor)
-  return Partial(_linear, checks.finite("scale", scale), schedule, floor)
+  return Partial(_linear, checks.finite("scale", scale), checks.schedule(schedule, "time"), floor)
 
 
 def _linear(scale, schedule, floor, sigma):
@@ -69,7 +69,7 @@ def cosine(scale: ArrayLike, schedule: NoiseSchedule) -> Scale:
   >>> [round(float(cosine(3.0, Cosine())(jnp.asarray(sigma))), 1) for sigma in (1e4, 1.0, 0.0)]
   [1.0, 3.0, 5.0]
   """
-  return Partial(_cosine, checks.finite("scale", scale), schedule)
+  return Partial(_cosine, checks.finite("scale", scale), checks.schedule(schedule, "time"))
 
 
 def _cosine(scale, schedule, sigma):
@@ -96,7 +96,9 @@ def powered_cosine(scale: ArrayLike, schedule: NoiseSchedule, power: ArrayLike =
   >>> [round(float(powered_cosine(3.0, Cosine(), 4.0)(jnp.asarray(sigma))), 1) for sigma in (1e4, 1.0, 0.0)]
   [1.0, 1.0, 3.0]
   """
-  return Partial(_powered_cosine, checks.finite("scale", scale), schedule, checks.above("power", power, 0))
+  return Partial(
+    _powered_cosine, checks.finite("scale", scale), checks.schedule(schedule, "time"), checks.above("power", power, 0)
+  )
 
 
 def _powered_cosine(scale, schedule, power, sigma):

@@ -182,12 +182,7 @@ def _alpha(sigma):
 
 
 def _time_scale(schedule, given):
-  if isinstance(schedule, str | type) or not callable(getattr(schedule, "time", None)):
-    shown = schedule.__name__ + "'s class" if isinstance(schedule, type) else repr(schedule)
-    raise TypeError(
-      f"schedule must be a noise schedule, got {shown}: make one, such as jaxguide.schedules.schedule('cosine') or "
-      "jaxguide.schedules.table('linear', 1000)"
-    )
+  checks.schedule(schedule, "time")
   if given is None:
     return 1.0 if isinstance(schedule, Table) else 1000.0
   return checks.finite("time_scale", given)

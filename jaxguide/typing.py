@@ -39,6 +39,8 @@ def scale_at(scale: Scale, sigma: Scalar, x: Example) -> Scalar:
   >>> float(scale_at(lambda sigma: 3 * sigma, jnp.asarray(2.0), jnp.zeros(2)))
   6.0
   """
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise TypeError(f"an example must be floats, got {x.dtype}")
   value = jnp.asarray(scale(sigma) if callable(scale) else scale, x.dtype)
   if value.ndim:
     raise ValueError(f"a scale is one number for one example, got shape {value.shape}: vmap over scales, outside")

@@ -6,6 +6,7 @@ A new guidance method or solver is one more line in `GUIDANCES` or `SOLVERS`; ev
 import os
 import tempfile
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,6 +136,12 @@ def all_solvers():
 def all_guidances():
   """The whole table of guidances at once."""
   return GUIDANCES
+
+
+@pytest.fixture(autouse=True)
+def traces_from_none():
+  """`chex.assert_max_traces` counts by a function's name."""
+  chex.clear_trace_counter()
 
 
 @pytest.fixture

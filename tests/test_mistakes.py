@@ -94,7 +94,7 @@ def test_a_guidance_of_a_guidance():
     with pytest.raises(TypeError, match="got a guidance"):
       wrong()
   network = jg.NetworkDenoiser(jnp.ones(1), lambda params, x, t, y: x, scaling.eps(schedules.Cosine()))
-  with pytest.raises(TypeError, match="guidance must be functions from a denoiser"):
+  with pytest.raises(TypeError, match="guidance must be a function from a denoiser to a guided one, got a denoiser"):
     jg.chain(network)
   with pytest.raises(TypeError, match="made by tempered"):
     smc.sample_product(jg.classifier_free(4, 2.0), jax.random.key(0), 4, (2,), GRID, jg.DDPM(), 1)

@@ -1,5 +1,6 @@
 """The networks: against published arrays, against NumPy, and by what they promise."""
 
+import contextlib
 import functools
 import importlib
 import re
@@ -770,6 +771,9 @@ def test_cudnn_attention(monkeypatch, request):
     return jax.vmap(jax.grad(one))(x, t)
 
   request.addfinalizer(jax.clear_caches)
+  promotion = contextlib.ExitStack()
+  promotion.enter_context(jax.numpy_dtype_promotion("standard"))  # JAX's attention for a GPU does not do without.
+  request.addfinalizer(promotion.close)
 
   def program(platform, **more):
     jax.clear_caches()  # What is traced is kept for one backend; a process has but one.

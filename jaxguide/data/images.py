@@ -5,7 +5,6 @@ Every image here is a batch in NHWC order: (images, height, width, channels).
 
 import math
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ WHITE = 255
 PADDING = 6
 GAP = 4  # wide enough to keep the strokes of one digit from running into the next
 TITLE_SIZE = 15
+MOST_ZOOM = 1000
 
 
 def check_images(images: np.ndarray, labels: np.ndarray | None = None) -> None:
@@ -70,6 +70,7 @@ def from_uint8(images: np.ndarray) -> np.ndarray:
   >>> from_uint8(np.array([0, 255], np.uint8)).tolist()
   [-1.0, 1.0]
   """
+  images = np.asarray(images)
   if images.dtype != np.uint8:
     raise ValueError(f"from_uint8 takes uint8 pixels, got {images.dtype}")
   return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
@@ -88,7 +89,12 @@ def save_npz(path: PathLike, images: np.ndarray, labels: np.ndarray | None = Non
     ValueError: if the images or the labels are not that.
     OSError: if ``path`` cannot be written.
   """
+  images, labels = np.asarray(images), None if labels is None else np.asarray(labels)
   check_images(images, labels)
+  if labels is not None and labels.max() > np.iinfo(np.int64).max:
+    raise ValueError(f"labels must fit int64, got {labels.max()}")
+  if not isinstance(settings, str | None):
+    raise TypeError(f"settings must be a text, got {type(settings).__name__}")
   with replacing(path) as file:
     arrays = {"arr_0": images}
     if labels is not None:
@@ -111,7 +117,7 @@ def settings_of(path: PathLike) -> str | None:
     _check_sizes(path)
     with np.load(path) as arrays:
       return str(arrays["settings"])
-  except (OSError, ValueError, KeyError, TypeError, EOFError, SyntaxError, zipfile.BadZipFile, zlib.error):
+  except Exception:  # A damaged file may raise anything.
     return None
 
 
@@ -121,6 +127,9 @@ def saturation(images: np.ndarray) -> float:
   >>> saturation(np.array([0, 255, 7, 9], np.uint8))
   0.5
   """
+  images = np.asarray(images)
+  if images.dtype != np.uint8:
+    raise ValueError(f"images must be uint8 pixels, got {images.dtype}")
   return float(((images == 0) | (images == WHITE)).mean())
 
 
@@ -167,8 +176,7 @@ def load_npz(path: PathLike, labelled: bool = True) -> tuple[np.ndarray, np.ndar
     raise FileNotFoundError(f"there is no file {path}: write one with save_npz") from None
   except OSError as error:
     raise OSError(f"cannot read {path}: {error.strerror or error}") from error
-  # A bare .npy file gives an array, which is no context manager and hence a TypeError.
-  except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+  except Exception as error:  # A damaged archive may raise anything.
     # NumPy takes whatever is no array for a pickle, and gives advice that would run what it holds.
     reason = "it holds no arrays" if "pickle" in str(error) else error
     raise ValueError(
@@ -198,9 +206,12 @@ def image_grid(images: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
   >>> image_grid(np.zeros((5, 8, 8, 1), np.uint8), columns=3).shape
   (17, 26, 1)
   """
+  images = np.asarray(images)
   check_images(images)
   n, h, w, c = images.shape
   columns = min(at_least("columns", columns, 1), n)
+  if at_least("gap", gap, 0) > MOST_ZOOM:
+    raise ValueError(f"gap must be at most {MOST_ZOOM}, got {gap}")
   rows = -(-n // columns)
   high, wide = h + at_least("gap", gap, 0), w + gap
   cells = np.full((rows * columns, high, wide, c), WHITE, np.uint8)
@@ -236,8 +247,11 @@ def save_png(
   """
   from PIL import Image, ImageDraw, PngImagePlugin
 
+  images, labels = np.asarray(images), None if labels is None else np.asarray(labels)
   check_images(images, labels)
   n, h, w, c = images.shape
+  if zoom is not None and at_least("zoom", zoom, 1) > MOST_ZOOM:
+    raise ValueError(f"zoom must be at most {MOST_ZOOM}, got {zoom}")
   if c not in {1, 3}:
     raise ValueError(f"a PNG needs images of 1 (gray) or 3 (RGB) channels, got {c}")
   columns = min(at_least("columns", columns, 1), n)

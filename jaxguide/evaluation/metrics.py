@@ -50,6 +50,8 @@ def pixel_features(images: np.ndarray) -> np.ndarray:
 def _moments(name: str, features: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
   """Give the mean and a symmetric square root of the unbiased covariance."""
   features = np.asarray(features)
+  if features.dtype.kind not in "fiub":
+    raise ValueError(f"{name} must be real numbers, got {features.dtype}")
   if features.ndim != 2 or len(features) < 2 or not features.shape[1]:
     raise ValueError(
       f"{name} must be at least 2 feature vectors of at least 1 number, of shape (n, d), got shape {features.shape}"
@@ -95,7 +97,10 @@ def frechet_distance(features_a: npt.ArrayLike, features_b: npt.ArrayLike) -> fl
   # without squaring M: where a covariance is singular, the root of a rounding error of 1e-17 would be 3e-9.
   cross = np.linalg.svd(root_a @ root_b, compute_uv=False).sum()
   spread = (root_a**2).sum() + (root_b**2).sum() - 2 * cross
-  return max(0.0, float(((mean_a - mean_b) ** 2).sum() + spread))
+  distance = float(((mean_a - mean_b) ** 2).sum() + spread)
+  if not np.isfinite(distance):
+    raise ValueError("the features are too large: their squares are beyond float64")
+  return max(0.0, distance)
 
 
 def diversity(images: npt.ArrayLike, labels: npt.ArrayLike) -> float:

@@ -134,20 +134,23 @@ def read_csv(path: str | Path) -> list[Row]:
   names = [field.name for field in fields(Row)]
   rows = []
   check_readable(path)
-  with open(path, newline="", encoding="utf-8") as file:
-    reader = csv.reader(file)
-    header = next(reader, [])
-    if header != names:
-      raise ValueError(
-        f"{path} is no table of a sweep: its first line must be {','.join(names)!r}, got {','.join(header)!r}"
-      )
-    for cells in reader:
-      try:
-        method, scale, n, accuracy, frechet, spread, speed = cells
-        row = Row(method, float(scale), int(n), float(accuracy), float(frechet), float(spread), float(speed))
-      except ValueError as error:
-        raise ValueError(f"line {reader.line_num} of {path} must hold {', '.join(names)}; got {cells}") from error
-      rows.append(row)
+  try:
+    text = Path(path).read_text(encoding="utf-8-sig")
+    lines = list(csv.reader(io.StringIO(text, newline="")))
+  except (UnicodeDecodeError, csv.Error) as error:
+    raise ValueError(f"{path} is no table of a sweep: {error}") from error
+  header = lines[0] if lines else []
+  if header != names:
+    raise ValueError(
+      f"{path} is no table of a sweep: its first line must be {','.join(names)!r}, got {','.join(header)!r}"
+    )
+  for number, cells in enumerate(lines[1:], 2):
+    try:
+      method, scale, n, accuracy, frechet, spread, speed = cells
+      row = Row(method, float(scale), int(n), float(accuracy), float(frechet), float(spread), float(speed))
+    except ValueError as error:
+      raise ValueError(f"line {number} of {path} must hold {', '.join(names)}; got {cells}") from error
+    rows.append(row)
   return rows
 
 

@@ -123,7 +123,8 @@ def compose(networks: Networks, scale: Scale, *, labels: tuple[int, ...], scales
   null = networks.null_cond
   if len(labels) != len(scales):
     raise ValueError(f"compose needs one of its scales for each of its labels, got {len(scales)} and {len(labels)}")
-  checks.labels("label", np.array(labels), networks.model.config.num_classes or 0)
+  wanted = np.array([checks.whole("label", label, -(2**63), 2**63 - 1) for label in labels])
+  checks.labels("label", wanted, networks.model.config.num_classes or 0)
   of_all = Partial(_with_others, checks.scale("scale", scale), jnp.array(checks.finite("scales", scales)))
   return Rule(_compose, (guide.compose(null, of_all), jnp.array(labels)))
 
@@ -307,8 +308,24 @@ def build(text: str, networks: Networks, scale: float | None = None) -> Guidance
   if "ratio" in given:
     guidance = guide.normalized(guidance, checks.in_range("ratio", given["ratio"], 0))
   if "sigma_lo" in given or "sigma_hi" in given:
-    guidance = guide.interval(guidance, given.get("sigma_lo", 0.0), given.get("sigma_hi", float("inf")))
+    low, high = given.get("sigma_lo", 0.0), given.get("sigma_hi", float("inf"))
+    guidance = guide.interval(guidance, low, high)
+    check_levels(networks.sigmas, "sigma_lo", np.nextafter(low, np.inf), "sigma_hi", high)
   return guidance
+
+
+def check_levels(sigmas: Array, low_name: str, low: float, high_name: str, high: float) -> None:
+  """Check that some level of the walk lies in a range: what is asked for at those levels would never happen.
+
+  Raises:
+    ValueError: if there is none.
+  """
+  levels = np.asarray(sigmas, np.float64)[:-1]
+  if not ((levels >= low) & (levels <= high)).any():
+    raise ValueError(
+      f"no level of the grid lies between {low_name} {low:g} and {high_name} {high:g}: they go from "
+      f"{levels.max():g} to {levels.min():g}"
+    )
 
 
 def _word(name: str, default: str) -> inspect.Parameter:

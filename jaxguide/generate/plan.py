@@ -1,6 +1,7 @@
 """From names and numbers to a guided denoiser, a solver, and the levels to walk."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,25 +84,47 @@ class Settings:
   def __post_init__(self):
     if checks.at_least("num", self.num, 1) > MAX_NUM:
       raise ValueError(f"num must be at most {MAX_NUM}, the most samples of a file, got {self.num}")
-    checks.at_least("batch_size", self.batch_size, 1)
-    keys.check_seed("seed", self.seed)
+    plain: dict[str, Any] = {
+      "num": int(self.num),
+      "batch_size": checks.at_least("batch_size", self.batch_size, 1),
+      "seed": keys.check_seed("seed", self.seed),
+      "cudnn_attention": checks.flag("cudnn_attention", self.cudnn_attention),
+      "clip": checks.flag("clip", self.clip),
+    }
     if not isinstance(self.steps, str):
-      checks.at_least("steps", self.steps, 1)
+      plain["steps"] = checks.at_least("steps", self.steps, 1)
     if self.labels is not None:
-      labels = np.asarray(self.labels)
-      if labels.ndim != 1 or not labels.size:
+      if isinstance(self.labels, str) or not np.iterable(self.labels) or not len(self.labels):
         raise ValueError("labels must be at least one class; leave them out to take all in turn")
-      object.__setattr__(self, "labels", tuple(labels.tolist()))
+      plain["labels"] = tuple(checks.whole("label", label, -(2**63), 2**63 - 1) for label in self.labels)
     if self.scale is not None:
-      checks.finite("scale", self.scale)
+      plain["scale"] = checks.finite("scale", checks.number("scale", self.scale))
     if self.init_level is not None:
       if self.init is None:
         raise ValueError("init_level is the noise that is added to init: give both, or leave it out")
-      checks.above("init_level", checks.number("init_level", self.init_level), 0)
+      plain["init_level"] = checks.above("init_level", checks.number("init_level", self.init_level), 0)
     if isinstance(self.guidance, str):
-      object.__setattr__(self, "guidance", (self.guidance,))
+      plain["guidance"] = (self.guidance,)
+    for name in ("model", "classifier", "base_samples", "init"):
+      value = getattr(self, name)
+      if isinstance(value, os.PathLike):
+        plain[name] = os.fspath(value)
+      elif not isinstance(value, str) and (value is not None or name == "model"):
+        raise TypeError(f"{name} must be a path, got {value!r}")
+    for name in ("solver", "grid"):
+      value = getattr(self, name)
+      if not isinstance(value, str) and (value is not None or name == "solver"):
+        raise TypeError(
+          f"{name} must be a name with its options, such as 'ddim:eta=0.5' or 'karras:rho=5', got {value!r}"
+        )
+    for name, value in plain.items():
+      object.__setattr__(self, name, value)
     if self.guidance is not None:
+      if not isinstance(self.guidance, Sequence) or not all(isinstance(text, str) for text in self.guidance):
+        raise TypeError(f"guidance must be names with their options, such as 'cfg:scale=2', got {self.guidance!r}")
       names = [parse(text).name for text in self.guidance]
+      if any(text != "none" for text, name in zip(self.guidance, names, strict=True) if name == "none"):
+        raise ValueError("guidance 'none' takes no options: leave them out")
       for name in names:
         checks.lookup("guidance", name, {**methods.METHODS, "none": None})
       if not names or ("none" in names and len(names) > 1):
@@ -179,6 +202,8 @@ def plan(settings: Settings) -> Plan:
   # How much noise a step of the kind that CFG++ and DDIM take makes anew; None for steps of another kind.
   eta = {solvers.Euler: 0.0, solvers.DDPM: 1.0}.get(type(solver))
   eta = solver.eta if isinstance(solver, solvers.DDIM | solvers.EulerAncestral) else eta
+  if isinstance(solver, solvers.EDMStochastic) and np.any(np.asarray(solver.gamma) > 0):
+    methods.check_levels(sigmas, "s_min", solver.s_min, "s_max", solver.s_max)
   networks = methods.Networks(model, classifier, load_other, sigmas, eta)
   made = _made(settings, texts, networks)
   if shifts:
@@ -337,12 +362,16 @@ def _init(settings: Settings, model: Model) -> np.ndarray | None:
 
 def _first_step(settings: Settings, sigmas: Array) -> int:
   """The step of the grid that a walk from an image begins with."""
-  levels = np.asarray(sigmas)[:-1]
+  levels = np.asarray(sigmas, np.float64)[:-1]
   if settings.init_level is None:
+    if len(levels) < 2:
+      raise ValueError(
+        "half of the steps are walked from init, so that there must be 2 or more: give steps or init_level"
+      )
     return len(levels) // 2
   if settings.init_level > levels[0] * 1.01:
     raise ValueError(f"init_level must be at most the grid's first level, {levels[0]:g}, got {settings.init_level:g}")
-  return int(np.argmin(np.abs(np.log(levels / settings.init_level))))
+  return int(np.argmin(np.abs(np.log(levels) - np.log(settings.init_level))))
 
 
 def _labels(settings: Settings, model: Model, classifier: Model | None) -> np.ndarray | None:

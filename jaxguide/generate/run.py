@@ -64,7 +64,12 @@ def run(out: PathLike, settings: Settings, *, overwrite: bool = False, progress:
   out = Path(os.path.realpath(out) if os.path.islink(out) else out)
   write = checks.lookup("format", out.suffix, FORMATS)
   check_writable(out)
+  checks.flag("overwrite", overwrite)
   planned = plan(settings)
+  if out.suffix == ".png" and planned.image_shape[-1] not in (1, 3):
+    raise ValueError(
+      f"a PNG needs images of 1 (gray) or 3 (RGB) channels, and the model's have {planned.image_shape[-1]}: write .npz"
+    )
   record = records.record(
     settings=settings, **planned.record, data={"crc32": _fingerprint(planned.data)}, jaxguide=jaxguide.__version__
   )

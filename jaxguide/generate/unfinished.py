@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,12 @@ class Unfinished:
       )
     try:
       images = np.load(folder / "images.npy", mmap_mode="r")  # This mode does not make a file that was cut longer.
-      done = json.loads((folder / "done.json").read_text())
+      done = self._done()
       if (images.shape, images.dtype) != (tuple(shape), np.uint8) or type(done) is not int or not 0 <= done <= shape[0]:
         raise ValueError(f"{done} images of shape {images.shape} and {images.dtype}")
+      self._checksum, checksum = zlib.crc32(np.ascontiguousarray(images[:done]).data), self._held().get("crc32")
+      if checksum not in (None, self._checksum):
+        raise ValueError("the images are not those that were kept")
     except (OSError, ValueError, EOFError) as error:
       raise self._torn(error) from error
     self.images, self.done = np.load(folder / "images.npy", mmap_mode="r+"), done
@@ -97,6 +101,7 @@ class Unfinished:
     """Keep the next samples, uint8 (n, height, width, channels)."""
     self.images[self.done : self.done + len(images)] = images
     self.images.flush()
+    self._checksum = zlib.crc32(np.ascontiguousarray(images).data, self._checksum)
     self._count(self.done + len(images))
 
   def remove(self) -> None:
@@ -105,10 +110,14 @@ class Unfinished:
 
   def _done(self) -> Any:
     """What the folder says of how many samples there are, None where it says nothing."""
+    return self._held().get("done")
+
+  def _held(self) -> dict[str, Any]:
     try:
-      return json.loads((self.folder / "done.json").read_text())
-    except (OSError, ValueError):
-      return None
+      held = json.loads((self.folder / "done.json").read_text())
+    except (OSError, ValueError, RecursionError):
+      return {}
+    return held if isinstance(held, dict) else {"done": held}  # A number, where there was no checksum yet.
 
   def _begin(self, settings: Mapping[str, Any], shape: Sequence[int]) -> None:
     self.folder.mkdir(parents=True, exist_ok=True)
@@ -130,6 +139,7 @@ class Unfinished:
       raise OSError(
         f"cannot keep {shape[0]} samples in {self.folder}: {error.strerror or error}; make room, or lower num"
       ) from error
+    self._checksum = 0
     self._count(0)
     # Last, so that a folder without them is one where nothing was begun.
     write_atomically(self.folder / "settings.json", json.dumps(settings, indent=2).encode())
@@ -138,5 +148,5 @@ class Unfinished:
     return ValueError(f"{self.folder} is torn ({error}): remove it to start over")
 
   def _count(self, done: int) -> None:
-    write_atomically(self.folder / "done.json", str(done).encode())
+    write_atomically(self.folder / "done.json", json.dumps({"done": done, "crc32": self._checksum}).encode())
     self.done = done

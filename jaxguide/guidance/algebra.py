@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from jaxguide import checks, memory, struct
-from jaxguide.denoisers import NetworkDenoiser, check_cond
-from jaxguide.guidance.rule import Composition, Rule
+from jaxguide.denoisers import check_cond
+from jaxguide.guidance.rule import Composition, Rule, check_guidances
 from jaxguide.typing import ArrayLike, Example, Guidance, Leaf, Prediction, PyTree, Scalar, map_x0
 
 
@@ -20,18 +20,11 @@ def chain(*guidances: Guidance) -> Guidance:
   >>> chain(double, add)(lambda x, sigma, cond: x)(3, 1.0, None)
   7
   """
-  return Composition(_chain, (_functions(guidances),))
+  return Composition(_chain, (check_guidances(guidances),))
 
 
 def _chain(denoise, guidances):
   return functools.reduce(lambda inner, guidance: guidance(inner), guidances, denoise)
-
-
-def _functions(guidances):
-  for guidance in guidances:
-    if not callable(guidance) or isinstance(guidance, NetworkDenoiser | type):
-      raise TypeError(f"guidance must be functions from a denoiser to a guided one, got {guidance!r}")
-  return guidances
 
 
 def unconditional(null_cond: PyTree) -> Guidance:
@@ -92,7 +85,7 @@ def interval(guidance: Guidance, sigma_lo: ArrayLike, sigma_hi: ArrayLike) -> Gu
   # In NumPy, since under jit even the comparison of two constants would be a tracer; written so that NaN fails.
   if checks.is_concrete((low, high)) and not (np.asarray(low) < np.asarray(high)).all():
     raise ValueError(f"sigma_lo must be below sigma_hi, got {sigma_lo} and {sigma_hi}")
-  return Rule(_interval, (*_functions((guidance,)), low, high))
+  return Rule(_interval, (*check_guidances((guidance,)), low, high))
 
 
 def _interval(denoise, guidance, low, high, x, sigma, cond):
@@ -123,7 +116,7 @@ def parallel(*guidances: Guidance) -> Guidance:
   >>> float(parallel(double, add)(lambda x, sigma, cond: x)(jnp.asarray(3.0), jnp.asarray(1.0), None))
   7.0
   """
-  return Rule(_parallel, (_functions(guidances),))
+  return Rule(_parallel, (check_guidances(guidances),))
 
 
 def _parallel(denoise, guidances, x, sigma, cond):

@@ -23,7 +23,7 @@ def clip_x0(bound: ArrayLike = 1.0) -> Guidance:
   >>> float(clip_x0(1.0)(lambda x, sigma, cond: 2 * x)(jnp.asarray(3.0), jnp.asarray(1.0), None))
   1.0
   """
-  return Rule(_clip_x0, (checks.in_range("bound", bound, 0),))
+  return Rule(_clip_x0, (checks.above("bound", checks.finite("bound", bound), 0),))
 
 
 def _clip_x0(denoise, bound, x, sigma, cond):

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxguide import checks, struct
-from jaxguide.guidance.rule import Rule
+from jaxguide.guidance.rule import Rule, check_guidances, check_log_prob
 from jaxguide.typing import Example, Guidance, Leaf, LogProb, PyTree, Scalar, Scale, map_x0, scale_at, x0_of
 
 
@@ -52,7 +52,7 @@ def classifier(log_prob: LogProb, scale: Scale) -> Guidance:
   >>> float(guided(jnp.asarray(0.0), jnp.asarray(0.5), 1.0))
   0.5
   """
-  return Rule(_classifier, (log_prob, checks.scale("scale", scale)))
+  return Rule(_classifier, (check_log_prob(log_prob), checks.scale("scale", scale)))
 
 
 def _classifier(denoise, log_prob, scale, x, sigma, cond):
@@ -95,7 +95,7 @@ def reconstruction(log_prob: LogProb, scale: Scale) -> Guidance:
   >>> float(guided(jnp.asarray(0.0), jnp.asarray(2.0), 1.0))  # σ² · 0.5 · (1 - 0)
   2.0
   """
-  return Rule(_reconstruction, (log_prob, checks.scale("scale", scale)))
+  return Rule(_reconstruction, (check_log_prob(log_prob), checks.scale("scale", scale)))
 
 
 def _reconstruction(denoise, log_prob, scale, x, sigma, cond):
@@ -185,7 +185,7 @@ def normalized(guidance: Guidance, ratio: Scale) -> Guidance:
   [0.0, 0.5]
   """
   ratio = checks.scale("ratio", ratio) if callable(ratio) else checks.in_range("ratio", ratio, 0)
-  return Rule(_normalized, (guidance, ratio))
+  return Rule(_normalized, (*check_guidances((guidance,)), ratio))
 
 
 def _normalized(denoise, guidance, ratio, x, sigma, cond):

@@ -11,9 +11,9 @@ import numpy as np
 from jax.tree_util import Partial
 
 from jaxguide import checks, memory, struct
-from jaxguide.combine import Combine, linear
+from jaxguide.combine import Combine, check_rule, linear
 from jaxguide.denoisers import check_cond
-from jaxguide.guidance.rule import Composition, Rule
+from jaxguide.guidance.rule import Composition, Rule, check_denoiser
 from jaxguide.promotion import same_type
 from jaxguide.typing import Denoiser, Example, Guidance, Leaf, PyTree, Scalar, Scale, map_x0, scale_at, x0_of
 
@@ -50,7 +50,7 @@ def classifier_free(null_cond: PyTree, scale: Scale, combine: Combine = linear) 
   >>> float(guided(jnp.asarray(2.0), jnp.asarray(1.0), 1.0))
   6.0
   """
-  return Composition(_classifier_free, (null_cond, checks.scale("scale", scale), struct.as_tree(combine)))
+  return Composition(_classifier_free, (null_cond, checks.scale("scale", scale), check_rule(combine)))
 
 
 def _classifier_free(denoise, null_cond, scale, combine):
@@ -207,7 +207,7 @@ def autoguidance(weak: Denoiser, scale: Scale, combine: Combine = linear) -> Gui
   >>> float(guided(jnp.asarray(2.0), jnp.asarray(1.0), None))
   3.0
   """
-  return Rule(_autoguidance, (weak, checks.scale("scale", scale), struct.as_tree(combine)))
+  return Rule(_autoguidance, (check_denoiser(weak), checks.scale("scale", scale), check_rule(combine)))
 
 
 def _autoguidance(denoise, weak, scale, combine, x, sigma, cond):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import flax.linen as nn
 from jax.tree_util import Partial
 
 from jaxguide import struct
-from jaxguide.typing import Denoiser, Leaf
+from jaxguide.typing import Denoiser, Guidance, Leaf, LogProb
 
 
 @struct.dataclass
@@ -52,6 +54,49 @@ def check_denoiser(denoise: Denoiser) -> Denoiser:
   """
   if isinstance(denoise, Rule):
     raise TypeError("denoise must be a denoiser, got a guidance: apply it to one first, guidance(denoise)")
+  if isinstance(denoise, nn.Module):
+    raise TypeError(
+      f"denoise must be a denoiser, got the network {type(denoise).__name__}: make one of it, "
+      "jaxguide.NetworkDenoiser(params, network.apply, scaling)"
+    )
   if isinstance(denoise, type) or not callable(denoise):
     raise TypeError(f"denoise must be a denoiser, a function (x, sigma, cond) -> x0 of one example; got {denoise!r}")
   return denoise
+
+
+def check_guidances(guidances: tuple[Guidance, ...]) -> tuple[Guidance, ...]:
+  """Give guidances back if each can be applied to a denoiser, and is none itself.
+
+  Raises:
+    TypeError: if one is not that.
+
+  >>> import jaxguide as jg
+  >>> check_guidances((jg.ring(4).denoiser,))
+  Traceback (most recent call last):
+  ...
+  TypeError: guidance must be a function from a denoiser to a guided one, got a denoiser: apply guidance(denoise)
+  """
+  for guidance in guidances:
+    if hasattr(guidance, "check_cond"):
+      raise TypeError(
+        "guidance must be a function from a denoiser to a guided one, got a denoiser: apply guidance(denoise)"
+      )
+    if not callable(guidance) or isinstance(guidance, type):
+      raise TypeError(f"guidance must be a function from a denoiser to a guided one, got {guidance!r}")
+  return guidances
+
+
+def check_log_prob(log_prob: Any) -> LogProb:
+  """Give a log-probability back if it can be called.
+
+  Raises:
+    TypeError: if it cannot, or is a denoiser or a guidance.
+
+  >>> check_log_prob(2.0)
+  Traceback (most recent call last):
+  ...
+  TypeError: log_prob must be a function (x, sigma, cond) -> log p(cond | x) of one example, got 2.0
+  """
+  if isinstance(log_prob, Rule | type | nn.Module) or not callable(log_prob):
+    raise TypeError(f"log_prob must be a function (x, sigma, cond) -> log p(cond | x) of one example, got {log_prob!r}")
+  return log_prob

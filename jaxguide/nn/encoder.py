@@ -84,7 +84,8 @@ class Encoder(nn.Module):
         f"attention_resolutions of {name} are downsampling factors, from {sorted(factors)} with {levels} levels; "
         f"got {list(self.attention_resolutions)}"
       )
-    checks.in_range("dropout", self.dropout, 0, 1)
+    if checks.in_range("dropout", self.dropout, 0, 1) == 1:
+      raise ValueError("dropout must be between 0 and 1, and below 1, or nothing would be left; got 1")
     if self.cudnn_attention and jnp.dtype(self.dtype) not in (jnp.bfloat16, jnp.float16):
       raise ValueError(
         f"cudnn_attention is for half precision: give {name} dtype bfloat16 with it, or leave it out; "

@@ -235,8 +235,7 @@ def _attention(q, k, v, cudnn):
   backend = jax.default_backend()
   if backend == "cpu":
     return _attention_on_cpu(q, k, v)
-  with jax.numpy_dtype_promotion("standard"):  # JAX's own function counts on it.
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if cudnn and backend == "gpu" else "xla")
+  return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if cudnn and backend == "gpu" else "xla")
 
 
 def _attention_on_cpu(q, k, v):

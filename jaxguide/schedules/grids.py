@@ -132,6 +132,7 @@ def from_schedule(schedule: NoiseSchedule, steps: int, t_min: ArrayLike | None =
   steps = at_most("steps", steps)
   if isinstance(schedule, Table):
     raise TypeError("a table's time is a step and not in [0, 1]: use respaced(table, steps)")
+  checks.schedule(schedule)
   t_min = 1 / steps if t_min is None else checks.finite("t_min", t_min)
   if checks.is_concrete(t_min) and not 0 < np.asarray(t_min) <= 1:
     raise ValueError(f"t_min must be above 0 and at most 1, got {t_min}")
@@ -175,6 +176,8 @@ def respaced(
   >>> respaced(table, [0, 999]).shape, respaced(table, "ddim25").shape
   ((3,), (26,))
   """
+  if not isinstance(table, Table):
+    raise TypeError(f"table must be made by jaxguide.schedules.table('linear', 1000) or as a Table, got {table!r}")
   total = table.num_steps
   spread = checks.lookup("spacing", "linspace" if spacing is None else spacing, SPACINGS)
   if spacing is not None and not isinstance(steps, int | np.integer):
@@ -188,6 +191,8 @@ def respaced(
     chosen = spread(total, count)
   else:
     chosen = np.asarray(steps)
+    if chosen.ndim != 1:
+      raise ValueError(f"the steps to visit must have one axis, got shape {chosen.shape}")
     if chosen.size == 0:
       raise ValueError("there must be at least one step to visit")
     if not np.issubdtype(chosen.dtype, np.integer):

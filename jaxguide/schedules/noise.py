@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from jaxguide import checks, struct
@@ -105,6 +106,9 @@ class Linear(_Continuous):
   beta_min: Leaf = 0.1
   beta_max: Leaf = 20.0
 
+  def __post_init__(self):
+    checks.rising(self, "beta_min", "beta_max", 0)
+
   @classmethod
   def between(cls, sigma_min: ArrayLike, sigma_max: ArrayLike, t_min: ArrayLike = 1e-3) -> "Linear":
     """Make the schedule that has ``sigma(t_min) = sigma_min`` and ``sigma(1) = sigma_max``.
@@ -120,7 +124,10 @@ class Linear(_Continuous):
     >>> [round(float(schedule.sigma(t)), 3) for t in (1e-3, 1.0)]
     [0.02, 100.0]
     """
-    low, high = (jnp.log1p(jnp.square(sigma)) for sigma in (sigma_min, sigma_max))
+    ends = checks.above("sigma_min", sigma_min, 0), checks.finite("sigma_max", sigma_max)
+    if checks.is_concrete(ends) and not np.less(*ends).all():
+      raise ValueError(f"sigma_min must be below sigma_max, got {sigma_min} and {sigma_max}")
+    low, high = (jnp.log1p(jnp.square(sigma)) for sigma in ends)
     spread = 2 * (high - low / t_min) / (1 - t_min)
     start = high - spread / 2
     return cls(start, start + spread)
@@ -151,6 +158,10 @@ class Cosine(_Continuous):
 
   s: Leaf = 0.008
   sigma_max: Leaf = 1e4
+
+  def __post_init__(self):
+    checks.written(self, "s", checks.in_range, 0)
+    checks.written(self, "sigma_max", checks.above, 0)
 
   def sigma(self, t: ArrayLike) -> Array:
     """Give the noise level at ``t`` in [0, 1]."""
@@ -185,6 +196,11 @@ class Sigmoid(_Continuous):
   tau: Leaf = 1.0
   alpha_bar_min: Leaf = 1e-9
 
+  def __post_init__(self):
+    checks.rising(self, "start", "end")
+    checks.written(self, "tau", checks.above, 0)
+    checks.written(self, "alpha_bar_min", checks.in_range, 0, 1)
+
   def sigma(self, t: ArrayLike) -> Array:
     """Give the noise level at ``t`` in [0, 1]."""
     first, last = self._ends()
@@ -215,6 +231,10 @@ class EDM(_Continuous):
   sigma_max: Leaf = 80.0
   rho: Leaf = 7.0
 
+  def __post_init__(self):
+    checks.rising(self, "sigma_min", "sigma_max", 0)
+    checks.written(self, "rho", checks.above, 0)
+
   def sigma(self, t: ArrayLike) -> Array:
     """Give the noise level at ``t`` in [0, 1]."""
     low, high = self._ends()
@@ -243,6 +263,9 @@ class LogSNR(_Continuous):
   log_snr_min: Leaf = -20.0
   log_snr_max: Leaf = 20.0
 
+  def __post_init__(self):
+    checks.rising(self, "log_snr_min", "log_snr_max")
+
   def sigma(self, t: ArrayLike) -> Array:
     """Give the noise level at ``t`` in [0, 1]."""
     return log_snr_to_sigma(self.log_snr_max + jnp.asarray(t) * self._span())
@@ -270,6 +293,9 @@ class LogSNRCosine(_Continuous):
 
   log_snr_min: Leaf = -20.0
   log_snr_max: Leaf = 20.0
+
+  def __post_init__(self):
+    checks.rising(self, "log_snr_min", "log_snr_max")
 
   def sigma(self, t: ArrayLike) -> Array:
     """Give the noise level at ``t`` in [0, 1]."""
@@ -309,6 +335,7 @@ class Flow(_Continuous):
 
   def __post_init__(self):
     checks.written(self, "shift", checks.above, 0)
+    checks.written(self, "sigma_max", checks.above, 0)
 
   def sigma(self, t: ArrayLike) -> Array:
     """Give the noise level at ``t`` in [0, 1]."""
@@ -327,6 +354,10 @@ class LogNormal:
 
   mean: Leaf = -1.2
   std: Leaf = 1.2
+
+  def __post_init__(self):
+    checks.written(self, "mean", checks.finite)
+    checks.written(self, "std", checks.in_range, 0)
 
   def quantile(self, u: ArrayLike) -> Array:
     """Give the level below which a fraction ``u`` in (0, 1) of the draws fall."""
@@ -349,6 +380,12 @@ class UniformTime:
   schedule: Leaf
   t_min: Leaf = 1e-5
   t_max: Leaf = 1.0
+
+  def __post_init__(self):
+    if isinstance(self.schedule, str | type):
+      checks.schedule(self.schedule)
+    checks.rising(self, "t_min", "t_max", 0)
+    checks.written(self, "t_max", checks.in_range, 0, 1)
 
   def quantile(self, u: ArrayLike) -> Array:
     """Give the level below which a fraction ``u`` in [0, 1] of the draws fall."""

@@ -28,6 +28,12 @@ class Table:
 
   sigmas: Leaf
 
+  def __post_init__(self):
+    if isinstance(self.sigmas, np.ndarray) or checks.is_concrete(self.sigmas):
+      levels = np.asarray(self.sigmas)
+      if levels.ndim != 1 or not levels.size or not (np.diff(levels) >= 0).all() or not (levels >= 0).all():
+        raise ValueError("sigmas of a table must be one axis of levels that rise, the first at least 0")
+
   @classmethod
   def from_betas(cls, betas: ArrayLike) -> "Table":
     """Make the table of ``ᾱ_t = prod_{s<=t} (1 - beta_s)`` (Ho et al. 2020, arXiv:2006.11239), in float64.

@@ -22,6 +22,10 @@ class State(NamedTuple):
   x0: Leaf
 
 
+MOST_ETA, MOST_S_NOISE = 100.0, 10.0
+"""What lies above is a slip: at this ``eta`` nothing is left of a step's start, and ``s_noise`` is 1.0 to 1.1."""
+
+
 class MultistepState(NamedTuple):
   """A `State` that also remembers the level of its ``x0``; infinite before the first step."""
 
@@ -46,7 +50,10 @@ class Conditioned:
 
   def predict(self, x: Example, sigma: Scalar) -> Example | Prediction:
     """Give all that the denoiser says."""
-    return self.denoise(x, sigma, self.cond)
+    said = self.denoise(x, sigma, self.cond)
+    if jnp.shape(x0_of(said)) != jnp.shape(x):
+      raise ValueError(f"the denoiser gave shape {jnp.shape(x0_of(said))} for an example of shape {jnp.shape(x)}")
+    return said
 
 
 class Memoryless:

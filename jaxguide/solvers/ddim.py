@@ -7,7 +7,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from jaxguide import checks, struct
-from jaxguide.solvers.base import Denoise, Memoryless, State, ancestral, draw, move
+from jaxguide.solvers.base import MOST_S_NOISE, Denoise, Memoryless, State, ancestral, draw, move
 from jaxguide.typing import Key, Leaf, Scalar
 
 
@@ -65,7 +65,7 @@ class EulerAncestral(Memoryless):
 
   def __post_init__(self):
     checks.written(self, "eta", checks.in_range, 0, 1)
-    checks.written(self, "s_noise", checks.in_range, 0)
+    checks.written(self, "s_noise", checks.in_range, 0, MOST_S_NOISE)
 
   def step(self, denoise: Denoise, state: State, sigma: Scalar, sigma_next: Scalar, key: Key) -> State:
     """Take one step, with one evaluation."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxguide import checks, struct
 from jaxguide.schedules import Table
-from jaxguide.solvers.base import Denoise, Memoryless, State, draw
+from jaxguide.solvers.base import MOST_S_NOISE, Denoise, Memoryless, State, draw
 from jaxguide.typing import ArrayLike, Key, Leaf, Scalar
 
 MOST = math.sqrt(2) - 1
@@ -65,7 +65,7 @@ class EDMStochastic(Memoryless):
     checks.written(self, "gamma", checks.in_range, 0, MOST)
     checks.written(self, "s_min", checks.in_range, 0)
     checks.written(self, "s_max", _not_negative)
-    checks.written(self, "s_noise", checks.in_range, 0)
+    checks.written(self, "s_noise", checks.in_range, 0, MOST_S_NOISE)
     checks.written(self, "alpha", _part)
     bounds = self.s_min, self.s_max
     if all(isinstance(bound, float) for bound in bounds) and bounds[0] > bounds[1]:

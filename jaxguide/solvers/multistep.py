@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 import jax.numpy as jnp
 
 from jaxguide import checks, struct
-from jaxguide.solvers.base import Denoise, MultistepState, diffuse, draw, move
+from jaxguide.solvers.base import MOST_ETA, MOST_S_NOISE, Denoise, MultistepState, diffuse, draw, move
 from jaxguide.typing import Example, Key, Leaf, Scalar
 
 
@@ -178,8 +178,8 @@ class DPMpp2MSDE:
   stochastic: ClassVar[bool] = True
 
   def __post_init__(self):
-    checks.written(self, "eta", checks.in_range, 0)
-    checks.written(self, "s_noise", checks.in_range, 0)
+    checks.written(self, "eta", checks.in_range, 0, MOST_ETA)
+    checks.written(self, "s_noise", checks.in_range, 0, MOST_S_NOISE)
     checks.lookup("solver type", self.solver_type, dict.fromkeys(("midpoint", "heun")))
 
   def init(self, x: Example) -> TwoStepState:
@@ -223,8 +223,8 @@ class DPMpp3MSDE:
   stochastic: ClassVar[bool] = True
 
   def __post_init__(self):
-    checks.written(self, "eta", checks.in_range, 0)
-    checks.written(self, "s_noise", checks.in_range, 0)
+    checks.written(self, "eta", checks.in_range, 0, MOST_ETA)
+    checks.written(self, "s_noise", checks.in_range, 0, MOST_S_NOISE)
 
   def init(self, x: Example) -> TwoStepState:
     """Start from ``x``, with no step behind."""

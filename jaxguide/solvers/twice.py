@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxguide import checks, struct
-from jaxguide.solvers.base import Denoise, Memoryless, State, ancestral, diffuse, draw, move
+from jaxguide.solvers.base import MOST_ETA, MOST_S_NOISE, Denoise, Memoryless, State, ancestral, diffuse, draw, move
 from jaxguide.typing import Example, Key, Leaf, Scalar
 
 Step = Callable[[Example, Example, Scalar, Scalar], Example]
@@ -74,7 +74,7 @@ class DPMpp2SAncestral(Memoryless):
 
   def __post_init__(self):
     checks.written(self, "eta", checks.in_range, 0, 1)
-    checks.written(self, "s_noise", checks.in_range, 0)
+    checks.written(self, "s_noise", checks.in_range, 0, MOST_S_NOISE)
 
   def step(self, denoise: Denoise, state: State, sigma: Scalar, sigma_next: Scalar, key: Key) -> State:
     """Take one step: two evaluations, and one in the last."""
@@ -117,8 +117,8 @@ class DPMpp2SSDE(Memoryless):
   stochastic: ClassVar[bool] = True
 
   def __post_init__(self):
-    checks.written(self, "eta", checks.in_range, 0)
-    checks.written(self, "s_noise", checks.in_range, 0)
+    checks.written(self, "eta", checks.in_range, 0, MOST_ETA)
+    checks.written(self, "s_noise", checks.in_range, 0, MOST_S_NOISE)
 
   def step(self, denoise: Denoise, state: State, sigma: Scalar, sigma_next: Scalar, key: Key) -> State:
     """Take one step: two evaluations, and one in the last."""

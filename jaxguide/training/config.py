@@ -261,6 +261,8 @@ class TrainingConfig:
     for field in dataclasses.fields(self):
       bounds = TRAINING_BOUNDS.get(field.name, ())
       object.__setattr__(self, field.name, checks.field(field.name, getattr(self, field.name), field.type, *bounds))
+    for name in ("learning_rate", "clip_norm"):
+      checks.above(name, getattr(self, name), 0)
     if self.loss is not None:
       checks.lookup("loss", self.loss, dict.fromkeys(LOSSES))
     checks.lookup("matmul_precision", self.matmul_precision, dict.fromkeys(MATMUL_PRECISIONS))

@@ -79,8 +79,12 @@ def response(time: Numbers, t: Numbers, std: Numbers) -> Float64:
   Returns:
     A density: its integral over ``time`` is 1.
   """
-  time, t, gamma = np.asarray(time, np.float64), np.asarray(t, np.float64), std_to_exponent(std)
+  time, t, gamma = checks.in_range("time", np.asarray(time, np.float64), 0), _times("t", t), std_to_exponent(std)
   return np.where(time <= t, (gamma + 1) / t * np.minimum(time / t, 1) ** gamma, 0)
+
+
+def _times(name: str, t: Numbers) -> Float64:
+  return checks.above(name, checks.finite(name, np.asarray(t, np.float64)), 0)
 
 
 def correlation(t_a: Numbers, std_a: Numbers, t_b: Numbers, std_b: Numbers) -> Float64:
@@ -89,7 +93,7 @@ def correlation(t_a: Numbers, std_a: Numbers, t_b: Numbers, std_b: Numbers) -> F
   >>> round(float(correlation(2.0, UNIFORM, 1.0, UNIFORM)), 6)  # of 1/2 on [0, 2] and 1 on [0, 1]
   0.5
   """
-  t_a, t_b = np.asarray(t_a, np.float64), np.asarray(t_b, np.float64)
+  t_a, t_b = _times("t_a", t_a), _times("t_b", t_b)
   a, b = std_to_exponent(std_a), std_to_exponent(std_b)
   # The integral runs to the earlier time, where the later profile has risen to (earlier / later)^γ.
   earlier, later, of_later = np.minimum(t_a, t_b), np.maximum(t_a, t_b), np.where(t_a < t_b, b, a)
@@ -147,13 +151,16 @@ def combine(snapshots: Iterable[PyTree], coefficients: Numbers) -> PyTree:
     A tree of NumPy arrays of the snapshots' types; the sums are made in float64.
 
   Raises:
-    ValueError: if there are not as many snapshots as coefficients.
+    ValueError: if there are not as many snapshots as coefficients, or none, or more than one axis of them.
 
   >>> combine([{"w": np.float32(1.0)}, {"w": np.float32(3.0)}], [0.5, 0.5])["w"].item()
   2.0
   """
+  weights = np.asarray(coefficients, np.float64)
+  if weights.ndim != 1 or not weights.size:
+    raise ValueError(f"coefficients must have one axis, as a column of posthoc_coefficients, got shape {weights.shape}")
   total, like = None, None
-  for coefficient, tree in zip(np.asarray(coefficients, np.float64), snapshots, strict=True):
+  for coefficient, tree in zip(weights, snapshots, strict=True):
     part = jax.tree.map(lambda leaf: coefficient * np.asarray(leaf, np.float64), tree)  # noqa: B023
     total = part if total is None else jax.tree.map(np.add, total, part)
     like = jax.tree.map(jnp.result_type, tree)
@@ -171,6 +178,10 @@ def step_weight(std: float | int, t_next: ArrayLike, t_delta: ArrayLike) -> Arra
   >>> [round(float(step_weight(0.1, step, 1)), 4) for step in (1, 2, 1000)]
   [1.0, 0.9959, 0.0079]
   """
+  if checks.is_concrete((t_next, t_delta)):
+    share = np.asarray(t_delta, np.float64) / t_next
+    if not ((share >= 0) & (share <= 1)).all():
+      raise ValueError(f"t_delta must lie between 0 and t_next, got {t_delta} and {t_next}")
   # Not as 1 - beta: late in the training beta is so near 1 that float32 has few digits of the difference.
   return -jnp.expm1((float(std_to_exponent(std)) + 1) * jnp.log1p(-jnp.asarray(t_delta) / t_next))
 
@@ -189,6 +200,8 @@ class PowerFunctionEMA:
   stds: tuple[float, ...] = (0.05, 0.1)
 
   def __post_init__(self):
+    if not self.stds or any(isinstance(std, str) for std in self.stds):
+      raise ValueError(f"stds must be at least one width, got {self.stds!r}")
     std_to_exponent(self.stds)
 
   def init(self, params: PyTree) -> tuple[PyTree, ...]:

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxguide import keys, losses, records, schedules, struct, variational
+from jaxguide import checks, keys, losses, records, schedules, struct, variational
 from jaxguide.data import Images, batches, saturation
 from jaxguide.files import PathLike, check_writable, lock, remove_parts, write_atomically
 from jaxguide.training import arrays
@@ -191,6 +191,7 @@ def fit(
       f"images must be a jaxguide.data.Images, got {type(images).__name__}: make one of arrays with "
       "Images(images, labels, num_classes, name)"
     )
+  checks.flag("retrain", retrain)
   folder = Path(folder).absolute()
   if model.network == "super_res_unet":
     raise ValueError("a super_res_unet cannot be trained here: the data hold no low-resolution images")

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -118,6 +119,7 @@ def save(folder: PathLike, model: Model) -> None:
   """
   folder = Path(folder).absolute()
   check(model)
+  model = dataclasses.replace(model, params=_plain(model))
   check_writable(folder / "config.json")
   with lock(folder / ".lock", folder):
     if (folder / "checkpoints").exists() and not (folder / "config.json").exists():
@@ -126,6 +128,24 @@ def save(folder: PathLike, model: Model) -> None:
     # It tells how the model was trained that was here.
     (folder / "training.json").unlink(missing_ok=True)
     write(folder, model)
+
+
+def _plain(model: Model) -> PyTree:
+  """Give a model's parameters as they come back: out of their boxes, in types that JAX has."""
+  params, expected = nn.meta.unbox(model.params), shapes(model.config)
+  if list(arrays.leaves(params)) != list(arrays.leaves(expected)) or len(params) != len(expected):
+    other = sorted(set(params) ^ set(expected)) if isinstance(params, Mapping) else [type(params).__name__]
+    raise ValueError(
+      f"the parameters must be those of the network alone, {{'params': ...}}; {other} is not as it should"
+    )
+
+  def kept(leaf):
+    kind = jnp.result_type(leaf)
+    if not jnp.issubdtype(kind, jnp.floating):
+      raise ValueError(f"parameters must be floating-point numbers, got {kind}")
+    return leaf if getattr(leaf, "dtype", None) == kind else jnp.asarray(leaf, kind)
+
+  return jax.tree.map(kept, params)
 
 
 def write(folder: Path, model: Model) -> None:
