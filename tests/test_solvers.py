@@ -415,7 +415,7 @@ def test_samples_of_one_key_come_together():
 
   def ends(solver, steps, keys):
     grid = jg.log_snr_uniform(steps, 0.01, 40.0)
-    return np.asarray(jax.jit(jax.vmap(lambda key: jg.sample(model, key, (2,), grid, solver)[0]))(keys))
+    return np.asarray(jax.jit(jax.vmap(lambda key: jg.sample(model, key, (2,), grid, solver, 3)[0]))(keys))
 
   def apart(a, b):
     return np.sqrt(((a - b) ** 2).sum(1).mean())
