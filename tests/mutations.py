@@ -79,7 +79,7 @@ MUTATIONS = [
   Mutation(
     "a network is given x unscaled",
     "denoisers.py",
-    "(c_in * x).astype(x.dtype)",
+    "(c_in * wide).astype(x.dtype)",
     "x.astype(x.dtype)",
     "test_denoisers.py -k network",
   ),
