@@ -394,7 +394,7 @@ def cond(value: T) -> T:
       limits = np.iinfo(jax.dtypes.canonicalize_dtype(array.dtype))
       outside = array[(array < limits.min) | (array > limits.max)]
       if outside.size:
-        raise ValueError(f"cond holds {outside.flat[0]}, and JAX's whole numbers go from {limits.min} to {limits.max}")
+        raise ValueError(f"cond must lie in JAX's {limits.dtype}, {limits.min} to {limits.max}, got {outside.flat[0]}")
   return value
 
 

@@ -79,7 +79,7 @@ def run(
     out: folder for the models, ``sweep.csv``, ``samples``, ``fidelity.png`` and ``report.html``.
     retrain: train anew, even where ``out`` holds trained models.
     seed: of the samples.
-    overwrite: whether samples and a report of another seed may be replaced.
+    overwrite: whether samples and a report of another seed may be replaced; ``retrain`` replaces them as well.
     progress: whether to show progress bars.
 
   Raises:

@@ -15,9 +15,8 @@ PathLike = str | os.PathLike[str]
 PART = ".part"
 """How the name of a file ends while it is being written."""
 
-
 LONGEST = 200
-"""Bytes in the name of a file: beside it are others with longer names while it is made."""
+"""The most bytes in the name of a file. While it is made there are others beside it, with longer names."""
 
 
 def check_writable(path: PathLike) -> None:
@@ -26,7 +25,7 @@ def check_writable(path: PathLike) -> None:
   Missing parent folders are no obstacle: the writers of this module make them.
 
   Raises:
-    OSError: if ``path`` is a folder or a device, lies under a file, or may not be written.
+    OSError: if ``path`` is a folder or a device, lies under a file, may not be written, or has a name above `LONGEST`.
 
   >>> check_writable(os.curdir)
   Traceback (most recent call last):

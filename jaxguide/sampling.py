@@ -60,7 +60,7 @@ def sample(
   Raises:
     ValueError: for a grid that does not decrease or end in 0, a label outside the classes, an ``x_init`` that has
       another shape or is not finite, or ``add_noise`` without one.
-    TypeError: if ``denoise``, ``key``, ``shape``, ``solver`` or ``cond`` is something else.
+    TypeError: if ``denoise``, ``key``, ``shape``, ``solver`` or ``cond`` is something else, or ``x_init`` holds uint8.
 
   >>> from jaxguide import mixtures, schedules, solvers
   >>> ring = mixtures.ring(4)

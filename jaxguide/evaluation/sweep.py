@@ -135,16 +135,17 @@ def read_csv(path: str | Path) -> list[Row]:
   rows = []
   check_readable(path)
   try:
-    text = Path(path).read_text(encoding="utf-8-sig")
-    lines = list(csv.reader(io.StringIO(text, newline="")))
+    with open(path, newline="", encoding="utf-8-sig") as file:
+      reader = csv.reader(file)
+      lines = [(reader.line_num, cells) for cells in reader]
   except (UnicodeDecodeError, csv.Error) as error:
     raise ValueError(f"{path} is no table of a sweep: {error}") from error
-  header = lines[0] if lines else []
+  header = lines[0][1] if lines else []
   if header != names:
     raise ValueError(
       f"{path} is no table of a sweep: its first line must be {','.join(names)!r}, got {','.join(header)!r}"
     )
-  for number, cells in enumerate(lines[1:], 2):
+  for number, cells in lines[1:]:
     try:
       method, scale, n, accuracy, frechet, spread, speed = cells
       row = Row(method, float(scale), int(n), float(accuracy), float(frechet), float(spread), float(speed))

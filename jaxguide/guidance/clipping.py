@@ -18,7 +18,7 @@ def clip_x0(bound: ArrayLike = 1.0) -> Guidance:
   Last in a `chain` it clips what guidance made; first, what the network said, as OpenAI's code does.
 
   Raises:
-    ValueError: if ``bound`` is negative or not finite.
+    ValueError: if ``bound`` is not above 0, or not finite.
 
   >>> float(clip_x0(1.0)(lambda x, sigma, cond: 2 * x)(jnp.asarray(3.0), jnp.asarray(1.0), None))
   1.0

@@ -162,8 +162,6 @@ def _check_null(denoise: Denoiser, cond: PyTree, null_cond: PyTree) -> None:
   for one, none in zip(jax.tree.leaves(cond), jax.tree.leaves(null_cond), strict=True):
     if isinstance(none, str) or np.shape(none) != np.shape(one):
       raise ValueError(f"null_cond must have the shapes of one cond, {np.shape(one)} here; got {none!r}")
-    if jnp.issubdtype(jnp.result_type(one), jnp.integer) and not jnp.issubdtype(jnp.result_type(none), jnp.integer):
-      raise ValueError(f"null_cond must be whole numbers as cond is, got {none!r}")
   if memory.find(denoise) is not None:
     raise ValueError(
       "a guidance that remembers earlier steps cannot be asked twice in one: put it last in the chain, outside this one"

@@ -44,7 +44,7 @@ def check_denoiser(denoise: Denoiser) -> Denoiser:
   """Give a denoiser back if it can be called and is no guidance that waits for one.
 
   Raises:
-    TypeError: if it is not that.
+    TypeError: if it is a guidance or a network, or cannot be called.
 
   >>> import jaxguide as jg
   >>> check_denoiser(jg.clip_x0())
@@ -90,7 +90,7 @@ def check_log_prob(log_prob: Any) -> LogProb:
   """Give a log-probability back if it can be called.
 
   Raises:
-    TypeError: if it cannot, or is a denoiser or a guidance.
+    TypeError: if it cannot, or is a guidance, a network or a class.
 
   >>> check_log_prob(2.0)
   Traceback (most recent call last):

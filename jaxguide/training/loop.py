@@ -139,7 +139,7 @@ def init_state(model: ModelConfig, training: TrainingConfig) -> TrainState:
     params = models.init_params(model, key)
     return TrainState(jnp.zeros((), jnp.int32), params, params, optimizer(training).init(params))
 
-  # It is one large program that runs once, so the time to compile it is all that counts. For a GPU it takes minutes.
+  # It is one large program that runs once, so the time to compile it is all that counts; on a GPU that is minutes.
   quick = {"xla_backend_optimization_level": 0}
   with jax.default_device(_host()):
     return jax.jit(init, compiler_options=quick)(keys.seed_key(training.seed))

@@ -111,11 +111,12 @@ def check(model: Model) -> None:
 
 
 def save(folder: PathLike, model: Model) -> None:
-  """Write a model, in place of one that was there.
+  """Write a model, in place of one that was there. Parameters in boxes (`flax.linen.Partitioned`) are written without.
 
   Raises:
     OSError: if the folder cannot be written, or is in use.
-    ValueError: if the parameters do not fit the network or are not finite, or the folder holds an unfinished training.
+    ValueError: if the parameters do not fit the network, are no floating-point numbers or not finite, or the folder
+      holds an unfinished training.
   """
   folder = Path(folder).absolute()
   check(model)
@@ -134,10 +135,7 @@ def _plain(model: Model) -> PyTree:
   """Give a model's parameters as they come back: out of their boxes, in types that JAX has."""
   params, expected = nn.meta.unbox(model.params), shapes(model.config)
   if list(arrays.leaves(params)) != list(arrays.leaves(expected)) or len(params) != len(expected):
-    other = sorted(set(params) ^ set(expected)) if isinstance(params, Mapping) else [type(params).__name__]
-    raise ValueError(
-      f"the parameters must be those of the network alone, {{'params': ...}}; {other} is not as it should"
-    )
+    raise ValueError(f"params must hold {{'params': ...}} and nothing else, got the collections {sorted(params)}")
 
   def kept(leaf):
     kind = jnp.result_type(leaf)
