@@ -36,8 +36,8 @@ class Settings:
       labels, where the model has classes, are those of the file.
     init: an ``.npz`` of images to start from, taken in turn, whose labels are not looked at; each sample adds its own
       noise to its image (image to image).
-    init_level: the standard deviation sigma of that noise, of which the nearest level of the grid is taken. The walk begins
-      there, and what lies above is not visited. Without it the walk begins in the middle of the grid's steps.
+    init_level: the standard deviation sigma of that noise. The walk begins at the grid's nearest level, and what lies
+      above it is not visited. Without an init_level the walk begins in the middle of the grid's steps.
     labels: classes to take in turn; all of them if left out.
     num: number of samples, at most `MAX_NUM`.
     guidance: names with options, the first innermost; or ``none`` alone. Guidance by classifiers alone is of the
