@@ -22,6 +22,7 @@ from flax.errors import FlaxError
 from jaxguide import checks, struct
 from jaxguide.nn.perturbation import Perturbation
 from jaxguide.promotion import together
+from jaxguide.scaling import coefficients
 from jaxguide.typing import Array, ArrayLike, Example, Leaf, Prediction, PyTree, Scalar
 
 
@@ -58,7 +59,7 @@ class NetworkDenoiser:
 
   def __call__(self, x: Example, sigma: Scalar, cond: PyTree = None) -> Example | Prediction:
     """Give ``x0``, of the shape and type of ``x``, or a `Prediction` that holds it."""
-    c_skip, c_out, _, _ = self.scaling(sigma)
+    c_skip, c_out, _, _ = coefficients(self.scaling, sigma)
     output, variance = split_variance(_apply(self, x, sigma, cond), x)
     c_skip, c_out, wide, output = together(c_skip, c_out, x, output.astype(x.dtype))
     x0 = (c_skip * wide + c_out * output).astype(x.dtype)
@@ -229,7 +230,7 @@ def check_cond(tree: PyTree, cond: PyTree) -> None:
 
 def _apply(model: NetworkDenoiser | ClassifierLogProb, x, sigma, *cond):
   """Call the network on a batch of one; ``vmap`` outside folds its axis into that batch."""
-  _, _, c_in, c_noise = model.scaling(sigma)
+  _, _, c_in, c_noise = coefficients(model.scaling, sigma)
   c_in, wide = together(c_in, x)
   args = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], ((c_in * wide).astype(x.dtype), c_noise, *cond))
   module = _module(model.apply)
@@ -297,6 +298,12 @@ class _Same:
 
 
 def _by_value(apply: Callable[..., Any]) -> Callable[..., Any]:
+  if isinstance(apply, nn.Module):
+    raise TypeError(
+      f"apply must be a function of (params, x, c_noise, ...): give the module's, {type(apply).__name__}.apply"
+    )
+  if isinstance(apply, str) or (apply is not None and not callable(apply)):
+    raise TypeError(f"apply must be a function of (params, x, c_noise, ...), got {apply!r}")
   owner = getattr(apply, "__self__", None)
   return _ModuleMethod(owner, apply.__name__) if isinstance(owner, nn.Module) else apply
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxguide import checks
 from jaxguide.promotion import same_type, spread_as
-from jaxguide.scaling import Scaling
+from jaxguide.scaling import Scaling, coefficients
 from jaxguide.schedules import NoiseLevels
 from jaxguide.typing import Array, ArrayLike, Float, Int, Key, PyTree
 
@@ -35,6 +36,27 @@ def stratified_uniform(key: Key, num: int) -> Float[Array, " num"]:
   return jnp.clip(u, tiny, 1 - tiny)
 
 
+def clean(x0: ArrayLike) -> Float[Array, " n *shape"]:
+  """Give a batch of clean examples as an array of floats.
+
+  Raises:
+    TypeError: for whole numbers, which the pixels of uint8 images are.
+    ValueError: if there is no axis of examples.
+
+  >>> clean(np.zeros((2, 8, 8, 1), np.uint8))
+  Traceback (most recent call last):
+  ...
+  TypeError: x0 must be floats, as images in [-1, 1] are, got uint8: give jaxguide.data.from_uint8(images)
+  """
+  x0 = jnp.asarray(x0)
+  if not jnp.issubdtype(x0.dtype, jnp.floating):
+    remedy = ": give jaxguide.data.from_uint8(images)" if x0.dtype == np.uint8 else ""
+    raise TypeError(f"x0 must be floats, as images in [-1, 1] are, got {x0.dtype}{remedy}")
+  if not x0.ndim or not x0.shape[0]:
+    raise ValueError(f"x0 must be a batch of at least one example, (n, *shape), got shape {x0.shape}")
+  return x0
+
+
 def add_noise(
   key: Key, x0: Float[Array, " n *shape"], noise_levels: NoiseLevels
 ) -> tuple[Float[Array, " n *shape"], Float[Array, " n"]]:
@@ -48,7 +70,12 @@ def add_noise(
 
   Returns:
     ``x`` (n, *shape) and ``sigma`` (n,).
+
+  Raises:
+    TypeError: if ``x0`` holds whole numbers, or ``noise_levels`` draws none.
   """
+  x0 = clean(x0)
+  checks.schedule(noise_levels, "quantile")
   level_key, noise_key = jax.random.split(key)
   sigma = noise_levels.quantile(stratified_uniform(level_key, x0.shape[0])).astype(x0.dtype)
   return x0 + wide(sigma, x0) * jax.random.normal(noise_key, x0.shape, x0.dtype), sigma
@@ -75,7 +102,13 @@ def drop_cond(key: Key, cond: PyTree, null_cond: PyTree, p_uncond: ArrayLike) ->
     return cond
   if cond is None or null_cond is None:
     raise ValueError("p_uncond above 0 needs a cond to drop, and null_cond to put in its place")
+  cond = jax.tree.map(jnp.asarray, cond)
   leaves = jax.tree.leaves(cond)
+  if len({jnp.shape(leaf)[:1] for leaf in leaves}) != 1 or not leaves[0].ndim:
+    raise ValueError(
+      "each leaf of cond must be an array with one row for each example, got shapes "
+      f"{[jnp.shape(leaf) for leaf in leaves[:8]]}: make a list of labels one array, np.array(labels)"
+    )
   drop = jax.random.bernoulli(key, p_uncond, (leaves[0].shape[0],))
 
   def replace(y, null):
@@ -122,6 +155,7 @@ def denoising_loss(
     A scalar: the mean over the examples and their elements.
 
   Raises:
+    TypeError: if ``x0`` holds whole numbers, or ``scaling`` or ``noise_levels`` is none.
     ValueError: if ``p_uncond`` is outside [0, 1], or above 0 without a condition to drop and a ``null_cond`` for it; or
       if the output's shape is not that of ``x0``.
 
@@ -134,10 +168,11 @@ def denoising_loss(
   >>> bool(abs(loss - 1) < 0.1)  # saying "no noise" is wrong by the noise's variance
   True
   """
+  x0 = clean(x0)
   drop_key, noise_key = jax.random.split(key)
   cond = drop_cond(drop_key, cond, null_cond, p_uncond)
   x, sigma = add_noise(noise_key, x0, noise_levels)
-  c_skip, c_out, c_in, c_noise = scaling(sigma)
+  c_skip, c_out, c_in, c_noise = coefficients(scaling, sigma)
   output = apply(params, wide(c_in, x) * x, c_noise, cond)
   if output.shape != x0.shape:
     raise ValueError(
@@ -173,9 +208,19 @@ def classifier_loss(
 
   Returns:
     The mean cross-entropy in nats, and the accuracy in [0, 1] over the drawn levels.
+
+  Raises:
+    TypeError: if ``x0`` holds whole numbers, or ``scaling`` or ``noise_levels`` is none.
+    ValueError: if there is not one label, a whole number, for each example.
   """
+  labels = jnp.asarray(labels)
   x, sigma = add_noise(key, x0, noise_levels)
-  _, _, c_in, c_noise = scaling(sigma)
+  if labels.shape != sigma.shape or not jnp.issubdtype(labels.dtype, jnp.integer):
+    raise ValueError(
+      f"labels must be whole numbers, one for each of the {len(sigma)} examples, got {labels.dtype} of shape "
+      f"{labels.shape}"
+    )
+  _, _, c_in, c_noise = coefficients(scaling, sigma)
   logits = apply(params, wide(c_in, x) * x, c_noise)
   log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
   return -log_prob.mean(), (logits.argmax(1) == labels).mean()
@@ -219,10 +264,12 @@ def uncertainty_loss(
     A scalar: the mean over the examples and their elements.
 
   Raises:
+    TypeError: if ``x0`` holds whole numbers, or ``scaling`` or ``noise_levels`` is none.
     ValueError: if the shape of ``F`` is not that of ``x0``, or that of ``u`` not (n,).
   """
+  x0 = clean(x0)
   x, sigma = add_noise(key, x0, noise_levels)
-  c_skip, c_out, c_in, c_noise = scaling(sigma)
+  c_skip, c_out, c_in, c_noise = coefficients(scaling, sigma)
   output, u = apply(params, wide(c_in, x) * x, c_noise, cond)
   if output.shape != x0.shape or u.shape != sigma.shape:
     raise ValueError(

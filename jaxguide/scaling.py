@@ -30,6 +30,7 @@ from jax.tree_util import Partial
 
 from jaxguide import checks
 from jaxguide.schedules import NoiseSchedule, Table, nearest_step, sigma_to_alpha_bar
+from jaxguide.schedules.tables import check_table
 from jaxguide.typing import ArrayLike, Leaf
 
 
@@ -44,6 +45,27 @@ class Coefficients(NamedTuple):
 
 Scaling = Callable[[ArrayLike], Coefficients]
 """``sigma -> Coefficients``; ``sigma`` of any shape, above 0. A pytree, as everything that a denoiser holds."""
+
+
+def coefficients(scaling: Scaling, sigma: ArrayLike) -> Coefficients:
+  """Give the four coefficients at ``sigma``.
+
+  Raises:
+    TypeError: if ``scaling`` is no function that gives them, but a name, a schedule or a function that makes a scaling.
+
+  >>> coefficients("v", 1.0)
+  Traceback (most recent call last):
+  ...
+  TypeError: scaling must be a function of sigma, got 'v': make one, such as ...
+  """
+  makers = (*PREDICTIONS.values(), iddpm)
+  if not callable(scaling) or isinstance(scaling, type) or any(scaling is maker for maker in makers):
+    shown = f"the function {scaling.__name__}" if hasattr(scaling, "__name__") else repr(scaling)
+    raise TypeError(
+      f"scaling must be a function of sigma, got {shown}: make one, such as "
+      "jaxguide.scaling.eps(jaxguide.schedules.table('linear', 1000))"
+    )
+  return Coefficients(*scaling(sigma))
 
 
 def eps(schedule: NoiseSchedule, time_scale: ArrayLike | None = None) -> Scaling:
@@ -167,9 +189,7 @@ def iddpm(table: Table) -> Scaling:
   >>> float(iddpm(schedules.table("linear", 1000))(0.3).c_noise)
   88.0
   """
-  if not isinstance(table, Table):
-    raise TypeError(f"table must be a schedule of discrete steps, as jaxguide.schedules.table makes it, got {table!r}")
-  return Partial(_iddpm, table)
+  return Partial(_iddpm, check_table(table))
 
 
 def _iddpm(table, sigma):

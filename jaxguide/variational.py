@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxguide import checks
+from jaxguide import checks, keys
 from jaxguide.denoisers import split_variance
-from jaxguide.losses import drop_cond, stratified_uniform, wide
+from jaxguide.losses import clean, drop_cond, stratified_uniform, wide
 from jaxguide.posterior import posterior_mean, reverse_variance
-from jaxguide.scaling import Scaling
+from jaxguide.scaling import Scaling, coefficients
 from jaxguide.schedules import Table
+from jaxguide.schedules.tables import check_table
 from jaxguide.typing import (
   Array,
   ArrayLike,
@@ -143,6 +144,7 @@ def bits_per_dim(
     variance: ``small``, ``large`` or ``learned_range``.
 
   Raises:
+    TypeError: if ``key`` is no key.
     ValueError: for a grid that does not decrease or end in 0.
 
   >>> from jaxguide import mixtures, schedules
@@ -152,6 +154,7 @@ def bits_per_dim(
   >>> bits.vb.shape, bool(bits.total > 0)
   ((20,), True)
   """
+  x0, key = jnp.asarray(x0), keys.threefry(key)
   checks.sigmas(sigmas)
   sigmas = jnp.asarray(sigmas, x0.dtype)
 
@@ -216,14 +219,16 @@ def variational_terms(
     `Terms` of shape (n,): ``mse`` in the units of what is predicted, ``vb`` (as scaled) in bits per dimension.
 
   Raises:
+    TypeError: if ``x0`` holds whole numbers, or ``process`` is no `Table`.
     ValueError: for an unknown loss or variance, or an output whose channels do not suit the variance.
   """
   checks.lookup("loss", loss, dict.fromkeys(LOSSES))
+  x0, process = clean(x0), check_table(process)
   sigmas = jnp.asarray(process.sigmas, x0.dtype)
   levels = jnp.concatenate([jnp.zeros(1, x0.dtype), sigmas, jnp.full(1, jnp.inf, x0.dtype)])
   sigma_next, sigma, sigma_last = levels[step], levels[step + 1], levels[step + 2]
   x = x0 + wide(sigma, x0) * noise
-  c_skip, c_out, c_in, c_noise = scaling(sigma)
+  c_skip, c_out, c_in, c_noise = coefficients(scaling, sigma)
   output, learned = split_variance(apply(params, wide(c_in, x) * x, c_noise, cond).astype(x.dtype), x)
   if (learned is not None) != (variance == "learned_range"):
     raise ValueError(
@@ -286,6 +291,8 @@ def variational_loss(
   >>> bool(abs(terms.mse - 1) < 0.1)  # saying "no noise" is wrong by the noise's variance
   True
   """
+  x0 = clean(x0)
+  check_table(process)
   drop_key, step_key, noise_key = jax.random.split(key, 3)
   cond = drop_cond(drop_key, cond, null_cond, p_uncond)
   step = process.step(stratified_uniform(step_key, x0.shape[0]))

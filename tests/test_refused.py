@@ -12,7 +12,7 @@ import pytest
 from jax.tree_util import Partial
 
 import jaxguide as jg
-from jaxguide import checks, data, evaluation, losses, promotion, scales, schedules, training
+from jaxguide import checks, data, evaluation, losses, promotion, scales, schedules, training, variational
 from jaxguide.generate import Settings, unfinished
 from jaxguide.training import ModelConfig, TrainingConfig, ema
 
@@ -93,6 +93,60 @@ def test_null_conditions_of_another_kind(null, cond, message):
     losses.drop_cond(KEY, cond, null, 1.0)
   with pytest.raises(ValueError, match=message):
     jg.classifier_free(null, 0.0)(lambda x, sigma, cond: x)(jnp.zeros(2), ONE, cond[0])
+
+
+TABLE = schedules.table("linear", 100)
+EXAMPLES = jnp.zeros((4, 2))
+
+
+def loss(x0=EXAMPLES, cond=None, **options):
+  options = {"scaling": jg.scaling.eps(TABLE), "noise_levels": TABLE, **options}
+  return losses.denoising_loss(ONE, lambda params, x, t, y: params * x, KEY, x0, cond, **options)
+
+
+def classifier_loss(labels):
+  apply = lambda params, x, t: x  # noqa: E731
+  return losses.classifier_loss(ONE, apply, KEY, EXAMPLES, labels, scaling=jg.scaling.eps(TABLE), noise_levels=TABLE)
+
+
+@pytest.mark.parametrize(
+  ("call", "error", "message"),
+  [
+    (lambda: loss(scaling="v"), TypeError, "scaling must be a function of sigma, got 'v'"),
+    (lambda: loss(scaling=TABLE), TypeError, "scaling must be a function of sigma, got Table"),
+    (lambda: loss(scaling=jg.scaling.v), TypeError, "got the function v: make one"),
+    (lambda: loss(noise_levels="linear"), TypeError, "schedule must be a noise schedule, got 'linear'"),
+    (lambda: loss(np.zeros((4, 2), np.uint8)), TypeError, "x0 must be floats.* got uint8"),
+    (lambda: loss(jnp.zeros((0, 2))), ValueError, "a batch of at least one example"),
+    (lambda: loss(cond=[0, 1, 2, 3], null_cond=4, p_uncond=0.5), ValueError, "make a list of labels one array"),
+    (lambda: classifier_loss([0.0, 1, 0, 1]), ValueError, "labels must be whole numbers, one for each of the 4"),
+    (lambda: classifier_loss([0, 1]), ValueError, r"one for each of the 4 examples, got int32 of shape \(2,\)"),
+    (lambda: jg.NetworkDenoiser(ONE, lambda p, x, t, y: x, "v")(jnp.zeros(2), ONE), TypeError, "scaling must be"),
+    (lambda: jg.NetworkDenoiser(ONE, nn.Dense(2), None), TypeError, "give the module's, Dense.apply"),
+    (lambda: jg.ClassifierLogProb(ONE, "dense", None), TypeError, "apply must be a function of"),
+    (lambda: variational.bits_per_dim(RING.denoiser, 0, jnp.zeros(2), GRID, 4), TypeError, "key must be a random key"),
+    (lambda: schedules.iddpm(8, table="linear"), TypeError, "schedule of discrete steps, .* got 'linear'"),
+    (lambda: schedules.betas_of("cosine", 8), TypeError, "schedule must be a noise schedule, got 'cosine'"),
+    (lambda: schedules.round_sigma("linear", 1.0), TypeError, "schedule of discrete steps, .* got 'linear'"),
+    (lambda: schedules.grids.nearest_step(schedules.Cosine(), 1.0), TypeError, "schedule of discrete steps"),
+  ],
+)
+def test_losses_and_networks(call, error, message):
+  with pytest.raises(error, match=message):
+    call()
+
+
+def test_lists_are_arrays():
+  assert classifier_loss([0, 1, 0, 1]) == classifier_loss(jnp.array([0, 1, 0, 1]))
+  images = np.arange(64, dtype=np.uint8).reshape(4, 4, 4, 1)
+  judge = evaluation.Judge.fit(list(images), [0, 1, 0, 1])
+  assert judge.accuracy(list(images), [0, 1, 0, 1]) == judge.accuracy(images, np.array([0, 1, 0, 1]))
+
+
+def test_a_bound_does_not_know_its_batch():
+  keys = jax.random.split(jax.random.key(0, impl="rbg"), 3)
+  bits = jax.vmap(lambda key: variational.bits_per_dim(RING.denoiser, key, jnp.ones(2), GRID, 4).total)
+  np.testing.assert_allclose(bits(keys)[1:], bits(keys[1:]), rtol=1e-6)
 
 
 def test_null_conditions_that_no_type_holds():
@@ -329,6 +383,17 @@ def test_tables_that_are_none(tmp_path):
   evaluation.write_csv(tmp_path / "excel.csv", [row])
   (tmp_path / "excel.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "excel.csv").read_bytes())
   assert evaluation.read_csv(tmp_path / "excel.csv") == [row]
+
+
+@pytest.mark.parametrize("cell", ["nan", "-0.1", "1.5"])
+def test_figures_outside_their_range(tmp_path, cell):
+  row = evaluation.Row("cfg", 2.0, 500, 0.99, 0.4, 1.5, 812.0)
+  evaluation.write_csv(tmp_path / "t.csv", [row])
+  (tmp_path / "t.csv").write_text((tmp_path / "t.csv").read_text().replace("0.99", cell))
+  with pytest.raises(ValueError, match=r"line 2 of .*accuracy must be"):
+    evaluation.read_csv(tmp_path / "t.csv")
+  with pytest.raises(ValueError, match="accuracy must be"):
+    dataclasses.replace(row, accuracy=float(cell))
 
 
 def test_numbers_that_are_several():

@@ -43,6 +43,7 @@ def pixel_features(images: np.ndarray) -> np.ndarray:
   >>> pixel_features(np.array([[[[0], [255]]]], np.uint8))
   array([[0., 1.]])
   """
+  images = np.asarray(images)
   _check_images(images)
   return images.reshape(len(images), int(np.prod(images.shape[1:]))) / 255.0
 
@@ -172,6 +173,7 @@ class Judge:
     """
     from sklearn.svm import SVC
 
+    images, labels = np.asarray(images), np.asarray(labels)
     _check_labelled(images, labels)
     if len(np.unique(labels)) < 2:
       raise ValueError(f"a judge needs at least two classes to tell apart, got only {labels[0]}")
@@ -192,6 +194,7 @@ class Judge:
     Raises:
       ValueError: if the images are not uint8, or not of the shape that the judge was fitted on.
     """
+    images = np.asarray(images)
     _check_images(images)
     if images.shape[1:] != self.shape:
       raise ValueError(
@@ -210,6 +213,7 @@ class Judge:
     Raises:
       ValueError: as `predict` does, or if a label is of no class that the judge knows.
     """
+    images, labels = np.asarray(images), np.asarray(labels)
     _check_labelled(images, labels)
     unknown = np.setdiff1d(labels, self.machine.classes_)
     if unknown.size:

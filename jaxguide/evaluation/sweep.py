@@ -42,6 +42,9 @@ class Row:
     frechet_distance: see `Measures`.
     diversity: see `Measures`.
     samples_per_second: of wall-clock time.
+
+  Raises:
+    ValueError: if a value is not finite, or outside its range.
   """
 
   method: str
@@ -51,6 +54,14 @@ class Row:
   frechet_distance: float
   diversity: float
   samples_per_second: float
+
+  def __post_init__(self):
+    checks.finite("scale", self.scale)
+    checks.at_least("n", self.n, 1)
+    checks.in_range("accuracy", self.accuracy, 0, 1)
+    for name in ("frechet_distance", "diversity"):
+      checks.in_range(name, getattr(self, name), 0)
+    checks.above("samples_per_second", checks.finite("samples_per_second", self.samples_per_second), 0)
 
 
 def measure(images: np.ndarray, labels: np.ndarray, judge: Judge, reference_images: np.ndarray) -> Measures:
@@ -150,7 +161,7 @@ def read_csv(path: str | Path) -> list[Row]:
       method, scale, n, accuracy, frechet, spread, speed = cells
       row = Row(method, float(scale), int(n), float(accuracy), float(frechet), float(spread), float(speed))
     except ValueError as error:
-      raise ValueError(f"line {number} of {path} must hold {', '.join(names)}; got {cells}") from error
+      raise ValueError(f"line {number} of {path} must hold {', '.join(names)}; got {cells} ({error})") from error
     rows.append(row)
   return rows
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxguide import checks
 from jaxguide.schedules.noise import NoiseSchedule
-from jaxguide.schedules.tables import Table, at_most, cosine_betas, spaced_timesteps
+from jaxguide.schedules.tables import Table, at_most, check_table, cosine_betas, spaced_timesteps
 from jaxguide.typing import ArrayLike
 
 MOST_RHO = 1000.0
@@ -228,7 +228,7 @@ def iddpm(
   [80.204, 1.0, 0.006, 0.0]
   """
   steps = _bounds(steps, sigma_min, sigma_max)
-  levels = np.asarray((Table.from_betas(cosine_betas(1000)) if table is None else table).sigmas)[::-1]
+  levels = np.asarray((Table.from_betas(cosine_betas(1000)) if table is None else check_table(table)).sigmas)[::-1]
   levels = levels[(levels >= sigma_min) & (levels <= sigma_max)]
   if levels.size < steps:
     raise ValueError(f"the table has {levels.size} levels from {sigma_min} to {sigma_max}: too few for {steps} steps")
@@ -245,7 +245,7 @@ def nearest_step(table: Table, sigma: ArrayLike) -> Int[Array, "*shape"]:
   >>> nearest_step(Table.from_betas(linear_betas(1000)), jnp.array([0.0, 157.0])).tolist()
   [-1, 999]
   """
-  levels = jnp.append(0, table.sigmas)
+  levels = jnp.append(0, check_table(table).sigmas)
   return jnp.searchsorted((levels[1:] + levels[:-1]) / 2, jnp.asarray(sigma, levels.dtype), side="right") - 1
 
 
@@ -256,7 +256,7 @@ def round_sigma(table: Table, sigma: ArrayLike) -> Float[Array, "*shape"]:
   >>> round_sigma(Table.from_betas(linear_betas(1000)), jnp.array([0.004, 0.009])).round(4)
   Array([0.  , 0.01], dtype=float32)
   """
-  return jnp.append(table.sigmas, 0)[nearest_step(table, sigma)]
+  return jnp.append(check_table(table).sigmas, 0)[nearest_step(table, sigma)]
 
 
 def flow(steps: int, shift: float | int = 1.0, sigma_max: float | int = 1000.0) -> Float[Array, " levels"]:

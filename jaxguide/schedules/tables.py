@@ -108,6 +108,25 @@ class Table:
     return level, jnp.log1p((sigmas[jnp.minimum(step + 1, self.num_steps - 1)] - level) / level)
 
 
+def check_table(table: Table) -> Table:
+  """Give ``table`` back if it is a `Table`, and not its name or a continuous schedule.
+
+  Raises:
+    TypeError: if it is none.
+
+  >>> check_table("linear")
+  Traceback (most recent call last):
+  ...
+  TypeError: table must be a schedule of discrete steps, such as jaxguide.schedules.table('linear', 1000), got 'linear'
+  """
+  if not isinstance(table, Table):
+    raise TypeError(
+      "table must be a schedule of discrete steps, such as jaxguide.schedules.table('linear', 1000), got "
+      f"{table if isinstance(table, type) else repr(table)}"
+    )
+  return table
+
+
 def spaced_timesteps(total: int, spec: str) -> np.ndarray:
   """Choose steps of a discrete process as OpenAI's guided-diffusion writes it on its command lines.
 
@@ -181,7 +200,11 @@ def betas_of(schedule: NoiseSchedule, steps: int, max_beta: ArrayLike = 0.999) -
 
   Returns:
     (steps,) betas for `Table.from_betas`.
+
+  Raises:
+    TypeError: for a schedule's name.
   """
+  checks.schedule(schedule)
   steps = at_most("steps", steps)
   # Also while a program that a table is made in is being traced.
   with jax.enable_x64(True), jax.ensure_compile_time_eval():
