@@ -12,6 +12,7 @@ import sys
 import time
 import types
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -305,6 +306,44 @@ def test_a_model_that_was_put_there_is_not_taken_for_the_one_that_was_trained(ru
     training.save(broken, training.Model(UNET, other))
   assert same_bits(run(whole[1], retrain=True).params, whole[0].params)
   run(broken)
+
+
+def test_a_model_stays_until_another_is_whole(run, whole):
+  folder, how = whole[1], dataclasses.replace(HOW, seed=7)
+  with pytest.raises(FloatingPointError):
+    run(folder, retrain=True, how=how, poison=3)
+  assert same_bits(training.load(folder).params, whole[0].params)
+  with pytest.raises(KeyboardInterrupt):
+    run(folder, retrain=True, how=how, stop=3)
+  assert same_bits(run(folder).params, whole[0].params)
+  again = run(folder, how=how)  # It goes on.
+  assert not same_bits(again.params, whole[0].params)
+  assert same_bits(run(folder, how=how).params, again.params)
+  assert same_bits(training.load(folder).params, again.params)
+  assert not (folder / "retraining").exists()
+
+
+@pytest.mark.parametrize("change", range(4))
+def test_a_model_that_is_killed_while_it_replaces_another(run, whole, monkeypatch, change):
+  folder, how = whole[1], dataclasses.replace(HOW, seed=7)
+  replace, moved = Path.replace, []
+
+  def deadly(path, target):
+    if path.parent.name == "retraining" and not path.name.startswith("."):
+      if len(moved) == change:
+        raise KeyboardInterrupt
+      moved.append(path.name)
+    return replace(path, target)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Path, "replace", deadly)
+    with pytest.raises(KeyboardInterrupt):
+      run(folder, retrain=True, how=how)
+  again = run(folder, how=how)
+  assert len(moved) == change
+  assert not same_bits(again.params, whole[0].params)
+  assert same_bits(training.load(folder).params, again.params)
+  assert not (folder / "retraining").exists()
 
 
 def test_checkpoints_go_before_what_tells_how_they_were_made(broken, monkeypatch):

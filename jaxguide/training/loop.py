@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxguide import checks, keys, losses, records, schedules, struct, variational
 from jaxguide.data import Images, batches, saturation
-from jaxguide.files import PathLike, check_writable, lock, remove_parts, write_atomically
+from jaxguide.files import PathLike, check_writable, lock, remove_parts, sync_folder, write_atomically
 from jaxguide.training import arrays
 from jaxguide.training import model as models
 from jaxguide.training.config import NETWORKS, NOT_FIELDS, ModelConfig, TrainingConfig, dtype_name
@@ -169,7 +169,7 @@ def fit(
     training: how to train it.
     images: what to train it on.
     folder: where the model and its checkpoints are kept.
-    retrain: start over, whatever the folder holds.
+    retrain: start over, whatever the folder holds. A model that is there stays until the new one is whole.
     progress: whether to show a progress bar with loss and speed.
 
   Returns:
@@ -206,18 +206,49 @@ def fit(
   check_writable(folder / "training.json")
   with lock(folder / ".lock", folder):
     remove_parts(folder)
-    if retrain:
-      models.remove(folder)
-    _check_record(folder, record, model)
-    if (folder / "config.json").exists():
-      trained = models.load(folder)
+    at = _where(folder, record, model, retrain)
+    _check_record(at, record, model)
+    if (at / "config.json").exists():
+      trained = models.load(at)
     else:
-      write_atomically(folder / "training.json", json.dumps(record, indent=2).encode())
-      params = _run(model, training, images, folder / "checkpoints", progress)
+      write_atomically(at / "training.json", json.dumps(record, indent=2).encode())
+      params = _run(model, training, images, at / "checkpoints", progress)
       trained = Model(model, jax.device_put(params, jax.local_devices()[0]))
-      models.write(folder, trained)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+      models.write(at, trained)
+    shutil.rmtree(at / "checkpoints", ignore_errors=True)
+    if at != folder:
+      _replace(folder, at)
   return trained
+
+
+def _where(folder: Path, record: dict[str, Any], model: ModelConfig, retrain: bool) -> Path:
+  """Give the folder to train in: beside a model that is trained anew, which stays until there is another."""
+  beside = folder / "retraining"
+  if (beside / "config.json").exists():
+    _replace(folder, beside)  # It was killed while it did so.
+  if retrain:
+    shutil.rmtree(beside, ignore_errors=True)
+    if not (folder / "config.json").exists():
+      models.remove(folder)
+      return folder
+    beside.mkdir()
+    return beside
+  try:
+    goes_on = not _differences(records.read(beside / "training.json"), record, model)
+  except (OSError, ValueError):
+    return folder
+  return beside if goes_on else folder
+
+
+def _replace(folder: Path, beside: Path) -> None:
+  """Put the model that was trained in ``beside`` in the place of the one before. Cut short, it can be done again."""
+  if (beside / "params").exists():
+    models.remove(folder)
+  for part in ("params", "checksums.json", "training.json", "config.json"):
+    if (beside / part).exists():
+      (beside / part).replace(folder / part)
+  sync_folder(folder)
+  shutil.rmtree(beside)
 
 
 def _record(model: ModelConfig, training: TrainingConfig, images: Images) -> dict[str, Any]:
@@ -245,6 +276,13 @@ def _check_record(folder: Path, record: dict[str, Any], model: ModelConfig) -> N
     raise ValueError(f"{folder} holds a model, but no training.json that tells how it was trained: {or_else}") from None
   except ValueError as error:
     raise ValueError(f"{path} does not tell how the model was trained ({error}): {or_else}") from error
+  different = _differences(held, record, model)
+  if different:
+    raise ValueError(f"{folder} holds a model that was configured otherwise: {or_else}. {'; '.join(different)}")
+
+
+def _differences(held: dict[str, Any], record: dict[str, Any], model: ModelConfig) -> list[str]:
+  """Name each field in which two records differ."""
   data = held.get("data")
   if isinstance(data, dict) and "fingerprint" not in data:  # It was written before there were fingerprints.
     record = {**record, "data": {"name": record["data"]["name"]}}
@@ -254,9 +292,7 @@ def _check_record(folder: Path, record: dict[str, Any], model: ModelConfig) -> N
     "training": records.defaults(TrainingConfig),
     "data": {"saturation": record["data"].get("saturation")},  # A word on the images, which their fingerprint tells.
   }
-  different = records.differences(held, record, default)
-  if different:
-    raise ValueError(f"{folder} holds a model that was configured otherwise: {or_else}. {'; '.join(different)}")
+  return records.differences(held, record, default)
 
 
 def _from_flat(held: dict[str, Any]) -> dict[str, Any]:
