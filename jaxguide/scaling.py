@@ -22,7 +22,7 @@ The network's regression target is ``(x0 - c_skip x) / c_out``; `jaxguide.losses
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +47,7 @@ Scaling = Callable[[ArrayLike], Coefficients]
 """``sigma -> Coefficients``; ``sigma`` of any shape, above 0. A pytree, as everything that a denoiser holds."""
 
 
-def coefficients(scaling: Scaling, sigma: ArrayLike) -> Coefficients:
+def coefficients(scaling: Any, sigma: ArrayLike) -> Coefficients:
   """Give the four coefficients at ``sigma``.
 
   Raises:

@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +109,7 @@ class Table:
     return level, jnp.log1p((sigmas[jnp.minimum(step + 1, self.num_steps - 1)] - level) / level)
 
 
-def check_table(table: Table) -> Table:
+def check_table(table: Any) -> Table:
   """Give ``table`` back if it is a `Table`, and not its name or a continuous schedule.
 
   Raises:
