@@ -12,7 +12,7 @@ import numpy as np
 
 import jaxguide as jg
 from benchmarks import networks, timing
-from jaxguide.training import digits
+from jaxguide.evaluation import digits
 
 STEPS = 8
 GRIDS = {"karras": jg.karras, "uniform in log-SNR": jg.log_snr_uniform, "cosine": jg.schedules.cosine}

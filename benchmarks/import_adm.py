@@ -15,7 +15,7 @@ import numpy as np
 import jaxguide as jg
 from benchmarks import timing
 from jaxguide import training
-from jaxguide.interop import openai, state_dicts
+from jaxguide.models.importers import openai, state_dicts
 
 PRESETS = ("64x64_diffusion", "64x64_classifier")
 MIB = 2**20

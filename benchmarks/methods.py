@@ -14,10 +14,10 @@ import numpy as np
 
 import jaxguide as jg
 from benchmarks import timing
-from jaxguide import data, demo, evaluation, scales, training
+from jaxguide import data, evaluation, scales, training
+from jaxguide._core.typing import Guidance, Solver
+from jaxguide.evaluation import demo, digits
 from jaxguide.generate import methods
-from jaxguide.training import digits
-from jaxguide.typing import Guidance, Solver
 
 FOLDER = Path("runs/demo")
 NUM, EVALUATIONS, MODERATE, LARGE = 500, (10, 20), 2.0, 8.0

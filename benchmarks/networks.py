@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxguide.denoisers import param_shapes
-from jaxguide.interop.openai import PRESETS
-from jaxguide.training import Model, ModelConfig, digits
-from jaxguide.training.model import init_params, least_inputs
+from jaxguide.denoisers.linen import param_shapes
+from jaxguide.evaluation import digits
+from jaxguide.models.importers.openai import PRESETS
+from jaxguide.models.model import init_params, least_inputs
+from jaxguide.training import Model, ModelConfig
 
 ON_CPU = jax.default_backend() == "cpu"
 DTYPE = "float32" if ON_CPU else "bfloat16"

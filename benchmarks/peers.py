@@ -20,9 +20,9 @@ import numpy as np
 
 from benchmarks import timing
 from benchmarks.networks import DTYPE
-from jaxguide.interop import openai
+from jaxguide._core.typing import PyTree
+from jaxguide.models.importers import openai
 from jaxguide.training import Model, ModelConfig
-from jaxguide.typing import PyTree
 
 TOLERANCE = 1e-3 if DTYPE == "float32" else 5e-2
 

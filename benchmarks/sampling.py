@@ -16,7 +16,7 @@ import numpy as np
 import jaxguide as jg
 from benchmarks import networks, peers, timing
 from jaxguide import checks
-from jaxguide.interop.openai import PRESETS
+from jaxguide.models.importers.openai import PRESETS
 from jaxguide.training import Model, ModelConfig
 
 ROUNDS = 3 if networks.ON_CPU else 9

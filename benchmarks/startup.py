@@ -20,8 +20,8 @@ import numpy as np
 import jaxguide as jg
 from benchmarks import networks, timing
 from jaxguide import sampling, training
-from jaxguide.interop.openai import PRESETS
-from jaxguide.training import digits
+from jaxguide.evaluation import digits
+from jaxguide.models.importers.openai import PRESETS
 
 ROUNDS = 3
 STEPS = 24

@@ -15,9 +15,9 @@ import optax
 
 from benchmarks import networks, peers, timing
 from jaxguide import checks
-from jaxguide.interop import openai
+from jaxguide.models.importers import openai
 from jaxguide.training import Model, ModelConfig, TrainingConfig
-from jaxguide.training.loop import TrainState, optimizer, train_step
+from jaxguide.training.step import TrainState, optimizer, train_step
 
 ROUNDS = 3 if networks.ON_CPU else 15
 TRAINING = TrainingConfig(steps=1000, weight_decay=0.01)

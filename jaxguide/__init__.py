@@ -13,30 +13,25 @@ down a grid of noise levels:
 (16, 2)
 
 This is the mathematics and the networks. The programs built from them are imported by name: `jaxguide.data`,
-`jaxguide.training`, `jaxguide.evaluation`, `jaxguide.interop`, and the command ``jaxguide``.
+`jaxguide.models`, `jaxguide.training`, `jaxguide.evaluation`, `jaxguide.generate`, and the command ``jaxguide``.
 """
 
-from jaxguide import (
-  checks,
-  combine,
-  denoisers,
-  guidance,
-  keys,
+from jaxguide import denoisers, guidance, nn, sampling, schedules, solvers
+from jaxguide._core import checks, keys, typing
+from jaxguide._core.typing import Denoiser, Guidance, LogProb, Prediction, Solver
+from jaxguide.denoisers import (
+  ClassifierLogProb,
+  NetworkDenoiser,
+  given,
   losses,
-  measurements,
   mixtures,
-  nn,
-  posterior,
-  sampling,
-  scales,
+  perturbed,
   scaling,
-  schedules,
-  smc,
-  solvers,
-  typing,
+  variational,
 )
-from jaxguide.combine import frequency_decoupled, projected, rescaled, tangential, zero_star
-from jaxguide.denoisers import ClassifierLogProb, NetworkDenoiser, given, perturbed
+from jaxguide.denoisers.losses import classifier_loss, denoising_loss, uncertainty_loss
+from jaxguide.denoisers.mixtures import GaussianMixture, gaussian_mixture, ring
+from jaxguide.denoisers.variational import variational_loss
 from jaxguide.guidance import (
   autoguidance,
   backward_guidance,
@@ -44,21 +39,24 @@ from jaxguide.guidance import (
   classifier,
   classifier_free,
   clip_x0,
+  combine,
   compose,
   dynamic_threshold,
   interval,
+  measurements,
   normalized,
   parallel,
   reconstruction,
+  scales,
   unconditional,
 )
-from jaxguide.losses import classifier_loss, denoising_loss, uncertainty_loss
-from jaxguide.measurements import distance, measurement
-from jaxguide.mixtures import GaussianMixture, gaussian_mixture, ring
+from jaxguide.guidance.combine import frequency_decoupled, projected, rescaled, tangential, zero_star
+from jaxguide.guidance.measurements import distance, measurement
 from jaxguide.nn import Classifier, Perturbation, SuperResUNet, UNet
 from jaxguide.sampling import invert, sample, sample_batch, sample_keys
-from jaxguide.schedules import from_schedule, karras, log_snr_uniform, respaced
-from jaxguide.smc import sample_product, tempered
+from jaxguide.sampling import products as smc
+from jaxguide.sampling.products import sample_product, tempered
+from jaxguide.schedules import from_schedule, karras, log_snr_uniform, posterior, respaced
 from jaxguide.solvers import (
   DDIM,
   DDPM,
@@ -75,8 +73,6 @@ from jaxguide.solvers import (
   Heun,
   UniPC,
 )
-from jaxguide.typing import Denoiser, Guidance, LogProb, Prediction, Solver
-from jaxguide.variational import variational_loss
 
 __version__ = "0.1.0"
 

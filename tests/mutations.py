@@ -63,7 +63,7 @@ MUTATIONS = [
   ),
   Mutation(
     "a linear scale rises with the noise",
-    "scales.py",
+    "guidance/scales.py",
     "1 + 2 * (1 - _time(schedule, sigma))",
     "1 + 2 * _time(schedule, sigma)",
     "test_scales.py",
@@ -71,14 +71,14 @@ MUTATIONS = [
   # --- networks as denoisers ---
   Mutation(
     "v is predicted with the other sign",
-    "scaling.py",
+    "denoisers/scaling.py",
     "Coefficients(alpha**2, -alpha * sigma, alpha",
     "Coefficients(alpha**2, alpha * sigma, alpha",
     "test_scaling.py",
   ),
   Mutation(
     "a network is given x unscaled",
-    "denoisers.py",
+    "denoisers/network.py",
     "(c_in * wide).astype(x.dtype)",
     "x.astype(x.dtype)",
     "test_denoisers.py -k network",
@@ -114,14 +114,14 @@ MUTATIONS = [
   ),
   Mutation(
     "the rescaled rule exchanges phi and 1 - phi",
-    "combine.py",
+    "guidance/combine.py",
     "(phi * factor + (1 - phi)) * guided",
     "((1 - phi) * factor + phi) * guided",
     "test_combine.py",
   ),
   Mutation(
     "momentum starts from the sample and not from nothing",
-    "memory.py",
+    "guidance/state.py",
     "jnp.zeros_like(x) if self.value is None",
     "x if self.value is None",
     "test_guidance.py -k momentum",
@@ -179,28 +179,28 @@ MUTATIONS = [
   # --- sampling, and what is computed of a walk ---
   Mutation(
     "every step draws the same noise",
-    "sampling.py",
+    "sampling/loop.py",
     "sigma_next, jax.random.fold_in(step_key, i))",
     "sigma_next, step_key)",
     "test_sampling.py -k noise",
   ),
   Mutation(
     "samples start from noise of level 1",
-    "sampling.py",
+    "sampling/loop.py",
     "noise = sigmas[0] * jax.random.normal(",
     "noise = 1.0 * jax.random.normal(",
     "test_sampling.py -k start",
   ),
   Mutation(
     "particles keep their weights when they are drawn anew",
-    "smc.py",
+    "sampling/products.py",
     "log_weights = jnp.where(again, 0, log_weights)",
     "log_weights = jnp.where(again, log_weights, log_weights)",
     "test_smc.py -k 'loop or gaussian'",
   ),
   Mutation(
     "the learned variance is read upside down",
-    "posterior.py",
+    "schedules/posterior.py",
     "log_small + (1 + learned) / 2",
     "log_small + (1 - learned) / 2",
     "test_guided_diffusion.py -k 'steps or trajectories'",
@@ -208,14 +208,14 @@ MUTATIONS = [
   # --- losses ---
   Mutation(
     "conditions are kept as often as they should be dropped",
-    "losses.py",
+    "denoisers/losses.py",
     "jax.random.bernoulli(key, p_uncond,",
     "jax.random.bernoulli(key, 1 - p_uncond,",
     "test_losses.py -k dropped",
   ),
   Mutation(
     "the divergence of two normals is measured by the wrong variance",
-    "variational.py",
+    "denoisers/variational.py",
     "jnp.square(mean - other_mean) * jnp.exp(-other_log_variance)",
     "jnp.square(mean - other_mean) * jnp.exp(-log_variance)",
     "test_guided_diffusion.py -k 'losses or bits'",
@@ -230,14 +230,14 @@ MUTATIONS = [
   ),
   Mutation(
     "the UNet's skip connections come first and not last",
-    "nn/unet.py",
+    "nn/adm/unet.py",
     "jnp.concatenate([h, skips.pop()], -1)",
     "jnp.concatenate([skips.pop(), h], -1)",
     "test_nn.py -k published",
   ),
   Mutation(
     "the classifier's spatial pool takes the largest pixel and not the mean",
-    "nn/classifier.py",
+    "nn/adm/classifier.py",
     "output.astype(x.dtype).mean((1, 2))",
     "output.astype(x.dtype).max((1, 2))",
     "test_nn.py -k 'pool or published'",
@@ -259,14 +259,14 @@ MUTATIONS = [
   # --- data and training ---
   Mutation(
     "a resumed training starts its epoch at the wrong image",
-    "data/datasets.py",
+    "data/batches.py",
     "divmod(start * batch_size, len(images))",
     "divmod(start, len(images))",
     "test_data.py -k batches",
   ),
   Mutation(
     "the running mean of the parameters is mostly the newest",
-    "training/loop.py",
+    "training/step.py",
     "state.ema_params, 1 - decay)",
     "state.ema_params, decay)",
     "test_training.py -k running_mean",
@@ -280,7 +280,7 @@ MUTATIONS = [
   ),
   Mutation(
     "a label stands for none where the network has no null class",
-    "training/model.py",
+    "models/model.py",
     "return self.config.null_cond",
     "return self.config.num_classes",
     "test_training.py -k null",
@@ -302,7 +302,7 @@ MUTATIONS = [
   ),
   Mutation(
     "imported kernels have height and width exchanged",
-    "interop/openai.py",
+    "models/importers/openai.py",
     "array.transpose(2, 3, 1, 0)",
     "array.transpose(3, 2, 1, 0)",
     "test_interop.py -k 'gives_its_numbers or identity'",
@@ -316,14 +316,14 @@ MUTATIONS = [
   ),
   Mutation(
     "a label that is one too large passes the check",
-    "checks.py",
+    "_core/checks/arguments.py",
     "leaf >= num_classes + null",
     "leaf > num_classes + null",
     "test_denoisers.py test_mixtures.py -k label",
   ),
   Mutation(
     "a failed write leaves its part behind",
-    "files.py",
+    "_core/files.py",
     "part.unlink(missing_ok=True)",
     "part.exists()",
     "test_data.py test_evaluation.py -k 'whole or failed'",

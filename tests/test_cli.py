@@ -19,8 +19,8 @@ import jaxguide as jg
 from jaxguide import cli, data, generate, keys, schedules, solvers
 from jaxguide.generate import methods, unfinished
 from jaxguide.generate.plan import plan
+from jaxguide.models import folders as models
 from jaxguide.training import ModelConfig
-from jaxguide.training import model as models
 
 TINY = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": ()}
 # What is sampled with these is one program: cfg by default, a micro-batch of 4, and 2 steps.

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import jaxguide as jg
-from jaxguide.combine import frequency_decoupled, linear, projected, rescaled, tangential, zero_star
-from jaxguide.typing import map_x0, x0_of
+from jaxguide._core.typing import map_x0, x0_of
+from jaxguide.guidance.combine import frequency_decoupled, linear, projected, rescaled, tangential, zero_star
 
 GUIDERS = np.load(pathlib.Path(__file__).parent / "data" / "guiders.npz")
 

@@ -13,8 +13,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from jaxguide import data, files
-from jaxguide.data import datasets
+from jaxguide import data
+from jaxguide._core import files
+from jaxguide.data.sources import catalogue as datasets
 
 
 class ColourSquares(tfds.core.GeneratorBasedBuilder):

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxguide import cli, data, demo, evaluation
-from jaxguide.training import digits
+from jaxguide import cli, data, evaluation
+from jaxguide.evaluation import demo, digits
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxguide import data, files, generate
+from jaxguide import data, generate
+from jaxguide._core import files
 from jaxguide.generate import Settings, unfinished
+from jaxguide.models import folders as models
 from jaxguide.training import ModelConfig
-from jaxguide.training import model as models
 
 TINY = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": ()}
 

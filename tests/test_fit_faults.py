@@ -21,9 +21,10 @@ import numpy as np
 import pytest
 
 from jaxguide import training
+from jaxguide._core.files import lock
 from jaxguide.data import Images
-from jaxguide.files import lock
-from jaxguide.training import ModelConfig, TrainingConfig, loop, model
+from jaxguide.models import folders as model
+from jaxguide.training import ModelConfig, TrainingConfig, loop
 
 pytestmark = [
   # Orbax leaves readers open where it fails.

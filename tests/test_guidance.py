@@ -10,8 +10,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import jaxguide as jg
+from jaxguide._core.typing import x0_of
 from jaxguide.guidance import Rule
-from jaxguide.typing import x0_of
 
 SHAPES = [(1,), (2,), (3, 3, 1)]
 SIGMAS = [0.02, 0.4, 1.5, 8.0, 60.0]

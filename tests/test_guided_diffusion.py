@@ -14,8 +14,8 @@ import pytest
 
 import jaxguide as jg
 from jaxguide import denoisers, posterior, scaling, schedules, variational
+from jaxguide._core.typing import x0_of
 from jaxguide.solvers import Conditioned
-from jaxguide.typing import x0_of
 
 DATA = Path(__file__).parent / "data" / "guided_diffusion"
 # As users compile: the tests' own quick ways round otherwise.

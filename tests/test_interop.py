@@ -17,10 +17,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxguide import cli, training
-from jaxguide.interop import openai, state_dicts
-from jaxguide.interop.structure import alike, structure
+from jaxguide.models import folders as models
+from jaxguide.models.importers import openai, state_dicts
+from jaxguide.models.importers.structure import alike, structure
 from jaxguide.training import ModelConfig
-from jaxguide.training import model as models
 
 DATA = Path(__file__).parent / "data"
 PROCESS = {"noise_schedule": "linear", "diffusion_steps": 1000}

@@ -9,7 +9,8 @@ import pytest
 
 import jaxguide as jg
 from jaxguide import evaluation, scaling, schedules, smc
-from jaxguide.generate import methods, specs
+from jaxguide._core import specs
+from jaxguide.generate import methods
 
 RING = jg.ring(4)
 GRID = jg.karras(3, 0.05, 10.0)

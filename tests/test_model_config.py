@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from jaxguide import training
-from jaxguide.interop.presets import PRESETS
-from jaxguide.training import ModelConfig, TrainingConfig, model
-from jaxguide.training.config import NETWORKS
+from jaxguide.models import folders as model
+from jaxguide.models.config import NETWORKS
+from jaxguide.models.importers.presets import PRESETS
+from jaxguide.training import ModelConfig, TrainingConfig
 
 FIELDS = {
   "model_channels": 8,

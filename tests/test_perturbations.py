@@ -13,7 +13,7 @@ import pytest
 
 import jaxguide as jg
 from jaxguide import Perturbation, scaling, schedules
-from jaxguide.interop.openai import constructor
+from jaxguide.models.importers.openai import constructor
 from jaxguide.nn.layers import AttentionBlock
 from jaxguide.training import ModelConfig
 

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxguide import keys, records
+from jaxguide import keys
+from jaxguide._core import records
 from jaxguide.data import Images, batches
 
 

@@ -12,7 +12,8 @@ import pytest
 from jax.tree_util import Partial
 
 import jaxguide as jg
-from jaxguide import checks, data, evaluation, losses, promotion, scales, schedules, training, variational
+from jaxguide import checks, data, evaluation, losses, models, scales, schedules, training, variational
+from jaxguide._core import promotion
 from jaxguide.generate import Settings, unfinished
 from jaxguide.training import ModelConfig, TrainingConfig, ema
 
@@ -296,7 +297,7 @@ CONFIG = ModelConfig(
 @pytest.fixture(scope="module")
 def params():
   rng = np.random.default_rng(0)
-  shapes = training.model.shapes(CONFIG)
+  shapes = models.model.shapes(CONFIG)
   return jax.tree.map(lambda leaf: 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
 
 
@@ -378,7 +379,7 @@ def test_tables_that_are_none(tmp_path):
   os.mkfifo(tmp_path / "fifo")
   with pytest.raises(OSError, match="is not a regular file"):
     evaluation.read_csv(tmp_path / "fifo")
-  assert data.images.settings_of(tmp_path / "fifo") is None
+  assert data.settings_of(tmp_path / "fifo") is None
   row = evaluation.Row("cfg", 2.0, 500, 0.99, 0.4, 1.5, 812.0)
   evaluation.write_csv(tmp_path / "excel.csv", [row])
   (tmp_path / "excel.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "excel.csv").read_bytes())

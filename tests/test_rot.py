@@ -13,7 +13,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxguide import training
-from jaxguide.training import ModelConfig, arrays, model
+from jaxguide.models import arrays
+from jaxguide.models import folders as model
+from jaxguide.training import ModelConfig
 
 pytestmark = [
   # Orbax leaves readers open where it fails.

@@ -11,7 +11,8 @@ import pytest
 import jaxguide as jg
 from jaxguide import training
 from jaxguide.data import Images
-from jaxguide.training import ModelConfig, TrainingConfig, loop, model
+from jaxguide.models import folders as model
+from jaxguide.training import ModelConfig, TrainingConfig, loop
 
 TINY = {
   "model_channels": 8,

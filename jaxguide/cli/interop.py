@@ -40,7 +40,7 @@ def import_adm(
 
   Without a preset, names and shapes are read, and what they do not tell is asked for.
   """
-  from jaxguide.interop import openai
+  from jaxguide.models.importers import openai
 
   options = {name: value for name, value in locals().items() if name in openai.OPTIONS and value is not None}
   imported = openai.import_model(file, out, preset, **options)
@@ -57,7 +57,7 @@ def export_adm(
   overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
 ) -> None:
   """Export a model as a state dict of OpenAI's guided-diffusion, for use in PyTorch."""
-  from jaxguide.interop import openai
+  from jaxguide.models.importers import openai
 
   if out.exists() and not overwrite:
     raise ValueError(f"{out} is there already: choose another file, or --overwrite it")

@@ -52,8 +52,8 @@ def demo(
   Scale is the power in p(x) p(y|x)^scale for both: 0 unconditional, 1 conditional, more is sharper and less diverse.
   (The classifier-free guidance paper's w is scale - 1.)
   """
-  from jaxguide import demo as program
   from jaxguide import evaluation
+  from jaxguide.evaluation import demo as program
 
   result = program.run(out, retrain=retrain, seed=seed, overwrite=overwrite, progress=progress)
   print(evaluation.table(result.rows))
@@ -69,7 +69,7 @@ class SampleCommand(typer.core.TyperCommand):
 
   def format_help(self, ctx: Any, formatter: Any) -> None:
     """Write the options, and then all names with what they do and their own options."""
-    from jaxguide import generate  # It takes a while.
+    from jaxguide import generate
 
     super().format_help(ctx, formatter)
     for title, rows in generate.overview().items():

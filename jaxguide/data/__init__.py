@@ -5,17 +5,12 @@ pixels and the floats in [-1, 1] that models see; `save_npz` and `save_png` writ
 TFDS, scikit-learn and Pillow are imported only by what uses them.
 """
 
-from jaxguide.data.datasets import Images, batches, load
-from jaxguide.data.images import (
-  from_uint8,
-  image_grid,
-  load_npz,
-  saturation,
-  save_npz,
-  save_png,
-  settings_of,
-  to_uint8,
-)
+from jaxguide.data.batches import batches
+from jaxguide.data.files import load_npz, save_npz, settings_of
+from jaxguide.data.images import Images
+from jaxguide.data.pictures import image_grid, save_png
+from jaxguide.data.pixels import from_uint8, saturation, to_uint8
+from jaxguide.data.sources.catalogue import load
 
 __all__ = [
   "Images",

@@ -4,17 +4,11 @@ NumPy in, NumPy out; images are uint8 of shape (n, height, width, channels), lab
 matplotlib and Jinja are imported by the functions that need them, so that importing this costs nothing.
 """
 
-from jaxguide.evaluation.metrics import Judge, diversity, frechet_distance, pixel_features
+from jaxguide.evaluation.features import pixel_features
+from jaxguide.evaluation.judge import Judge
+from jaxguide.evaluation.metrics import diversity, frechet_distance
 from jaxguide.evaluation.report import TITLES, fidelity_plot, write_report
-from jaxguide.evaluation.sweep import (
-  Measures,
-  Row,
-  evaluate,
-  measure,
-  read_csv,
-  table,
-  write_csv,
-)
+from jaxguide.evaluation.sweep import Measures, Row, evaluate, measure, read_csv, table, write_csv
 
 __all__ = [
   "TITLES",

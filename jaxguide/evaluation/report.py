@@ -7,8 +7,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from jaxguide._core.files import write_atomically
 from jaxguide.evaluation.sweep import Measures, Row, formatted
-from jaxguide.files import write_atomically
 
 TITLES = {"cfg": "classifier-free guidance", "classifier": "classifier guidance"}
 """What people call a method; one that is not here goes by its own name."""

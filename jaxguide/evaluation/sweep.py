@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxguide import checks
-from jaxguide.evaluation.metrics import Judge, diversity, frechet_distance, pixel_features
-from jaxguide.files import check_readable, write_atomically
+from jaxguide._core import checks
+from jaxguide._core.files import check_readable, write_atomically
+from jaxguide.evaluation.features import pixel_features
+from jaxguide.evaluation.judge import Judge
+from jaxguide.evaluation.metrics import diversity, frechet_distance
 
 
 @dataclass(frozen=True)

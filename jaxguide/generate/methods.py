@@ -9,15 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from jaxguide import checks, denoisers, nn, promotion, schedules, solvers
-from jaxguide import combine as rules
+from jaxguide import denoisers, nn, schedules, solvers
 from jaxguide import guidance as guide
-from jaxguide import scales as scaled
-from jaxguide.combine import Combine
-from jaxguide.generate.specs import choose, described, options_of, parse
+from jaxguide._core import checks, promotion
+from jaxguide._core.specs import choose, described, options_of, parse
+from jaxguide._core.typing import Array, Guidance, LogProb, Scale, Solver, scale_at
 from jaxguide.guidance import Rule
-from jaxguide.training import Model
-from jaxguide.typing import Array, Guidance, LogProb, Scale, Solver, scale_at
+from jaxguide.guidance import combine as rules
+from jaxguide.guidance import scales as scaled
+from jaxguide.guidance.combine import Combine
+from jaxguide.models.model import Model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,12 +13,14 @@ import jax
 import numpy as np
 
 import jaxguide
-from jaxguide import checks, data, keys, records, sampling
-from jaxguide.files import PathLike, check_writable, lock, remove_parts
+from jaxguide import data, sampling
+from jaxguide._core import checks, keys, records
+from jaxguide._core.files import PathLike, check_writable, lock, remove_parts
+from jaxguide._core.typing import PyTree
 from jaxguide.generate import unfinished
-from jaxguide.generate.plan import Plan, Settings, plan
-from jaxguide.training import ModelConfig
-from jaxguide.typing import PyTree
+from jaxguide.generate.plan import Plan, plan
+from jaxguide.generate.settings import Settings
+from jaxguide.models.config import ModelConfig
 
 
 def _save_png(path: Path, images: np.ndarray, labels: np.ndarray | None, settings: str) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxguide import records
-from jaxguide.files import is_part, remove_parts, write_atomically
+from jaxguide._core import records
+from jaxguide._core.files import is_part, remove_parts, write_atomically
 
 FILES = ("settings.json", "done.json", "images.npy")
 
@@ -49,9 +49,9 @@ class Unfinished:
 
   Args:
     folder: where; made if it is not there.
-    settings: the record of what the samples depend on; see `jaxguide.records`.
+    settings: the record of what the samples depend on; see `jaxguide._core.records`.
     shape: (num, height, width, channels) of them all.
-    default: the fields of a record that have a default; see `jaxguide.records.differences`.
+    default: the fields of a record that have a default; see `jaxguide._core.records.differences`.
 
   Raises:
     ValueError: if the folder holds samples of other settings, is torn, or holds anything else. A folder without samples

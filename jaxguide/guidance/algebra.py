@@ -7,10 +7,11 @@ import functools
 import jax
 import numpy as np
 
-from jaxguide import checks, memory, struct
-from jaxguide.denoisers import check_cond
+from jaxguide._core import checks, struct
+from jaxguide._core.typing import ArrayLike, Example, Guidance, Leaf, Prediction, PyTree, Scalar, map_x0
+from jaxguide.denoisers.conditions import check_cond
+from jaxguide.guidance import state as guidance_state
 from jaxguide.guidance.rule import Composition, Rule, check_guidances
-from jaxguide.typing import ArrayLike, Example, Guidance, Leaf, Prediction, PyTree, Scalar, map_x0
 
 
 def chain(*guidances: Guidance) -> Guidance:
@@ -89,12 +90,14 @@ def interval(guidance: Guidance, sigma_lo: ArrayLike, sigma_hi: ArrayLike) -> Gu
 
 
 def _interval(denoise, guidance, low, high, x, sigma, cond):
-  remembered = memory.find(guidance)
+  remembered = guidance_state.find(guidance)
 
   def bare(x, sigma, cond):
     said = denoise(x, sigma, cond)
     # What is remembered stays, so that both branches say the same kind of thing.
-    return said if remembered is None else map_x0(lambda x0: Prediction(x0, memory=remembered.or_zeros(x)), said)
+    return (
+      said if remembered is None else map_x0(lambda x0: Prediction(x0, guidance_state=remembered.or_zeros(x)), said)
+    )
 
   return jax.lax.cond((sigma > low) & (sigma <= high), guidance(denoise), bare, x, sigma, cond)
 

@@ -7,9 +7,9 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from jaxguide import checks
+from jaxguide._core import checks
+from jaxguide._core.typing import ArrayLike, Guidance, map_x0
 from jaxguide.guidance.rule import Rule
-from jaxguide.typing import ArrayLike, Guidance, map_x0
 
 
 def clip_x0(bound: ArrayLike = 1.0) -> Guidance:

@@ -18,9 +18,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxguide import checks, struct
+from jaxguide._core import checks, struct
+from jaxguide._core.typing import Example, Guidance, Leaf, LogProb, PyTree, Scalar, Scale, map_x0, scale_at, x0_of
 from jaxguide.guidance.rule import Rule, check_guidances, check_log_prob
-from jaxguide.typing import Example, Guidance, Leaf, LogProb, PyTree, Scalar, Scale, map_x0, scale_at, x0_of
 
 
 def classifier(log_prob: LogProb, scale: Scale) -> Guidance:

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from jaxguide import checks, memory, struct
-from jaxguide.combine import Combine, check_rule, linear
-from jaxguide.denoisers import check_cond
+from jaxguide._core import checks, struct
+from jaxguide._core.promotion import same_type
+from jaxguide._core.typing import Denoiser, Example, Guidance, Leaf, PyTree, Scalar, Scale, map_x0, scale_at, x0_of
+from jaxguide.denoisers.conditions import check_cond
+from jaxguide.guidance import state as guidance_state
+from jaxguide.guidance.combine import Combine, check_rule, linear
 from jaxguide.guidance.rule import Composition, Rule, check_denoiser
-from jaxguide.promotion import same_type
-from jaxguide.typing import Denoiser, Example, Guidance, Leaf, PyTree, Scalar, Scale, map_x0, scale_at, x0_of
 
 
 def classifier_free(null_cond: PyTree, scale: Scale, combine: Combine = linear) -> Guidance:
@@ -162,7 +163,7 @@ def _check_null(denoise: Denoiser, cond: PyTree, null_cond: PyTree) -> None:
   for one, none in zip(jax.tree.leaves(cond), jax.tree.leaves(null_cond), strict=True):
     if isinstance(none, str) or np.shape(none) != np.shape(one):
       raise ValueError(f"null_cond must have the shapes of one cond, {np.shape(one)} here; got {none!r}")
-  if memory.find(denoise) is not None:
+  if guidance_state.find(denoise) is not None:
     raise ValueError(
       "a guidance that remembers earlier steps cannot be asked twice in one: put it last in the chain, outside this one"
     )

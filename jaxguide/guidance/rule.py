@@ -8,8 +8,8 @@ from typing import Any
 import flax.linen as nn
 from jax.tree_util import Partial
 
-from jaxguide import struct
-from jaxguide.typing import Denoiser, Guidance, Leaf, LogProb
+from jaxguide._core import struct
+from jaxguide._core.typing import Denoiser, Guidance, Leaf, LogProb
 
 
 @struct.dataclass

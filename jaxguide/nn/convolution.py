@@ -32,7 +32,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jaxguide.typing import Array, Float
+from jaxguide._core.typing import Array, Float
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 

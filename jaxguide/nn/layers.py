@@ -12,9 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxguide._core.typing import Array, Float
 from jaxguide.nn.convolution import convolve
 from jaxguide.nn.perturbation import Perturbation, smooth
-from jaxguide.typing import Array, Float
 
 zeros = nn.initializers.zeros
 

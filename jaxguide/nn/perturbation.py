@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxguide import checks
-from jaxguide.typing import Array, Float, PyTree
+from jaxguide._core import checks
+from jaxguide._core.typing import Array, Float, PyTree
 
 # What a kind can be done to: the submodule by which the parameters tell such a block.
 ATTENTION = {"attention": "qkv"}

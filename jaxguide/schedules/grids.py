@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxguide import checks
+from jaxguide._core import checks
+from jaxguide._core.typing import ArrayLike
 from jaxguide.schedules.noise import NoiseSchedule
 from jaxguide.schedules.tables import Table, at_most, check_table, cosine_betas, spaced_timesteps
-from jaxguide.typing import ArrayLike
 
 MOST_RHO = 1000.0
 """The largest rho: from some hundreds on the grid is `log_snr_uniform`, and far above it its levels are rounding."""

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxguide import checks, struct
-from jaxguide.typing import ArrayLike, Leaf
+from jaxguide._core import checks, struct
+from jaxguide._core.typing import ArrayLike, Leaf
 
 # --- conventions ----------------------------------------------------------------------------------
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxguide import checks, struct
+from jaxguide._core import checks, struct
+from jaxguide._core.typing import ArrayLike, Leaf
 from jaxguide.schedules.noise import Cosine, NoiseSchedule, sigma_to_alpha_bar
-from jaxguide.typing import ArrayLike, Leaf
 
 
 @struct.dataclass

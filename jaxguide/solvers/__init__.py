@@ -20,7 +20,8 @@ puts the same draws to another use: it adds noise before the step, as much as ``
 
 from typing import Any
 
-from jaxguide import checks
+from jaxguide._core import checks
+from jaxguide._core.typing import Solver
 from jaxguide.solvers.base import Conditioned, MultistepState, State
 from jaxguide.solvers.ddim import DDIM, Euler, EulerAncestral
 from jaxguide.solvers.ddpm import DDPM
@@ -28,7 +29,6 @@ from jaxguide.solvers.edm import EDMStochastic
 from jaxguide.solvers.heun import Heun
 from jaxguide.solvers.multistep import DPMpp2M, DPMpp2MSDE, DPMpp3M, DPMpp3MSDE, UniPC
 from jaxguide.solvers.twice import DPMpp2S, DPMpp2SAncestral, DPMpp2SSDE
-from jaxguide.typing import Solver
 
 SOLVERS: dict[str, type] = {
   "euler": Euler,

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxguide import struct
-from jaxguide.posterior import posterior_std
-from jaxguide.typing import Denoiser, Example, Key, Leaf, Prediction, PyTree, Scalar, x0_of
+from jaxguide._core import struct
+from jaxguide._core.typing import Denoiser, Example, Key, Leaf, Prediction, PyTree, Scalar, x0_of
+from jaxguide.schedules.posterior import posterior_std
 
 Denoise = Callable[[Example, Scalar], Example]
 

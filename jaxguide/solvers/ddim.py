@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from jaxguide import checks, struct
+from jaxguide._core import checks, struct
+from jaxguide._core.typing import Key, Leaf, Scalar
 from jaxguide.solvers.base import MOST_S_NOISE, Denoise, Memoryless, State, ancestral, draw, move
-from jaxguide.typing import Key, Leaf, Scalar
 
 
 @struct.dataclass

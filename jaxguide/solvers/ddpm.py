@@ -7,10 +7,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxguide import checks, struct
-from jaxguide.posterior import VARIANCES, posterior_mean, reverse_variance
+from jaxguide._core import checks, struct
+from jaxguide._core.typing import Example, Key, Leaf, LogProb, Prediction, Scalar, scale_at, x0_of
+from jaxguide.schedules.posterior import VARIANCES, posterior_mean, reverse_variance
 from jaxguide.solvers.base import Conditioned, Denoise, MultistepState, draw
-from jaxguide.typing import Example, Key, Leaf, LogProb, Prediction, Scalar, scale_at, x0_of
 
 GRADIENTS = ("x", "mean")
 

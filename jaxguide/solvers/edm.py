@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxguide import checks, struct
+from jaxguide._core import checks, struct
+from jaxguide._core.typing import ArrayLike, Key, Leaf, Scalar
 from jaxguide.schedules import Table
 from jaxguide.solvers.base import MOST_S_NOISE, Denoise, Memoryless, State, draw
-from jaxguide.typing import ArrayLike, Key, Leaf, Scalar
 
 MOST = math.sqrt(2) - 1
 MOST_CHURN = 10_000.0  # The paper's largest is 100; what is larger is a slip of the pen.

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import jax
 
-from jaxguide import struct
+from jaxguide._core import struct
+from jaxguide._core.typing import Key, Scalar
 from jaxguide.solvers.base import Denoise, Memoryless, State, move
-from jaxguide.typing import Key, Scalar
 
 
 @struct.dataclass

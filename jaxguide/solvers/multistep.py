@@ -6,9 +6,9 @@ from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 
-from jaxguide import checks, struct
+from jaxguide._core import checks, struct
+from jaxguide._core.typing import Example, Key, Leaf, Scalar
 from jaxguide.solvers.base import MOST_ETA, MOST_S_NOISE, Denoise, MultistepState, diffuse, draw, move
-from jaxguide.typing import Example, Key, Leaf, Scalar
 
 
 class TwoStepState(NamedTuple):

@@ -9,9 +9,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxguide import checks, struct
+from jaxguide._core import checks, struct
+from jaxguide._core.typing import Example, Key, Leaf, Scalar
 from jaxguide.solvers.base import MOST_ETA, MOST_S_NOISE, Denoise, Memoryless, State, ancestral, diffuse, draw, move
-from jaxguide.typing import Example, Key, Leaf, Scalar
 
 Step = Callable[[Example, Example, Scalar, Scalar], Example]
 

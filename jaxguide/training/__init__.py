@@ -5,10 +5,12 @@
 32
 """
 
-from jaxguide.training.config import ModelConfig, TrainingConfig
+from jaxguide.models.config import ModelConfig
+from jaxguide.models.folders import load, save
+from jaxguide.models.model import Model
+from jaxguide.training.config import TrainingConfig
 from jaxguide.training.ema import PowerFunctionEMA
 from jaxguide.training.loop import fit
-from jaxguide.training.model import Model, load, save
 from jaxguide.training.rates import inverse_sqrt
 
 __all__ = ["Model", "ModelConfig", "PowerFunctionEMA", "TrainingConfig", "fit", "inverse_sqrt", "load", "save"]

@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxguide import checks
-from jaxguide.typing import Array, ArrayLike, PyTree
+from jaxguide._core import checks
+from jaxguide._core.typing import Array, ArrayLike, PyTree
 
 Numbers = ArrayLike | Sequence[float | int]
 Float64 = np.ndarray | np.float64

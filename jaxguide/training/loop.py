@@ -9,148 +9,27 @@ A folder has a record, ``training.json``, of all that the state depends on, and 
 import dataclasses
 import json
 import shutil
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxguide import checks, keys, losses, records, schedules, struct, variational
+from jaxguide._core import checks, records
+from jaxguide._core.files import PathLike, check_writable, lock, remove_parts, sync_folder, write_atomically
+from jaxguide._core.typing import PyTree
 from jaxguide.data import Images, batches, saturation
-from jaxguide.files import PathLike, check_writable, lock, remove_parts, sync_folder, write_atomically
-from jaxguide.training import arrays
-from jaxguide.training import model as models
-from jaxguide.training.config import NETWORKS, NOT_FIELDS, ModelConfig, TrainingConfig, dtype_name
-from jaxguide.training.model import Model
-from jaxguide.typing import Leaf, PyTree
+from jaxguide.models import arrays
+from jaxguide.models import folders as models
+from jaxguide.models.config import NETWORKS, NOT_FIELDS, ModelConfig, dtype_name
+from jaxguide.models.model import Model
+from jaxguide.training import checkpoints
+from jaxguide.training.config import TrainingConfig
+from jaxguide.training.step import init_state, loss_fn, train_step
 
 # Steps whose losses are fetched together: looking at each would make the device wait for Python.
 CHUNK = 20
-
-
-@struct.dataclass
-class TrainState:
-  """What a checkpoint holds."""
-
-  step: Leaf
-  params: Leaf
-  ema_params: Leaf
-  opt_state: Leaf
-
-
-def optimizer(config: TrainingConfig) -> optax.GradientTransformation:
-  """AdamW with clipped gradients, a linear warm-up and a cosine decay."""
-  warmup = min(config.warmup, config.steps - 1)
-  rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps)
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.adamw(rate, weight_decay=config.weight_decay))
-
-
-def loss_fn(model: ModelConfig, training: TrainingConfig) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-  """Make ``(params, key, x0, labels) -> (loss, metrics)`` for a network."""
-  module = model.module
-  levels = _noise_levels(model, training)
-  drop: dict[str, Any] = {"null_cond": model.null_cond, "p_uncond": 0.15 if model.null_cond is not None else 0.0}
-  if training.p_uncond is not None:
-    if model.null_cond is None:
-      raise ValueError("p_uncond is for a UNet with a null class: leave it out")
-    drop["p_uncond"] = training.p_uncond
-
-  def denoiser(params, key, x0, labels):
-    loss_key, dropout_key = jax.random.split(key)
-
-    def apply(params, x, t, y):
-      y = None if model.num_classes is None else y
-      return module.apply(params, x, t, y, train=True, rngs={"dropout": dropout_key})
-
-    if isinstance(levels, schedules.Table):
-      loss, terms = variational.variational_loss(
-        params,
-        apply,
-        loss_key,
-        x0,
-        labels,
-        scaling=model.scaling,
-        process=levels,
-        loss=training.loss or "rescaled_mse",
-        variance=model.variance,
-        **drop,
-      )
-      return loss, {"mse": terms.mse, "vb": terms.vb}
-    loss = losses.denoising_loss(
-      params, apply, loss_key, x0, labels, scaling=model.scaling, noise_levels=levels, **drop
-    )
-    return loss, {}
-
-  def classifier(params, key, x0, labels):
-    loss_key, dropout_key = jax.random.split(key)
-
-    def apply(params, x, t):
-      return module.apply(params, x, t, train=True, rngs={"dropout": dropout_key})
-
-    loss, accuracy = losses.classifier_loss(
-      params, apply, loss_key, x0, labels, scaling=model.scaling, noise_levels=levels
-    )
-    return loss, {"accuracy": accuracy}
-
-  return denoiser if model.network == "unet" else classifier
-
-
-def _noise_levels(model: ModelConfig, training: TrainingConfig) -> schedules.NoiseLevels:
-  given = (training.noise_mean, training.noise_std)
-  if training.loss is not None and (model.network == "classifier" or model.diffusion_steps is None):
-    raise ValueError("a loss is chosen for a UNet on a discrete process, which has diffusion_steps: leave it out")
-  if model.diffusion_steps is None:
-    mean, std = (default if value is None else value for value, default in zip(given, (-0.6, 1.2), strict=True))
-    return schedules.LogNormal(mean, std)
-  if given != (None, None):
-    raise ValueError("a discrete process draws its steps uniformly: leave out noise_mean and noise_std")
-  return model.noise_schedule
-
-
-def train_step(model: ModelConfig, training: TrainingConfig) -> Callable[..., Any]:
-  """Make the jitted ``(state, images uint8, labels) -> (state, metrics)``; its first argument is given up."""
-  tx, loss = optimizer(training), loss_fn(model, training)
-
-  def step(state: TrainState, images, labels):
-    key = jax.random.fold_in(keys.seed_key(training.seed), state.step)
-    x0 = images.astype(jnp.float32) / 127.5 - 1
-    with jax.default_matmul_precision(training.matmul_precision):
-      (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, key, x0, labels)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # Optax counts on them.
-      updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    # Early on the mean is short, or it would remember the random start.
-    decay = jnp.minimum(training.ema_decay, (1 + state.step) / (10 + state.step))
-    ema_params = optax.incremental_update(params, state.ema_params, 1 - decay)
-    return TrainState(state.step + 1, params, ema_params, opt_state), {"loss": value, **metrics}
-
-  return jax.jit(step, donate_argnums=0)
-
-
-def init_state(model: ModelConfig, training: TrainingConfig) -> TrainState:
-  """Give the state that training starts from."""
-
-  def init(key):
-    params = models.init_params(model, key)
-    return TrainState(jnp.zeros((), jnp.int32), params, params, optimizer(training).init(params))
-
-  # It is one large program that runs once, so the time to compile it is all that counts; on a GPU that is minutes.
-  quick = {"xla_backend_optimization_level": 0}
-  with jax.default_device(_host()):
-    return jax.jit(init, compiler_options=quick)(keys.seed_key(training.seed))
-
-
-def _host() -> jax.Device | None:
-  """The CPU; None where JAX was told to do without."""
-  try:
-    return jax.local_devices(backend="cpu")[0]
-  except RuntimeError:
-    return None
 
 
 def fit(
@@ -266,7 +145,7 @@ def _record(model: ModelConfig, training: TrainingConfig, images: Images) -> dic
 def _check_record(folder: Path, record: dict[str, Any], model: ModelConfig) -> None:
   """Check that what a folder holds was made by the run of this record, if it holds anything."""
   path, or_else = folder / "training.json", "retrain it, or choose another folder"
-  if not (folder / "config.json").exists() and not _steps(folder / "checkpoints"):
+  if not (folder / "config.json").exists() and not checkpoints.steps(folder / "checkpoints"):
     return
   try:
     held = records.read(path)
@@ -315,7 +194,7 @@ def _run(model: ModelConfig, training: TrainingConfig, images: Images, folder: P
   spread, same = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
   state = jax.device_put(init_state(model, training), same)
   step = train_step(model, training)
-  state = _restore(folder, state)
+  state = checkpoints.restore(folder, state)
   start = int(state.step)
   source = batches(images, training.batch_size, training.seed, start)
   label = {"unet": "denoiser"}.get(model.network, model.network)
@@ -342,7 +221,7 @@ def _run(model: ModelConfig, training: TrainingConfig, images: Images, folder: P
           raise _not_finite(f"{path} is not finite after step {done - 1}", folder)
         # The last step of all is saved as the model itself.
         if not last:
-          _save(folder, state, done)
+          checkpoints.save(folder, state, done)
   mean = jax.device_get(state.ema_params)
   # One step more, for the loss of what the last one made.
   _, metrics = step(state, *jax.device_put(next(source), spread))
@@ -352,65 +231,6 @@ def _run(model: ModelConfig, training: TrainingConfig, images: Images, folder: P
 
 
 def _not_finite(what: str, folder: Path) -> FloatingPointError:
-  steps = _steps(folder)
+  steps = checkpoints.steps(folder)
   kept = f"the checkpoint of step {max(steps)} is kept in {folder}" if steps else "there was no checkpoint yet"
   return FloatingPointError(f"{what}; {kept}. Try a lower learning_rate")
-
-
-def _steps(folder: Path) -> list[int]:
-  """The steps of which there are checkpoints."""
-  return [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
-
-
-def _manager(folder: Path) -> Any:
-  """What writes and reads checkpoints. It keeps two, so that where the last is torn there is another."""
-  import orbax.checkpoint as ocp
-
-  options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-  return ocp.CheckpointManager(folder, options=options)
-
-
-def _save(folder: Path, state: TrainState, step: int) -> None:
-  import orbax.checkpoint as ocp
-
-  items = {"state": ocp.args.StandardSave(state), "checksums": ocp.args.JsonSave(arrays.checksums(state))}
-
-  def save():
-    with _manager(folder) as manager:
-      manager.save(step, args=ocp.args.Composite(**items))
-
-  arrays.write(folder / str(step), state, save)
-
-
-def _restore(folder: Path, state: TrainState) -> TrainState:
-  """Give the state of the last checkpoint that is whole; the one that was given if there is no checkpoint."""
-  import orbax.checkpoint as ocp
-
-  template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
-  items = {"state": ocp.args.StandardRestore(template), "checksums": ocp.args.JsonRestore()}
-
-  def restore(step: int) -> TrainState:
-    with _manager(folder) as manager:
-      held = manager.restore(step, args=ocp.args.Composite(**items))
-    arrays.check(held["state"], held["checksums"])
-    if held["state"].step != step:
-      raise ValueError(f"it is one of step {held['state'].step}")
-    return held["state"]
-
-  folder.mkdir(exist_ok=True)
-  arrays.remove_unfinished(folder)
-  torn: dict[int, str] = {}
-  for step in sorted(_steps(folder), reverse=True):
-    restored, failed = arrays.attempt(lambda: restore(step))  # noqa: B023
-    if failed is None:
-      for number, reason in torn.items():
-        warnings.warn(
-          f"the checkpoint of step {number} in {folder} is torn ({reason}): going on from step {step}", stacklevel=4
-        )
-        shutil.rmtree(folder / str(number))
-      return restored
-    torn[step] = failed
-  if torn:
-    step, reason = next(iter(torn.items()))
-    raise ValueError(f"the checkpoint of step {step} in {folder} is torn ({reason}), and no other is whole: retrain")
-  return state

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import optax
 
-from jaxguide import checks
+from jaxguide._core import checks
 
 
 def inverse_sqrt(peak: float | int, decay_start: float | int = 70_000, rampup: float | int = 0) -> optax.Schedule:

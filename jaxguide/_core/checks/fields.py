@@ -1,0 +1,87 @@
+"""Checks of the fields of configurations and of names in tables."""
+
+import dataclasses
+import difflib
+import reprlib
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxguide._core.checks.numbers import T, number, whole
+
+
+def field(name: str, value: Any, kind: Any, *bounds: int | float) -> Any:
+  """Give the value of a configuration's field as plain data, if it is what the field's annotation says.
+
+  Args:
+    name: of the field.
+    value: what was given; it may come from a JSON file, and then has lists for tuples, or be NumPy's.
+    kind: the annotation: ``bool``, ``int``, ``float`` (which ``int`` may be too), ``str``, a ``Mapping`` with names,
+      a ``Sequence`` of those, or one of them or None.
+    *bounds: the least and the largest number, for each element of a sequence. A whole number needs both.
+
+  Raises:
+    ValueError: if it is not.
+
+  >>> field("image_shape", [8, 8, np.int64(1)], Sequence[int], 1, 2**16)
+  (8, 8, 1)
+  >>> field("channel_mult", "12", Sequence[int | float], 0, 10)
+  Traceback (most recent call last):
+  ...
+  ValueError: channel_mult must be a list, got '12'
+  """
+  kinds = typing.get_args(kind)
+  if type(None) in kinds:
+    kinds = tuple(one for one in kinds if one is not type(None))
+    if value is None:
+      return None
+    return field(name, value, kinds[0] if len(kinds) == 1 else typing.Union[kinds], *bounds)  # noqa: UP007
+  origin = typing.get_origin(kind)
+  if origin is Sequence:
+    if not isinstance(value, list | tuple | np.ndarray) or (isinstance(value, np.ndarray) and value.ndim != 1):
+      raise ValueError(f"{name} must be a list, got {reprlib.repr(value)}")
+    return tuple(field(f"each of {name}", item, kinds[0], *bounds) for item in value)
+  if origin is Mapping:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+      raise ValueError(f"{name} must be a mapping with names as keys, got {reprlib.repr(value)}")
+    return dict(value)
+  if kind is bool:
+    if not isinstance(value, bool | np.bool_):
+      raise ValueError(f"{name} must be true or false, got {reprlib.repr(value)}")
+    return bool(value)
+  if float in (kind, *kinds):
+    checked = number(name, value, *bounds)
+    return value if isinstance(value, int) and int in kinds else checked
+  if int in (kind, *kinds):
+    low, high = map(int, bounds)
+    return whole(name, value, low, high)
+  if not isinstance(value, str):
+    raise ValueError(f"{name} must be a text, got {reprlib.repr(value)}")
+  return value
+
+
+def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
+  """Give ``table[name]``, or an error that names the nearest entry.
+
+  >>> lookup("solver", "dddim", {"ddim": 1, "heun": 2})
+  Traceback (most recent call last):
+  ...
+  ValueError: unknown solver 'dddim': did you mean 'ddim'? There are ddim, heun
+  """
+  if isinstance(name, str) and name in table:
+    return table[name]
+  near = difflib.get_close_matches(str(name), table, n=1, cutoff=0.0)
+  hint = f": did you mean {near[0]!r}?" if near else "."
+  raise ValueError(f"unknown {kind} {name!r}{hint} There are {', '.join(sorted(table))}")
+
+
+def options(name: str, cls: type, given: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Give ``given`` back if each key of it is a field of the dataclass ``cls``, which the user calls ``name``."""
+  known = [field.name for field in dataclasses.fields(cls)]
+  for option in given:
+    if option not in known:
+      has = f"it has {', '.join(known)}" if known else "it has none"
+      raise ValueError(f"{name!r} has no option {option!r}; {has}")
+  return given

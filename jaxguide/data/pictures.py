@@ -1,0 +1,132 @@
+"""Images at the edge of the library: ``uint8`` on disk, floats in [-1, 1] inside.
+
+Every image here is a batch in NHWC order: (images, height, width, channels).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxguide._core.checks import at_least
+from jaxguide._core.files import PathLike, replacing
+from jaxguide.data.images import check_images
+
+WHITE = 255
+
+PADDING = 6
+
+GAP = 4  # wide enough to keep the strokes of one digit from running into the next
+
+TITLE_SIZE = 15
+
+MOST_ZOOM = 1000
+
+
+def image_grid(images: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
+  """Lay images out row by row on white.
+
+  Args:
+    images: ``uint8`` of shape (n, h, w, c).
+    columns: how many images a row has; fewer if there are not as many.
+    gap: how many pixels lie between neighbours.
+
+  Returns:
+    ``uint8`` of shape (rows * (h + gap) - gap, columns * (w + gap) - gap, c).
+
+  Raises:
+    ValueError: if ``images`` is not that, ``columns`` is below 1, or ``gap`` below 0.
+
+  >>> image_grid(np.zeros((5, 8, 8, 1), np.uint8), columns=3).shape
+  (17, 26, 1)
+  """
+  images = np.asarray(images)
+  check_images(images)
+  n, h, w, c = images.shape
+  columns = min(at_least("columns", columns, 1), n)
+  if at_least("gap", gap, 0) > MOST_ZOOM:
+    raise ValueError(f"gap must be at most {MOST_ZOOM}, got {gap}")
+  rows = -(-n // columns)
+  high, wide = h + at_least("gap", gap, 0), w + gap
+  cells = np.full((rows * columns, high, wide, c), WHITE, np.uint8)
+  cells[:n, :h, :w] = images
+  grid = cells.reshape(rows, columns, high, wide, c).swapaxes(1, 2)
+  return grid.reshape(rows * high, columns * wide, c)[: rows * high - gap, : columns * wide - gap]
+
+
+def save_png(
+  path: PathLike,
+  images: np.ndarray,
+  labels: np.ndarray | None = None,
+  columns: int = 10,
+  zoom: int | None = None,
+  title: str | None = None,
+  settings: str | None = None,
+) -> None:
+  """Write a grid of images as a PNG picture, atomically.
+
+  Args:
+    path: the file; missing folders are made.
+    images: ``uint8`` of shape (n, h, w, c), gray (c = 1) or RGB (c = 3).
+    labels: whole numbers of shape (n,). With them there is one row for each label that occurs, in
+      order, with the label at its left and the first ``columns`` of its images.
+    columns: how many images a row has at most.
+    zoom: how many pixels a side each pixel becomes; the default makes images of at least 48.
+    title: a line of text above the grid.
+    settings: a text that says what the images were made with, kept inside the file; see `settings_of`.
+
+  Raises:
+    ValueError: if the images, the labels, ``columns`` or ``zoom`` are not that.
+    OSError: if ``path`` cannot be written.
+  """
+  from PIL import Image, ImageDraw, PngImagePlugin
+
+  images, labels = np.asarray(images), None if labels is None else np.asarray(labels)
+  check_images(images, labels)
+  n, h, w, c = images.shape
+  if zoom is not None and at_least("zoom", zoom, 1) > MOST_ZOOM:
+    raise ValueError(f"zoom must be at most {MOST_ZOOM}, got {zoom}")
+  if c not in {1, 3}:
+    raise ValueError(f"a PNG needs images of 1 (gray) or 3 (RGB) channels, got {c}")
+  columns = min(at_least("columns", columns, 1), n)
+  zoom = -(-48 // h) if zoom is None else at_least("zoom", zoom, 1)
+
+  names: list[str] = []
+  if labels is not None:
+    classes = np.unique(labels)
+    names = [str(label) for label in classes]
+    members = [np.flatnonzero(labels == label)[:columns] for label in classes]
+    columns = max(map(len, members))
+    rows = np.full((len(classes), columns, h, w, c), WHITE, np.uint8)
+    for row, member in zip(rows, members, strict=True):
+      row[: len(member)] = images[member]
+    images = rows.reshape(-1, h, w, c)
+  grid = image_grid(images.repeat(zoom, axis=1).repeat(zoom, axis=2), columns, GAP)
+
+  cell = h * zoom
+  name_font, title_font = _font(min(14, max(8, cell - 2))), _font(TITLE_SIZE)
+  left = PADDING + max((round(name_font.getlength(name)) + PADDING for name in names), default=0)
+  top = PADDING + (TITLE_SIZE + 2 * PADDING if title else 0)
+  title_width = round(title_font.getlength(title)) if title else 0
+  width = left + max(grid.shape[1], title_width) + PADDING
+  canvas = Image.new("L" if c == 1 else "RGB", (width, top + grid.shape[0] + PADDING), "white")
+  canvas.paste(Image.fromarray(grid[..., 0] if c == 1 else grid), (left, top))
+  draw = ImageDraw.Draw(canvas)
+  if title:
+    draw.text((left, PADDING), title, "black", title_font)
+  for i, name in enumerate(names):
+    middle = top + i * (cell + GAP) + cell // 2
+    draw.text((left - PADDING, middle), name, "black", name_font, anchor="rm")
+  info = PngImagePlugin.PngInfo()
+  if settings is not None:
+    info.add_text("settings", settings)
+  with replacing(path) as file:
+    canvas.save(file, "PNG", pnginfo=info)
+
+
+def _font(size: int) -> Any:
+  """Matplotlib's own font, which every installation has, and which knows σ where Pillow's does not."""
+  import matplotlib
+  from PIL import ImageFont
+
+  return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)

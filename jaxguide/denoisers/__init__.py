@@ -1,0 +1,34 @@
+r"""From networks to denoisers and log-probabilities, and the losses that train them.
+
+A *denoiser* is any function ``(x, sigma, cond) -> x0`` of one example ``x = x0 + sigma * eps``. To pass through
+``jit`` as an argument it has to be a pytree: the ones made here are, and ``jax.tree_util.Partial(function, params)``
+makes one of any function. Parameters then are leaves: new weights compile nothing anew and are never constants of the
+program.
+"""
+
+from jaxguide.denoisers import losses, mixtures, scaling, variational
+from jaxguide.denoisers.conditions import check_cond, given
+from jaxguide.denoisers.conversions import eps_to_x0, score_to_x0, v_to_x0, x0_to_eps, x0_to_score, x0_to_v
+from jaxguide.denoisers.linen import check_params, param_shapes
+from jaxguide.denoisers.network import ClassifierLogProb, NetworkDenoiser, perturbed, split_variance
+
+__all__ = [
+  "ClassifierLogProb",
+  "NetworkDenoiser",
+  "check_cond",
+  "check_params",
+  "eps_to_x0",
+  "given",
+  "losses",
+  "mixtures",
+  "param_shapes",
+  "perturbed",
+  "scaling",
+  "score_to_x0",
+  "split_variance",
+  "v_to_x0",
+  "variational",
+  "x0_to_eps",
+  "x0_to_score",
+  "x0_to_v",
+]

@@ -1,0 +1,63 @@
+"""Conditions: giving a part of one to a function, and letting every network look at its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from jaxguide._core import struct
+from jaxguide._core.typing import Example, Leaf, PyTree, Scalar
+
+
+@struct.dataclass
+class _Given:
+  key: str = struct.field(pytree_node=False)
+  function: Leaf
+
+  def __call__(self, x: Example, sigma: Scalar, cond: PyTree) -> Any:
+    return self.function(x, sigma, self._part(cond))
+
+  def check_cond(self, cond: PyTree) -> None:
+    check_cond(self.function, self._part(cond))
+
+  def _part(self, cond: PyTree) -> PyTree:
+    if not isinstance(cond, Mapping) or self.key not in cond:
+      has = f"has {', '.join(map(repr, cond))}" if isinstance(cond, Mapping) else "is no dictionary"
+      raise ValueError(f"the condition must be a dictionary with {self.key!r}, but it {has}")
+    return cond[self.key]
+
+
+def given(key: str, function: Callable[..., Any]) -> Callable[..., Any]:
+  """A denoiser or a log-probability that is given one part of the condition, ``cond[key]``.
+
+  So a network that knows labels is guided by something that knows else, ``cond = {"label": ..., "y": ...}``:
+
+  >>> import jaxguide as jg
+  >>> log_prob = jg.measurement(lambda x0: x0[0], 0.1)
+  >>> guided = jg.reconstruction(given("y", log_prob), 1.0)(given("label", jg.ring(4).denoiser))
+  >>> guided(jnp.zeros(2), jnp.asarray(1.0), {"label": 1, "y": 0.0}).shape
+  (2,)
+
+  Guidance that is about one part goes inside: ``given("label", classifier_free(4, 2.0)(denoise))``.
+
+  Raises:
+    ValueError: once called, if the condition has no such part.
+  """
+  return _Given(key, function)
+
+
+def check_cond(tree: PyTree, cond: PyTree) -> None:
+  """Let every denoiser and classifier inside ``tree`` that knows its classes look at ``cond``.
+
+  Raises:
+    ValueError: for a label that is not one of the classes.
+  """
+
+  def knows(node: Any) -> bool:
+    return hasattr(node, "check_cond")
+
+  for node in jax.tree.leaves(tree, is_leaf=knows):
+    if knows(node):
+      node.check_cond(cond)

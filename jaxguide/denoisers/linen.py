@@ -1,0 +1,155 @@
+"""Flax linen modules as the networks of denoisers: comparing them by value, and checking parameters against them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.errors import FlaxError
+
+from jaxguide._core.typing import PyTree
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModuleMethod:
+  """A Flax module's method that is equal where the modules are: Python compares bound methods by identity.
+
+  Without it two networks of one configuration would be two programs. Fields that have no hash, such as dictionaries,
+  lists and arrays, are compared by what they hold.
+  """
+
+  module: nn.Module
+  name: str
+
+  def __call__(self, *args, **kwargs):
+    """Call the method."""
+    return getattr(self.module, self.name)(*args, **kwargs)
+
+  def __eq__(self, other):
+    return isinstance(other, ModuleMethod) and self._value == other._value
+
+  def __hash__(self):
+    return hash(self._value)
+
+  @functools.cached_property
+  def _value(self):
+    return _hashable(self.module), self.name
+
+
+def _hashable(value):
+  """Give a value that has a hash, and is equal where this one holds the same."""
+  if isinstance(value, nn.Module):
+    fields = [field.name for field in dataclasses.fields(value) if field.name not in ("parent", "name")]
+    return type(value), value.name, tuple((name, _hashable(getattr(value, name))) for name in fields)
+  if isinstance(value, Mapping):
+    return "mapping", frozenset((key, _hashable(item)) for key, item in value.items())
+  if isinstance(value, list | tuple):
+    return type(value), tuple(map(_hashable, value))
+  if isinstance(value, set | frozenset):
+    return "set", frozenset(map(_hashable, value))
+  if isinstance(value, np.ndarray | jax.Array):
+    return "array", value.shape, value.dtype, np.asarray(value).tobytes()
+  try:
+    hash(value)
+  except TypeError:
+    return _Same(value)
+  return value
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Same:
+  """A value that has no hash, and is equal to itself alone."""
+
+  value: Any
+
+  def __eq__(self, other):
+    return isinstance(other, _Same) and self.value is other.value
+
+  def __hash__(self):
+    return id(self.value)
+
+
+def by_value(apply: Callable[..., Any]) -> Callable[..., Any]:
+  """Give a Flax module's method as a `ModuleMethod`; any other function is given back as it is.
+
+  Raises:
+    TypeError: if ``apply`` is a module, or no function.
+  """
+  if isinstance(apply, nn.Module):
+    raise TypeError(
+      f"apply must be a function of (params, x, c_noise, ...): give the module's, {type(apply).__name__}.apply"
+    )
+  if isinstance(apply, str) or (apply is not None and not callable(apply)):
+    raise TypeError(f"apply must be a function of (params, x, c_noise, ...), got {apply!r}")
+  owner = getattr(apply, "__self__", None)
+  return ModuleMethod(owner, apply.__name__) if isinstance(owner, nn.Module) else apply
+
+
+def module_of(apply: Callable[..., Any] | None) -> nn.Module | None:
+  """Give the Flax module whose method a `ModuleMethod` is; None for any other function.
+
+  >>> module_of(by_value(nn.Dense(3).apply)).features
+  3
+  """
+  return apply.module if isinstance(apply, ModuleMethod) else None
+
+
+def check_params(module: nn.Module, params: PyTree, *args: Any) -> None:
+  """Hold parameters against a Flax module.
+
+  Args:
+    module: the network.
+    params: its variables, ``{"params": ...}``.
+    *args: what it is called on; only shapes and types count.
+
+  Raises:
+    ValueError: naming the first parameter that is missing, unknown, or of another shape; or if the network cannot be
+      called on ``args``.
+  """
+  name, expected = type(module).__name__, param_shapes(module, *args)
+  ours, theirs = (
+    {jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(leaf) for path, leaf in leaves}
+    # Parameters may be in boxes that say how they are partitioned, or out of them.
+    for leaves in map(jax.tree_util.tree_leaves_with_path, map(nn.meta.unbox, (params, expected)))
+  )
+  for path in [*theirs, *ours]:
+    if ours.get(path) != theirs.get(path):
+      if path not in ours:
+        wrong = f"{path} is missing"
+      elif path not in theirs:
+        wrong = f"{path} is not a parameter of the network"
+      else:
+        wrong = f"{path} has shape {ours[path]}, expected {theirs[path]}"
+      raise ValueError(f"the parameters do not fit {name}: {wrong}")
+
+
+def param_shapes(module: nn.Module, *args: Any) -> PyTree:
+  """Give the shapes and types of a Flax module's variables, ``{"params": ...}``, without making them.
+
+  Args:
+    module: the network.
+    *args: what it is called on; only shapes and types count.
+
+  Raises:
+    ValueError: if the network cannot be called on them.
+
+  >>> param_shapes(nn.Dense(3), jnp.zeros((1, 2)))["params"]["kernel"].shape
+  (2, 3)
+  """
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), args)
+  leaves, treedef = jax.tree.flatten(shapes)
+  return _param_shapes(ModuleMethod(module, "init"), tuple(leaves), treedef)
+
+
+@functools.lru_cache(maxsize=64)  # Tracing a network takes long, and loading one asks more than once.
+def _param_shapes(init: ModuleMethod, leaves: tuple[Any, ...], treedef: Any) -> PyTree:
+  try:
+    return jax.eval_shape(init, jax.random.key(0), *jax.tree.unflatten(treedef, leaves))
+  except FlaxError as error:
+    raise ValueError(f"{type(init.module).__name__} cannot be set up on inputs of these shapes: {error}") from error

@@ -1,0 +1,280 @@
+r"""Losses: of the denoiser, with the label dropped now and then, and of the noisy classifier.
+
+Both take a batch of clean examples, draw a noise level for each, and are batch-native: the network sees a batch axis,
+not a ``vmap``. Noise levels are stratified over the batch: each of ``n`` examples gets its own n-th of the
+distribution, which makes the loss less noisy and changes nothing in expectation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxguide._core import checks
+from jaxguide._core.promotion import same_type, spread_as
+from jaxguide._core.typing import Array, ArrayLike, Float, Int, Key, PyTree
+from jaxguide.denoisers.scaling import Scaling, coefficients
+from jaxguide.schedules import NoiseLevels
+
+
+def stratified_uniform(key: Key, num: int) -> Float[Array, " num"]:
+  """Draw ``num`` numbers, uniform in (0, 1), one from each of ``num`` equal parts, in random order.
+
+  >>> u = stratified_uniform(jax.random.key(0), 4)
+  >>> sorted((u * 4).astype(int).tolist())
+  [0, 1, 2, 3]
+  """
+  order, within = jax.random.split(key)
+  within = jax.random.uniform(within, (num,))
+  u = (jax.random.permutation(order, num).astype(within.dtype) + within) / num
+  # Rounding may reach the ends, where a quantile may be infinite.
+  tiny = jnp.finfo(u.dtype).eps
+  return jnp.clip(u, tiny, 1 - tiny)
+
+
+def clean(x0: ArrayLike) -> Float[Array, " n *shape"]:
+  """Give a batch of clean examples as an array of floats.
+
+  Raises:
+    TypeError: for whole numbers, which the pixels of uint8 images are.
+    ValueError: if there is no axis of examples.
+
+  >>> clean(np.zeros((2, 8, 8, 1), np.uint8))
+  Traceback (most recent call last):
+  ...
+  TypeError: x0 must be floats, as images in [-1, 1] are, got uint8: give jaxguide.data.from_uint8(images)
+  """
+  x0 = jnp.asarray(x0)
+  if not jnp.issubdtype(x0.dtype, jnp.floating):
+    remedy = ": give jaxguide.data.from_uint8(images)" if x0.dtype == np.uint8 else ""
+    raise TypeError(f"x0 must be floats, as images in [-1, 1] are, got {x0.dtype}{remedy}")
+  if not x0.ndim or not x0.shape[0]:
+    raise ValueError(f"x0 must be a batch of at least one example, (n, *shape), got shape {x0.shape}")
+  return x0
+
+
+def add_noise(
+  key: Key, x0: Float[Array, " n *shape"], noise_levels: NoiseLevels
+) -> tuple[Float[Array, " n *shape"], Float[Array, " n"]]:
+  """Draw a noise level for each example and add as much noise: ``x = x0 + sigma eps``.
+
+  Args:
+    key: a random key.
+    x0: (n, *shape) clean examples.
+    noise_levels: where the levels come from, such as a schedule (uniform in time, or in log-SNR) or
+      `jaxguide.schedules.LogNormal`.
+
+  Returns:
+    ``x`` (n, *shape) and ``sigma`` (n,).
+
+  Raises:
+    TypeError: if ``x0`` holds whole numbers, or ``noise_levels`` draws none.
+  """
+  x0 = clean(x0)
+  checks.schedule(noise_levels, "quantile")
+  level_key, noise_key = jax.random.split(key)
+  sigma = noise_levels.quantile(stratified_uniform(level_key, x0.shape[0])).astype(x0.dtype)
+  return x0 + wide(sigma, x0) * jax.random.normal(noise_key, x0.shape, x0.dtype), sigma
+
+
+def drop_cond(key: Key, cond: PyTree, null_cond: PyTree, p_uncond: ArrayLike) -> PyTree:
+  """Replace each row of ``cond`` by ``null_cond`` with probability ``p_uncond``.
+
+  Args:
+    key: a random key.
+    cond: each leaf (n, ...).
+    null_cond: one condition, of the same structure.
+    p_uncond: in [0, 1]; the paper finds 0.1 and 0.2 best.
+
+  Raises:
+    ValueError: if ``p_uncond`` is outside [0, 1], or above 0 without a condition to drop and a ``null_cond`` for it; or
+      if no type holds both a label and the null label.
+
+  >>> drop_cond(jax.random.key(0), jnp.array([3, 1, 4]), 10, 1.0).tolist()
+  [10, 10, 10]
+  """
+  p_uncond = checks.in_range("p_uncond", p_uncond, 0, 1)
+  if checks.is_concrete(p_uncond) and p_uncond == 0:
+    return cond
+  if cond is None or null_cond is None:
+    raise ValueError("p_uncond above 0 needs a cond to drop, and null_cond to put in its place")
+  cond = jax.tree.map(jnp.asarray, cond)
+  leaves = jax.tree.leaves(cond)
+  if len({jnp.shape(leaf)[:1] for leaf in leaves}) != 1 or not leaves[0].ndim:
+    raise ValueError(
+      "each leaf of cond must be an array with one row for each example, got shapes "
+      f"{[jnp.shape(leaf) for leaf in leaves[:8]]}: make a list of labels one array, np.array(labels)"
+    )
+  drop = jax.random.bernoulli(key, p_uncond, (leaves[0].shape[0],))
+
+  def replace(y, null):
+    null, y = same_type(null, y)
+    return jnp.where(spread_as(wide(drop, y), y), null, y)
+
+  return jax.tree.map(replace, cond, null_cond)
+
+
+def denoising_loss(
+  params: PyTree,
+  apply: Callable[..., Any],
+  key: Key,
+  x0: Float[Array, " n *shape"],
+  cond: PyTree = None,
+  *,
+  scaling: Scaling,
+  noise_levels: NoiseLevels,
+  null_cond: PyTree = None,
+  p_uncond: ArrayLike = 0.0,
+  weight: Callable[[Array], Any] | None = None,
+) -> Float[Array, ""]:
+  r"""The loss of a conditional denoiser, trained jointly with the unconditional one.
+
+  Ho & Salimans (2021, arXiv:2207.12598), Algorithm 1: drop the condition with probability ``p_uncond``, draw a
+  log-SNR, corrupt the example, regress. With ``scaling.eps`` and ``schedules.LogSNRCosine`` it is theirs to the letter.
+
+  .. math:: E\,\| F_\theta(c_{in} x, c_{noise}, y) - (x_0 - c_{skip} x) / c_{out} \|^2
+
+  Args:
+    params: the network's parameters; the loss is differentiable in them.
+    apply: ``apply(params, x, c_noise, cond) -> F``, on a batch; dropout in the network takes its key in a closure here.
+    key: a random key, for the dropped conditions, the levels and the noise.
+    x0: (n, *shape) clean examples.
+    cond: each leaf (n, ...), or None.
+    scaling: what the network predicts.
+    noise_levels: where the noise levels come from.
+    null_cond: what a dropped condition becomes; needed where ``p_uncond`` is above 0.
+    p_uncond: probability of dropping the condition, in [0, 1].
+    weight: ``sigma -> w``, the weight of ``|x0 - D|²``, from `jaxguide.scaling`; if left out, ``1 / c_out²``, which is
+      the plain squared error of what the network predicts.
+
+  Returns:
+    A scalar: the mean over the examples and their elements.
+
+  Raises:
+    TypeError: if ``x0`` holds whole numbers, or ``scaling`` or ``noise_levels`` is none.
+    ValueError: if ``p_uncond`` is outside [0, 1], or above 0 without a condition to drop and a ``null_cond`` for it; or
+      if the output's shape is not that of ``x0``.
+
+  >>> from jaxguide import scaling, schedules
+  >>> apply = lambda params, x, c_noise, cond: params * x
+  >>> loss = denoising_loss(
+  ...   jnp.asarray(0.0), apply, jax.random.key(0), jnp.zeros((64, 8, 8, 1)),
+  ...   scaling=scaling.eps(schedules.Cosine()), noise_levels=schedules.LogSNRCosine(),
+  ... )
+  >>> bool(abs(loss - 1) < 0.1)  # saying "no noise" is wrong by the noise's variance
+  True
+  """
+  x0 = clean(x0)
+  drop_key, noise_key = jax.random.split(key)
+  cond = drop_cond(drop_key, cond, null_cond, p_uncond)
+  x, sigma = add_noise(noise_key, x0, noise_levels)
+  c_skip, c_out, c_in, c_noise = coefficients(scaling, sigma)
+  output = apply(params, wide(c_in, x) * x, c_noise, cond)
+  if output.shape != x0.shape:
+    raise ValueError(
+      f"the network gave shape {output.shape} for examples of shape {x0.shape}; "
+      "jaxguide.variational.variational_loss trains a learned variance, this loss does not"
+    )
+  error = jnp.square(output.astype(x.dtype) - (x0 - wide(c_skip, x) * x) / wide(c_out, x))
+  if weight is not None:
+    error *= wide(weight(sigma) * c_out**2, x)
+  return error.mean()
+
+
+def classifier_loss(
+  params: PyTree,
+  apply: Callable[..., Any],
+  key: Key,
+  x0: Float[Array, " n *shape"],
+  labels: Int[Array, " n"],
+  *,
+  scaling: Scaling,
+  noise_levels: NoiseLevels,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+  """The loss of a classifier of noisy examples (Dhariwal & Nichol 2021, arXiv:2105.05233, section 4.3).
+
+  Args:
+    params: the classifier's parameters; the loss is differentiable in them.
+    apply: ``apply(params, x, c_noise) -> logits (n, classes)``, on a batch.
+    key: a random key.
+    x0: (n, *shape) clean examples.
+    labels: (n,) whole numbers.
+    scaling: scales the input, ``c_in x``, and tells the level, ``c_noise``; the denoiser's, as a rule.
+    noise_levels: where the noise levels come from; the denoiser's, as a rule.
+
+  Returns:
+    The mean cross-entropy in nats, and the accuracy in [0, 1] over the drawn levels.
+
+  Raises:
+    TypeError: if ``x0`` holds whole numbers, or ``scaling`` or ``noise_levels`` is none.
+    ValueError: if there is not one label, a whole number, for each example.
+  """
+  labels = jnp.asarray(labels)
+  x, sigma = add_noise(key, x0, noise_levels)
+  if labels.shape != sigma.shape or not jnp.issubdtype(labels.dtype, jnp.integer):
+    raise ValueError(
+      f"labels must be whole numbers, one for each of the {len(sigma)} examples, got {labels.dtype} of shape "
+      f"{labels.shape}"
+    )
+  _, _, c_in, c_noise = coefficients(scaling, sigma)
+  logits = apply(params, wide(c_in, x) * x, c_noise)
+  log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
+  return -log_prob.mean(), (logits.argmax(1) == labels).mean()
+
+
+def wide(per_example: Array, like: Array) -> Array:
+  """Give (n,) the axes that it needs to meet (n, ...) of ``like``."""
+  return per_example.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def uncertainty_loss(
+  params: PyTree,
+  apply: Callable[..., Any],
+  key: Key,
+  x0: Float[Array, " n *shape"],
+  cond: PyTree = None,
+  *,
+  scaling: Scaling,
+  noise_levels: NoiseLevels,
+  weight: Callable[[Array], Any],
+) -> Float[Array, ""]:
+  r"""The loss of a denoiser whose network learns how hard each noise level is (Karras et al. 2024, arXiv:2312.02696).
+
+  .. math:: E\Big[ \frac{\lambda(\sigma)}{e^{u(\sigma)}} \| D - x_0 \|^2 + u(\sigma) \Big]
+    \qquad \text{(eq. 14, per element)}
+
+  Where ``u`` is best, ``e^u`` is the mean of ``λ |D - x0|²`` at its level, so that every level counts the same.
+
+  Args:
+    params: the network's parameters; the loss is differentiable in them.
+    apply: ``apply(params, x, c_noise, cond) -> (F, u)``, on a batch: ``F`` as in `denoising_loss`, ``u`` (n,) from
+      ``c_noise`` alone.
+    key: a random key, for the levels and the noise.
+    x0: (n, *shape) clean examples.
+    cond: each leaf (n, ...), or None; see `drop_cond` to drop it now and then.
+    scaling: what the network predicts.
+    noise_levels: where the noise levels come from. EDM2 has ``LogNormal(-0.4, 1.0)``.
+    weight: ``sigma -> λ``. EDM2 has `jaxguide.scaling.edm_weight`.
+
+  Returns:
+    A scalar: the mean over the examples and their elements.
+
+  Raises:
+    TypeError: if ``x0`` holds whole numbers, or ``scaling`` or ``noise_levels`` is none.
+    ValueError: if the shape of ``F`` is not that of ``x0``, or that of ``u`` not (n,).
+  """
+  x0 = clean(x0)
+  x, sigma = add_noise(key, x0, noise_levels)
+  c_skip, c_out, c_in, c_noise = coefficients(scaling, sigma)
+  output, u = apply(params, wide(c_in, x) * x, c_noise, cond)
+  if output.shape != x0.shape or u.shape != sigma.shape:
+    raise ValueError(
+      f"the network gave shapes {output.shape} and {u.shape} for examples of shape {x0.shape}; "
+      f"expected {x0.shape} and {sigma.shape}"
+    )
+  error = jnp.square(wide(c_skip, x) * x + wide(c_out, x) * output.astype(x.dtype) - x0)
+  return (wide(weight(sigma) * jnp.exp(-u), x) * error).mean() + u.mean()

@@ -1,0 +1,264 @@
+r"""What a network predicts, as four functions of ``sigma``, and the weights of losses.
+
+A network ``F`` trained in any convention becomes a denoiser by (Karras et al. 2022, arXiv:2206.00364, eq. 7)
+
+    x0 = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x, c_noise(sigma))        x = x0 + sigma eps
+
+With ``alpha = 1 / sqrt(1 + sigma²)``, so that ``x_vp = alpha x`` is what a variance-preserving network sees, and ``s``
+the standard deviation of the data:
+
+    ======  ======================  ================  ========================  ================  =============
+    name    F                       c_skip            c_out                     c_in              c_noise
+    ======  ======================  ================  ========================  ================  =============
+    eps     eps                     1                 -sigma                    alpha             time
+    x0      x0                      0                 1                         alpha             time
+    v       alpha (eps - sigma x0)  alpha²            -alpha sigma              alpha             time
+    edm     mix of eps and x0       s² / (s²+sigma²)  s sigma / √(s²+sigma²)    1 / √(s²+sigma²)  log(sigma) / 4
+    flow    eps - x0                1 / (1+sigma)     -sigma / (1+sigma)        1 / (1+sigma)     time
+    ve      -eps                    1                 sigma                     1                 log(sigma / 2)
+    ======  ======================  ================  ========================  ================  =============
+
+The network's regression target is ``(x0 - c_skip x) / c_out``; `jaxguide.losses` follows from it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from jaxguide._core import checks
+from jaxguide._core.typing import ArrayLike, Leaf
+from jaxguide.schedules import NoiseSchedule, Table, nearest_step, sigma_to_alpha_bar
+from jaxguide.schedules.tables import check_table
+
+
+class Coefficients(NamedTuple):
+  """The four numbers at one noise level (or at each of an array of them)."""
+
+  c_skip: Leaf
+  c_out: Leaf
+  c_in: Leaf
+  c_noise: Leaf
+
+
+Scaling = Callable[[ArrayLike], Coefficients]
+"""``sigma -> Coefficients``; ``sigma`` of any shape, above 0. A pytree, as everything that a denoiser holds."""
+
+
+def coefficients(scaling: Any, sigma: ArrayLike) -> Coefficients:
+  """Give the four coefficients at ``sigma``.
+
+  Raises:
+    TypeError: if ``scaling`` is no function that gives them, but a name, a schedule or a function that makes a scaling.
+
+  >>> coefficients("v", 1.0)
+  Traceback (most recent call last):
+  ...
+  TypeError: scaling must be a function of sigma, got 'v': make one, such as ...
+  """
+  makers = (*PREDICTIONS.values(), iddpm)
+  if not callable(scaling) or isinstance(scaling, type) or any(scaling is maker for maker in makers):
+    shown = f"the function {scaling.__name__}" if hasattr(scaling, "__name__") else repr(scaling)
+    raise TypeError(
+      f"scaling must be a function of sigma, got {shown}: make one, such as "
+      "jaxguide.scaling.eps(jaxguide.schedules.table('linear', 1000))"
+    )
+  return Coefficients(*scaling(sigma))
+
+
+def eps(schedule: NoiseSchedule, time_scale: ArrayLike | None = None) -> Scaling:
+  """The network predicts the noise (Ho et al. 2020, arXiv:2006.11239, eq. 11).
+
+  Args:
+    schedule: tells the network its time.
+    time_scale: the network is told ``time_scale`` times the schedule's time. If left out, the step itself for a
+      `Table`, and ``1000 t`` for a continuous schedule, since sinusoidal embeddings are laid out for a thousand steps.
+
+  >>> from jaxguide import schedules
+  >>> float(eps(schedules.Cosine())(2.0).c_out)
+  -2.0
+  """
+  return Partial(_eps, schedule, _time_scale(schedule, time_scale))
+
+
+def _eps(schedule, time_scale, sigma):
+  sigma = jnp.asarray(sigma)
+  return Coefficients(jnp.ones_like(sigma), -sigma, _alpha(sigma), time_scale * schedule.time(sigma))
+
+
+def x0(schedule: NoiseSchedule, time_scale: ArrayLike | None = None) -> Scaling:
+  """The network predicts the clean example.
+
+  Args:
+    schedule: tells the network its time.
+    time_scale: as in `eps`.
+  """
+  return Partial(_x0, schedule, _time_scale(schedule, time_scale))
+
+
+def _x0(schedule, time_scale, sigma):
+  sigma = jnp.asarray(sigma)
+  return Coefficients(jnp.zeros_like(sigma), jnp.ones_like(sigma), _alpha(sigma), time_scale * schedule.time(sigma))
+
+
+def v(schedule: NoiseSchedule, time_scale: ArrayLike | None = None) -> Scaling:
+  """The network predicts the velocity (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
+
+  Args:
+    schedule: tells the network its time.
+    time_scale: as in `eps`.
+  """
+  return Partial(_v, schedule, _time_scale(schedule, time_scale))
+
+
+def _v(schedule, time_scale, sigma):
+  sigma = jnp.asarray(sigma)
+  alpha = _alpha(sigma)
+  return Coefficients(alpha**2, -alpha * sigma, alpha, time_scale * schedule.time(sigma))
+
+
+def edm(sigma_data: ArrayLike = 0.5) -> Scaling:
+  """The preconditioning of Karras et al. (2022, arXiv:2206.00364, table 1).
+
+  Args:
+    sigma_data: standard deviation of the data, above 0.
+
+  >>> [round(float(c), 3) for c in edm(0.5)(0.5)]
+  [0.5, 0.354, 1.414, -0.173]
+  """
+  sigma_data = checks.finite("sigma_data", sigma_data)
+  if checks.is_concrete(sigma_data) and not np.all(np.asarray(sigma_data) > 0):
+    raise ValueError(f"sigma_data must be above 0, got {sigma_data}")
+  return Partial(_edm, sigma_data)
+
+
+def _edm(sigma_data, sigma):
+  sigma = jnp.asarray(sigma)
+  total = jnp.sqrt(sigma**2 + sigma_data**2)
+  return Coefficients((sigma_data / total) ** 2, sigma * sigma_data / total, 1 / total, jnp.log(sigma) / 4)
+
+
+def flow(time_scale: ArrayLike | None = None) -> Scaling:
+  """The network predicts the velocity ``eps - x0`` of a straight path (Lipman et al. 2023, arXiv:2210.02747).
+
+  The path is ``x_t = (1 - t) x0 + t eps``, so that ``t = sigma / (1 + sigma)`` and ``x_t = x / (1 + sigma)``.
+
+  Args:
+    time_scale: ``c_noise`` is ``time_scale * t``: 1000 for networks whose time runs to a thousand, as those of Stable
+      Diffusion 3 and of `jaxguide.training`, 1 for those that are told ``t`` in [0, 1]. There is no default, since the
+      wrong one gives wrong samples without a word.
+
+  Raises:
+    TypeError: without a ``time_scale``.
+  """
+  if time_scale is None:
+    raise TypeError("flow needs a time_scale: 1.0 for a network that is told t in [0, 1], 1000.0 for one told 1000 t")
+  return Partial(_flow, checks.finite("time_scale", time_scale))
+
+
+def _flow(time_scale, sigma):
+  sigma = jnp.asarray(sigma)
+  keep = 1 / (1 + sigma)
+  return Coefficients(keep, -sigma * keep, keep, time_scale * sigma * keep)
+
+
+def ve() -> Scaling:
+  """The network sees ``x`` itself and predicts ``-eps``: VE in table 1 of Karras et al. (2022, arXiv:2206.00364).
+
+  It is Song et al.'s score network (2021, arXiv:2011.13456), whose output is divided by sigma.
+
+  >>> [round(float(c), 3) for c in ve()(4.0)]
+  [1.0, 4.0, 1.0, 0.693]
+  """
+  return Partial(_ve)
+
+
+def _ve(sigma):
+  sigma = jnp.asarray(sigma)
+  return Coefficients(jnp.ones_like(sigma), sigma, jnp.ones_like(sigma), jnp.log(sigma / 2))
+
+
+def iddpm(table: Table) -> Scaling:
+  """`eps`, told the whole step of a table that is nearest: iDDPM in table 1 of Karras et al. (2022, arXiv:2206.00364).
+
+  At the table's own levels it is ``eps(table)``, which between them tells a fraction of a step.
+
+  >>> from jaxguide import schedules
+  >>> float(iddpm(schedules.table("linear", 1000))(0.3).c_noise)
+  88.0
+  """
+  return Partial(_iddpm, check_table(table))
+
+
+def _iddpm(table, sigma):
+  sigma = jnp.asarray(sigma)
+  return Coefficients(jnp.ones_like(sigma), -sigma, _alpha(sigma), nearest_step(table, sigma).astype(sigma.dtype))
+
+
+def _alpha(sigma):
+  return jnp.sqrt(sigma_to_alpha_bar(sigma))
+
+
+def _time_scale(schedule, given):
+  checks.schedule(schedule, "time")
+  if given is None:
+    return 1.0 if isinstance(schedule, Table) else 1000.0
+  return checks.finite("time_scale", given)
+
+
+PREDICTIONS: dict[str, Callable[..., Scaling]] = {
+  "eps": eps,
+  "x0": x0,
+  "v": v,
+  "edm": edm,
+  "flow": flow,
+  "ve": ve,
+}
+
+
+def scaling(prediction: str, schedule: NoiseSchedule, time_scale: ArrayLike | None = None) -> Scaling:
+  """Make a scaling by the name of what the network predicts; ``edm``, ``flow`` and ``ve`` take nothing of a schedule.
+
+  Args:
+    prediction: ``eps``, ``x0``, ``v``, ``edm``, ``flow`` or ``ve``.
+    schedule: tells the network its time.
+    time_scale: as in `eps`; `flow` needs it.
+
+  Raises:
+    ValueError: for an unknown name, with the nearest.
+    TypeError: for ``flow`` without a ``time_scale``.
+  """
+  make = checks.lookup("prediction", prediction, PREDICTIONS)
+  if make is flow:
+    return flow(time_scale)
+  return make() if make in (edm, ve) else make(schedule, time_scale)
+
+
+# --- weights of the loss, on |x0 - D|² -------------------------------------------------------------
+
+
+def eps_weight(sigma: ArrayLike) -> Leaf:
+  """``1 / sigma²``: the loss is the mean squared error of eps (DDPM's simple loss)."""
+  return 1 / jnp.square(sigma)
+
+
+def x0_weight(sigma: ArrayLike) -> Leaf:
+  """1: the loss is the mean squared error of x0."""
+  return jnp.ones_like(sigma)
+
+
+def min_snr_weight(sigma: ArrayLike, gamma: ArrayLike = 5.0) -> Leaf:
+  """``min(1 / sigma², gamma)`` (Hang et al. 2023, arXiv:2303.09556, eq. 8): eps loss, bounded at small noise."""
+  return jnp.minimum(1 / jnp.square(sigma), gamma)
+
+
+def edm_weight(sigma: ArrayLike, sigma_data: ArrayLike = 0.5) -> Leaf:
+  """``(sigma² + s²) / (sigma s)²`` (Karras et al. 2022, arXiv:2206.00364, table 1): 1 on what `edm` predicts.
+
+  Args:
+    sigma: noise levels.
+    sigma_data: ``s``, standard deviation of the data.
+  """
+  return 1 / jnp.square(sigma) + 1 / jnp.square(sigma_data)

@@ -1,0 +1,12 @@
+"""Models: what a network is, its parameters, and the folder that holds both.
+
+>>> from jaxguide.models import ModelConfig
+>>> ModelConfig("unet", {"model_channels": 32}, image_shape=(8, 8, 1), num_classes=10).module.model_channels
+32
+"""
+
+from jaxguide.models.config import ModelConfig
+from jaxguide.models.folders import load, save
+from jaxguide.models.model import Model
+
+__all__ = ["Model", "ModelConfig", "load", "save"]

@@ -1,0 +1,98 @@
+"""The models that OpenAI published with guided-diffusion (arXiv:2105.05233), as their README describes them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxguide.models.config import ModelConfig
+
+# One factor for each level of resolution, by the side of the image.
+_CHANNEL_MULT: dict[int, tuple[int | float, ...]] = {
+  64: (1, 2, 3, 4),
+  128: (1, 1, 2, 3, 4),
+  256: (1, 1, 2, 2, 4, 4),
+  512: (0.5, 1, 1, 2, 2, 4, 4),
+}
+
+
+def _config(network: str, side: int, num_classes: int | None, schedule: str, fields: dict[str, Any], **rest: Any):
+  return ModelConfig(
+    network,
+    {"use_scale_shift_norm": True, "resblock_updown": True, **fields},
+    image_shape=(side, side, 3),
+    num_classes=num_classes,
+    prediction="eps",
+    schedule=schedule,
+    diffusion_steps=1000,
+    **rest,
+  )
+
+
+def _diffusion(
+  side: int,
+  *,
+  num_classes: int | None = 1000,
+  schedule: str = "linear",
+  low_res: int | None = None,
+  attention: Sequence[int] = (32, 16, 8),
+  **fields: Any,
+) -> ModelConfig:
+  """Describe a UNet; ``attention`` gives sides of the image, as the README's flags do."""
+  defaults = {
+    "model_channels": 256,
+    "out_channels": 6,
+    "num_res_blocks": 2,
+    "attention_resolutions": tuple(side // resolution for resolution in attention),
+    "channel_mult": _CHANNEL_MULT[256 if low_res else side],
+    "null_class": False,
+  }
+  rest = {"low_res_shape": (low_res, low_res, 3)} if low_res else {}
+  network = "super_res_unet" if low_res else "unet"
+  return _config(network, side, num_classes, schedule, {**defaults, **fields}, variance="learned_range", **rest)
+
+
+def _classifier(side: int, scale: float, schedule: str = "linear", num_res_blocks: int = 2) -> ModelConfig:
+  """Describe a classifier; it is told the times of the diffusion model of its size."""
+  fields = {
+    "model_channels": 128,
+    "num_res_blocks": num_res_blocks,
+    "attention_resolutions": tuple(side // resolution for resolution in (32, 16, 8)),
+    "channel_mult": _CHANNEL_MULT[side],
+    "num_head_channels": 64,
+    "pool": "attention",
+  }
+  return _config("classifier", side, 1000, schedule, fields, scale=scale)
+
+
+PRESETS: dict[str, ModelConfig] = {
+  "64x64_diffusion": _diffusion(
+    64,
+    schedule="cosine",
+    model_channels=192,
+    num_res_blocks=3,
+    num_head_channels=64,
+    use_new_attention_order=True,
+    dropout=0.1,
+  ),
+  "128x128_diffusion": _diffusion(128, num_heads=4),
+  "256x256_diffusion": _diffusion(256, num_head_channels=64),
+  "256x256_diffusion_uncond": _diffusion(256, num_classes=None, num_head_channels=64),
+  "512x512_diffusion": _diffusion(512, num_head_channels=64),
+  "64_256_upsampler": _diffusion(256, low_res=64, model_channels=192, num_heads=4),
+  "128_512_upsampler": _diffusion(512, low_res=128, attention=(32, 16), model_channels=192, num_head_channels=64),
+  **{
+    f"lsun_{name}": _diffusion(256, num_classes=None, num_head_channels=64, dropout=dropout)
+    for name, dropout in {"bedroom": 0.1, "cat": 0.1, "horse": 0.1, "horse_nodropout": 0.0}.items()
+  },
+  "64x64_classifier": _classifier(64, 1.0, "cosine", num_res_blocks=4),
+  "128x128_classifier": _classifier(128, 0.5),
+  "256x256_classifier": _classifier(256, 1.0),
+  "512x512_classifier": _classifier(512, 4.0),
+}
+"""The published models by the names of their files, without ``.pt``.
+
+A classifier's ``scale`` is the one recommended for the class-conditional model of its size. The one for 256x256 also
+guides ``256x256_diffusion_uncond``, at `UNCONDITIONAL_SCALE`.
+"""
+
+UNCONDITIONAL_SCALE = 10.0
+"""The scale recommended for ``256x256_classifier`` on ``256x256_diffusion_uncond``."""

@@ -1,0 +1,186 @@
+"""What the UNet and the classifier share: the time embedding, the way down, and the middle."""
+
+import contextlib
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxguide._core import checks
+from jaxguide.nn.layers import AttentionBlock, Conv, Downsample, ResBlock, timestep_embedding
+from jaxguide.nn.perturbation import Perturbation
+
+
+def _by_auto_axes(function, out, *args, **kwargs):
+  """Call a function with the Explicit axes of a mesh as Auto ones inside: there the partitioner lays out what is made.
+
+  Args:
+    function: what to call.
+    out: how what comes out is spread over the mesh.
+    *args: its arguments, whose arrays carry the mesh where none is set.
+    **kwargs: its arguments by name.
+  """
+  leaves, treedef = jax.tree.flatten((args, kwargs))
+  arrays = [isinstance(leaf, jax.Array) for leaf in leaves]
+  context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+  mesh = jax.sharding.get_abstract_mesh()
+  for leaf in itertools.compress(leaves, arrays):
+    if not mesh.empty:
+      break
+    mesh = jax.typeof(leaf).sharding.mesh
+    if not mesh.empty:
+      traced = isinstance(leaf, jax.core.Tracer)
+      context = jax.sharding.use_abstract_mesh(mesh) if traced else jax.set_mesh(leaf.sharding.mesh)
+  explicit = jax.sharding.AxisType.Explicit
+  axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == explicit)
+  if not axes:
+    return function(*args, **kwargs)
+
+  def call(*dynamic):
+    given = iter(dynamic)
+    whole = [next(given) if array else leaf for leaf, array in zip(leaves, arrays, strict=True)]
+    args, kwargs = jax.tree.unflatten(treedef, whole)
+    return function(*args, **kwargs)
+
+  with context:
+    return jax.sharding.auto_axes(call, axes=axes, out_sharding=out)(*itertools.compress(leaves, arrays))
+
+
+class Encoder(nn.Module):
+  """Fields and parts of both networks. The fields carry the names of OpenAI's guided-diffusion."""
+
+  model_channels: int = 64
+  out_channels: int | None = None
+  num_res_blocks: int = 2
+  attention_resolutions: Sequence[int] | None = None
+  dropout: int | float = 0.0
+  channel_mult: Sequence[int | float] = (1, 2)
+  conv_resample: bool = True
+  num_heads: int = 1
+  num_head_channels: int = -1
+  use_scale_shift_norm: bool = True
+  resblock_updown: bool = True
+  use_new_attention_order: bool = False
+  use_checkpoint: bool = False
+  dtype: Any = jnp.float32
+  cudnn_attention: bool = False
+
+  def __post_init__(self):
+    # A configuration read from a file holds lists; a module has to be hashable.
+    self.channel_mult = tuple(self.channel_mult)
+    name, levels = type(self).__name__, len(self.channel_mult)
+    usual = (2,) if levels > 1 else ()
+    self.attention_resolutions = usual if self.attention_resolutions is None else tuple(self.attention_resolutions)
+    if not levels:
+      raise ValueError(f"{name} needs a channel_mult for at least one level")
+    factors = {2**level for level in range(levels)}
+    if not factors.issuperset(self.attention_resolutions):
+      # OpenAI's command lines give sides of the image there, its networks factors; taken for one another, there would
+      # be no attention and no word of it.
+      raise ValueError(
+        f"attention_resolutions of {name} are downsampling factors, from {sorted(factors)} with {levels} levels; "
+        f"got {list(self.attention_resolutions)}"
+      )
+    if checks.in_range("dropout", self.dropout, 0, 1) == 1:
+      raise ValueError("dropout must be between 0 and 1, and below 1, or nothing would be left; got 1")
+    if self.cudnn_attention and jnp.dtype(self.dtype) not in (jnp.bfloat16, jnp.float16):
+      raise ValueError(
+        f"cudnn_attention is for half precision: give {name} dtype bfloat16 with it, or leave it out; "
+        f"got {jnp.dtype(self.dtype)}"
+      )
+    super().__post_init__()
+
+  @nn.nowrap
+  def channels(self, level: int) -> int:
+    """Channels of a level of resolution, 0 the finest."""
+    return int(self.channel_mult[level] * self.model_channels)
+
+  @nn.nowrap
+  def attends(self, level: int) -> bool:
+    """Whether a level has attention."""
+    return 2**level in (self.attention_resolutions or ())
+
+  @nn.nowrap
+  def check_input(self, x, t) -> None:
+    """Raise ValueError where the shapes are not a batch of images that halve evenly, with a time for each."""
+    if x.ndim != 4:
+      raise ValueError(f"{type(self).__name__} takes images of shape (n, height, width, channels), got {x.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(f"{type(self).__name__} takes floating-point images in [-1, 1], got {x.dtype}")
+    if t.shape != x.shape[:1]:
+      raise ValueError(f"{type(self).__name__} takes one time for each of {x.shape[0]} images, got shape {t.shape}")
+    factor = 2 ** (len(self.channel_mult) - 1)
+    if x.shape[1] % factor or x.shape[2] % factor:
+      raise ValueError(
+        f"{type(self).__name__} halves the image {len(self.channel_mult) - 1} times, so its sides must be multiples "
+        f"of {factor}; got {x.shape[1]}x{x.shape[2]}. Pad the image, or shorten channel_mult"
+      )
+
+  @nn.nowrap
+  def apply(self, variables, x, *args, **kwargs):  # type: ignore[override]
+    """Call the network on its variables, as Flax does; also under a mesh of Explicit axes, as `jax.make_mesh` has."""
+    out = jax.sharding.PartitionSpec(*jax.typeof(x).sharding.spec[:1])
+    return _by_auto_axes(super().apply, out, variables, x, *args, **kwargs)
+
+  @nn.nowrap
+  def init(self, *args, **kwargs):
+    """Draw variables, as Flax does; under a mesh of Explicit axes every device has them whole."""
+    return _by_auto_axes(super().init, jax.sharding.PartitionSpec(), *args, **kwargs)
+
+  @nn.nowrap
+  def perturbation_of(self, name: str) -> Perturbation | None:
+    """Give what is done to a block to make the network worse: nothing, unless a network has a field for it."""
+    return None
+
+  @nn.nowrap
+  def res_block(self, features: int, name: str, resample: str | None = None):
+    """Make a residual block."""
+    # Rematerialised, its activations are computed again for the backward pass; argument 3 is the flag train.
+    cls = nn.remat(ResBlock, static_argnums=(3,)) if self.use_checkpoint else ResBlock
+    skip = self.perturbation_of(name) is not None
+    return cls(features, self.dropout, self.use_scale_shift_norm, resample, self.dtype, skip, name=name)
+
+  @nn.nowrap
+  def attention(self, num_heads: int, name: str):
+    """Make an attention block."""
+    cls = nn.remat(AttentionBlock) if self.use_checkpoint else AttentionBlock
+    order, perturbation = self.use_new_attention_order, self.perturbation_of(name)
+    return cls(num_heads, self.num_head_channels, order, self.dtype, perturbation, self.cudnn_attention, name=name)
+
+  @nn.nowrap
+  def embed_time(self, t):
+    """Map (n,) times to (n, 4 model_channels)."""
+    width = 4 * self.model_channels
+    emb = nn.Dense(width, name="time_embed_0")(timestep_embedding(t, self.model_channels))
+    return nn.Dense(width, name="time_embed_2")(nn.silu(emb))
+
+  @nn.nowrap
+  def encode(self, x, emb, train: bool) -> list[Any]:
+    """Go down; give the output of every block, the last of which is the coarsest."""
+    h = Conv(self.channels(0), dtype=self.dtype, name="input_blocks_0_0")(x)
+    outputs = [h]
+    for level in range(len(self.channel_mult)):
+      for _ in range(self.num_res_blocks):
+        name = f"input_blocks_{len(outputs)}"
+        h = self.res_block(self.channels(level), f"{name}_0")(h, emb, train)
+        if self.attends(level):
+          h = self.attention(self.num_heads, f"{name}_1")(h)
+        outputs.append(h)
+      if level < len(self.channel_mult) - 1:
+        name = f"input_blocks_{len(outputs)}_0"
+        if self.resblock_updown:
+          h = self.res_block(h.shape[-1], name, "down")(h, emb, train)
+        else:
+          h = Downsample(self.conv_resample, self.dtype, name=name)(h)
+        outputs.append(h)
+    return outputs
+
+  @nn.nowrap
+  def middle(self, h, emb, train: bool):
+    """Two residual blocks with attention between them, at the coarsest resolution."""
+    h = self.res_block(h.shape[-1], "middle_block_0")(h, emb, train)
+    h = self.attention(self.num_heads, "middle_block_1")(h)
+    return self.res_block(h.shape[-1], "middle_block_2")(h, emb, train)
