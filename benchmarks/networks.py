@@ -12,7 +12,7 @@ import numpy as np
 from jaxguide.denoisers.linen import param_shapes
 from jaxguide.evaluation import digits
 from jaxguide.models.importers.openai import PRESETS
-from jaxguide.models.model import init_params, least_inputs
+from jaxguide.models.model import init_params
 from jaxguide.training import Model, ModelConfig
 
 ON_CPU = jax.default_backend() == "cpu"
@@ -65,7 +65,7 @@ def random_model(config: ModelConfig, dtype: str = DTYPE) -> Model:
 def abstract_model(config: ModelConfig, dtype: str = DTYPE) -> Model:
   """Make a network whose weights are shapes only, to compile with."""
   config = prepared(config, dtype)
-  return Model(config, param_shapes(config.module, *least_inputs(config)))
+  return Model(config, param_shapes(config.module, *config.role.inputs(config)))
 
 
 def inputs(config: ModelConfig, batch: int) -> tuple[Any, ...]:

@@ -266,9 +266,9 @@ MUTATIONS = [
   ),
   Mutation(
     "the running mean of the parameters is mostly the newest",
-    "training/step.py",
-    "state.ema_params, 1 - decay)",
-    "state.ema_params, decay)",
+    "training/ema.py",
+    "return 1 - jnp.minimum(decay, (1 + step)",
+    "return jnp.minimum(decay, (1 + step)",
     "test_training.py -k running_mean",
   ),
   Mutation(

@@ -20,6 +20,7 @@ from jaxguide import cli, data, generate, keys, schedules, solvers
 from jaxguide.generate import methods, unfinished
 from jaxguide.generate.plan import plan
 from jaxguide.models import folders as models
+from jaxguide.models.model import init_params
 from jaxguide.training import ModelConfig
 
 TINY = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": ()}
@@ -30,7 +31,7 @@ QUICK = ("--steps", 2, "--batch-size", 4)
 def save(folder, config):
   """Write a model that knows nothing; of random parameters, since the last convolution starts at zero."""
   rng = np.random.default_rng(0)
-  shapes = jax.eval_shape(lambda key: models.init_params(config, key), jax.random.key(0))
+  shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
   params = jax.tree.map(lambda leaf: jnp.asarray(0.15 * rng.normal(size=leaf.shape), leaf.dtype), shapes)
   models.save(folder, models.Model(config, params))
 

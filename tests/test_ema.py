@@ -72,7 +72,7 @@ def test_a_mean_made_after_training_is_near_the_one_kept_during_it():
   snapshots = Profiles(np.repeat(at, 2), np.tile([0.05, 0.1], len(at)))
   trees = ({"w": mean[t - 1]} for t in at for mean in (narrow, wide))
   coefficients = ema.posthoc_coefficients(snapshots, Profiles(800, 0.08))[:, 0]
-  got = ema.combine(trees, coefficients)["w"]
+  got = ema.weighted_sum(trees, coefficients)["w"]
   assert got.dtype == np.float32
   error = np.abs(got - wanted[-1]).max()
   nearest = min(np.abs(mean[-1] - wanted[-1]).max() for mean in (narrow, wide))
@@ -117,7 +117,7 @@ def test_snapshots_that_cannot_be_combined():
   with pytest.raises(ValueError, match="the last snapshot is of time 2: nothing is known of time 3"):
     ema.posthoc_coefficients(Profiles([1, 2], 0.1), Profiles(3, 0.1))
   with pytest.raises(ValueError, match="zip"):
-    ema.combine([{"w": np.ones(1)}], [0.5, 0.5])
+    ema.weighted_sum([{"w": np.ones(1)}], [0.5, 0.5])
 
 
 def test_the_learning_rate(published, float64):

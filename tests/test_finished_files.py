@@ -16,6 +16,7 @@ from jaxguide import data, generate
 from jaxguide._core import files
 from jaxguide.generate import Settings, unfinished
 from jaxguide.models import folders as models
+from jaxguide.models.model import shapes
 from jaxguide.training import ModelConfig
 
 TINY = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": ()}
@@ -25,7 +26,7 @@ TINY = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "attenti
 def folder(tmp_path_factory):
   config = ModelConfig("unet", TINY, (8, 8, 1), 3)
   rng = np.random.default_rng(0)
-  params = jax.tree.map(lambda leaf: 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype), models.shapes(config))
+  params = jax.tree.map(lambda leaf: 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype), shapes(config))
   folder = tmp_path_factory.mktemp("model")
   models.save(folder, models.Model(config, params))
   return folder

@@ -24,7 +24,7 @@ from jaxguide import training
 from jaxguide._core.files import lock
 from jaxguide.data import Images
 from jaxguide.models import folders as model
-from jaxguide.training import ModelConfig, TrainingConfig, loop
+from jaxguide.training import ModelConfig, TrainingConfig, loop, step
 
 pytestmark = [
   # Orbax leaves readers open where it fails.
@@ -44,7 +44,7 @@ IMAGES = Images(PIXELS, np.arange(8, dtype=np.int32) % 2, 2, "mine")
 
 @pytest.fixture(scope="module")
 def compiled():
-  return loop.train_step(UNET, HOW), loop.init_state(UNET, HOW)
+  return step.train_step(UNET, HOW), step.init_state(UNET, HOW)
 
 
 def runs(compiled, patch):
@@ -52,7 +52,7 @@ def runs(compiled, patch):
 
   ``stop`` kills the run in that step; ``poison`` gives parameters a value in it, which its loss does not tell.
   """
-  step, first = compiled
+  compiled_step, first = compiled
   patch.setattr(loop, "CHUNK", 2)
   patch.setattr(loop, "init_state", lambda *args: jax.tree.map(jnp.copy, first))
 
@@ -61,7 +61,7 @@ def runs(compiled, patch):
       number = int(state.step)
       if number == stop:
         raise KeyboardInterrupt
-      state, metrics = step(state, *batch)
+      state, metrics = compiled_step(state, *batch)
       if number == poison:
         kernel = state.params["params"]["out_2"]["kernel"]
         state.params["params"]["out_2"]["kernel"] = kernel.at[0, 0].set(value)
@@ -156,8 +156,8 @@ def test_where_the_last_checkpoint_is_torn_it_goes_on_from_the_one_before(run, w
 
 
 def test_where_no_checkpoint_is_whole_the_last_is_named(run, broken):
-  for step in (2, 4):
-    replace_an_array(broken / "checkpoints" / str(step))
+  for number in (2, 4):
+    replace_an_array(broken / "checkpoints" / str(number))
   with pytest.raises(
     ValueError, match=r"step 4 in .* is torn \(.*out_2/bias does not match.*no other is whole: retrain"
   ):
@@ -464,20 +464,20 @@ def test_arguments_of_other_kinds(tmp_path, monkeypatch, given, message):
 def test_products_have_the_precision_that_was_asked_for(compiled, precision):
   how = dataclasses.replace(HOW, matmul_precision=precision)
   with jax.default_matmul_precision("bfloat16"):  # What is configured elsewhere does not matter.
-    program = jax.make_jaxpr(loop.train_step(UNET, how))(compiled[1], PIXELS[:3], IMAGES.labels[:3])
+    program = jax.make_jaxpr(step.train_step(UNET, how))(compiled[1], PIXELS[:3], IMAGES.labels[:3])
   said = re.findall(r"precision=(.*)", str(program))
   name = f"Precision.{precision.upper()}"
   assert {*said} == {f"({name}, {name})"}
 
 
 def test_a_run_is_of_all_digits_of_its_seed_and_of_no_default(monkeypatch):
-  monkeypatch.setattr(model, "init_params", lambda config, key: {"w": jax.random.normal(key, (4,))})
+  monkeypatch.setattr(step, "init_params", lambda config, key: {"w": jax.random.normal(key, (4,))})
   loss = lambda params, key, x0, labels: (params["w"] @ jax.random.normal(key, (4,)), {})  # noqa: E731
-  monkeypatch.setattr(loop, "loss_fn", lambda *_: loss)
+  monkeypatch.setattr(step, "objective", lambda *_: loss)
 
   def result(seed):
     how = dataclasses.replace(HOW, seed=seed)
-    state, metrics = loop.train_step(UNET, how)(loop.init_state(UNET, how), PIXELS[:3], IMAGES.labels[:3])
+    state, metrics = step.train_step(UNET, how)(step.init_state(UNET, how), PIXELS[:3], IMAGES.labels[:3])
     return *state.params["w"].tolist(), float(metrics["loss"])
 
   zero, large = result(0), result(2**32)

@@ -20,6 +20,7 @@ from jaxguide import cli, training
 from jaxguide.models import folders as models
 from jaxguide.models.importers import openai, state_dicts
 from jaxguide.models.importers.structure import alike, structure
+from jaxguide.models.model import init_params
 from jaxguide.training import ModelConfig
 
 DATA = Path(__file__).parent / "data"
@@ -603,7 +604,7 @@ def test_export_says_what_the_reference_has_not(run, tmp_path):
   trained = ModelConfig(
     "unet", {"model_channels": 16, "num_res_blocks": 1}, image_shape=(8, 8, 1), num_classes=10
   )  # predicts v in continuous time, has a null class, and normalises in 16 groups
-  params = jax.jit(lambda key: models.init_params(trained, key))(jax.random.key(0))
+  params = jax.jit(lambda key: init_params(trained, key))(jax.random.key(0))
   models.save(tmp_path / "model", models.Model(trained, params))
   printed = run("export-adm", tmp_path / "model", "--out", tmp_path / "out.safetensors")
   assert "UNetModel(image_size=8, in_channels=1, model_channels=16, out_channels=1," in printed

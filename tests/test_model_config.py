@@ -12,8 +12,8 @@ import pytest
 
 from jaxguide import training
 from jaxguide.models import folders as model
-from jaxguide.models.config import NETWORKS
 from jaxguide.models.importers.presets import PRESETS
+from jaxguide.models.networks import NETWORKS
 from jaxguide.training import ModelConfig, TrainingConfig
 
 FIELDS = {
@@ -40,6 +40,7 @@ WRONG = {
   "variance": [None, 1, []],
   "scale": [True, math.inf, 10**400, []],
   "low_res_shape": [[], [2, 2, 0], 2, [10**9] * 3],
+  "encoder": [None, 1, []],
   "model_channels": [None, -32, 0, 10**9, 32.0, True, "32", []],
   "out_channels": [0, -1, 10**9, 1.0, True, []],
   "num_res_blocks": [None, -1, 10**6, 1.0, True, []],
@@ -74,6 +75,10 @@ TRAINING_WRONG = {
   "seed": [None, -1, 2**64, 2**70, 0.5, True, []],
   "save_every": [None, 0, 1.5, 2**31, []],
   "matmul_precision": [None, 1, [], "lowest"],
+  "rate": [None, 1, [], "cosin", "cosine:x=1", "inverse-sqrt:decay_start=-1"],
+  "ema": [None, 1, [], "mean", "power:std=0.5"],
+  "weight": [None, 1, [], "snr", "min-snr:gamma=x"],
+  "uncertainty": [None, 0, []],
 }
 
 
@@ -82,7 +87,8 @@ def fields_of(*classes):
 
 
 def test_the_tables_have_every_field():
-  assert {*WRONG} == fields_of(ModelConfig, *NETWORKS.values()) - {"perturbation", "parent", "name"}
+  modules = [network.module for network in NETWORKS.values()]
+  assert {*WRONG} == fields_of(ModelConfig, *modules) - {"perturbation", "parent", "name"}
   assert {*TRAINING_WRONG} == fields_of(TrainingConfig)
 
 

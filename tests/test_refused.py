@@ -242,8 +242,8 @@ def test_levels_of_training_and_tables():
 @pytest.mark.parametrize(
   ("make", "message"),
   [
-    (lambda: ema.combine([{"w": np.ones(2)}] * 2, np.ones((2, 2))), "coefficients must have one axis"),
-    (lambda: ema.combine([], []), "coefficients must have one axis"),
+    (lambda: ema.weighted_sum([{"w": np.ones(2)}] * 2, np.ones((2, 2))), "coefficients must have one axis"),
+    (lambda: ema.weighted_sum([], []), "coefficients must have one axis"),
     (lambda: ema.step_weight(0.1, 1, 5), "t_delta must lie between 0 and t_next"),
     (lambda: ema.response(-3.0, 1.0, 0.1), "time must be at least 0"),
     (lambda: ema.correlation(-1.0, 0.1, 1.0, 0.1), "t_a must be above 0"),

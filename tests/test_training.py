@@ -12,7 +12,8 @@ import jaxguide as jg
 from jaxguide import training
 from jaxguide.data import Images
 from jaxguide.models import folders as model
-from jaxguide.training import ModelConfig, TrainingConfig, loop
+from jaxguide.models.model import init_params
+from jaxguide.training import ModelConfig, TrainingConfig, loop, objectives, rates, step
 
 TINY = {
   "model_channels": 8,
@@ -301,7 +302,7 @@ SUPER_RES = ModelConfig("super_res_unet", TINY, image_shape=(4, 4, 1), num_class
 
 
 def test_a_super_resolution_model_is_kept_and_used_but_not_trained_here(images, tmp_path):
-  shapes = jax.eval_shape(lambda key: model.init_params(SUPER_RES, key), jax.random.key(0))
+  shapes = jax.eval_shape(lambda key: init_params(SUPER_RES, key), jax.random.key(0))
   params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
   training.save(tmp_path / "model", training.Model(SUPER_RES, params))
   loaded = training.load(tmp_path / "model")
@@ -327,3 +328,72 @@ def test_denoisers_of_one_configuration_are_one_program(trained):
 
   for source in (trained[0], training.load(trained[1]), training.load(trained[1])):
     denoise(source.denoiser, jnp.zeros((4, 4, 1)))
+
+
+# --- what the configuration chooses ---------------------------------------------------------------
+
+
+def one_step(images, **options):
+  """The state after one step, with the metrics; the digits' own data and a network without dropout."""
+  config = TrainingConfig(steps=4, batch_size=3, warmup=0, clip_norm=1e9, **options)
+  state = step.init_state(UNET, config)
+  first = jax.tree.map(jnp.copy, state.params)
+  after, metrics = step.train_step(UNET, config)(state, images.images[:3], images.labels[:3])
+  return first, after, metrics
+
+
+def test_a_power_function_mean_is_kept(images):
+  first, after, _ = one_step(images, ema="power:std=0.2")
+  wanted = training.PowerFunctionEMA((0.2,)).update((first,), after.params, 1, 1)[0]
+  chex.assert_trees_all_close(after.ema_params, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("rate", "last"), [("constant", 1.0), ("inverse-sqrt:decay_start=25", 0.5), ("cosine", 0.0)])
+def test_the_learning_rate_is_the_one_that_is_named(rate, last):
+  schedule = rates.rate(rate, 0.1, steps=100, warmup=10)
+  np.testing.assert_allclose([schedule(5), schedule(10), schedule(100)], [0.05, 0.1, 0.1 * last], atol=1e-7)
+  changed = rates.rate(TrainingConfig(steps=100, warmup=10, rate=rate).rate, 0.1, 100, 10)
+  assert changed(60) == schedule(60)
+
+
+@pytest.mark.parametrize(
+  ("weight", "of_sigma"),
+  [
+    ("eps", lambda sigma: 1 / sigma**2),
+    ("min-snr:gamma=2", lambda sigma: np.minimum(1 / sigma**2, 2)),
+    ("edm:sigma_data=0.3", lambda sigma: (sigma**2 + 0.3**2) / (0.3 * sigma) ** 2),
+  ],
+)
+def test_the_loss_has_the_weight_that_is_named(images, weight, of_sigma):
+  """The losses of two weights differ as their weights do, at each level: here all levels are one."""
+  level = {"noise_mean": 0.5, "noise_std": 0.0}
+  plain = float(one_step(images, **level)[2]["loss"])
+  weighted = float(one_step(images, weight=weight, **level)[2]["loss"])
+  sigma = np.exp(0.5)
+  c_out = float(UNET.scaling(sigma).c_out)
+  np.testing.assert_allclose(weighted / plain, of_sigma(sigma) * c_out**2, rtol=1e-4)
+
+
+def test_a_learned_uncertainty_starts_at_nothing_is_trained_and_is_not_kept(images, tmp_path):
+  _, after, metrics = one_step(images, uncertainty=True, p_uncond=0.0)
+  assert jnp.abs(after.params["uncertainty"]["Dense_0"]["kernel"]).max() > 0
+  assert np.isfinite(metrics["loss"])
+  config = TrainingConfig(steps=2, batch_size=3, uncertainty=True)
+  trained = training.fit(UNET, config, images, tmp_path / "model", progress=False)
+  assert list(trained.params) == ["params"]
+  assert list(training.load(tmp_path / "model").params) == ["params"]
+
+
+@pytest.mark.parametrize(
+  ("model", "options"),
+  [
+    (CLASSIFIER, {"weight": "eps"}),
+    (CLASSIFIER, {"uncertainty": True}),
+    (CLASSIFIER, {"loss": "kl"}),
+    (CLASSIFIER, {"p_uncond": 0.1}),
+    (UNET, {"loss": "kl"}),
+  ],
+)
+def test_a_loss_that_does_not_suit_the_network_is_refused(model, options):
+  with pytest.raises(ValueError, match="leave"):
+    objectives.objective(model, TrainingConfig(steps=1, **options))

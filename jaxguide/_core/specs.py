@@ -4,9 +4,11 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from jaxguide._core import checks
+
+T = TypeVar("T")
 
 WANTED = {int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -59,6 +61,29 @@ def choose(spec: Spec, known: Mapping[str, inspect.Parameter]) -> dict[str, Any]
       has = f"it has {', '.join(known)}" if known else "it has none"
       raise ValueError(f"{spec.name!r} has no option {option!r}; {has}")
   return {option: _read(spec.name, known[option], text) for option, text in spec.options.items()}
+
+
+def made(
+  kind: str, text: str, table: Mapping[str, Callable[..., T]], *hidden: str
+) -> tuple[Callable[..., T], dict[str, Any]]:
+  """Look up the function that ``NAME:option=value,...`` names, and read its options.
+
+  Args:
+    kind: what the table holds, for errors.
+    text: the name, with options if there are any.
+    table: functions by name; their keyword parameters are the options.
+    *hidden: parameters that are no options.
+
+  Raises:
+    ValueError: for an unknown name, naming the nearest, or an option that the function does not have.
+
+  >>> function, options = made("power", "square:scale=2", {"square": lambda x, scale=1.0: scale * x * x}, "x")
+  >>> function(3.0, **options)
+  18.0
+  """
+  spec = parse(text)
+  function = checks.lookup(kind, spec.name, table)
+  return function, choose(spec, options_of(function, *hidden))
 
 
 def described(known: Mapping[str, inspect.Parameter]) -> str:

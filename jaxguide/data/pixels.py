@@ -3,6 +3,8 @@
 import jax
 import numpy as np
 
+from jaxguide._core.pixels import HALF, HIGH, LOW, to_floats
+
 
 def to_uint8(x: jax.typing.ArrayLike) -> np.ndarray:
   """Give floats in [-1, 1] as ``uint8``, rounded to the nearest of the 256 levels.
@@ -22,7 +24,7 @@ def to_uint8(x: jax.typing.ArrayLike) -> np.ndarray:
   array = array.astype(np.float32)
   if np.isnan(array).any():
     raise ValueError(f"the images hold {np.isnan(array).sum()} NaN, which no pixel can show")
-  return np.rint((np.clip(array, -1, 1) + 1) * 127.5).astype(np.uint8)
+  return np.rint((np.clip(array, LOW, HIGH) + 1) * HALF).astype(np.uint8)
 
 
 def from_uint8(images: np.ndarray) -> np.ndarray:
@@ -37,7 +39,7 @@ def from_uint8(images: np.ndarray) -> np.ndarray:
   images = np.asarray(images)
   if images.dtype != np.uint8:
     raise ValueError(f"from_uint8 takes uint8 pixels, got {images.dtype}")
-  return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
+  return to_floats(images, np.float32)
 
 
 def saturation(images: np.ndarray) -> float:

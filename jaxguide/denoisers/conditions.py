@@ -34,7 +34,7 @@ def given(key: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
   So a network that knows labels is guided by something that knows else, ``cond = {"label": ..., "y": ...}``:
 
-  >>> import jaxguide as jg
+  >>> import jax.numpy as jnp, jaxguide as jg
   >>> log_prob = jg.measurement(lambda x0: x0[0], 0.1)
   >>> guided = jg.reconstruction(given("y", log_prob), 1.0)(given("label", jg.ring(4).denoiser))
   >>> guided(jnp.zeros(2), jnp.asarray(1.0), {"label": 1, "y": 0.0}).shape

@@ -262,3 +262,11 @@ def edm_weight(sigma: ArrayLike, sigma_data: ArrayLike = 0.5) -> Leaf:
     sigma_data: ``s``, standard deviation of the data.
   """
   return 1 / jnp.square(sigma) + 1 / jnp.square(sigma_data)
+
+
+WEIGHTS: dict[str, Callable[..., Leaf]] = {
+  "eps": eps_weight,
+  "x0": x0_weight,
+  "min-snr": min_snr_weight,
+  "edm": edm_weight,
+}

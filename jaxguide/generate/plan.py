@@ -15,7 +15,9 @@ from jaxguide._core.specs import parse
 from jaxguide._core.typing import Array, Denoiser, Guidance, Solver
 from jaxguide.generate import methods
 from jaxguide.generate.settings import Settings
+from jaxguide.models.encoders import Encoder
 from jaxguide.models.model import Model
+from jaxguide.models.networks import CLASSIFIER
 
 
 class Plan(NamedTuple):
@@ -29,6 +31,7 @@ class Plan(NamedTuple):
     labels: of every sample, None where there are no classes.
     image_shape: of one sample.
     init: uint8 (n, *image_shape), images that samples start from in turn; None where they start from noise.
+    encoder: how ``x0`` becomes what the file holds.
     record: what the networks are, as plain data.
     data: all arrays that the samples depend on.
   """
@@ -40,6 +43,7 @@ class Plan(NamedTuple):
   labels: np.ndarray | None
   image_shape: Sequence[int]
   init: np.ndarray | None
+  encoder: Encoder
   record: Any
   data: Any
 
@@ -104,7 +108,7 @@ def plan(settings: Settings) -> Plan:
     solver = methods.solver(
       settings.solver, len(sigmas) - 1, **options, **dict(zip(("log_prob", "scale"), shift.parameters, strict=True))
     )
-  guidances = _clipped(settings, names, made)
+  guidances = _clipped(settings, names, made, model.config.data.bound)
   without_classes = model.config.num_classes is None and model.config.low_res_shape is None
   by_classifier = classifier is not None and all(method.gradient or method.scale is None for method in chosen)
   if without_classes or (by_classifier and model.null_cond is not None):
@@ -118,6 +122,7 @@ def plan(settings: Settings) -> Plan:
     labels=labels,
     image_shape=model.config.image_shape,
     init=init,
+    encoder=model.config.data,
     record={
       "network": dataclasses.asdict(model.config),
       "classifier_network": None if classifier is None else dataclasses.asdict(classifier.config),
@@ -163,8 +168,10 @@ def _made(settings: Settings, texts: Sequence[str], networks: methods.Networks) 
   return made
 
 
-def _clipped(settings: Settings, names: Sequence[str], made: Sequence[Guidance]) -> Sequence[Guidance]:
-  """Put the guidances together, and keep x0 in [-1, 1], unless they do so themselves."""
+def _clipped(
+  settings: Settings, names: Sequence[str], made: Sequence[Guidance], bound: float | None
+) -> Sequence[Guidance]:
+  """Put the guidances together, and keep x0 within its bound, unless they do so themselves."""
   at = len(made)
   if settings.join == "parallel":
     if not made:
@@ -174,7 +181,7 @@ def _clipped(settings: Settings, names: Sequence[str], made: Sequence[Guidance])
     # As OpenAI's code: what the network says is clipped, and what the classifier does to it is not.
     at = names.index("classifier")
   clips = settings.clip and not {"clip", "dynamic-threshold"} & set(names)
-  return [*made[:at], *([guide.clip_x0()] if clips else []), *made[at:]]
+  return [*made[:at], *([guide.clip_x0(bound)] if clips and bound is not None else []), *made[at:]]
 
 
 def _ddpm(settings: Settings, model: Model, shifts: bool) -> dict[str, Any]:
@@ -196,7 +203,7 @@ def _load(folder: PathLike, settings: Settings) -> Model:
 def _classifier(settings: Settings, model: Model) -> Model:
   folder = settings.classifier or Path(settings.model).parent / "classifier"
   classifier = _load(folder, settings)
-  if classifier.config.network != "classifier":
+  if classifier.config.role is not CLASSIFIER:
     raise ValueError(f"{folder} holds a {classifier.config.network}, not a classifier")
   for name in ("image_shape", "num_classes"):
     ours, theirs = getattr(model.config, name), getattr(classifier.config, name)

@@ -118,12 +118,12 @@ def _sample(samples: unfinished.Unfinished, settings: Settings, planned: Plan, p
       solver=planned.solver,
       batch_size=settings.batch_size,
       skip=samples.done,
-      x_init=None if init is None else lambda rows: data.from_uint8(init[rows % len(init)]),
+      x_init=None if init is None else lambda rows: np.asarray(planned.encoder.encode(init[rows % len(init)])),
       add_noise=init is not None,
     )
     with jax.default_matmul_precision(settings.matmul_precision):
       for x in batches:
-        samples.append(data.to_uint8(x))
+        samples.append(planned.encoder.decode(x))
         bar.update(len(x))
 
 

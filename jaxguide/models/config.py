@@ -9,17 +9,12 @@ from typing import Any
 import numpy as np
 from flax import linen
 
-from jaxguide import nn, schedules
+from jaxguide import schedules
 from jaxguide._core import checks
 from jaxguide.denoisers import scaling
-from jaxguide.nn.adm.classifier import POOLS
+from jaxguide.models.encoders import ENCODERS, Encoder
+from jaxguide.models.networks import NETWORKS, Network, Role
 from jaxguide.schedules.posterior import VARIANCES
-
-NETWORKS: dict[str, type[linen.Module]] = {
-  "unet": nn.UNet,
-  "super_res_unet": nn.SuperResUNet,
-  "classifier": nn.Classifier,
-}
 
 # The least and the largest value of each field that is a number, for each element where there are several. They are far
 # beyond what networks have: what lies outside is a slip, and would end in hours of tracing or in no memory.
@@ -31,18 +26,6 @@ BOUNDS: dict[str, tuple[int | float, int | float]] = {
   "num_classes": (1, 2**24),
   "diffusion_steps": (1, 100_000),
   "scale": (-math.inf, math.inf),
-}
-
-NETWORK_BOUNDS: dict[str, tuple[int | float, int | float]] = {
-  "model_channels": (1, 2**16),
-  "out_channels": (1, 2**16),
-  "num_res_blocks": (0, 64),
-  "attention_resolutions": (1, 2**16),
-  "dropout": (0, 1),
-  "channel_mult": (0, 2**10),
-  "num_heads": (1, 2**16),
-  "num_head_channels": (-1, 2**16),
-  "num_heads_upsample": (-1, 2**16),
 }
 
 LARGEST_IMAGE = 2**31 - 1
@@ -72,6 +55,7 @@ class ModelConfig:
     variance: the noise that `jaxguide.DDPM` adds for this network, ``small``, ``large`` or ``learned_range``.
     scale: the scale of guidance that is recommended for a classifier, if one is.
     low_res_shape: (height, width, channels) of the low-resolution image, for a ``super_res_unet``.
+    encoder: how the examples of a data set become what the network sees, from `jaxguide.models.encoders`.
 
   Raises:
     ValueError: for a name that is not known, naming the nearest; a field that the network does not have; or a value
@@ -89,6 +73,7 @@ class ModelConfig:
   variance: str = "small"
   scale: float | int | None = None
   low_res_shape: Sequence[int] | None = None
+  encoder: str = "pixels"
 
   def __post_init__(self):
     # As JSON has it, so that a configuration is the same before and after.
@@ -101,19 +86,14 @@ class ModelConfig:
         raise ValueError(f"{name} must be (height, width, channels), got {reprlib.repr(shape)}")
       if shape is not None and math.prod(shape) > LARGEST_IMAGE:
         raise ValueError(f"{name} must be of at most {LARGEST_IMAGE:,} numbers, got {reprlib.repr(shape)}")
-    cls = checks.lookup("network", self.network, NETWORKS)
-    object.__setattr__(self, "fields", _network_fields(cls, self.fields, self._classes))
-    if (self.network == "super_res_unet") != (self.low_res_shape is not None):
+    network = checks.lookup("network", self.network, NETWORKS)
+    object.__setattr__(self, "fields", _network_fields(network, self.fields))
+    if network.low_res != (self.low_res_shape is not None):
       raise ValueError(f"low_res_shape is for a super_res_unet, which needs it; the network is a {self.network}")
+    checks.lookup("encoder", self.encoder, ENCODERS)
     checks.lookup("prediction", self.prediction, scaling.PREDICTIONS)
     checks.lookup("variance", self.variance, dict.fromkeys(VARIANCES))
-    twice = 2 * self.image_shape[-1]
-    if self.network == "classifier" and self.variance != "small":
-      raise ValueError(f"a classifier has no variance, got {self.variance!r}: leave it out")
-    if self.scale is not None and self.network != "classifier":
-      raise ValueError("scale is what is recommended for a classifier: leave it out")
-    if self.variance == "learned_range" and self.fields.get("out_channels") != twice:
-      raise ValueError(f"variance 'learned_range' needs twice the image's channels: give out_channels {twice}")
+    self.role.check(self)
     if self.diffusion_steps is None:
       checks.lookup("schedule", self.schedule, schedules.SCHEDULES)
       if self.rescale_timesteps:
@@ -124,9 +104,14 @@ class ModelConfig:
         raise ValueError(f"a network that predicts {self.prediction!r} is told no steps: leave out diffusion_steps")
 
   @property
-  def _classes(self) -> str:
-    """The network's own name for the number of its classes."""
-    return "out_channels" if self.network == "classifier" else "num_classes"
+  def role(self) -> Role:
+    """What the network is for."""
+    return NETWORKS[self.network].role
+
+  @property
+  def data(self) -> Encoder:
+    """How the examples of a data set become what the network sees, and back."""
+    return ENCODERS[self.encoder]
 
   @property
   def noise_schedule(self) -> schedules.NoiseSchedule:
@@ -138,7 +123,7 @@ class ModelConfig:
   @property
   def module(self) -> linen.Module:
     """The Flax module."""
-    return NETWORKS[self.network](**self.fields, **{self._classes: self.num_classes})
+    return NETWORKS[self.network].module(**self.fields, **{self.role.classes: self.num_classes})
 
   @property
   def null_cond(self) -> int | None:
@@ -154,8 +139,9 @@ class ModelConfig:
     return scaling.scaling(self.prediction, self.noise_schedule, time_scale)
 
 
-def _network_fields(cls: type[linen.Module], given: Mapping[str, Any], classes: str) -> dict[str, Any]:
-  """Check the fields of a network; ``classes`` is its own name for the number of its classes."""
+def _network_fields(network: Network, given: Mapping[str, Any]) -> dict[str, Any]:
+  """Check the fields of a network, and give them as plain data."""
+  cls, classes = network.module, network.role.classes
   known = {field.name: field.type for field in dataclasses.fields(cls) if field.name not in NOT_FIELDS}
   checked: dict[str, Any] = {}
   for name, value in given.items():
@@ -167,18 +153,8 @@ def _network_fields(cls: type[linen.Module], given: Mapping[str, Any], classes: 
     if name == "dtype":
       checked[name] = dtype_name(value)
     else:
-      checked[name] = checks.field(name, value, kind, *NETWORK_BOUNDS.get(name, ()))
-  for name in ("num_head_channels", "num_heads_upsample"):
-    if checked.get(name) == 0:
-      raise ValueError(f"{name} must be at least 1, or -1 to leave it to others; got 0")
-  if checked.get("channel_mult") == ():
-    raise ValueError("channel_mult must have a number for at least one level, got none")
-  channels: int = checked.get("model_channels", nn.UNet.model_channels)
-  for factor in checked.get("channel_mult", ()):
-    if int(factor * channels) < 1:
-      raise ValueError(f"each of channel_mult must leave at least one of the {channels} model_channels, got {factor}")
-  if "pool" in checked:
-    checks.lookup("pool", checked["pool"], dict.fromkeys(POOLS))
+      checked[name] = checks.field(name, value, kind, *network.bounds.get(name, ()))
+  network.check(checked)
   return checked
 
 

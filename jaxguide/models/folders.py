@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxguide._core import records
+from jaxguide._core import devices, records
 from jaxguide._core.files import PathLike, check_writable, lock, remove_parts, sync_folder, write_atomically
 from jaxguide._core.typing import PyTree
 from jaxguide.models import arrays
@@ -118,7 +118,7 @@ def load(folder: PathLike, *, verify: bool = True) -> Model:
     raise ValueError(f"{path} does not describe a model ({error}): train it again") from error
   sums = _read_checksums(folder, held, expected) if verify else {}
   # Orbax warns about placing arrays unless it is told where; the first device is where they are used from.
-  where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  where = devices.first()
   template = [
     jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(sums["params"][name]["dtype"]) if verify else leaf.dtype, sharding=where)
     for name, leaf in arrays.leaves(expected).items()

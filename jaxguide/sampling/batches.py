@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxguide._core import checks, keys
+from jaxguide._core.devices import placement
 from jaxguide._core.typing import ArrayLike, Denoiser, Float, Key, PyTree, Solver
 from jaxguide.denoisers.conditions import check_cond
 from jaxguide.guidance.rule import check_denoiser
@@ -165,24 +166,13 @@ def sample_batches(
   num, start = check_indices(num, start, 1)
   check_start(x_init, add_noise)
   starts = x_init if callable(x_init) else _starts(x_init, num, shape)
-  if devices is not None and not (isinstance(devices, Sequence) and all(isinstance(d, jax.Device) for d in devices)):
-    raise TypeError(f"devices must be a list of devices, such as jax.devices(), got {devices!r}")
-  devices = jax.local_devices() if devices is None else list(devices)
-  if not devices:
-    raise ValueError("devices must name at least one device, or be left out to use all")
-  if len(set(devices)) < len(devices):
-    raise ValueError(f"devices must name each device once, got {devices}")
+  place = placement(devices)
   size = num if batch_size is None else min(num, checks.at_least("batch_size", batch_size, 1))
-  size = math.ceil(size / len(devices)) * len(devices)
-  spread = jax.sharding.NamedSharding(
-    jax.sharding.Mesh(np.asarray(devices), ("batch",)), jax.sharding.PartitionSpec("batch")
-  )
-  same = jax.sharding.NamedSharding(spread.mesh, jax.sharding.PartitionSpec())
-  fixed = jax.device_put((denoise, jnp.asarray(sigmas), solver), same)
-
+  size = math.ceil(size / len(place.devices)) * len(place.devices)
+  fixed = place.copies((denoise, jnp.asarray(sigmas), solver))
   skip = checks.at_least("skip", skip, 0)
   static = {"shape": shape, "add_noise": bool(add_noise)}
-  return _micro_batches(fixed, spread, key, cond, starts, static, range(skip, num, size), start)
+  return _micro_batches(fixed, place, key, cond, starts, static, range(skip, num, size), start)
 
 
 def _starts(x_init, num, shape):
@@ -195,7 +185,7 @@ def _starts(x_init, num, shape):
   return np.broadcast_to(x_init, (num, *shape)).__getitem__
 
 
-def _micro_batches(fixed, spread, key, cond, starts, static, firsts, start):
+def _micro_batches(fixed, place, key, cond, starts, static, firsts, start):
   num, size = firsts.stop, firsts.step
   for first in firsts:
     # The last micro-batch is filled up with copies of the last sample, so that every one has the same shape.
@@ -204,7 +194,7 @@ def _micro_batches(fixed, spread, key, cond, starts, static, firsts, start):
     if x_init is not None and np.shape(x_init) != (size, *static["shape"]):
       raise ValueError(f"x_init must give {(size, *static['shape'])} for {size} samples, got {np.shape(x_init)}")
     inputs = keys_of(key, start + rows), _rows(cond, rows), x_init
-    made = np.asarray(_sample_many(*fixed, *jax.device_put(inputs, spread), **static))
+    made = np.asarray(_sample_many(*fixed, *place.rows(inputs), **static))
     made = made[: num - first]
     _check_finite(made, fixed, inputs, static, start + first)
     yield made

@@ -3,8 +3,10 @@
 import dataclasses
 import math
 
-from jaxguide._core import checks, keys
+from jaxguide._core import checks, keys, specs
+from jaxguide.denoisers.scaling import WEIGHTS, x0_weight
 from jaxguide.denoisers.variational import LOSSES
+from jaxguide.training import ema, rates
 
 MATMUL_PRECISIONS = ("default", "high", "highest", "bfloat16", "tensorfloat32", "float32")
 
@@ -33,11 +35,11 @@ class TrainingConfig:
   Args:
     steps: number of optimiser steps, at most 2**31 - 1.
     batch_size: examples a step, at most 2**20.
-    learning_rate: of AdamW, at its peak; it rises linearly over ``warmup`` steps and falls along a cosine to 0.
-    warmup: number of steps.
+    learning_rate: of AdamW, at its peak.
+    warmup: number of steps over which the learning rate rises linearly from 0.
     weight_decay: of AdamW.
     clip_norm: the largest norm of a gradient.
-    ema_decay: of the parameters' running mean, which is what is used after training.
+    ema_decay: of the parameters' running mean, which is what is used after training, where ``ema`` is ``constant``.
     p_uncond: probability of dropping the label, for a UNet with a null class; 0.15 if left out.
     noise_mean: mean of log sigma over the training's noise levels. A discrete process draws its steps uniformly, and
       takes neither this nor the next.
@@ -48,6 +50,13 @@ class TrainingConfig:
     matmul_precision: of products and convolutions of float32, as ``jax.default_matmul_precision`` has it: ``default``,
       ``high``, ``highest``, ``bfloat16``, ``tensorfloat32`` or ``float32``. On an NVIDIA GPU
       the default is TensorFloat-32, 6.6e-4 away from what float64 gives where ``highest`` is 1.1e-6 away.
+    rate: how the learning rate falls, from `jaxguide.training.rates`: ``cosine`` (to 0 at the last step), ``constant``
+      or ``inverse-sqrt:decay_start=70000``.
+    ema: the running mean, from `jaxguide.training.ema`: ``constant`` (with ``ema_decay``) or ``power:std=0.1``.
+    weight: the weight of the noise levels in the loss of a denoiser in continuous time: ``plain`` (the squared error of
+      what the network predicts), or from `jaxguide.scaling` ``eps``, ``x0``, ``min-snr:gamma=5`` or
+      ``edm:sigma_data=0.5``.
+    uncertainty: whether the loss learns how hard each noise level is, as EDM2's does; `jaxguide.uncertainty_loss`.
 
   Raises:
     ValueError: for a value that is out of range or of another type than the field's, naming the field.
@@ -67,6 +76,10 @@ class TrainingConfig:
   seed: int = 0
   save_every: int = 200
   matmul_precision: str = "default"
+  rate: str = "cosine"
+  ema: str = "constant"
+  weight: str = "plain"
+  uncertainty: bool = False
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -76,4 +89,13 @@ class TrainingConfig:
       checks.above(name, getattr(self, name), 0)
     if self.loss is not None:
       checks.lookup("loss", self.loss, dict.fromkeys(LOSSES))
+    for name, make in (
+      ("rate", lambda: rates.rate(self.rate, self.learning_rate, self.steps, self.warmup)),
+      ("ema", lambda: ema.newest_share(self.ema, self.ema_decay)),
+      ("weight", lambda: specs.made("weight", self.weight, {"plain": x0_weight, **WEIGHTS}, "sigma")),
+    ):
+      try:
+        make()
+      except ValueError as error:
+        raise ValueError(f"{name} is wrong: {error}") from None
     checks.lookup("matmul_precision", self.matmul_precision, dict.fromkeys(MATMUL_PRECISIONS))

@@ -18,14 +18,15 @@ while training. From snapshots of the two, `posthoc_coefficients` and `combine` 
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxguide._core import checks
+from jaxguide._core import checks, specs
 from jaxguide._core.typing import Array, ArrayLike, PyTree
 
 Numbers = ArrayLike | Sequence[float | int]
@@ -139,7 +140,7 @@ def posthoc_coefficients(snapshots: Profiles, wanted: Profiles) -> np.ndarray:
   return coefficients / coefficients.sum(0)
 
 
-def combine(snapshots: Iterable[PyTree], coefficients: Numbers) -> PyTree:
+def weighted_sum(snapshots: Iterable[PyTree], coefficients: Numbers) -> PyTree:
   """Give ``Σ_i c_i snapshot_i``, a mean made after the training.
 
   Args:
@@ -153,7 +154,7 @@ def combine(snapshots: Iterable[PyTree], coefficients: Numbers) -> PyTree:
   Raises:
     ValueError: if there are not as many snapshots as coefficients, or none, or more than one axis of them.
 
-  >>> combine([{"w": np.float32(1.0)}, {"w": np.float32(3.0)}], [0.5, 0.5])["w"].item()
+  >>> weighted_sum([{"w": np.float32(1.0)}, {"w": np.float32(3.0)}], [0.5, 0.5])["w"].item()
   2.0
   """
   weights = np.asarray(coefficients, np.float64)
@@ -184,6 +185,39 @@ def step_weight(std: float | int, t_next: ArrayLike, t_delta: ArrayLike) -> Arra
       raise ValueError(f"t_delta must lie between 0 and t_next, got {t_delta} and {t_next}")
   # Not as 1 - beta: late in the training beta is so near 1 that float32 has few digits of the difference.
   return -jnp.expm1((float(std_to_exponent(std)) + 1) * jnp.log1p(-jnp.asarray(t_delta) / t_next))
+
+
+def _constant(step: Any, decay: float) -> Any:
+  """The share is ``1 - decay``, and larger early on: the mean would otherwise remember the random start."""
+  return 1 - jnp.minimum(decay, (1 + step) / (10 + step))
+
+
+def _power(step: Any, decay: float, *, std: float = 0.1) -> Any:
+  """The share of EDM2's power-function mean, whose width is ``std`` times the length of the training so far."""
+  del decay
+  return step_weight(std, jnp.asarray(step + 1, float), 1.0)
+
+
+MEANS: dict[str, Callable[..., Any]] = {"constant": _constant, "power": _power}
+
+
+def newest_share(text: str, decay: float) -> Callable[[Any], Any]:
+  """Give how much the newest parameters count in the running mean, as a function of the step.
+
+  Args:
+    text: ``constant``, or ``power:std=0.1`` with another width.
+    decay: how much the mean of before counts, for ``constant``.
+
+  Raises:
+    ValueError: for an unknown name, naming the nearest, an option that the mean does not have, or a width out of range.
+
+  >>> round(float(newest_share("power:std=0.1", 0.995)(999)), 4)
+  0.0079
+  """
+  function, options = specs.made("running mean", text, MEANS, "step", "decay")
+  if "std" in options:
+    std_to_exponent(options["std"])
+  return functools.partial(function, decay=decay, **options)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,19 +14,20 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxguide._core import checks, records
+from jaxguide._core import checks, devices, records
 from jaxguide._core.files import PathLike, check_writable, lock, remove_parts, sync_folder, write_atomically
 from jaxguide._core.typing import PyTree
 from jaxguide.data import Images, batches, saturation
 from jaxguide.models import arrays
 from jaxguide.models import folders as models
-from jaxguide.models.config import NETWORKS, NOT_FIELDS, ModelConfig, dtype_name
+from jaxguide.models.config import NOT_FIELDS, ModelConfig, dtype_name
 from jaxguide.models.model import Model
+from jaxguide.models.networks import NETWORKS
 from jaxguide.training import checkpoints
 from jaxguide.training.config import TrainingConfig
-from jaxguide.training.step import init_state, loss_fn, train_step
+from jaxguide.training.objectives import objective
+from jaxguide.training.step import init_state, train_step
 
 # Steps whose losses are fetched together: looking at each would make the device wait for Python.
 CHUNK = 20
@@ -72,15 +73,15 @@ def fit(
     )
   checks.flag("retrain", retrain)
   folder = Path(folder).absolute()
-  if model.network == "super_res_unet":
-    raise ValueError("a super_res_unet cannot be trained here: the data hold no low-resolution images")
+  if model.low_res_shape is not None:
+    raise ValueError(f"a {model.network} cannot be trained here: the data hold no low-resolution images")
   if images.image_shape != model.image_shape or model.num_classes not in (images.num_classes, None):
     raise ValueError(
       f"the network is for images of shape {model.image_shape} in {model.num_classes} classes, but {images.name} has "
       f"{images.image_shape} in {images.num_classes}"
     )
   models.shapes(model)
-  loss_fn(model, training)  # It says what does not go together, before anything is written.
+  objective(model, training)  # It says what does not go together, before anything is written.
   record = _record(model, training, images)
   check_writable(folder / "training.json")
   with lock(folder / ".lock", folder):
@@ -92,7 +93,7 @@ def fit(
     else:
       write_atomically(at / "training.json", json.dumps(record, indent=2).encode())
       params = _run(model, training, images, at / "checkpoints", progress)
-      trained = Model(model, jax.device_put(params, jax.local_devices()[0]))
+      trained = Model(model, jax.device_put(params, devices.first()))
       models.write(at, trained)
     shutil.rmtree(at / "checkpoints", ignore_errors=True)
     if at != folder:
@@ -165,7 +166,8 @@ def _differences(held: dict[str, Any], record: dict[str, Any], model: ModelConfi
   data = held.get("data")
   if isinstance(data, dict) and "fingerprint" not in data:  # It was written before there were fingerprints.
     record = {**record, "data": {"name": record["data"]["name"]}}
-  fields = {name: value for name, value in records.defaults(NETWORKS[model.network]).items() if name not in NOT_FIELDS}
+  module = records.defaults(NETWORKS[model.network].module)
+  fields = {name: value for name, value in module.items() if name not in NOT_FIELDS}
   default = {
     "model": {**records.defaults(ModelConfig), "fields": {**fields, "dtype": dtype_name(fields["dtype"])}},
     "training": records.defaults(TrainingConfig),
@@ -189,22 +191,19 @@ def _run(model: ModelConfig, training: TrainingConfig, images: Images, folder: P
   from tqdm.auto import tqdm
 
   # Examples are spread over the devices where they divide evenly; parameters are on each.
-  devices = jax.local_devices() if training.batch_size % jax.local_device_count() == 0 else jax.local_devices()[:1]
-  mesh = Mesh(np.asarray(devices), ("batch",))
-  spread, same = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
-  state = jax.device_put(init_state(model, training), same)
+  place = devices.for_batches(training.batch_size)
+  state = place.copies(init_state(model, training))
   step = train_step(model, training)
   state = checkpoints.restore(folder, state)
   start = int(state.step)
   source = batches(images, training.batch_size, training.seed, start)
-  label = {"unet": "denoiser"}.get(model.network, model.network)
   with tqdm(
-    total=training.steps, initial=start, desc=f"training the {label}", unit="step", disable=not progress
+    total=training.steps, initial=start, desc=f"training the {model.role.name}", unit="step", disable=not progress
   ) as bar:
     for first in range(start, training.steps, CHUNK):
       chunk = []
       for _ in range(first, min(first + CHUNK, training.steps)):
-        state, metrics = step(state, *jax.device_put(next(source), spread))
+        state, metrics = step(state, *place.rows(next(source)))
         chunk.append(metrics)
       history = jax.tree.map(lambda *values: np.asarray(values), *jax.device_get(chunk))
       done = first + len(chunk)
@@ -222,9 +221,9 @@ def _run(model: ModelConfig, training: TrainingConfig, images: Images, folder: P
         # The last step of all is saved as the model itself.
         if not last:
           checkpoints.save(folder, state, done)
-  mean = jax.device_get(state.ema_params)
+  mean = {"params": jax.device_get(state.ema_params["params"])}  # Others were trained beside them.
   # One step more, for the loss of what the last one made.
-  _, metrics = step(state, *jax.device_put(next(source), spread))
+  _, metrics = step(state, *place.rows(next(source)))
   if not np.isfinite(metrics["loss"]):
     raise _not_finite(f"the loss is not finite after step {training.steps - 1}", folder)
   return mean

@@ -1,9 +1,55 @@
 """Learning rates over the steps of a training, as optax takes them."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 import optax
 
-from jaxguide._core import checks
+from jaxguide._core import checks, specs
+
+
+def _cosine(peak: float, steps: int, warmup: int) -> optax.Schedule:
+  """A linear rise over the warm-up, then a fall along a cosine to 0 at the last step."""
+  return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps)
+
+
+def _constant(peak: float, steps: int, warmup: int) -> optax.Schedule:
+  """A linear rise over the warm-up, and no fall."""
+  del steps
+  return optax.warmup_constant_schedule(0.0, peak, warmup)
+
+
+def _inverse_sqrt(peak: float, steps: int, warmup: int, *, decay_start: float = 70_000.0) -> optax.Schedule:
+  """A linear rise over the warm-up, then `inverse_sqrt`."""
+  del steps
+  return inverse_sqrt(peak, decay_start, warmup)
+
+
+RATES: dict[str, Callable[..., optax.Schedule]] = {
+  "cosine": _cosine,
+  "constant": _constant,
+  "inverse-sqrt": _inverse_sqrt,
+}
+
+
+def rate(text: str, peak: float, steps: int, warmup: int) -> optax.Schedule:
+  """Give the learning rate of a training, ``step -> rate``, by name.
+
+  Args:
+    text: ``NAME`` or ``NAME:option=value``; ``cosine``, ``constant`` or ``inverse-sqrt``.
+    peak: the largest rate.
+    steps: number of steps of the training.
+    warmup: number of steps over which it rises.
+
+  Raises:
+    ValueError: for an unknown name, naming the nearest, or an option that the rate does not have.
+
+  >>> schedule = rate("inverse-sqrt:decay_start=25", 0.1, steps=100, warmup=10)
+  >>> [round(float(schedule(step)), 4) for step in (5, 20, 100)]
+  [0.05, 0.1, 0.05]
+  """
+  make, options = specs.made("learning rate", text, RATES, "peak", "steps", "warmup")
+  return make(peak, steps, min(warmup, steps - 1), **options)
 
 
 def inverse_sqrt(peak: float | int, decay_start: float | int = 70_000, rampup: float | int = 0) -> optax.Schedule:

@@ -199,6 +199,7 @@ def number(name: str, value: Any, low: int | float = -math.inf, high: int | floa
 def rising(self: Any, low: str, high: str, least: int | float = -math.inf) -> None:
   """Check two fields of a frozen dataclass, if they are known: both finite, the first at least and below the second.
 
+  >>> import dataclasses
   >>> @dataclasses.dataclass
   ... class Ends:
   ...   low: float

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxguide._core import checks
+from jaxguide._core.pixels import to_floats
 from jaxguide.nn.adm.encoder import Encoder
 from jaxguide.nn.layers import Conv, GroupNorm, Upsample, zeros
 from jaxguide.nn.perturbation import Perturbation
@@ -167,7 +168,7 @@ class SuperResUNet(UNet):
         f"SuperResUNet takes a low_res image for each of the images of shape {x.shape}, with their channels and no "
         f"larger than they are; got shape {low.shape}"
       )
-    low = low.astype(x.dtype) / 127.5 - 1 if low.dtype == jnp.uint8 else low.astype(x.dtype)
+    low = to_floats(low, x.dtype) if low.dtype == jnp.uint8 else low.astype(x.dtype)
     # Half-pixel centres, edges repeated: PyTorch's bilinear interpolation with align_corners=False.
     large = jax.image.resize(low, x.shape, "bilinear", antialias=False)
     return self.predict(jnp.concatenate([x, large], -1), t, cond.get("label"), self.out_channels or x.shape[-1], train)
