@@ -364,7 +364,7 @@ def test_models_that_are_missing_torn_or_do_not_match(run, folders, tmp_path, mo
     return capsys.readouterr().err
 
   assert "there is no model in" in error("--model", tmp_path / "nowhere")
-  assert "needs a unet, but the model is a classifier" in error("--model", folders / "classifier")
+  assert "needs a denoiser, but the model is a classifier" in error("--model", folders / "classifier")
   assert "denoiser holds a unet, not a classifier" in error(
     "--model", folders / "denoiser", "--classifier", folders / "denoiser"
   )
