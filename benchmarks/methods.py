@@ -17,7 +17,8 @@ from benchmarks import timing
 from jaxguide import data, evaluation, scales, training
 from jaxguide._core.typing import Guidance, Solver
 from jaxguide.evaluation import demo, digits
-from jaxguide.generate import methods
+from jaxguide.generate.guidances import Networks
+from jaxguide.generate.walks import SolverSpec
 
 FOLDER = Path("runs/demo")
 NUM, EVALUATIONS, MODERATE, LARGE = 500, (10, 20), 2.0, 8.0
@@ -26,7 +27,7 @@ SIGMAS = {"sigma_min": demo.SIGMA_MIN, "sigma_max": demo.SIGMA_MAX}
 
 def solver_of(name: str, steps: int) -> Solver:
   """Make a solver; the stochastic one of EDM with a little noise."""
-  return methods.solver("edm-stochastic:churn=2,s_noise=1.003" if name == "edm-stochastic" else name, steps)
+  return SolverSpec.parse("edm-stochastic:churn=2,s_noise=1.003" if name == "edm-stochastic" else name).build(steps)
 
 
 def guidances(models: Mapping[str, training.Model], grid: jax.Array) -> dict[str, Guidance]:
@@ -35,7 +36,7 @@ def guidances(models: Mapping[str, training.Model], grid: jax.Array) -> dict[str
   schedule, null = models["denoiser"].config.noise_schedule, models["denoiser"].null_cond
   assert null is not None
   cfg = lambda scale, rule=jg.combine.linear: jg.classifier_free(null, scale, rule)  # noqa: E731
-  clean = methods.Networks(models["denoiser"], models["classifier"], training.load, grid).clean(0.05)
+  clean = Networks(models["denoiser"], models["classifier"], training.load, grid).clean(0.05)
   perturbed = lambda kind: jg.autoguidance(jg.perturbed(denoiser, jg.Perturbation(kind)), MODERATE)  # noqa: E731
   bare = jg.unconditional(null)
   table: dict[str, Guidance] = {"none (conditional)": jg.chain(), "none (unconditional)": bare}

@@ -17,7 +17,7 @@ from jax.tree_util import Partial
 import jaxguide
 import jaxguide as jg
 from jaxguide import cli, data, generate, keys, schedules, solvers
-from jaxguide.generate import methods, unfinished
+from jaxguide.generate import guidances, unfinished
 from jaxguide.generate.plan import plan
 from jaxguide.models import folders as models
 from jaxguide.models.model import init_params
@@ -306,11 +306,11 @@ def test_products_have_the_precision_that_is_asked_for(run, tmp_path, monkeypatc
     (["--guidance", "cgf"], "unknown guidance 'cgf': did you mean 'cfg'?"),
     (["--guidance", "cfg", "--guidance", "none"], "guidance must be none alone, or one or more others; got cfg, none"),
     (["--guidance", "cfg:scale=2", "--scale", 3], "scale is given twice, as 3 and in 'cfg:scale=2'"),
-    (["--guidance", "cfg:phi=0.5"], "'cfg' has no option 'phi'; it has scale, schedule, combine"),
+    (["--guidance", "cfg:phi=0.5"], "'cfg' has no option 'phi'; it has scale, profile, combine, sigma_lo"),
     (["--guidance", "cfg:combine=rescald"], "unknown combine rule 'rescald': did you mean 'rescaled'?"),
     (["--guidance", "cfg:combine=rescaled,phi=2"], "phi must be between 0 and 1"),
-    (["--guidance", "cfg:schedule=sine"], "unknown schedule 'sine'"),
-    (["--guidance", "cfg:schedule=cosine,power=2"], "'cfg' has no option 'power'"),
+    (["--guidance", "cfg:profile=sine"], "unknown scale profile 'sine'"),
+    (["--guidance", "cfg:profile=raised-cosine,power=2"], "'cfg' has no option 'power'"),
     (["--guidance", "cfg:sigma_lo=3,sigma_hi=2"], "sigma_lo must be below sigma_hi"),
     (["--guidance", "classifier:combine=linear"], "'classifier' has no option 'combine'"),
     (["--guidance", "clip", "--scale", 2], "guidance 'clip' takes no scale"),
@@ -318,11 +318,14 @@ def test_products_have_the_precision_that_is_asked_for(run, tmp_path, monkeypatc
     (["--guidance", "autoguidance:weak=nowhere"], "there is no model in"),
     (["--guidance", "compose:labels=3/12,scales=1/1"], "label 12 is not one of the 10 classes"),
     (["--guidance", "compose:labels=3/x,scales=1/1"], "must be one or more, each a whole number, with / between them"),
-    (["--guidance", "compose:labels=3,scales=1/1"], "compose needs one of its scales for each of its labels"),
+    (
+      ["--guidance", "compose:labels=3,scales=1/1"],
+      "compose needs one scale for each label, got 2 scales and 1 labels",
+    ),
     (["--guidance", "pag:blocks=middle_block_9"], "unknown attention block 'middle_block_9'"),
     (["--guidance", "cfg", "--guidance", "clip", "--join", "serial"], "unknown way to join 'serial'"),
     (["--guidance", "none", "--join", "parallel"], "there is no guidance in the denoiser to join"),
-    (["--guidance", "cfg:schedule=cfg++", "--solver", "heun"], "schedule 'cfg++' is for solvers euler, ddim"),
+    (["--guidance", "cfg:profile=cfg++", "--solver", "heun"], "profile 'cfg++' is for solvers euler, ddim"),
     (["--guidance", "compose:labels=1,scales=nan"], "scales must be finite"),
     (["--guidance", "reconstruction:level=inf"], "level must be finite"),
     (["--guidance", "classifier", "--guidance", "classifier", "--solver", "ddpm"], "by one classifier"),
@@ -351,7 +354,7 @@ def test_an_output_that_cannot_be_written(run, tmp_path, name):
   (tmp_path / "folder.npz").mkdir()
   status, _, errors = run("sample", "--out", tmp_path / name)
   assert status == 2
-  assert errors.startswith(("jaxguide: cannot write", "jaxguide: unknown format"))
+  assert errors.startswith(("jaxguide: cannot write", "jaxguide: unknown format", "jaxguide: out must be a file"))
   assert errors.count("\n") == 1
 
 
@@ -381,6 +384,16 @@ def test_demo_refuses_an_output_before_any_work(run, tmp_path):
   assert errors.count("\n") == 1
 
 
+def test_ctrl_c_says_how_to_go_on(run, tmp_path, monkeypatch):
+  def interrupted(*args, **options):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(generate, "run", interrupted)
+  status, _, errors = run("sample", "--out", tmp_path / "s.npz")
+  assert status == 130
+  assert "Start the same command again to go on" in errors
+
+
 def test_help_says_what_there_is(run):
   status, printed, _ = run("--help")
   assert status == 0
@@ -389,7 +402,7 @@ def test_help_says_what_there_is(run):
   status, printed, _ = run("sample", "--help")
   assert status == 0
   words = " ".join(printed.split())
-  assert "Power in p(x) p(y|x)^scale" in " ".join(words.replace("│", " ").split())
+  assert "the power in p(x) p(y|x)^scale" in " ".join(words.replace("│", " ").split())
   named = [name for rows in generate.overview().values() for name, _, _ in rows if name]
   assert {"cfg", "unipc", "karras", "rescaled", "cfg++"} <= set(named)
   for name in named:
@@ -401,9 +414,9 @@ def test_the_readme_tables_have_every_name():
   table = readme.partition("## Guidance\n")[2].partition("\n## ")[0]
   rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| `")]
   names = "".join(row[0] for row in rows[1:])
-  for name in methods.METHODS:
+  for name in guidances.METHODS:
     assert f"`{name}`" in readme.partition("## Guidance\n")[2], name
-  for table, option in ((methods.COMBINES, "combine"), (methods.SCHEDULES, "schedule")):
+  for table, option in ((guidances.COMBINES, "combine"), (guidances.PROFILES, "profile")):
     for name in table:
       assert name in names or name in ("linear", "constant"), (option, name)
   functions = re.findall(r"([a-zA-Z_][a-zA-Z_.0-9]*)\(", "".join(row[1] for row in rows[1:]))
@@ -425,14 +438,16 @@ ASKED = {
   "cfg:scale=3,combine=frequency-decoupled,ratios=1/0.2": lambda m, c, w: jg.classifier_free(
     10, 3.0, jg.frequency_decoupled(1.0, 0.2)
   ),
-  "cfg:scale=3,schedule=linear,floor=1.5": lambda m, c, w: jg.classifier_free(
+  "cfg:scale=3,profile=linear,floor=1.5": lambda m, c, w: jg.classifier_free(
     10, jg.scales.linear(3.0, m.config.noise_schedule, 1.5)
   ),
-  "cfg:scale=3,schedule=cosine": lambda m, c, w: jg.classifier_free(10, jg.scales.cosine(3.0, m.config.noise_schedule)),
-  "cfg:scale=3,schedule=powered-cosine,power=0.5": lambda m, c, w: jg.classifier_free(
+  "cfg:scale=3,profile=raised-cosine": lambda m, c, w: jg.classifier_free(
+    10, jg.scales.cosine(3.0, m.config.noise_schedule)
+  ),
+  "cfg:scale=3,profile=powered-cosine,power=0.5": lambda m, c, w: jg.classifier_free(
     10, jg.scales.powered_cosine(3.0, m.config.noise_schedule, 0.5)
   ),
-  "cfg:scale=0.6,schedule=cfg++": lambda m, c, w: jg.classifier_free(10, jg.scales.cfg_pp(0.6, jg.karras(3), 0.0)),
+  "cfg:scale=0.6,profile=cfg++": lambda m, c, w: jg.classifier_free(10, jg.scales.cfg_pp(0.6, jg.karras(3), 0.0)),
   "cfg:scale=3,sigma_lo=0.5,sigma_hi=20": lambda m, c, w: jg.interval(jg.classifier_free(10, 3.0), 0.5, 20.0),
   "cfg:ratio=0.3": lambda m, c, w: jg.normalized(jg.classifier_free(10, 2.0), 0.3),
   "classifier:scale=30": lambda m, c, w: jg.classifier(c.log_prob, 30.0),
@@ -455,7 +470,7 @@ def _perturbed(model, kind, *blocks, **options):
 
 
 def _clean(classifier, level):
-  return Partial(methods._at_level, classifier.log_prob, level)
+  return Partial(guidances._at_level, classifier.log_prob, level)
 
 
 @pytest.fixture(scope="module")
@@ -483,8 +498,8 @@ def test_every_guidance_by_name(folders, networks, asked, clip):
 
 def test_every_guidance_is_asked():
   names = [asked.partition(":")[0] for asked in ASKED]
-  assert {*names, "compose"} == set(methods.METHODS)
-  for option, table in (("combine", methods.COMBINES), ("schedule", methods.SCHEDULES)):
+  assert {*names, "compose"} == set(guidances.METHODS)
+  for option, table in (("combine", guidances.COMBINES), ("profile", guidances.PROFILES)):
     assert {name for name in table if any(f"{option}={name}" in asked for asked in ASKED)} >= {*table} - {
       "linear",
       "constant",
@@ -835,7 +850,7 @@ def test_published_models_sample(sample_published, name, args):
 @pytest.mark.parametrize(
   ("name", "args", "message"),
   [
-    ("conditional", ["--guidance", "cfg"], "the model knows no null class"),
+    ("conditional", ["--guidance", "cfg"], "the model has no null class"),
     ("unconditional", ["--label", 3], "the model has no classes"),
     ("unconditional", ["--steps", "ddim600"], "no whole stride through 1000 steps visits 600"),
     ("unconditional", ["--steps", 1001], "steps must be at most the 1000 of the table"),

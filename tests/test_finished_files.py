@@ -52,7 +52,7 @@ def test_a_finished_file_stays_unless_it_may_be_overwritten(settings, tmp_path, 
     ({"scale": 3.0}, "settings.scale is None there, and 3.0 here"),
     ({"labels": (2,)}, r"settings.labels is None there, and \[2\] here"),
   ):
-    with pytest.raises(ValueError, match=rf"s\{suffix} is there already.*{difference}.*--overwrite"):
+    with pytest.raises(ValueError, match=rf"s\{suffix} exists already.*{difference}.*--overwrite"):
       draw(out, settings(**changes))
   assert out.read_bytes() == before
   assert draw(out, settings(seed=1), overwrite=True) is True
@@ -63,7 +63,7 @@ def test_a_finished_file_stays_unless_it_may_be_overwritten(settings, tmp_path, 
 def test_a_file_that_says_nothing_is_somebody_elses(settings, tmp_path):
   out = tmp_path / "s.npz"
   data.save_npz(out, np.zeros((3, 8, 8, 1), np.uint8))
-  with pytest.raises(ValueError, match="does not say what it was made with"):
+  with pytest.raises(ValueError, match="does not tell what it was made with"):
     draw(out, settings())
   assert draw(out, settings(), overwrite=True)
 
@@ -186,7 +186,7 @@ def test_a_large_picture_says_what_it_was_made_with(settings, tmp_path, monkeypa
   monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
   assert draw(out, settings()) is False
   out.write_bytes(b"no picture")
-  with pytest.raises(ValueError, match="does not say what it was made with"):
+  with pytest.raises(ValueError, match="does not tell what it was made with"):
     draw(out, settings())
 
 
@@ -199,11 +199,11 @@ def test_a_finished_file_whose_settings_are_none(settings, tmp_path):
   out = tmp_path / "s.npz"
   for text in ("[1]", "null", "{", "[" * 100_000):
     data.save_npz(out, np.zeros((3, 8, 8, 1), np.uint8), settings=text)
-    with pytest.raises(ValueError, match="does not say what it was made with"):
+    with pytest.raises(ValueError, match="does not tell what it was made with"):
       draw(out, settings())
   with zipfile.ZipFile(out, "w") as members, members.open("settings.npy", "w") as file:
     claim(file, (10**14,))
-  with pytest.raises(ValueError, match="does not say what it was made with"):
+  with pytest.raises(ValueError, match="does not tell what it was made with"):
     draw(out, settings())
 
 
@@ -213,7 +213,7 @@ def test_a_bare_array_that_claims_more_than_it_holds(settings, tmp_path):
     claim(file, (10**14,))
   with pytest.raises(ValueError, match=r"s\.npz is not an .npz file"):
     data.load_npz(out)
-  with pytest.raises(ValueError, match="does not say what it was made with"):
+  with pytest.raises(ValueError, match="does not tell what it was made with"):
     draw(out, settings())
 
 

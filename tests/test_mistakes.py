@@ -10,7 +10,7 @@ import pytest
 import jaxguide as jg
 from jaxguide import evaluation, scaling, schedules, smc
 from jaxguide._core import specs
-from jaxguide.generate import methods
+from jaxguide.generate.walks import GridSpec, SolverSpec
 
 RING = jg.ring(4)
 GRID = jg.karras(3, 0.05, 10.0)
@@ -167,9 +167,9 @@ def test_more_steps_than_can_be_meant(make):
 
 
 REFUSED = {
-  "rho": (lambda: methods.grid("karras:rho=1e9", 10, schedules.Cosine()), "rho must be at most 1000"),
-  "churn": (lambda: methods.solver("edm-stochastic:churn=1e30", 10), "s_churn must be at most 10000"),
-  "s_min": (lambda: methods.solver("edm-stochastic:s_min=5,s_max=1", 10), "s_min must be at most s_max"),
+  "rho": (lambda: GridSpec.parse("karras:rho=1e9").levels(10, schedules.Cosine()), "rho must be at most 1000"),
+  "churn": (lambda: SolverSpec.parse("edm-stochastic:churn=1e30"), "s_churn must be at most 10000"),
+  "s_min": (lambda: SolverSpec.parse("edm-stochastic:s_min=5,s_max=1"), "s_min must be at most s_max"),
   "no option": (lambda: specs.parse("cfg:"), "must be written NAME:option=value"),
   "empty option": (lambda: specs.parse("cfg:scale=2,"), "must be written NAME:option=value"),
   "ratio": (lambda: jg.normalized(jg.clip_x0(), -1.0), "ratio must be at least 0"),

@@ -86,6 +86,24 @@ def made(
   return function, choose(spec, options_of(function, *hidden))
 
 
+class HelpRow(NamedTuple):
+  """A line of a help text: a name, what it does, and its options."""
+
+  name: str
+  text: str
+  options: str
+
+
+def help_row(name: str, function: Callable[..., Any], options: Mapping[str, inspect.Parameter]) -> HelpRow:
+  """Give the line of a help text for a function: the first line of its docstring, and its options.
+
+  >>> help_row("parse", parse, {})
+  HelpRow(name='parse', text='Read NAME or NAME:option=value,option=value.', options='')
+  """
+  first_line = (inspect.getdoc(function) or "").splitlines()[0]
+  return HelpRow(name, first_line.replace("`", ""), described(options))
+
+
 def described(known: Mapping[str, inspect.Parameter]) -> str:
   """Give options with their defaults, for a help text.
 

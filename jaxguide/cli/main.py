@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from jaxguide import generate
 from jaxguide.cli import interop
-from jaxguide.schedules import GRIDS
-from jaxguide.solvers import SOLVERS
+from jaxguide.cli.options import options_of, with_options
+from jaxguide.generate import Settings
 
 app = typer.Typer(
   name="jaxguide",
@@ -65,10 +66,10 @@ def demo(
 
 
 class SampleCommand(typer.core.TyperCommand):
-  """A command whose help lists what has a name."""
+  """A command whose help lists the names of guidances, solvers and grids."""
 
   def format_help(self, ctx: Any, formatter: Any) -> None:
-    """Write the options, and then all names with what they do and their own options."""
+    """Write the options, then all names, what they do and their own options."""
     from jaxguide import generate
 
     super().format_help(ctx, formatter)
@@ -78,109 +79,26 @@ class SampleCommand(typer.core.TyperCommand):
 
 
 @app.command(cls=SampleCommand)
+@with_options(*options_of(Settings, {"labels": "label"}))
 def sample(
-  out: Annotated[Path, typer.Option(help="File to write: .npz (arr_0 uint8 NHWC, arr_1 labels) or .png (a grid).")],
-  model: Annotated[Path, typer.Option(help="Folder of the denoiser.")] = DEMO / "denoiser",
-  classifier: Annotated[
-    Path | None,
-    typer.Option(help="Folder of the classifier; for guidance classifier, the one beside the model if left out."),
-  ] = None,
-  base_samples: Annotated[
-    Path | None, typer.Option(help=".npz of low-resolution samples, for a model of super-resolution.")
-  ] = None,
-  init: Annotated[
-    Path | None, typer.Option(help=".npz of images to start from, taken in turn, instead of from noise.")
-  ] = None,
-  init_level: Annotated[
-    float | None,
-    typer.Option(
-      help="Noise level sigma that --init's images are given, nearest of the grid: the higher, the less is left of "
-      "them. [default: half of the steps are walked]"
-    ),
-  ] = None,
-  label: Annotated[
-    list[int] | None, typer.Option(help="Class to sample; repeat for several. All classes in turn if left out.")
-  ] = None,
-  num: Annotated[int, typer.Option(help="Number of samples.")] = 16,
-  guidance: Annotated[
-    list[str] | None,
-    typer.Option(
-      help="NAME or NAME:option=value,option=value, listed below, or none; repeat for several, innermost first. "
-      "[default: classifier with --classifier, else cfg where the model can]"
-    ),
-  ] = None,
-  join: Annotated[str, typer.Option(help="How several guidances are put together: chain or parallel.")] = "chain",
-  scale: Annotated[
-    float | None,
-    typer.Option(
-      help="Power in p(x) p(y|x)^scale: 0 unconditional, 1 conditional, more is sharper and less diverse. "
-      "For cfg the paper's w is scale - 1; classifier guides the unconditional network, and where the model cannot be "
-      "one, the conditional, whose power then is 1 + scale. For backward it is the step size, for schedule cfg++ "
-      "its lambda. [default: as recommended for the classifier, or 2]"
-    ),
-  ] = None,
-  solver: Annotated[
-    str,
-    typer.Option(
-      help=f"NAME or NAME:option=value: {', '.join(SOLVERS)}. With ddpm a classifier shifts the mean (Dhariwal & "
-      "Nichol's Algorithm 1), with the others it bends the score (their Algorithm 2)."
-    ),
-  ] = "ddim",
-  steps: Annotated[
-    str, typer.Option(help="Steps of the solver; for the grid respaced also ddim25 or 10,10,10.")
-  ] = "50",
-  grid: Annotated[
-    str | None,
-    typer.Option(
-      help=f"Noise levels, NAME or NAME:option=value: respaced (of a discrete process), {', '.join(GRIDS)}. "
-      "[default: by the model]"
-    ),
-  ] = None,
-  dtype: Annotated[str, typer.Option(help="What the networks compute in: float32 or bfloat16.")] = "float32",
-  matmul_precision: Annotated[
-    str, typer.Option(help="Of products: default, high, highest and others; on a GPU default is TF32 for float32.")
-  ] = "default",
-  cudnn_attention: Annotated[
-    bool, typer.Option(help="Attend by cuDNN's fused kernel, on an NVIDIA GPU and in bfloat16; elsewhere no change.")
-  ] = False,
-  clip: Annotated[bool, typer.Option(help="Keep x0 in [-1, 1].")] = True,
-  seed: Annotated[int, typer.Option(help="Seed: sample i depends on seed, i and its label alone.")] = 0,
-  batch_size: Annotated[int, typer.Option(help="Samples at a time.")] = 256,
+  out: Annotated[Path, typer.Option(help="File to write: .npz (arr_0 uint8 NHWC, arr_1 labels) or .png (a picture).")],
   overwrite: Annotated[
     bool, typer.Option("--overwrite", help="Replace a finished file that was made with other options.")
   ] = False,
   progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+  **options: Any,
 ) -> None:
   """Sample from a trained model, guided, into an .npz or .png file.
 
-  Killed and started again with the same options, it goes on where it stopped.
-  """
-  from jaxguide import generate
+  Give --label and --guidance again for each further value. If the command is stopped and started again with the same
+  options, it goes on where it stopped.
 
-  settings = generate.Settings(
-    model=str(model),
-    classifier=None if classifier is None else str(classifier),
-    base_samples=None if base_samples is None else str(base_samples),
-    init=None if init is None else str(init),
-    init_level=init_level,
-    labels=label,
-    num=num,
-    guidance=guidance,
-    join=join,
-    scale=scale,
-    solver=solver,
-    steps=steps,
-    grid=grid,
-    dtype=dtype,
-    matmul_precision=matmul_precision,
-    cudnn_attention=cudnn_attention,
-    clip=clip,
-    seed=seed,
-    batch_size=batch_size,
-  )
+  Example: jaxguide sample --out threes.png --label 3 --guidance cfg:scale=4
+  """
+  settings = Settings(**options)
   with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always", UserWarning)
     drawn = generate.run(out, settings, overwrite=overwrite, progress=progress)
   for warning in caught:
     print(f"jaxguide: {warning.message}", file=sys.stderr)
-  print(f"{num} samples are in {out}{'' if drawn else ' already, made with these options'}.")
+  print(f"{settings.num} samples are in {out}{'' if drawn else ' already, made with these options'}.")

@@ -1,7 +1,18 @@
-"""Samples from a trained model into a file: what ``jaxguide sample`` does."""
+"""Samples from a trained model, in a file: what ``jaxguide sample`` does.
 
-from jaxguide.generate.methods import overview
+`Settings` holds everything that the samples depend on. `run` draws them and writes the file. `overview` lists the names
+of guidances, solvers and grids with their options.
+"""
+
+from jaxguide._core.specs import HelpRow
+from jaxguide.generate import guidances, walks
 from jaxguide.generate.run import FORMATS, run
 from jaxguide.generate.settings import Settings
+
+
+def overview() -> dict[str, list[HelpRow]]:
+  """Give everything that can be named in `Settings`, by kind: each name with what it does and its options."""
+  return {**guidances.help_rows(), **walks.help_rows()}
+
 
 __all__ = ["FORMATS", "Settings", "overview", "run"]

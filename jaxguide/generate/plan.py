@@ -11,26 +11,26 @@ from jaxguide import data, schedules, solvers, training
 from jaxguide import guidance as guide
 from jaxguide._core import checks
 from jaxguide._core.files import PathLike
-from jaxguide._core.specs import parse
 from jaxguide._core.typing import Array, Denoiser, Guidance, Solver
-from jaxguide.generate import methods
+from jaxguide.generate.guidances import GuidanceSpec, Networks
 from jaxguide.generate.settings import Settings
+from jaxguide.generate.walks import GridSpec, check_levels, ddim_eta
 from jaxguide.models.encoders import Encoder
 from jaxguide.models.model import Model
 from jaxguide.models.networks import CLASSIFIER
 
 
 class Plan(NamedTuple):
-  """What is to be run.
+  """What is run.
 
   Args:
-    denoiser: guided.
-    solver: with a classifier in it, if that shifts the mean.
-    sigmas: the levels to walk.
-    cond: of every sample.
-    labels: of every sample, None where there are no classes.
-    image_shape: of one sample.
-    init: uint8 (n, *image_shape), images that samples start from in turn; None where they start from noise.
+    denoiser: the guided denoiser.
+    solver: the solver, which holds the classifier if that shifts the mean.
+    sigmas: (steps + 1,) the noise levels of the walk.
+    cond: the condition of every sample.
+    labels: the label of every sample; None where there are no classes.
+    image_shape: the shape of one sample.
+    init: (n, *image_shape) stored examples that samples start from in turn; None where they start from noise.
     encoder: how ``x0`` becomes what the file holds.
     record: what the networks are, as plain data.
     data: all arrays that the samples depend on.
@@ -56,66 +56,31 @@ def plan(settings: Settings) -> Plan:
     FileNotFoundError: if there is no model.
   """
   model = _load(settings.model, settings)
-  texts = _guidances(settings, model)
-  names = [parse(text).name for text in texts]
-  chosen = [methods.METHODS[name] for name in names]
-  classifier = _classifier(settings, model) if any(method.gradient for method in chosen) else None
-  for option, value, taken in (
-    ("scale", settings.scale, any(method.scale is not None for method in chosen)),
-    ("classifier", settings.classifier, classifier is not None),
-  ):
-    if value is not None and not taken:
-      none = ", ".join(names) or "none"
-      raise ValueError(f"guidance {none!r} takes no {option}: leave it out, or choose another guidance")
-  table = model.config.noise_schedule
-  grid = settings.grid or ("respaced" if isinstance(table, schedules.Table) else "karras")
+  chosen = _chosen(settings, model)
+  classifier = _classifier(settings, model) if any(spec.method.gradient for spec in chosen) else None
+  _check_unused(settings, chosen, classifier)
   init = _init(settings, model)
-  sigmas = methods.grid(grid, settings.steps, table)
-  if init is not None:
-    sigmas = sigmas[_first_step(settings, sigmas) :]
+  sigmas = _sigmas(settings, model)
+  shifts_mean = settings.solver_spec.name == "ddpm" and any(spec.name == "classifier" for spec in chosen)
+  solver = settings.solver_spec.build(len(sigmas) - 1, **_solver_defaults(settings, model, shifts_mean))
+  _check_churn(solver, sigmas)
   others: list[Model] = []
 
   def load_other(folder: str) -> Model:
     others.append(_load(folder, settings))
     return others[-1]
 
-  is_ddpm = parse(settings.solver).name == "ddpm"
-  shifts = is_ddpm and "classifier" in names
-  options = _ddpm(settings, model, shifts) if is_ddpm else {}
-  solver = methods.solver(settings.solver, len(sigmas) - 1, **options)
-  # How much noise a step of the kind that CFG++ and DDIM take makes anew; None for steps of another kind.
-  eta = {solvers.Euler: 0.0, solvers.DDPM: 1.0}.get(type(solver))
-  eta = solver.eta if isinstance(solver, solvers.DDIM | solvers.EulerAncestral) else eta
-  if isinstance(solver, solvers.EDMStochastic) and np.any(np.asarray(solver.gamma) > 0):
-    methods.check_levels(sigmas, "s_min", solver.s_min, "s_max", solver.s_max)
-  networks = methods.Networks(model, classifier, load_other, sigmas, eta)
-  made = _made(settings, texts, networks)
-  if shifts:
-    # It goes with the solver and not into the denoiser.
-    at = names.index("classifier")
-    narrowed = {"sigma_lo", "sigma_hi", "ratio"} & set(parse(texts[at]).options)
-    if names.count("classifier") > 1:
-      raise ValueError(
-        "solver 'ddpm' shifts its mean by one classifier: leave out the others, or choose another solver"
-      )
-    if narrowed:
-      raise ValueError(
-        f"solver 'ddpm' shifts its mean by all of the classifier's gradient, at every level: leave out "
-        f"{', '.join(sorted(narrowed))}, or choose another solver"
-      )
-    shift: Any = made.pop(at)
-    names.pop(at)
-    solver = methods.solver(
-      settings.solver, len(sigmas) - 1, **options, **dict(zip(("log_prob", "scale"), shift.parameters, strict=True))
-    )
-  guidances = _clipped(settings, names, made, model.config.data.bound)
-  without_classes = model.config.num_classes is None and model.config.low_res_shape is None
-  by_classifier = classifier is not None and all(method.gradient or method.scale is None for method in chosen)
-  if without_classes or (by_classifier and model.null_cond is not None):
-    guidances = [guide.unconditional(model.null_cond), *guidances]
+  networks = Networks(model, classifier, load_other, sigmas, ddim_eta(solver))
+  guidances = list(zip(chosen, _built(settings, chosen, networks), strict=True))
+  if shifts_mean:
+    solver, guidances = _move_into_solver(solver, guidances)
+  steps = _clipped(settings, guidances, model.config.data.bound)
+  if _runs_unconditionally(model, chosen):
+    steps = [guide.unconditional(model.null_cond), *steps]
   cond, labels = _cond(settings, model, classifier)
+  models = [model, *([] if classifier is None else [classifier]), *others]
   return Plan(
-    denoiser=guide.chain(*guidances)(model.denoiser),
+    denoiser=guide.chain(*steps)(model.denoiser),
     solver=solver,
     sigmas=sigmas,
     cond=cond,
@@ -128,70 +93,122 @@ def plan(settings: Settings) -> Plan:
       "classifier_network": None if classifier is None else dataclasses.asdict(classifier.config),
       "other_networks": [dataclasses.asdict(other.config) for other in others],
     },
-    data=(
-      model.params,
-      None if classifier is None else classifier.params,
-      [other.params for other in others],
-      cond,
-      init,
-    ),
+    data=([each_model.params for each_model in models], cond, init),
   )
 
 
-def _guidances(settings: Settings, model: Model) -> Sequence[str]:
-  """The guidances that are asked for, or those that suit the networks."""
-  given = settings.guidance
+def _chosen(settings: Settings, model: Model) -> Sequence[GuidanceSpec]:
+  """Give the guidances that are named, or those that suit the networks."""
   if model.config.low_res_shape is not None:
-    if given not in (None, ("none",)):
-      raise ValueError(f"a model of super-resolution is sampled with guidance 'none', not {', '.join(given)!r}")
+    if settings.guidance not in (None, ("none",)):
+      raise ValueError(
+        f"a model of super-resolution is sampled with guidance 'none', not {', '.join(settings.guidance)!r}"
+      )
     return ()
-  if given is not None:
-    return () if given == ("none",) else tuple(given)
+  if settings.guidance_specs is not None:
+    return settings.guidance_specs
   if settings.classifier is not None:
-    return ("classifier",)
-  return () if model.null_cond is None else ("cfg",)
+    return (GuidanceSpec.parse("classifier"),)
+  return () if model.null_cond is None else (GuidanceSpec.parse("cfg"),)
 
 
-def _made(settings: Settings, texts: Sequence[str], networks: methods.Networks) -> list[Guidance]:
-  """Make every guidance; the first that takes a scale has that of the settings."""
-  scale, made = settings.scale, []
-  for text in texts:
-    spec = parse(text)
-    takes = methods.METHODS[spec.name].scale is not None
-    if takes and scale is not None and "scale" in spec.options:
-      raise ValueError(f"scale is given twice, as {scale:g} and in {text!r}: leave out one")
+def _check_unused(settings: Settings, chosen: Sequence[GuidanceSpec], classifier: Model | None) -> None:
+  """Check that a scale and a classifier that were given are used."""
+  for option, value, is_used in (
+    ("scale", settings.scale, any(spec.takes_scale for spec in chosen)),
+    ("classifier", settings.classifier, classifier is not None),
+  ):
+    if value is not None and not is_used:
+      names = ", ".join(spec.name for spec in chosen) or "none"
+      raise ValueError(f"guidance {names!r} takes no {option}: leave it out, or choose another guidance")
+
+
+def _sigmas(settings: Settings, model: Model) -> Array:
+  """Give the levels of the walk: the grid, or its end if the walk starts from images."""
+  schedule = model.config.noise_schedule
+  default = "respaced" if isinstance(schedule, schedules.Table) else "karras"
+  sigmas = (settings.grid_spec or GridSpec.parse(default)).levels(settings.steps, schedule)
+  return sigmas if settings.init is None else sigmas[_first_step(settings, sigmas) :]
+
+
+def _solver_defaults(settings: Settings, model: Model, shifts_mean: bool) -> dict[str, Any]:
+  """Give the fields of the solver that follow from the model."""
+  if settings.solver_spec.name != "ddpm":
+    return {}
+  options = settings.solver_spec.options
+  if "gradient_at" in options and not shifts_mean:
+    raise ValueError("gradient_at is for solver 'ddpm' with guidance 'classifier', which shifts its mean")
+  if options.get("variance") == "learned_range" and model.config.variance != "learned_range":
+    raise ValueError(f"the model in {settings.model} has learned no variance: choose small or large")
+  return {"variance": model.config.variance}
+
+
+def _check_churn(solver: Solver, sigmas: Array) -> None:
+  """Check that the walk has a level at which EDM's stochastic sampler adds its noise."""
+  if isinstance(solver, solvers.EDMStochastic) and np.any(np.asarray(solver.gamma) > 0):
+    check_levels(sigmas, "s_min", solver.s_min, "s_max", solver.s_max)
+
+
+def _built(settings: Settings, chosen: Sequence[GuidanceSpec], networks: Networks) -> list[Guidance]:
+  """Build the guidances. The scale of the settings goes to the first that takes one."""
+  scale, guidances = settings.scale, []
+  for spec in chosen:
+    if spec.takes_scale and scale is not None and "scale" in spec.options:
+      raise ValueError(f"scale is given twice, as {scale:g} and in {spec.text!r}: leave out one")
     recommended = None
     if spec.name == "classifier" and networks.classifier is not None:
       recommended = networks.classifier.config.scale
-    made.append(methods.build(text, networks, recommended if scale is None or not takes else scale))
-    scale = None if takes else scale
-  return made
+    guidances.append(spec.build(networks, recommended if scale is None or not spec.takes_scale else scale))
+    scale = None if spec.takes_scale else scale
+  return guidances
 
 
-def _clipped(
-  settings: Settings, names: Sequence[str], made: Sequence[Guidance], bound: float | None
-) -> Sequence[Guidance]:
-  """Put the guidances together, and keep x0 within its bound, unless they do so themselves."""
-  at = len(made)
+Named = tuple[GuidanceSpec, Guidance]
+
+
+def _move_into_solver(solver: Solver, guidances: list[Named]) -> tuple[Solver, list[Named]]:
+  """Move the classifier from the guidances into the solver ``ddpm``, which shifts its mean by the gradient."""
+  (spec, guidance), *more = [named for named in guidances if named[0].name == "classifier"]
+  if more:
+    raise ValueError("solver 'ddpm' shifts its mean by one classifier: leave out the others, or choose another solver")
+  narrowed = {"sigma_lo", "sigma_hi", "ratio"} & set(spec.options)
+  if narrowed:
+    raise ValueError(
+      f"solver 'ddpm' shifts its mean by all of the classifier's gradient, at every level: leave out "
+      f"{', '.join(sorted(narrowed))}, or choose another solver"
+    )
+  rule: Any = guidance
+  log_prob, scale = rule.parameters
+  shifted: Any = solver
+  return (
+    dataclasses.replace(shifted, log_prob=log_prob, scale=scale),
+    [named for named in guidances if named[0] is not spec],
+  )
+
+
+def _clipped(settings: Settings, guidances: Sequence[Named], bound: float | None) -> Sequence[Guidance]:
+  """Join the guidances, and clip x0 to its bound unless one of them does."""
+  names, steps = [spec.name for spec, _ in guidances], [guidance for _, guidance in guidances]
+  at = len(steps)
   if settings.join == "parallel":
-    if not made:
+    if not steps:
       raise ValueError("there is no guidance in the denoiser to join: leave out join")
-    made, at = [guide.parallel(*made)], 1
+    steps, at = [guide.parallel(*steps)], 1
   elif "classifier" in names:
-    # As OpenAI's code: what the network says is clipped, and what the classifier does to it is not.
+    # As in OpenAI's code: the network's prediction is clipped, and the change by the classifier is not.
     at = names.index("classifier")
-  clips = settings.clip and not {"clip", "dynamic-threshold"} & set(names)
-  return [*made[:at], *([guide.clip_x0(bound)] if clips and bound is not None else []), *made[at:]]
+  if bound is None or not settings.clip or {"clip", "dynamic-threshold"} & set(names):
+    return steps
+  return [*steps[:at], guide.clip_x0(bound), *steps[at:]]
 
 
-def _ddpm(settings: Settings, model: Model, shifts: bool) -> dict[str, Any]:
-  """What the model has to say of ancestral sampling."""
-  given = parse(settings.solver).options
-  if "gradient_at" in given and not shifts:
-    raise ValueError("gradient_at is for solver 'ddpm' with guidance 'classifier', which shifts its mean")
-  if given.get("variance") == "learned_range" and model.config.variance != "learned_range":
-    raise ValueError(f"the model in {settings.model} has learned no variance: choose small or large")
-  return {"variance": model.config.variance}
+def _runs_unconditionally(model: Model, chosen: Sequence[GuidanceSpec]) -> bool:
+  """Whether the model runs without labels: it has no classes, or only classifiers guide and it has a null label."""
+  if model.config.num_classes is None and model.config.low_res_shape is None:
+    return True
+  by_classifier = any(spec.method.gradient for spec in chosen)
+  only_classifiers = all(spec.method.gradient or not spec.takes_scale for spec in chosen)
+  return by_classifier and only_classifiers and model.null_cond is not None
 
 
 def _load(folder: PathLike, settings: Settings) -> Model:
@@ -202,6 +219,8 @@ def _load(folder: PathLike, settings: Settings) -> Model:
 
 def _classifier(settings: Settings, model: Model) -> Model:
   folder = settings.classifier or Path(settings.model).parent / "classifier"
+  if settings.classifier is None and not Path(folder, "config.json").exists():
+    raise FileNotFoundError(f"guidance by a classifier needs one, and there is none in {folder}: give classifier")
   classifier = _load(folder, settings)
   if classifier.config.role is not CLASSIFIER:
     raise ValueError(f"{folder} holds a {classifier.config.network}, not a classifier")

@@ -1,4 +1,4 @@
-"""The run: sample, keep what is done, and write the file at the end."""
+"""The run: draw the samples, keep those that are done, and write the file at the end."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from jaxguide.models.config import ModelConfig
 
 
 def _save_png(path: Path, images: np.ndarray, labels: np.ndarray | None, settings: str) -> None:
-  """Draw every sample: a row for each label, or a square where there is only one."""
+  """Draw all samples in one picture: a row for each label, or a square if there is one label."""
   counts = np.ones(1) if labels is None else np.bincount(labels)
   if np.count_nonzero(counts) == 1:
     title = None if labels is None else f"label {labels[0]}"
@@ -37,62 +37,64 @@ FORMATS: dict[str, Callable[..., None]] = {".npz": data.save_npz, ".png": _save_
 
 
 def run(out: PathLike, settings: Settings, *, overwrite: bool = False, progress: bool = True) -> bool:
-  """Sample and write a file.
+  """Sample, and write the samples to a file.
 
-  Until the file is whole, the samples are kept in a folder beside it, ``OUT.unfinished``. A run that was killed goes on
-  where it stopped when it is started again with the same settings, and the file is what an unbroken run gives. The file
-  holds its settings. Where it is there already, and was made with the same ones, nothing is drawn.
+  While it runs, the samples so far are kept in the folder ``OUT.unfinished``. If the run is killed and started again
+  with the same settings, it goes on where it stopped, and the file is the same as that of an unbroken run. The file
+  holds its settings. If the file exists and was made with the same settings, nothing is drawn.
 
   Args:
-    out: an ``.npz`` (``arr_0`` uint8 NHWC, ``arr_1`` labels, as OpenAI's evaluator reads it) or a ``.png`` (a labelled
-      grid).
-    settings: all that the samples depend on.
-    overwrite: whether a finished file that was made with other settings may be replaced.
+    out: the file: an ``.npz`` (``arr_0`` uint8 NHWC, ``arr_1`` labels, as OpenAI's evaluator reads it) or a ``.png`` (a
+      picture of all samples, with labels).
+    settings: everything that the samples depend on.
+    overwrite: whether to replace a finished file that was made with other settings.
     progress: whether to show a progress bar.
 
   Returns:
-    Whether samples were drawn; False if the file was there already.
+    Whether samples were drawn; False if the file existed already.
 
   Warns:
-    UserWarning: if far more of the pixels lie at the ends of their range than in the training data.
+    UserWarning: if far more pixels are saturated than in the training data.
 
   Raises:
-    ValueError: for a setting that is out of range, unknown, or does not suit the others, before the work starts; or a
-      finished file or an unfinished run with other settings, naming what differs.
-    OSError: if ``out`` cannot be written, or another process is writing it, before the work starts.
+    ValueError: before the work starts, for a setting that is out of range, unknown, or does not suit the others; or for
+      a finished file or an unfinished run with other settings, naming what differs.
+    OSError: before the work starts, if ``out`` cannot be written, or another process is writing it.
     FileNotFoundError: if there is no model.
-    FloatingPointError: if a sample is not finite. Those before it are kept.
+    FloatingPointError: if a sample is not finite. The samples before it are kept.
   """
   out = Path(os.path.realpath(out) if os.path.islink(out) else out)
+  if not out.suffix:
+    raise ValueError(f"out must be a file that ends in {' or '.join(FORMATS)}, got {out}")
   write = checks.lookup("format", out.suffix, FORMATS)
   check_writable(out)
   checks.flag("overwrite", overwrite)
-  planned = plan(settings)
-  if out.suffix == ".png" and planned.image_shape[-1] not in (1, 3):
+  run_plan = plan(settings)
+  if out.suffix == ".png" and run_plan.image_shape[-1] not in (1, 3):
     raise ValueError(
-      f"a PNG needs images of 1 (gray) or 3 (RGB) channels, and the model's have {planned.image_shape[-1]}: write .npz"
+      f"a PNG needs images of 1 (gray) or 3 (RGB) channels, and the model's have {run_plan.image_shape[-1]}: write .npz"
     )
   record = records.record(
-    settings=settings, **planned.record, data={"crc32": _fingerprint(planned.data)}, jaxguide=jaxguide.__version__
+    settings=settings, **run_plan.record, data={"crc32": _fingerprint(run_plan.data)}, jaxguide=jaxguide.__version__
   )
   unfinished_at = out.with_name(out.name + ".unfinished")
   with lock(out.with_name(f".{out.name}.lock"), out):
     remove_parts(out.parent, out.name)
     if out.exists():
-      held = _settings_of(out)
-      if held is not None:
-        unfinished.clear_finished(unfinished_at, held)
+      old_record = _settings_of(out)
+      if old_record is not None:
+        unfinished.clear_finished(unfinished_at, old_record)
       if not overwrite:
-        _check_finished(out, held, record)
+        _check_finished(out, old_record, record)
         return False
-    samples = unfinished.Unfinished(unfinished_at, record, (settings.num, *planned.image_shape), _DEFAULTS)
+    samples = unfinished.Unfinished(unfinished_at, record, (settings.num, *run_plan.image_shape), _DEFAULTS)
     try:
-      _sample(samples, settings, planned, progress)
+      _sample(samples, settings, run_plan, progress)
     except BaseException:
       if not samples.done:
-        samples.remove()  # It must not stand in the way of a run with better settings.
+        samples.remove()  # An empty unfinished run would block a run with other settings.
       raise
-    write(out, samples.images, planned.labels, json.dumps(record))
+    write(out, samples.images, run_plan.labels, json.dumps(record))
     share = data.saturation(samples.images)
     samples.remove()
   _warn_of_saturation(settings, share)
@@ -103,57 +105,59 @@ _DEFAULTS = {"settings": records.defaults(Settings), "network": records.defaults
 _DEFAULTS["classifier_network"] = _DEFAULTS["network"]
 
 
-def _sample(samples: unfinished.Unfinished, settings: Settings, planned: Plan, progress: bool) -> None:
+def _sample(samples: unfinished.Unfinished, settings: Settings, run_plan: Plan, progress: bool) -> None:
   from tqdm.auto import tqdm
 
-  init = planned.init
+  init = run_plan.init
   with tqdm(total=settings.num, initial=samples.done, desc="sampling", unit="sample", disable=not progress) as bar:
     batches = sampling.sample_batches(
-      planned.denoiser,
+      run_plan.denoiser,
       keys.seed_key(settings.seed),
-      planned.cond,
+      run_plan.cond,
       num=settings.num,
-      shape=planned.image_shape,
-      sigmas=planned.sigmas,
-      solver=planned.solver,
+      shape=run_plan.image_shape,
+      sigmas=run_plan.sigmas,
+      solver=run_plan.solver,
       batch_size=settings.batch_size,
       skip=samples.done,
-      x_init=None if init is None else lambda rows: np.asarray(planned.encoder.encode(init[rows % len(init)])),
+      x_init=None if init is None else lambda rows: np.asarray(run_plan.encoder.encode(init[rows % len(init)])),
       add_noise=init is not None,
     )
     with jax.default_matmul_precision(settings.matmul_precision):
       for x in batches:
-        samples.append(planned.encoder.decode(x))
+        samples.append(run_plan.encoder.decode(x))
         bar.update(len(x))
 
 
 def _settings_of(out: Path) -> dict[str, Any] | None:
   try:
-    held = json.loads(data.settings_of(out) or "")
+    record = json.loads(data.settings_of(out) or "")
   except (ValueError, RecursionError):
     return None
-  return held if isinstance(held, dict) else None
+  return record if isinstance(record, dict) else None
 
 
-def _check_finished(out: Path, held: Mapping[str, Any] | None, record: Mapping[str, Any]) -> None:
-  if held is None:
+def _check_finished(out: Path, old_record: Mapping[str, Any] | None, record: Mapping[str, Any]) -> None:
+  if old_record is None:
     raise ValueError(
-      f"{out} is there already, and does not say what it was made with: choose another file, or --overwrite it"
+      f"{out} exists already, and does not tell what it was made with: choose another file, or --overwrite it"
     )
-  different = records.differences(held, record, _DEFAULTS)
+  # What the networks are follows from the settings. It is named only where nothing else differs.
+  only_settings = ({"settings": part.get("settings")} for part in (old_record, record))
+  different = records.differences(next(only_settings), next(only_settings), _DEFAULTS)
+  different = different or records.differences(old_record, record, _DEFAULTS)
   if different:
     raise ValueError(
-      f"{out} is there already, made with other settings ({'; '.join(different)}): choose another file, or "
-      "--overwrite it"
+      f"{out} exists already, made with other settings ({'; '.join(different)}): choose another file, or --overwrite it"
     )
 
 
 def _warn_of_saturation(settings: Settings, share: float) -> None:
-  """Warn where the share of saturated values is more than half the way from the training data's to 1."""
+  """Warn if the share of saturated values is more than half way from the training data's share to 1."""
   try:
     trained = float(records.read(Path(settings.model, "training.json"))["data"]["saturation"])
   except (OSError, ValueError, KeyError, TypeError):
-    trained = 0.8  # A model that does not say: so much black or white is rare but in drawings.
+    trained = 0.8  # For a model without this figure. Only drawings have so many saturated pixels.
   if share > (1 + trained) / 2 and trained < 1:
     warnings.warn(
       f"{share:.0%} of the pixel values lie at the ends of their range, 0 or 255, and {trained:.0%} would be usual: "
@@ -163,7 +167,7 @@ def _warn_of_saturation(settings: Settings, share: float) -> None:
 
 
 def _fingerprint(arrays: PyTree) -> int:
-  """A number that other arrays would, as good as surely, not have."""
+  """Give a CRC-32 checksum of arrays."""
   total = 0
   for leaf in jax.tree.leaves(arrays):
     total = zlib.crc32(np.ascontiguousarray(leaf).data, total)

@@ -1,15 +1,17 @@
 """The settings of a run of sampling."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxguide._core import checks, keys
-from jaxguide._core.specs import parse
-from jaxguide.generate import methods
+from jaxguide._core import checks, keys, specs
+from jaxguide._core.files import PathLike
+from jaxguide.generate.guidances import METHODS, GuidanceSpec
+from jaxguide.generate.walks import GridSpec, SolverSpec
 from jaxguide.training.config import MATMUL_PRECISIONS
 
 DTYPES = ("float32", "bfloat16")
@@ -22,46 +24,53 @@ MAX_NUM = 10**8
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """All that samples depend on.
+  """Everything that samples depend on.
 
-  What has a name may have options: ``NAME:option=value,option=value``. `jaxguide.generate.overview` tells them all.
+  A guidance, a solver or a grid is a name with options: ``NAME:option=value,option=value``. ``jaxguide sample --help``
+  lists the names and their options.
 
   Args:
-    model: folder of a denoiser.
-    classifier: folder of a classifier; for guidance that asks one, the one beside the model if left out.
-    base_samples: an ``.npz`` of low-resolution samples, for a model of super-resolution, which are taken in turn; their
-      labels, where the model has classes, are those of the file.
-    init: an ``.npz`` of images to start from, taken in turn, whose labels are not looked at; each sample adds its own
-      noise to its image (image to image).
-    init_level: the standard deviation sigma of that noise. The walk begins at the grid's nearest level, and what lies
-      above it is not visited. Without an init_level the walk begins in the middle of the grid's steps.
-    labels: classes to take in turn; all of them if left out.
-    num: number of samples, at most `MAX_NUM`.
-    guidance: names with options, the first innermost; or ``none`` alone. Guidance by classifiers alone is of the
-      unconditional network, where the model can be one. If left out, ``classifier`` where there is one, else
-      ``cfg`` where the model knows a null class, else ``none``. A model of super-resolution takes ``none`` alone.
-    join: how several guidances are put together, ``chain`` or ``parallel``; see `jaxguide.chain`, `jaxguide.parallel`.
-    scale: of the first guidance that takes one, if its options have none: the power in ``p(x) p(y|x)^scale``. If left
-      out, what is recommended for the classifier, or what is usual for the guidance.
-    solver: a name from `jaxguide.solvers`, with options. With ``ddpm`` a classifier shifts the mean (Dhariwal &
-      Nichol's Algorithm 1), with any other it bends the score (their Algorithm 2).
-    steps: steps of the solver; with the grid ``respaced`` also a text, as `jaxguide.schedules.spaced_timesteps` has it.
-    grid: ``respaced`` (steps of the model's own discrete process) or a name from `jaxguide.schedules`, with options; if
-      left out, ``respaced`` where the model has one, else ``karras``.
-    dtype: what the networks compute in, ``float32`` or ``bfloat16``.
-    matmul_precision: of products, as ``jax.default_matmul_precision`` names it. On a GPU float32 is TF32 there unless
-      it is ``highest``: 6.6e-4 from float64's result against 1.1e-6 on an H100.
-    cudnn_attention: whether they attend by cuDNN's fused kernel on a GPU; see `jaxguide.UNet`.
-    clip: whether x0 is kept in [-1, 1]: what guidance made of it, or before a ``classifier`` changes it. Where
-      ``guidance`` says itself where it is clipped, nothing else is.
-    seed: sample ``i`` depends on the seed, ``i`` and its label alone. Up to 2**64 - 1; every digit counts.
-    batch_size: samples at a time.
+    model: Folder of the denoiser.
+    classifier: Folder of the classifier. If left out, guidance that needs a classifier takes the folder ``classifier``
+      beside the model.
+    base_samples: An .npz of low-resolution samples, for a model of super-resolution. They are taken in turn, with the
+      labels of the file where the model has classes.
+    init: An .npz of images to start from, instead of noise (image to image); they are taken in turn. Files that
+      ``jaxguide sample`` writes are such files. Labels in the file are ignored.
+    init_level: Noise level sigma that is added to the images of init. Each sample draws its own noise, and the walk
+      begins at the nearest level of the grid. A higher level keeps less of the images. If left out, the walk
+      begins in the middle of the grid's steps.
+    labels: Classes to sample, taken in turn; all classes if left out.
+    num: Number of samples, at most 100,000,000.
+    guidance: Guidances, the first innermost, or none alone. If left out: classifier where a classifier is given,
+      else cfg where the model has a null class, else none. If only classifiers guide, the model runs with its null
+      label when it has one. A model of super-resolution takes none alone.
+    join: How several guidances are combined: chain (each guides the result of the one before) or parallel (their
+      changes are added).
+    scale: Guidance scale, the power in p(x) p(y|x)^scale: 0 unconditional, 1 conditional, more is sharper and less
+      diverse. It goes to the first guidance that takes a scale and has none in its options. For cfg the paper's w is
+      scale - 1. A classifier guides the unconditional model; a model without a null class stays conditional, and its
+      power is then 1 + scale. For backward it is the step size, for profile cfg++ the lambda. If left out: the
+      classifier's recommended scale, or the default of the guidance (2 for cfg).
+    solver: Solver. With ddpm a classifier shifts the mean (Dhariwal & Nichol's Algorithm 1), with the others it changes
+      the score (their Algorithm 2).
+    steps: Number of steps of the solver; for the grid respaced also a text, such as ddim25 or 10,10,10.
+    grid: Grid of noise levels. If left out: respaced (the steps of the model's own discrete process) where the model
+      has one, else karras.
+    dtype: Type that the networks compute in, float32 or bfloat16.
+    matmul_precision: Precision of products, as jax.default_matmul_precision names it. On a GPU the default for
+      float32 is TF32: on an H100 its results differ from those of float64 by 6.6e-4, and those of highest by 1.1e-6.
+    cudnn_attention: Use cuDNN's fused attention, on an NVIDIA GPU and in bfloat16; elsewhere no change.
+    clip: Clip x0 to the valid range of the data: after the guidance, or before a classifier changes it. A guidance clip
+      or dynamic-threshold takes its place.
+    seed: Seed, from 0 to 2**64 - 1. Sample i depends on the seed, i and its label alone.
+    batch_size: Number of samples drawn at a time.
   """
 
-  model: str
-  classifier: str | None = None
-  base_samples: str | None = None
-  init: str | None = None
+  model: PathLike = "runs/demo/denoiser"
+  classifier: PathLike | None = None
+  base_samples: PathLike | None = None
+  init: PathLike | None = None
   init_level: float | None = None
   labels: Sequence[int] | None = None
   num: int = 16
@@ -119,17 +128,34 @@ class Settings:
     if self.guidance is not None:
       if not isinstance(self.guidance, Sequence) or not all(isinstance(text, str) for text in self.guidance):
         raise TypeError(f"guidance must be names with their options, such as 'cfg:scale=2', got {self.guidance!r}")
-      names = [parse(text).name for text in self.guidance]
-      if any(text != "none" for text, name in zip(self.guidance, names, strict=True) if name == "none"):
-        raise ValueError("guidance 'none' takes no options: leave them out")
-      for name in names:
-        checks.lookup("guidance", name, {**methods.METHODS, "none": None})
-      if not names or ("none" in names and len(names) > 1):
-        raise ValueError(f"guidance must be none alone, or one or more others; got {', '.join(names) or 'nothing'}")
       object.__setattr__(self, "guidance", tuple(self.guidance))
-    methods.solver(self.solver, 1)
+    self.guidance_specs, self.solver_spec, self.grid_spec  # noqa: B018  They are checked when they are read.
     checks.lookup("way to join", self.join, dict.fromkeys(JOINS))
     checks.lookup("dtype", self.dtype, dict.fromkeys(DTYPES))
     checks.lookup("matmul_precision", self.matmul_precision, dict.fromkeys(MATMUL_PRECISIONS))
     if self.cudnn_attention and self.dtype == "float32":
       raise ValueError("cudnn_attention is for half precision: give dtype bfloat16 with it, or leave it out")
+
+  @functools.cached_property
+  def guidance_specs(self) -> tuple[GuidanceSpec, ...] | None:
+    """The guidances that are named; none for ``none``, and None where it is left to the networks."""
+    if self.guidance is None:
+      return None
+    names = [specs.parse(text).name for text in self.guidance]
+    if any(text != "none" for text, name in zip(self.guidance, names, strict=True) if name == "none"):
+      raise ValueError("guidance 'none' takes no options: leave them out")
+    if not names or ("none" in names and len(names) > 1):
+      raise ValueError(f"guidance must be none alone, or one or more others; got {', '.join(names) or 'nothing'}")
+    for name in names:
+      checks.lookup("guidance", name, {**METHODS, "none": None})
+    return () if names == ["none"] else tuple(map(GuidanceSpec.parse, self.guidance))
+
+  @functools.cached_property
+  def solver_spec(self) -> SolverSpec:
+    """The solver that is named."""
+    return SolverSpec.parse(self.solver)
+
+  @functools.cached_property
+  def grid_spec(self) -> GridSpec | None:
+    """The grid that is named; None where it is left to the model."""
+    return None if self.grid is None else GridSpec.parse(self.grid)

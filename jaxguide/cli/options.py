@@ -1,0 +1,93 @@
+"""Options of commands, made from the fields of dataclasses.
+
+A field becomes an option: its name, its type and its default are those of the field, and its help is the field's entry
+under Args in the docstring of the class. So a new field of `jaxguide.generate.Settings` is a new option of ``jaxguide
+sample``.
+"""
+
+import dataclasses
+import inspect
+import os
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def described_fields(cls: type) -> dict[str, str]:
+  """Give what the docstring of a class says of each of its fields, under Args.
+
+  >>> from jaxguide.generate import Settings
+  >>> described_fields(Settings)["num"]
+  'Number of samples, at most 100,000,000.'
+  """
+  arguments = re.search(r"Args:\n(.*?)(?:\n\n|\Z)", inspect.getdoc(cls) or "", re.DOTALL)
+  entries = re.split(r"\n(?=\w+: )", textwrap.dedent(arguments.group(1))) if arguments else []
+  pairs = (entry.split(": ", 1) for entry in entries)
+  return {name.strip(): " ".join(text.split()) for name, text in pairs}
+
+
+def options_of(cls: type, names: Mapping[str, str] | None = None) -> list[inspect.Parameter]:
+  """Give the options of a command that fills a dataclass.
+
+  Args:
+    cls: a dataclass. Its docstring describes every field under Args.
+    names: names of options where they are not those of the fields; ``label`` for ``labels``, which is given once for
+      each value.
+
+  Raises:
+    KeyError: if the docstring does not describe a field.
+  """
+  descriptions, annotations = described_fields(cls), typing.get_type_hints(cls)
+  parameters = []
+  for field in dataclasses.fields(cls):
+    kind = _kind(annotations[field.name])
+    is_optional = field.default is None
+    name = (names or {}).get(field.name, field.name).replace("_", "-")
+    flag = f"--{name}/--no-{name}" if kind is bool and field.default is True else f"--{name}"
+    # Square brackets would be markup of the help.
+    option = typer.Option(flag, help=descriptions[field.name].replace("`", "").replace("[", "\\["))
+    parameters.append(
+      inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+        annotation=Annotated[kind | None if is_optional else kind, option],
+      )
+    )
+  return parameters
+
+
+def _kind(annotation: Any) -> Any:
+  """Give the type of an option: what a command line can give of the types that a field may have."""
+  kinds = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else ()
+  kinds = kinds or (annotation,)
+  if any(kind is os.PathLike or typing.get_origin(kind) is os.PathLike for kind in kinds):
+    return Path
+  for kind in kinds:
+    if typing.get_origin(kind) is not None:
+      return list[_kind(typing.get_args(kind)[0])]  # type: ignore[misc]
+  return next(kind for kind in (str, float, int, bool) if kind in kinds)
+
+
+def with_options(*parameters: inspect.Parameter) -> Callable[[Callable[..., None]], Callable[..., None]]:
+  """Give a command further options. The function takes them as keyword arguments, ``**options``.
+
+  Args:
+    *parameters: the options, from `options_of`.
+  """
+
+  def decorate(function: Callable[..., None]) -> Callable[..., None]:
+    own = [p for p in inspect.signature(function).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    every: Any = function
+    in_order = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (own[0], *parameters, *own[1:])]
+    every.__signature__ = inspect.Signature(in_order)
+    every.__annotations__ = {parameter.name: parameter.annotation for parameter in in_order} | {"return": None}
+    return function
+
+  return decorate

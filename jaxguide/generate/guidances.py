@@ -1,0 +1,391 @@
+"""Guidance by name, with options: ``cfg:scale=4,combine=rescaled,phi=0.7``.
+
+A guidance method is one function and one entry in `METHODS`. The function takes the `Networks`, a scale and a combine
+rule if it needs them, and its options as keyword parameters. The command line, its help and the README's table follow
+from the entry.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from jaxguide import denoisers, nn
+from jaxguide import guidance as guide
+from jaxguide._core import checks, promotion, specs
+from jaxguide._core.specs import choose, options_of
+from jaxguide._core.typing import Array, Guidance, LogProb, Scale, scale_at
+from jaxguide.generate.walks import check_levels
+from jaxguide.guidance import Rule
+from jaxguide.guidance import combine as rules
+from jaxguide.guidance import scales as scaled
+from jaxguide.guidance.combine import Combine
+from jaxguide.models.model import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+  """The networks that guidance is built from, and the walk that it will guide.
+
+  Args:
+    model: the model whose denoiser is guided.
+    classifier: the classifier; None if there is none.
+    load: loads the model of another folder.
+    sigmas: (steps + 1,) the noise levels of the walk.
+    eta: eta of a DDIM-type step (0 deterministic, 1 DDPM); None for other solvers.
+  """
+
+  model: Model
+  classifier: Model | None
+  load: Callable[[str], Model]
+  sigmas: Array
+  eta: Any = None
+
+  @property
+  def null_cond(self) -> int:
+    """The null label of the model.
+
+    Raises:
+      ValueError: if the model has none.
+    """
+    null = self.model.null_cond
+    if null is None:
+      raise ValueError(
+        "the model has no null class, which classifier-free guidance needs: choose guidance 'classifier' or 'none'"
+      )
+    return null
+
+  @property
+  def log_prob(self) -> LogProb:
+    """The classifier as a log-probability of labels.
+
+    Raises:
+      ValueError: if there is no classifier.
+    """
+    if self.classifier is None:
+      raise ValueError("guidance by a classifier needs one, and there is none")
+    return self.classifier.log_prob
+
+  def clean(self, level: float) -> LogProb:
+    """The classifier as a log-probability for clean examples: it is evaluated at a small noise level."""
+    return Partial(_at_level, self.log_prob, checks.finite("level", checks.above("level", level, 0)))
+
+
+def _at_level(log_prob, level, x0, sigma, cond):
+  return log_prob(x0, jnp.asarray(level, x0.dtype), cond)
+
+
+# --- guidance -------------------------------------------------------------------------------------
+
+
+def cfg(networks: Networks, scale: Scale, combine: Combine) -> Guidance:
+  """Classifier-free guidance (Ho & Salimans 2021): away from the prediction without the label."""
+  return guide.classifier_free(networks.null_cond, scale, combine)
+
+
+def classifier(networks: Networks, scale: Scale) -> Guidance:
+  """The gradient of a noisy classifier is added to the score (Dhariwal & Nichol 2021); with ddpm it shifts the mean."""
+  return guide.classifier(networks.log_prob, scale)
+
+
+def autoguidance(networks: Networks, scale: Scale, combine: Combine, *, weak: str) -> Guidance:
+  """Autoguidance (Karras et al. 2024): away from a weaker model, loaded from the folder weak."""
+  weak_model, model = networks.load(weak), networks.model.config
+  for name in ("image_shape", "num_classes"):
+    ours, theirs = getattr(model, name), getattr(weak_model.config, name)
+    if ours != theirs:
+      raise ValueError(f"the weak model in {weak} has {name} {theirs}, but the model has {ours}")
+  return guide.autoguidance(weak_model.denoiser, scale, combine)
+
+
+def _perturbed(kind: str, networks: Networks, scale: Scale, combine: Combine, blocks: Sequence[str], **options: float):
+  weak = denoisers.perturbed(networks.model.denoiser, nn.Perturbation(kind, blocks, **options))
+  return guide.autoguidance(weak, scale, combine)
+
+
+def pag(
+  networks: Networks, scale: Scale, combine: Combine, *, blocks: tuple[str, ...] = ("middle_block_1",)
+) -> Guidance:
+  """PAG (Ahn et al. 2024): away from the network with identity attention in some blocks; their s is scale - 1."""
+  return _perturbed("identity", networks, scale, combine, blocks)
+
+
+def seg(
+  networks: Networks,
+  scale: Scale,
+  combine: Combine,
+  *,
+  blocks: tuple[str, ...] = ("middle_block_1",),
+  width: float = float("inf"),
+) -> Guidance:
+  """SEG (Hong 2024): away from the network with attention blurred by width pixels."""
+  return _perturbed("smooth", networks, scale, combine, blocks, width=width)
+
+
+def slg(
+  networks: Networks, scale: Scale, combine: Combine, *, blocks: tuple[str, ...] = ("middle_block_1",)
+) -> Guidance:
+  """SLG (Stable Diffusion 3.5): away from the network with some blocks skipped."""
+  return _perturbed("skip", networks, scale, combine, blocks)
+
+
+def compose(networks: Networks, scale: Scale, *, labels: tuple[int, ...], scales: tuple[float, ...]) -> Guidance:
+  """Composition (Liu et al. 2022): the label, and further labels with their own scales; a negative scale avoids one."""
+  null = networks.null_cond
+  if len(labels) != len(scales):
+    raise ValueError(f"compose needs one scale for each label, got {len(scales)} scales and {len(labels)} labels")
+  numbers = np.array([checks.whole("label", label, -(2**63), 2**63 - 1) for label in labels])
+  checks.labels("label", numbers, networks.model.config.num_classes or 0)
+  of_all = Partial(_with_others, checks.scale("scale", scale), jnp.array(checks.finite("scales", scales)))
+  return Rule(_compose, (guide.compose(null, of_all), jnp.array(labels)))
+
+
+def _compose(denoise, guidance, labels, x, sigma, cond):
+  labels, cond = promotion.same_type(labels, cond)
+  return guidance(denoise)(x, sigma, jnp.append(cond, labels))
+
+
+def _with_others(scale, others, sigma):
+  return jnp.append(scale_at(scale, sigma, others), others)
+
+
+def reconstruction(networks: Networks, scale: Scale, *, level: float = 0.01) -> Guidance:
+  """DPS, universal guidance: the gradient of a classifier of clean images, through the denoiser."""
+  return guide.reconstruction(networks.clean(level), scale)
+
+
+def backward(networks: Networks, scale: Scale, *, steps: int = 1, level: float = 0.01) -> Guidance:
+  """Universal guidance, backward: steps of gradient ascent on x0 under a classifier; scale is the step size."""
+  return guide.backward_guidance(networks.clean(level), scale, steps)
+
+
+def clip(networks: Networks, *, bound: float = 1.0) -> Guidance:
+  """Clip x0 to [-bound, bound] at this place of the chain."""
+  del networks
+  return guide.clip_x0(bound)
+
+
+def dynamic_threshold(networks: Networks, *, quantile: float = 0.995, bound: float = 1.0) -> Guidance:
+  """Imagen's thresholding: scale x0 down if a quantile of its absolute values is above bound."""
+  del networks
+  return guide.dynamic_threshold(quantile, bound)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A guidance method.
+
+  Args:
+    make: ``(networks, ...) -> Guidance``. If it has a parameter ``scale`` or ``combine``, it gets a scale or a combine
+      rule. Its other parameters are the options of the method.
+    scale: the default scale; None for a method without one.
+    gradient: whether it uses the gradient of a classifier. Guidance by gradients alone runs the model unconditionally.
+  """
+
+  make: Callable[..., Guidance]
+  scale: float | None = None
+  gradient: bool = False
+
+  @property
+  def options(self) -> dict[str, inspect.Parameter]:
+    """The method's own options."""
+    return options_of(self.make, "networks", "scale", "combine")
+
+  @property
+  def combines(self) -> bool:
+    """Whether it combines two predictions by a rule."""
+    return "combine" in inspect.signature(self.make).parameters
+
+
+METHODS: dict[str, Method] = {
+  "cfg": Method(cfg, 2.0),
+  "classifier": Method(classifier, 2.0, gradient=True),
+  "autoguidance": Method(autoguidance, 2.0),
+  "pag": Method(pag, 4.0),
+  "seg": Method(seg, 4.0),
+  "slg": Method(slg, 3.0),
+  "compose": Method(compose, 2.0),
+  "reconstruction": Method(reconstruction, 1.0, gradient=True),
+  "backward": Method(backward, 0.1, gradient=True),
+  "clip": Method(clip),
+  "dynamic-threshold": Method(dynamic_threshold),
+}
+
+
+# --- combine rules and scale profiles -------------------------------------------------------------
+
+
+def _linear() -> Combine:
+  """The rule of the papers: base + scale (x0 - base)."""
+  return rules.linear
+
+
+def _tangential() -> Combine:
+  """TCFG (Kwon et al. 2025): remove the part of the base score that is off the common direction."""
+  return rules.tangential
+
+
+def _frequency_decoupled(*, ratios: tuple[float, ...] = (1.0, 0.5)) -> Combine:
+  """FDG (Sadat et al. 2025): a factor on the scale for each band of frequencies, finest first."""
+  return rules.frequency_decoupled(*ratios)
+
+
+COMBINES: dict[str, Callable[..., Combine]] = {
+  "linear": _linear,
+  "rescaled": rules.rescaled,
+  "projected": rules.projected,
+  "zero-star": rules.zero_star,
+  "tangential": _tangential,
+  "frequency-decoupled": _frequency_decoupled,
+}
+
+
+def _constant(networks: Networks, scale: float) -> Scale:
+  """The same scale at every noise level."""
+  del networks
+  return scale
+
+
+def _linear_profile(networks: Networks, scale: float, *, floor: float | None = None) -> Scale:
+  """Rises linearly as the noise falls; scale is its mean over time, floor its least value (Wang et al. 2024)."""
+  return scaled.linear(scale, networks.model.config.noise_schedule, floor)
+
+
+def _raised_cosine(networks: Networks, scale: float) -> Scale:
+  """Rises along a cosine as the noise falls; scale is its mean over time."""
+  return scaled.cosine(scale, networks.model.config.noise_schedule)
+
+
+def _powered_cosine(networks: Networks, scale: float, *, power: float = 1.0) -> Scale:
+  """Rises along a cosine of a power of time, up to scale."""
+  return scaled.powered_cosine(scale, networks.model.config.noise_schedule, power)
+
+
+def _cfg_pp(networks: Networks, scale: float) -> Scale:
+  """CFG++ (Chung et al. 2024): scale is their lambda, 0.2 to 1; for solvers euler, ddim, euler-ancestral and ddpm."""
+  if networks.eta is None:
+    raise ValueError("profile 'cfg++' is for solvers euler, ddim, euler-ancestral and ddpm: choose one of them")
+  return scaled.cfg_pp(scale, networks.sigmas, networks.eta)
+
+
+PROFILES: dict[str, Callable[..., Scale]] = {
+  "constant": _constant,
+  "linear": _linear_profile,
+  "raised-cosine": _raised_cosine,
+  "powered-cosine": _powered_cosine,
+  "cfg++": _cfg_pp,
+}
+
+
+def _everywhere(*, sigma_lo: float | None = None, sigma_hi: float | None = None, ratio: float | None = None) -> None:
+  """Act at levels from sigma_lo to sigma_hi only; scale the change to ratio times the length of the predicted noise."""
+
+
+# --- a guidance that was named --------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidanceSpec:
+  """A guidance that was named with options. The options are checked; the networks are not needed yet.
+
+  Args:
+    text: ``NAME`` or ``NAME:option=value,...``, as it was written.
+    name: the name.
+    method: the entry in `METHODS`.
+    profile: the function that makes a scale of a number, from `PROFILES`.
+    rule: the function that makes the combine rule, from `COMBINES`.
+    options: the values of all options.
+  """
+
+  text: str
+  name: str
+  method: Method
+  profile: Callable[..., Scale]
+  rule: Callable[..., Combine]
+  options: Mapping[str, Any]
+
+  @classmethod
+  def parse(cls, text: str) -> "GuidanceSpec":
+    """Read a guidance.
+
+    Raises:
+      ValueError: for an unknown name, naming the nearest; an option that it does not have, or that is missing; or a
+        value of another type.
+
+    >>> GuidanceSpec.parse("cfg:scale=4,combine=rescaled,phi=0.5").options
+    {'scale': 4.0, 'combine': 'rescaled', 'phi': 0.5}
+    """
+    spec = specs.parse(text)
+    method = checks.lookup("guidance", spec.name, METHODS)
+    profile = checks.lookup("scale profile", spec.options.get("profile", "constant"), PROFILES)
+    rule = checks.lookup("combine rule", spec.options.get("combine", "linear"), COMBINES)
+    known = dict(method.options)
+    if method.scale is not None:
+      known |= {**options_of(profile, "networks"), "profile": _word("profile", "constant")}
+    if method.combines:
+      known |= {**options_of(rule), "combine": _word("combine", "linear")}
+    options = choose(spec, {**known, **options_of(_everywhere)})
+    for name, parameter in method.options.items():
+      if parameter.default is parameter.empty and name not in options:
+        raise ValueError(f"{spec.name!r} needs its option {name}: {spec.name}:{name}=...")
+    return cls(text, spec.name, method, profile, rule, options)
+
+  @property
+  def takes_scale(self) -> bool:
+    """Whether the guidance has a scale."""
+    return self.method.scale is not None
+
+  def _of(self, known: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: self.options[name] for name in known if name in self.options}
+
+  def build(self, networks: Networks, scale: float | None = None) -> Guidance:
+    """Build the guidance.
+
+    Args:
+      networks: what to build it from.
+      scale: the scale, if the options have none; the method's default if left out.
+
+    Raises:
+      ValueError: for a value that is out of range, or networks that the method cannot be built from.
+    """
+    options = self._of(self.method.options)
+    if self.takes_scale:
+      number = checks.finite("scale", self.options.get("scale", self.method.scale if scale is None else scale))
+      options["scale"] = self.profile(networks, **{**self._of(options_of(self.profile, "networks")), "scale": number})
+    if self.method.combines:
+      options["combine"] = self.rule(**self._of(options_of(self.rule)))
+    guidance = self.method.make(networks, **options)
+    if "ratio" in self.options:
+      guidance = guide.normalized(guidance, checks.in_range("ratio", self.options["ratio"], 0))
+    if "sigma_lo" in self.options or "sigma_hi" in self.options:
+      low, high = self.options.get("sigma_lo", 0.0), self.options.get("sigma_hi", float("inf"))
+      guidance = guide.interval(guidance, low, high)
+      check_levels(networks.sigmas, "sigma_lo", np.nextafter(low, np.inf), "sigma_hi", high)
+    return guidance
+
+
+def _word(name: str, default: str) -> inspect.Parameter:
+  """Give an option whose value is a name in a table."""
+  return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+
+
+def help_rows() -> dict[str, list[specs.HelpRow]]:
+  """Give the names of guidances, combine rules and scale profiles with their options, for the help."""
+  rows = []
+  for name, method in METHODS.items():
+    scale = {} if method.scale is None else {"scale": _word("scale", f"{method.scale:g}")}
+    rows.append(specs.help_row(name, method.make, {**scale, **method.options}))
+  return {
+    "--guidance": rows,
+    "Options of every guidance": [specs.help_row("", _everywhere, options_of(_everywhere))],
+    "combine= of cfg, autoguidance, pag, seg and slg": [
+      specs.help_row(name, rule, options_of(rule)) for name, rule in COMBINES.items()
+    ],
+    "profile= of a scale": [
+      specs.help_row(name, profile, options_of(profile, "networks", "scale")) for name, profile in PROFILES.items()
+    ],
+  }
