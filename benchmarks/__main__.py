@@ -22,7 +22,7 @@ def main() -> None:
   others = {"__main__", "networks", "peers", "timing"}
   names = sorted({module.name for module in pkgutil.iter_modules(benchmarks.__path__)} - others)
   modules = {name: importlib.import_module(f"benchmarks.{name}") for name in names}
-  if len(sys.argv) < 2:
+  if {*sys.argv[1:]} & {"-h", "--help"} or len(sys.argv) < 2:
     print("python -m benchmarks NAME, with NAME one of")
     for name, module in modules.items():
       print(f"  {name:16} {module.__doc__.splitlines()[0]}")

@@ -16,7 +16,7 @@ import numpy as np
 
 import jaxguide as jg
 from benchmarks import networks, timing
-from jaxguide import sampling
+from jaxguide.sampling import batches
 from jaxguide.training import Model
 
 BATCH, STEPS, ROUNDS = 16, 4, 3
@@ -29,12 +29,18 @@ def guided_by_labels(model: Model) -> jg.Denoiser:
 
 
 def work_space(steps: int, batch: int, side: int) -> float:
-  """Give the MiB that a program of sampling plans for."""
+  """Give the MiB that a compiled sampling program plans for."""
+  return sampling_program(steps, batch, side).compile().memory_analysis().temp_size_in_bytes / MIB
+
+
+def sampling_program(steps: int, batch: int, side: int) -> jax.stages.Lowered:
+  """Lower classifier-free guidance with DPM++ 2M, weights as shapes."""
   keys = jax.eval_shape(lambda: jg.sample_keys(jax.random.key(0), batch))
   labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
   guided = guided_by_labels(networks.abstract_model(networks.SMALL))
-  lowered = sampling._sample_many.lower(guided, jg.karras(steps), jg.DPMpp2M(), keys, labels, shape=(side, side, 3))
-  return lowered.compile().memory_analysis().temp_size_in_bytes / MIB
+  return batches._sample_many.lower(
+    guided, jg.karras(steps), jg.DPMpp2M(), keys, labels, None, shape=(side, side, 3), add_noise=False
+  )
 
 
 def draw(steps: int) -> float:

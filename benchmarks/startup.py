@@ -19,9 +19,10 @@ import numpy as np
 
 import jaxguide as jg
 from benchmarks import networks, timing
-from jaxguide import sampling, training
+from jaxguide import training
 from jaxguide.evaluation import digits
 from jaxguide.models.importers.openai import PRESETS
+from jaxguide.sampling import batches
 
 ROUNDS = 3
 STEPS = 24
@@ -69,7 +70,7 @@ def sampling_program(size: str, steps: int, batch: int) -> Any:
   labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
   grid = jg.respaced(diffusion.config.noise_schedule, steps)
   shape = diffusion.config.image_shape
-  return sampling._sample_many.lower(guided, grid, jg.DDIM(), keys, labels, shape=shape)
+  return batches._sample_many.lower(guided, grid, jg.DDIM(), keys, labels, None, shape=shape, add_noise=False)
 
 
 def main(*sizes: str) -> None:

@@ -3,7 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import timing
+from benchmarks import memory, startup, timing
 
 ROOT = Path(__file__).parent.parent
 NO_BENCHMARKS = {"__init__", "__main__", "networks", "peers", "timing"}
@@ -22,6 +22,20 @@ def test_an_unknown_benchmark_is_one_sentence_that_names_the_nearest():
   assert made.returncode == 1
   assert "sampling" in made.stderr
   assert "Traceback" not in made.stderr
+
+
+def test_programs_of_sampling_are_lowered():
+  """They call what `sample_batch` compiles, which is not public."""
+  assert "stablehlo" in memory.sampling_program(2, 1, 8).as_text()
+  assert "stablehlo" in startup.sampling_program("64x64", 2, 1).as_text()
+
+
+def test_help_lists_the_benchmarks():
+  listed = subprocess.run(
+    [sys.executable, "-m", "benchmarks", "unet", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+  )
+
+  assert "  unet" in listed.stdout
 
 
 def test_ratios_are_those_of_the_rounds():

@@ -4,7 +4,6 @@ import sys
 
 from jaxguide.cli.main import app
 
-
 INTERRUPTED = 130
 """The exit status after Ctrl-C."""
 
