@@ -15,7 +15,7 @@ from benchmarks import networks, timing
 from jaxguide.evaluation import digits
 
 STEPS = 8
-GRIDS = {"karras": jg.karras, "uniform in log-SNR": jg.log_snr_uniform, "cosine": jg.schedules.cosine}
+GRIDS = {"karras": jg.karras, "uniform in log-SNR": jg.log_snr_uniform, "cosine-time": jg.schedules.cosine_time}
 SOLVERS = {"DDIM": jg.DDIM, "DPM++ 2M": jg.DPMpp2M, "Heun": jg.Heun}
 
 

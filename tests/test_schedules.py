@@ -200,7 +200,7 @@ def test_grids_decrease_to_zero(steps):
   table = S.Table.from_betas(S.linear_betas(1000))
   assert is_grid(S.karras(steps), steps)
   assert is_grid(S.log_snr_uniform(steps), steps)
-  assert is_grid(S.cosine(steps), steps)
+  assert is_grid(S.cosine_time(steps), steps)
   assert is_grid(S.respaced(table, steps), steps)
   for name in S.SCHEDULES:
     assert is_grid(S.from_schedule(S.schedule(name), steps), steps), name
@@ -219,13 +219,13 @@ def test_log_snr_uniform_is_geometric(float64):
   np.testing.assert_allclose(S.log_snr_uniform(9, 0.02, 30.0)[:-1], np.geomspace(30.0, 0.02, 9), rtol=1e-12)
 
 
-def test_cosine_is_uniform_in_the_angle(float64):
+def test_cosine_time_is_uniform_in_the_angle(float64):
   wanted = np.tan(np.linspace(np.arctan(50.0), np.arctan(0.03), 14))
-  np.testing.assert_allclose(S.cosine(14, 0.03, 50.0)[:-1], wanted, rtol=1e-12)
+  np.testing.assert_allclose(S.cosine_time(14, 0.03, 50.0)[:-1], wanted, rtol=1e-12)
   # The cosine schedule without its offset, over the same ends.
   times = np.linspace(*S.Cosine(s=0.0).time(np.array([50.0, 0.03])), 14)
   np.testing.assert_allclose(S.Cosine(s=0.0).sigma(times), wanted, rtol=1e-12)
-  np.testing.assert_array_equal(S.cosine(1, 0.03, 50.0), [50.0, 0.0])
+  np.testing.assert_array_equal(S.cosine_time(1, 0.03, 50.0), [50.0, 0.0])
 
 
 def test_from_schedule_is_uniform_in_time(float64):

@@ -69,10 +69,10 @@ def _check_kind(null: ArrayLike, own: Any) -> None:
 
 
 def _alike(null: Array, cond: Array) -> tuple[Array, Array]:
-  return spread_as(null, cond), cond
+  return shard_like(null, cond), cond
 
 
-def spread_as(value: Array, like: Array) -> Array:
+def shard_like(value: Array, like: Array) -> Array:
   """Give a value the mesh axes that another is spread over; a choice between both needs it where they are Explicit."""
   meshes = jax.sharding.get_abstract_mesh(), jax.typeof(like).sharding.mesh
   if any(jax.sharding.AxisType.Explicit in mesh.axis_types for mesh in meshes):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxguide._core import checks
-from jaxguide._core.promotion import same_type, spread_as
+from jaxguide._core.promotion import same_type, shard_like
 from jaxguide._core.typing import Array, ArrayLike, Float, Int, Key, PyTree
 from jaxguide.denoisers.scaling import Scaling, coefficients
 from jaxguide.schedules import NoiseLevels
@@ -113,7 +113,7 @@ def drop_cond(key: Key, cond: PyTree, null_cond: PyTree, p_uncond: ArrayLike) ->
 
   def replace(y, null):
     null, y = same_type(null, y)
-    return jnp.where(spread_as(wide(drop, y), y), null, y)
+    return jnp.where(shard_like(wide(drop, y), y), null, y)
 
   return jax.tree.map(replace, cond, null_cond)
 

@@ -5,7 +5,7 @@ Everything is in ``sigma``, the standard deviation of the noise on a clean examp
 
 from jaxguide.schedules.grids import (
   GRIDS,
-  cosine,
+  cosine_time,
   flow,
   from_schedule,
   iddpm,
@@ -55,8 +55,8 @@ __all__ = [
   "UniformTime",
   "alpha_bar_to_sigma",
   "betas_of",
-  "cosine",
   "cosine_betas",
+  "cosine_time",
   "flow",
   "from_schedule",
   "iddpm",

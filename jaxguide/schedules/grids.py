@@ -83,7 +83,7 @@ def log_snr_uniform(steps: int, sigma_min: ArrayLike = 0.002, sigma_max: ArrayLi
   return _end_in_zero(sigma_max * (sigma_min / sigma_max) ** ramp)
 
 
-def cosine(steps: int, sigma_min: ArrayLike = 0.002, sigma_max: ArrayLike = 80.0) -> Float[Array, " levels"]:
+def cosine_time(steps: int, sigma_min: ArrayLike = 0.002, sigma_max: ArrayLike = 80.0) -> Float[Array, " levels"]:
   """The cosine grid: uniform in the angle ``atan(sigma)``, then 0.
 
   So the cosine schedule spends its time (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17), but for its offset:
@@ -98,7 +98,7 @@ def cosine(steps: int, sigma_min: ArrayLike = 0.002, sigma_max: ArrayLike = 80.0
   Returns:
     (steps + 1,) decreasing levels.
 
-  >>> [round(float(s), 3) for s in cosine(3, 0.01, 100.0)]
+  >>> [round(float(s), 3) for s in cosine_time(3, 0.01, 100.0)]
   [100.0, 1.0, 0.01, 0.0]
   """
   ramp = np.linspace(0, 1, _bounds(steps, sigma_min, sigma_max))
@@ -291,7 +291,7 @@ def flow(steps: int, shift: float | int = 1.0, sigma_max: float | int = 1000.0) 
 GRIDS: dict[str, Callable[..., Array]] = {
   "karras": karras,
   "log-snr": log_snr_uniform,
-  "cosine": cosine,
+  "cosine-time": cosine_time,
   "flow": flow,
 }
 """Grids by the names that the command line takes; each is a function of the number of steps, and of its options."""
