@@ -1,17 +1,15 @@
 import dataclasses
 import itertools
-import operator
 import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import readme
 from jax.tree_util import Partial
 
 import jaxguide
@@ -409,20 +407,14 @@ def test_help_says_what_there_is(run):
     assert f" {name} " in words
 
 
-def test_the_readme_tables_have_every_name():
-  readme = (Path(__file__).parents[1] / "README.md").read_text()
-  table = readme.partition("## Guidance\n")[2].partition("\n## ")[0]
-  rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| `")]
-  names = "".join(row[0] for row in rows[1:])
-  for name in guidances.METHODS:
-    assert f"`{name}`" in readme.partition("## Guidance\n")[2], name
-  for table, option in ((guidances.COMBINES, "combine"), (guidances.PROFILES, "profile")):
-    for name in table:
-      assert name in names or name in ("linear", "constant"), (option, name)
-  functions = re.findall(r"([a-zA-Z_][a-zA-Z_.0-9]*)\(", "".join(row[1] for row in rows[1:]))
-  assert functions
-  for path in functions:
-    operator.attrgetter(path)(jaxguide)
+@pytest.mark.parametrize("file", readme.FILES)
+def test_the_tables_are_those_of_the_code(file):
+  assert (readme.ROOT / file).read_text() == readme.filled(file), "run python tests/readme.py"
+
+
+def test_guidances_name_functions_that_there_are():
+  for method in guidances.METHODS.values():
+    assert callable(getattr(jaxguide, method.function))
 
 
 # What `--guidance` can say of these networks, and what the library calls it: ``(model, null, classifier, weak)``.

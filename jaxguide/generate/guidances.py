@@ -83,17 +83,17 @@ def _at_level(log_prob, level, x0, sigma, cond):
 
 
 def cfg(networks: Networks, scale: Scale, combine: Combine) -> Guidance:
-  """Classifier-free guidance (Ho & Salimans 2021): away from the prediction without the label."""
+  """Classifier-free guidance (Ho & Salimans 2021, arXiv:2207.12598): away from the prediction without the label."""
   return guide.classifier_free(networks.null_cond, scale, combine)
 
 
 def classifier(networks: Networks, scale: Scale) -> Guidance:
-  """The gradient of a noisy classifier is added to the score (Dhariwal & Nichol 2021); with ddpm it shifts the mean."""
+  """The gradient of a noisy classifier, added to the score (Dhariwal & Nichol 2021, arXiv:2105.05233)."""
   return guide.classifier(networks.log_prob, scale)
 
 
 def autoguidance(networks: Networks, scale: Scale, combine: Combine, *, weak: str) -> Guidance:
-  """Autoguidance (Karras et al. 2024): away from a weaker model, loaded from the folder weak."""
+  """Autoguidance (Karras et al. 2024, arXiv:2406.02507): away from a weaker model, loaded from the folder weak."""
   weak_model, model = networks.load(weak), networks.model.config
   for name in ("image_shape", "num_classes"):
     ours, theirs = getattr(model, name), getattr(weak_model.config, name)
@@ -110,7 +110,7 @@ def _perturbed(kind: str, networks: Networks, scale: Scale, combine: Combine, bl
 def pag(
   networks: Networks, scale: Scale, combine: Combine, *, blocks: tuple[str, ...] = ("middle_block_1",)
 ) -> Guidance:
-  """PAG (Ahn et al. 2024): away from the network with identity attention in some blocks; their s is scale - 1."""
+  """PAG (Ahn et al. 2024, arXiv:2403.17377): away from identity attention in some blocks; their s is scale - 1."""
   return _perturbed("identity", networks, scale, combine, blocks)
 
 
@@ -122,7 +122,7 @@ def seg(
   blocks: tuple[str, ...] = ("middle_block_1",),
   width: float = float("inf"),
 ) -> Guidance:
-  """SEG (Hong 2024): away from the network with attention blurred by width pixels."""
+  """SEG (Hong 2024, arXiv:2408.00760): away from attention that is blurred by width pixels."""
   return _perturbed("smooth", networks, scale, combine, blocks, width=width)
 
 
@@ -134,7 +134,7 @@ def slg(
 
 
 def compose(networks: Networks, scale: Scale, *, labels: tuple[int, ...], scales: tuple[float, ...]) -> Guidance:
-  """Composition (Liu et al. 2022): the label, and further labels with their own scales; a negative scale avoids one."""
+  """Composition (Liu et al. 2022, arXiv:2206.01714): further labels with their own scales; a negative one avoids."""
   null = networks.null_cond
   if len(labels) != len(scales):
     raise ValueError(f"compose needs one scale for each label, got {len(scales)} scales and {len(labels)} labels")
@@ -154,12 +154,12 @@ def _with_others(scale, others, sigma):
 
 
 def reconstruction(networks: Networks, scale: Scale, *, level: float = 0.01) -> Guidance:
-  """DPS, universal guidance: the gradient of a classifier of clean images, through the denoiser."""
+  """DPS (Chung et al. 2023, arXiv:2209.14687): the gradient of a classifier of clean images, through the denoiser."""
   return guide.reconstruction(networks.clean(level), scale)
 
 
 def backward(networks: Networks, scale: Scale, *, steps: int = 1, level: float = 0.01) -> Guidance:
-  """Universal guidance, backward: steps of gradient ascent on x0 under a classifier; scale is the step size."""
+  """Universal guidance (Bansal et al. 2023, arXiv:2302.07121): steps of ascent on x0; scale is the step size."""
   return guide.backward_guidance(networks.clean(level), scale, steps)
 
 
@@ -170,7 +170,7 @@ def clip(networks: Networks, *, bound: float = 1.0) -> Guidance:
 
 
 def dynamic_threshold(networks: Networks, *, quantile: float = 0.995, bound: float = 1.0) -> Guidance:
-  """Imagen's thresholding: scale x0 down if a quantile of its absolute values is above bound."""
+  """Thresholding (Saharia et al. 2022, arXiv:2205.11487): scale x0 down if a quantile of it is above bound."""
   del networks
   return guide.dynamic_threshold(quantile, bound)
 
@@ -182,11 +182,15 @@ class Method:
   Args:
     make: ``(networks, ...) -> Guidance``. If it has a parameter ``scale`` or ``combine``, it gets a scale or a combine
       rule. Its other parameters are the options of the method.
+    function: the function of `jaxguide` that it calls.
+    passes: how many passes of the network a step takes.
     scale: the default scale; None for a method without one.
     gradient: whether it uses the gradient of a classifier. Guidance by gradients alone runs the model unconditionally.
   """
 
   make: Callable[..., Guidance]
+  function: str
+  passes: str
   scale: float | None = None
   gradient: bool = False
 
@@ -202,17 +206,17 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-  "cfg": Method(cfg, 2.0),
-  "classifier": Method(classifier, 2.0, gradient=True),
-  "autoguidance": Method(autoguidance, 2.0),
-  "pag": Method(pag, 4.0),
-  "seg": Method(seg, 4.0),
-  "slg": Method(slg, 3.0),
-  "compose": Method(compose, 2.0),
-  "reconstruction": Method(reconstruction, 1.0, gradient=True),
-  "backward": Method(backward, 0.1, gradient=True),
-  "clip": Method(clip),
-  "dynamic-threshold": Method(dynamic_threshold),
+  "cfg": Method(cfg, "classifier_free", "2", 2.0),
+  "classifier": Method(classifier, "classifier", "1, and the classifier's gradient", 2.0, gradient=True),
+  "autoguidance": Method(autoguidance, "autoguidance", "1, and 1 of the weaker model", 2.0),
+  "pag": Method(pag, "autoguidance", "2", 4.0),
+  "seg": Method(seg, "autoguidance", "2", 4.0),
+  "slg": Method(slg, "autoguidance", "2", 3.0),
+  "compose": Method(compose, "compose", "1 for each label, and 1", 2.0),
+  "reconstruction": Method(reconstruction, "reconstruction", "1, with its gradient", 1.0, gradient=True),
+  "backward": Method(backward, "backward_guidance", "1, and the classifier's gradient", 0.1, gradient=True),
+  "clip": Method(clip, "clip_x0", "1"),
+  "dynamic-threshold": Method(dynamic_threshold, "dynamic_threshold", "1"),
 }
 
 
@@ -225,12 +229,12 @@ def _linear() -> Combine:
 
 
 def _tangential() -> Combine:
-  """TCFG (Kwon et al. 2025): remove the part of the base score that is off the common direction."""
+  """TCFG (Kwon et al. 2025, arXiv:2503.18137): remove the part of the base score off the common direction."""
   return rules.tangential
 
 
 def _frequency_decoupled(*, ratios: tuple[float, ...] = (1.0, 0.5)) -> Combine:
-  """FDG (Sadat et al. 2025): a factor on the scale for each band of frequencies, finest first."""
+  """FDG (Sadat et al. 2025, arXiv:2506.19713): a factor on the scale for each band of frequencies, finest first."""
   return rules.frequency_decoupled(*ratios)
 
 
@@ -251,7 +255,7 @@ def _constant(networks: Networks, scale: float) -> Scale:
 
 
 def _linear_profile(networks: Networks, scale: float, *, floor: float | None = None) -> Scale:
-  """Rises linearly as the noise falls; scale is its mean over time, floor its least value (Wang et al. 2024)."""
+  """Rises linearly as the noise falls (Wang et al. 2024, arXiv:2404.13040); scale is the mean, floor the least."""
   return scaled.linear(scale, networks.model.config.noise_schedule, floor)
 
 
@@ -266,7 +270,7 @@ def _powered_cosine(networks: Networks, scale: float, *, power: float = 1.0) -> 
 
 
 def _cfg_pp(networks: Networks, scale: float) -> Scale:
-  """CFG++ (Chung et al. 2024): scale is their lambda, 0.2 to 1; for solvers euler, ddim, euler-ancestral and ddpm."""
+  """CFG++ (Chung et al. 2024, arXiv:2406.08070): scale is their lambda, 0.2 to 1; for DDIM-type solvers."""
   if networks.eta is None:
     raise ValueError("profile 'cfg++' is for solvers euler, ddim, euler-ancestral and ddpm: choose one of them")
   return scaled.cfg_pp(scale, networks.sigmas, networks.eta)

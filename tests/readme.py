@@ -1,0 +1,121 @@
+"""The tables of the README and of docs that follow from the code: ``python tests/readme.py`` writes them anew.
+
+A table stands between the lines ``<!-- table: NAME -->`` and ``<!-- end of table -->``. A test holds that the
+files have the tables that the code gives.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from jaxguide import generate, solvers
+from jaxguide.generate import guidances
+from jaxguide.generate.walks import FROM_GUIDANCE
+from jaxguide.schedules import SCHEDULES
+
+ROOT = Path(__file__).parents[1]
+TITLES = {
+  "--guidance": "`--guidance`",
+  "combine= of cfg, autoguidance, pag, seg and slg": "`combine=`",
+  "profile= of a scale": "`profile=`",
+  "--solver": "`--solver`",
+  "--grid": "`--grid`",
+}
+
+
+def linked(text: str) -> str:
+  """Make links of arXiv numbers, and escape what Markdown would read as its own."""
+  text = re.sub(r"arXiv:([0-9.]+[0-9])", r"[\1](https://arxiv.org/abs/\1)", text)
+  return text.replace("|", "\\|").replace("*(", "\\*(").replace("**(", "\\*\\*(")
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+  """Lay rows out as Markdown."""
+  head = list(head)
+  lines = [head, ["---"] * len(head), *rows]
+  return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def of_guidances() -> str:
+  """The guidance methods."""
+  rows = [
+    (f"`{row.name}`", linked(row.text.rstrip(".")), f"`{method.function}`", method.passes, f"`{row.options}`")
+    for row, method in zip(generate.overview()["--guidance"], guidances.METHODS.values(), strict=True)
+  ]
+  return table(("`--guidance`", "what it is", "function", "passes of the network", "options"), rows)
+
+
+def of_variants() -> str:
+  """The combine rules and the scale profiles."""
+  overview = generate.overview()
+  kinds = {"combine": "combine= of cfg, autoguidance, pag, seg and slg", "profile": "profile= of a scale"}
+  return table(
+    ("option", "what it is", "further options"),
+    [
+      (f"`{kind}={row.name}`", linked(row.text.rstrip(".")), f"`{row.options}`" if row.options else "")
+      for kind, title in kinds.items()
+      for row in overview[title]
+    ],
+  )
+
+
+def of_solvers() -> str:
+  """The solvers."""
+  rows = []
+  for row in generate.overview()["--solver"]:
+    solver = solvers.solver(row.name)
+    fields = [field.name for field in dataclasses.fields(solver)]
+    noise = next((name for name in ("eta", "gamma") if name in fields), None)
+    noise = f"yes, by `{noise}`" if noise and solver.stochastic else "yes" if solver.stochastic else "no"
+    options = [
+      f"{field.name}={field.default!r}"
+      for field in dataclasses.fields(solver)
+      if field.name not in FROM_GUIDANCE and field.default is not dataclasses.MISSING
+    ]
+    rows.append(
+      (
+        f"`{row.name}`",
+        f"`{type(solver).__name__}({options[0] if options else ''})`",
+        str(solver.order),
+        str(solver.evaluations),
+        noise,
+        linked(row.text.rstrip(".")),
+      )
+    )
+  return table(("`--solver`", "class", "order", "evaluations a step", "noise", "what it is"), rows)
+
+
+def of_grids() -> str:
+  """The grids."""
+  rows = [(f"`{row.name}`", linked(row.text.rstrip(".")), f"`{row.options}`") for row in generate.overview()["--grid"]]
+  return table(("`--grid`", "what it is", "options"), rows)
+
+
+def of_names() -> str:
+  """All names, a line for each kind."""
+  overview = generate.overview()
+  rows = [(title, ", ".join(f"`{row.name}`" for row in overview[kind])) for kind, title in TITLES.items()]
+  return table(("option", "names"), [*rows, ("noise schedules", ", ".join(f"`{name}`" for name in SCHEDULES))])
+
+
+FILES: dict[str, dict[str, Callable[[], str]]] = {
+  "README.md": {"names": of_names},
+  "docs/methods.md": {"guidance": of_guidances, "variants": of_variants, "solvers": of_solvers, "grids": of_grids},
+}
+
+
+def filled(file: str) -> str:
+  """Give the text of a file with every table in its place."""
+  text = (ROOT / file).read_text()
+  for name, make in FILES[file].items():
+    place = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end of table -->)", re.DOTALL)
+    assert len(place.findall(text)) == 1, f"{file} must have one place for the table {name}"
+    content = f"\n{make()}\n\n"
+    text = place.sub(lambda match: match.group(1) + content + match.group(2), text)  # noqa: B023
+  return text
+
+
+if __name__ == "__main__":
+  for file in FILES:
+    (ROOT / file).write_text(filled(file))
