@@ -129,7 +129,7 @@ MUTATIONS = [
   # --- solvers ---
   Mutation(
     "ancestral noise grows with the square of eta",
-    "solvers/base.py",
+    "schedules/posterior.py",
     "return down, eta * posterior_std",
     "return down, eta**2 * posterior_std",
     "test_solvers.py -k 'ddim or ancestral'",

@@ -26,7 +26,7 @@ from jax.tree_util import Partial
 from jaxguide._core import checks
 from jaxguide._core.typing import Array, ArrayLike, Scalar, Scale
 from jaxguide.schedules import NoiseSchedule, Table
-from jaxguide.solvers.base import ancestral
+from jaxguide.schedules.posterior import ancestral
 
 
 def linear(scale: ArrayLike, schedule: NoiseSchedule, floor: ArrayLike | None = None) -> Scale:

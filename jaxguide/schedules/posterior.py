@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from jaxguide._core import checks
-from jaxguide._core.typing import Leaf
+from jaxguide._core.typing import Leaf, Scalar
 
 VARIANCES = ("small", "large", "learned_range")
 """What the variance of a step can be; see `reverse_variance`."""
@@ -109,3 +109,18 @@ def reverse_variance(
     )
   log = log_small + (1 + learned) / 2 * jnp.where(last, jnp.log(beta) - log_small, log_ratio)
   return Variance(jnp.exp(log), log)
+
+
+def ancestral(eta: Leaf, sigma: Scalar, sigma_next: Scalar) -> tuple[Scalar, Scalar]:
+  r"""Split a step in two: down to a level below ``sigma_next``, and up to it again with new noise.
+
+  The noise is ``eta`` times that of DDPM's step, :math:`\sigma_{up} = \eta \sigma' \sqrt{1 - \sigma'^2 / \sigma^2}`.
+
+  Returns:
+    The level below, and the standard deviation of the noise; their squares add up to that of ``sigma_next``.
+  """
+  eta = jnp.asarray(eta, sigma.dtype)
+  # sqrt(sigma'^2 - up^2), without its cancellation, and with a finite gradient at sigma' = 0
+  square = (1 - eta) * (1 + eta) + (eta * sigma_next / sigma) ** 2
+  down = sigma_next * jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+  return down, eta * posterior_std(sigma, sigma_next)

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from jaxguide._core import struct
 from jaxguide._core.typing import Denoiser, Example, Key, Leaf, Prediction, PyTree, Scalar, x0_of
-from jaxguide.schedules.posterior import posterior_std
 
 Denoise = Callable[[Example, Scalar], Example]
 
@@ -67,21 +66,6 @@ class Memoryless:
 def move(x: Example, x0: Example, sigma: Scalar, sigma_next: Scalar) -> Example:
   """Keep ``eps`` and change its amount: ``x0 + sigma_next eps``, the exact solution if ``x0`` stood still."""
   return x0 + (sigma_next / sigma) * (x - x0)
-
-
-def ancestral(eta: Leaf, sigma: Scalar, sigma_next: Scalar) -> tuple[Scalar, Scalar]:
-  r"""Split a step in two: down to a level below ``sigma_next``, and up to it again with new noise.
-
-  The noise is ``eta`` times that of DDPM's step, :math:`\sigma_{up} = \eta \sigma' \sqrt{1 - \sigma'^2 / \sigma^2}`.
-
-  Returns:
-    The level below, and the standard deviation of the noise; their squares add up to that of ``sigma_next``.
-  """
-  eta = jnp.asarray(eta, sigma.dtype)
-  # sqrt(sigma'^2 - up^2), without its cancellation, and with a finite gradient at sigma' = 0
-  square = (1 - eta) * (1 + eta) + (eta * sigma_next / sigma) ** 2
-  down = sigma_next * jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
-  return down, eta * posterior_std(sigma, sigma_next)
 
 
 def diffuse(

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from jaxguide._core import checks, struct
 from jaxguide._core.typing import Key, Leaf, Scalar
-from jaxguide.solvers.base import MOST_S_NOISE, Denoise, Memoryless, State, ancestral, draw, move
+from jaxguide.schedules.posterior import ancestral
+from jaxguide.solvers.base import MOST_S_NOISE, Denoise, Memoryless, State, draw, move
 
 
 @struct.dataclass

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from jaxguide._core import checks, struct
 from jaxguide._core.typing import Example, Key, Leaf, Scalar
-from jaxguide.solvers.base import MOST_ETA, MOST_S_NOISE, Denoise, Memoryless, State, ancestral, diffuse, draw, move
+from jaxguide.schedules.posterior import ancestral
+from jaxguide.solvers.base import MOST_ETA, MOST_S_NOISE, Denoise, Memoryless, State, diffuse, draw, move
 
 Step = Callable[[Example, Example, Scalar, Scalar], Example]
 

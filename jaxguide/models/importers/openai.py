@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxguide import training
 from jaxguide._core import checks
 from jaxguide._core.files import PathLike, check_writable
 from jaxguide._core.typing import PyTree
+from jaxguide.models import folders
 from jaxguide.models.config import ModelConfig
 from jaxguide.models.importers import state_dicts
 from jaxguide.models.importers.presets import PRESETS, UNCONDITIONAL_SCALE
@@ -241,7 +241,7 @@ def import_model(file: PathLike, out: PathLike, preset: str | None = None, **opt
   dtypes = Counter(tensor.dtype for tensor in tensors.values())
   # What was read of a mapped file stays in memory for as long as there are tensors of it.
   del tensors
-  training.save(out, Model(config, params))
+  folders.save(out, Model(config, params))
   return Imported(config, sum(leaf.size for leaf in jax.tree.leaves(params)), dtypes)
 
 
@@ -278,7 +278,7 @@ def export_model(folder: PathLike, file: PathLike) -> Exported:
   """
   state_dicts.check_format(file)
   check_writable(file)
-  model = training.load(folder)
+  model = folders.load(folder)
   state_dicts.write(file, to_state_dict(model.params, model.config))
   return Exported(constructor(model.config), _flags(model.config), _notes(model.config))
 
