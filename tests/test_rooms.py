@@ -1,11 +1,27 @@
 """The plan of the package: every room imports from those before it alone, and the mathematics needs few libraries."""
 
 import ast
+import dataclasses
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import chex
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import readme
+
 import jaxguide
+from jaxguide import data, generate, solvers, training
+from jaxguide._core import struct
+from jaxguide._core.typing import Leaf
+from jaxguide.cli import options
+from jaxguide.generate import guidances
+from jaxguide.models import networks
+from jaxguide.solvers.base import Memoryless, State, move
 
 PACKAGE = Path(jaxguide.__file__).parent
 MATHEMATICS = ["_core", "schedules", "nn", "denoisers", "guidance", "solvers", "sampling"]
@@ -62,3 +78,89 @@ def test_heavy_libraries_are_imported_where_they_are_used():
   library, command = ({name.partition(".")[0] for name in part.split()} for part in out.split("|"))
   assert not library & {*heavy}
   assert not command & {*heavy} - {"optax"}
+
+
+# --- what is new is one file and one entry --------------------------------------------------------
+
+
+class Mlp(nn.Module):
+  """A network that the package does not know."""
+
+  width: int = 8
+  num_classes: int | None = None
+  null_class: bool = True
+
+  @nn.compact
+  def __call__(self, x, t, label=None, *, train=False):
+    """Predict from the pixels, the time and the label."""
+    del train
+    hidden = nn.Dense(self.width)(x.reshape(x.shape[0], -1)) + nn.Dense(self.width)(jnp.log1p(t)[:, None])
+    if label is not None:
+      hidden += nn.Embed(self.num_classes + 1, self.width)(label)
+    return nn.Dense(math.prod(x.shape[1:]))(nn.silu(hidden)).reshape(x.shape)
+
+
+def test_a_new_network_is_an_entry(tmp_path, monkeypatch):
+  monkeypatch.setitem(networks.NETWORKS, "mlp", networks.Network(Mlp, networks.DENOISER, {"width": (1, 64)}))
+  config = training.ModelConfig("mlp", {"width": 4}, (4, 4, 1), 2)
+  images = data.Images(np.arange(128, dtype=np.uint8).reshape(8, 4, 4, 1), np.arange(8) % 2, 2, "steps")
+  how = training.TrainingConfig(steps=3, batch_size=4)
+  trained = training.fit(config, how, images, tmp_path / "mlp", progress=False)
+  again = training.fit(config, how, images, tmp_path / "mlp", progress=False)
+  chex.assert_trees_all_equal(again.params, trained.params)
+  loaded = training.load(tmp_path / "mlp")
+  chex.assert_trees_all_equal(loaded.params, trained.params)
+  settings = generate.Settings(model=str(tmp_path / "mlp"), num=2, steps=2, guidance="cfg:scale=2")
+  assert generate.run(tmp_path / "s.npz", settings, progress=False)
+  assert data.load_npz(tmp_path / "s.npz")[0].shape == (2, 4, 4, 1)
+  with pytest.raises(ValueError, match="width must be a whole number from 1 to 64"):
+    training.ModelConfig("mlp", {"width": 65}, (4, 4, 1), 2)
+
+
+def test_a_new_solver_is_an_entry(monkeypatch):
+  @struct.dataclass
+  class Halfway(Memoryless):
+    """Half of an Euler step. A solver for this test."""
+
+    share: Leaf = 0.5
+    order, evaluations, stochastic = 1, 1, False
+
+    def step(self, denoise, state, sigma, sigma_next, key):
+      return State(state.x + self.share * (move(state.x, denoise(state.x, sigma), sigma, sigma_next) - state.x), None)
+
+  monkeypatch.setitem(solvers.SOLVERS, "halfway", Halfway)
+  settings = generate.Settings(solver="halfway:share=0.25")
+  assert settings.solver_spec.build(3).share == 0.25
+  (row,) = [row for row in generate.overview()["--solver"] if row.name == "halfway"]
+  assert (row.text, row.options) == ("Half of an Euler step. A solver for this test.", "share=0.5")
+  assert "| `halfway` | `Halfway(share=0.5)` | 1 | 1 | no |" in readme.of_solvers()
+
+
+def test_a_new_guidance_is_an_entry(monkeypatch):
+  def shrink(networks, scale, *, towards: float = 0.0):
+    """Shrink x0 towards a number. A guidance for this test."""
+    del networks
+    return lambda denoise: lambda x, sigma, cond: towards + scale * (denoise(x, sigma, cond) - towards)
+
+  monkeypatch.setitem(guidances.METHODS, "shrink", guidances.Method(shrink, "clip_x0", "1", 0.5))
+  (spec,) = generate.Settings(guidance="shrink:towards=0.5,sigma_hi=3").guidance_specs
+  assert spec.options == {"towards": 0.5, "sigma_hi": 3.0}
+  (row,) = [row for row in generate.overview()["--guidance"] if row.name == "shrink"]
+  assert row.options == "scale=0.5, towards=0"
+  assert "| `shrink` | Shrink x0 towards a number. A guidance for this test |" in readme.of_guidances()
+
+
+def test_a_new_setting_is_an_option():
+  @dataclasses.dataclass(frozen=True)
+  class More(generate.Settings):
+    """Settings.
+
+    Args:
+      brightness: How bright the samples are.
+    """
+
+    brightness: float = 1.0
+
+  described = {**options.described_fields(generate.Settings), **options.described_fields(More)}
+  assert described["brightness"] == "How bright the samples are."
+  assert {*options.described_fields(generate.Settings)} == {f.name for f in dataclasses.fields(generate.Settings)}

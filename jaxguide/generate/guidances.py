@@ -261,7 +261,7 @@ def _linear_profile(networks: Networks, scale: float, *, floor: float | None = N
 
 def _raised_cosine(networks: Networks, scale: float) -> Scale:
   """Rises along a cosine as the noise falls; scale is its mean over time."""
-  return scaled.cosine(scale, networks.model.config.noise_schedule)
+  return scaled.raised_cosine(scale, networks.model.config.noise_schedule)
 
 
 def _powered_cosine(networks: Networks, scale: float, *, power: float = 1.0) -> Scale:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxguide import data, schedules, solvers, training
+from jaxguide import data, models, schedules, solvers
 from jaxguide import guidance as guide
 from jaxguide._core import checks
 from jaxguide._core.files import PathLike
@@ -78,7 +78,7 @@ def plan(settings: Settings) -> Plan:
   if _runs_unconditionally(model, chosen):
     steps = [guide.unconditional(model.null_cond), *steps]
   cond, labels = _cond(settings, model, classifier)
-  models = [model, *([] if classifier is None else [classifier]), *others]
+  every_model = [model, *([] if classifier is None else [classifier]), *others]
   return Plan(
     denoiser=guide.chain(*steps)(model.denoiser),
     solver=solver,
@@ -93,7 +93,7 @@ def plan(settings: Settings) -> Plan:
       "classifier_network": None if classifier is None else dataclasses.asdict(classifier.config),
       "other_networks": [dataclasses.asdict(other.config) for other in others],
     },
-    data=([each_model.params for each_model in models], cond, init),
+    data=([part.params for part in every_model], cond, init),
   )
 
 
@@ -212,8 +212,18 @@ def _runs_unconditionally(model: Model, chosen: Sequence[GuidanceSpec]) -> bool:
 
 
 def _load(folder: PathLike, settings: Settings) -> Model:
-  model = training.load(folder)
-  fields = {**model.config.fields, "dtype": settings.dtype, "cudnn_attention": settings.cudnn_attention}
+  """Load a model, and let its network compute as the settings say."""
+  model = models.load(folder)
+  known = {field.name for field in dataclasses.fields(model.config.module)}
+  fields = dict(model.config.fields)
+  for name, value, default in (
+    ("dtype", settings.dtype, "float32"),
+    ("cudnn_attention", settings.cudnn_attention, False),
+  ):
+    if name in known:
+      fields[name] = value
+    elif value != default:
+      raise ValueError(f"the network in {folder}, a {model.config.network}, has no field {name}: leave it out")
   return dataclasses.replace(model, config=dataclasses.replace(model.config, fields=fields))
 
 

@@ -168,8 +168,10 @@ def _differences(held: dict[str, Any], record: dict[str, Any], model: ModelConfi
     record = {**record, "data": {"name": record["data"]["name"]}}
   module = records.defaults(NETWORKS[model.network].module)
   fields = {name: value for name, value in module.items() if name not in NOT_FIELDS}
+  if "dtype" in fields:
+    fields["dtype"] = dtype_name(fields["dtype"])
   default = {
-    "model": {**records.defaults(ModelConfig), "fields": {**fields, "dtype": dtype_name(fields["dtype"])}},
+    "model": {**records.defaults(ModelConfig), "fields": fields},
     "training": records.defaults(TrainingConfig),
     "data": {"saturation": record["data"].get("saturation")},  # A word on the images, which their fingerprint tells.
   }
