@@ -254,7 +254,7 @@ def test_an_npz_that_claims_more_than_it_holds(tmp_path):
   with zipfile.ZipFile(path, "w") as members, members.open("arr_0.npy", "w") as file:
     np.lib.format.write_array_header_1_0(file, header)
     file.write(bytes(100))
-  with pytest.raises(ValueError, match=r"s\.npz is not an .npz file.*claims 163840000000 bytes"):
+  with pytest.raises(ValueError, match=r"s\.npz is not an .npz file.*states 163840000000 bytes"):
     data.load_npz(path, labelled=False)
 
 

@@ -319,7 +319,7 @@ def test_a_sweep_is_one_program_and_scale_one_is_unguided(small, caplog):
     (("identity", ()), "at least one block, got none"),
     (("smooth", (MIDDLE,), 0), "width must be above 0, got 0"),
     (("smooth", (MIDDLE,), math.nan), "width must be above 0, got nan"),
-    (("skip", (MIDDLE,), 2.0), "width is for the perturbation 'smooth': leave it out for 'skip', got 2.0"),
+    (("skip", (MIDDLE,), 2.0), "only the perturbation 'smooth' has a width: leave it out for 'skip', got 2.0"),
   ],
 )
 def test_perturbations_that_mean_nothing(arguments, message):

@@ -1,8 +1,8 @@
 """Datasets, batches and image files.
 
-`load` gives a dataset as `Images`, `batches` deals it out; `to_uint8` and `from_uint8` go between
-pixels and the floats in [-1, 1] that models see; `save_npz` and `save_png` write samples down.
-TFDS, scikit-learn and Pillow are imported only by what uses them.
+`load` reads a dataset as `Images`, and `batches` yields shuffled batches of it. `to_uint8` and `from_uint8` convert
+between pixels and the floats in [-1, 1] that models work on. `save_npz` and `save_png` write samples to files. TFDS,
+scikit-learn and Pillow are imported only by the functions that need them.
 """
 
 from jaxguide.data.batches import batches

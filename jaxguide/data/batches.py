@@ -9,17 +9,17 @@ from jaxguide.data.images import Images
 
 
 def batches(images: Images, batch_size: int, seed: int, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Give shuffled batches without end.
+  """Yield shuffled batches without end.
 
-  Each epoch has an order of its own, drawn from ``(seed, epoch)`` alone, and a batch goes on into
-  the next epoch where one ends: every image comes once an epoch, every batch is full, and batch
-  ``start + k`` is the same whether the run began at 0 or resumed at ``start``.
+  Each epoch has its own order, drawn from ``(seed, epoch)`` alone. Every image occurs once per epoch. Every batch is
+  full: at the end of an epoch, a batch continues with the first images of the next. Batch ``start + k`` is the same
+  whether the run began at 0 or resumed at ``start``.
 
   Args:
     images: the dataset.
-    batch_size: how many images a batch has; it may exceed the dataset.
+    batch_size: images per batch; it may exceed the size of the dataset.
     seed: a whole number of at least 0.
-    start: how many batches to skip, at no cost.
+    start: number of batches to skip, at no cost.
 
   Yields:
     ``uint8`` images of shape (batch_size, h, w, c) and ``int32`` labels of shape (batch_size,).
@@ -32,7 +32,7 @@ def batches(images: Images, batch_size: int, seed: int, start: int = 0) -> Itera
   >>> x.shape, sorted(labels.tolist())
   ((6, 2, 2, 1), [0, 0, 1, 1, 2, 2])
   """
-  # Checked here and not in the generator, whose body runs only when the first batch is asked for.
+  # The checks are outside the generator, because its body runs only when the first batch is requested.
   batch_size = checks.at_least("batch_size", batch_size, 1)
   seed = checks.at_least("seed", seed, 0)
   start = checks.at_least("start", start, 0)
@@ -41,7 +41,8 @@ def batches(images: Images, batch_size: int, seed: int, start: int = 0) -> Itera
 
 def _batches(images: Images, batch_size: int, seed: int, start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   def order(epoch: int) -> np.ndarray:
-    # NumPy makes words of 32 bits of each number and then adds zeros: a long seed must not run into the epoch.
+    # NumPy splits each number into 32-bit words and concatenates them. The low word of the seed, the epoch and the high
+    # part of the seed are separate numbers, so that no two pairs (seed, epoch) give the same words.
     return np.random.default_rng((seed % 2**32, epoch, seed // 2**32)).permutation(len(images))
 
   epoch, offset = divmod(start * batch_size, len(images))

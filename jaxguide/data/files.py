@@ -1,4 +1,4 @@
-"""Samples in ``.npz`` files, as OpenAI's evaluator reads them, and the settings that files hold."""
+"""Samples in ``.npz`` files in the format of OpenAI's evaluator, and the settings stored in sample files."""
 
 import math
 import zipfile
@@ -14,13 +14,14 @@ def save_npz(path: PathLike, images: np.ndarray, labels: np.ndarray | None = Non
   """Write samples in the format of OpenAI's guided-diffusion evaluator, atomically.
 
   Args:
-    path: the file, taken as it is; missing folders are made.
+    path: the file; no suffix is added, and missing folders are created.
     images: ``uint8`` of shape (n, h, w, c), stored as ``arr_0``.
-    labels: whole numbers of shape (n,), stored as ``arr_1`` in ``int64``; without them there is none.
-    settings: a text that says what the samples were made with, stored as ``settings``; see `settings_of`.
+    labels: whole numbers of shape (n,), stored as ``arr_1`` in ``int64``. If None, the file has no ``arr_1``.
+    settings: a text that describes how the samples were generated, stored as ``settings``; see `settings_of`.
 
   Raises:
-    ValueError: if the images or the labels are not that.
+    ValueError: if the images or the labels have another type or shape.
+    TypeError: if the settings are not a text.
     OSError: if ``path`` cannot be written.
   """
   images, labels = np.asarray(images), None if labels is None else np.asarray(labels)
@@ -39,27 +40,27 @@ def save_npz(path: PathLike, images: np.ndarray, labels: np.ndarray | None = Non
 
 
 def settings_of(path: PathLike) -> str | None:
-  """Read what a finished ``.npz`` or ``.png`` says of the settings that it was made with; None if it says nothing."""
+  """Return the settings stored in an ``.npz`` or ``.png`` file; None if it has none or cannot be read."""
   from PIL import PngImagePlugin
 
   try:
     check_readable(path)
     if Path(path).suffix == ".png":
-      # Not `Image.open`, which refuses large pictures: here none of their pixels is read.
+      # Not `Image.open`, which refuses very large pictures. No pixels are read here.
       with PngImagePlugin.PngImageFile(path) as picture:
         return picture.info.get("settings")
     _check_sizes(path)
     with np.load(path) as arrays:
       return str(arrays["settings"])
-  except Exception:  # A damaged file may raise anything.
+  except Exception:  # A damaged file can raise any kind of exception.
     return None
 
 
 def _check_sizes(path: PathLike) -> None:
-  """Check that the arrays of an .npz file are no larger than the file can hold, before memory is taken for them.
+  """Check, before memory is allocated, that the arrays of an .npz file are no larger than the file can hold.
 
   Raises:
-    ValueError: if one claims to be, or the file is none of that format.
+    ValueError: if the header of an array states a larger size, or the file is not an .npz file.
   """
   with open(path, "rb") as opened:
     if not zipfile.is_zipfile(opened):
@@ -68,20 +69,25 @@ def _check_sizes(path: PathLike) -> None:
     for member in members.infolist():
       with members.open(member) as file:
         version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-        claimed = math.prod(shape) * dtype.itemsize
-        # Deflate makes a thousandth of what it is given at best.
-        if claimed > min(member.file_size, 1032 * member.compress_size):
-          raise ValueError(f"{member.filename} claims {claimed} bytes, and the file has {member.file_size}")
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        stated_size = math.prod(shape) * dtype.itemsize
+        # Deflate compresses by a factor of at most 1032.
+        if stated_size > min(member.file_size, 1032 * member.compress_size):
+          raise ValueError(
+            f"the header of {member.filename} states {stated_size} bytes, but it has only {member.file_size}"
+          )
 
 
 def load_npz(path: PathLike, labelled: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
-  """Read what `save_npz` wrote: ``uint8`` images (n, h, w, c) and ``int64`` labels (n,).
+  """Read a file written by `save_npz`.
 
   Args:
     path: the file.
-    labelled: whether there have to be labels; without them ``None`` is given.
+    labelled: whether the file must have labels.
+
+  Returns:
+    ``uint8`` images (n, h, w, c), and ``int64`` labels (n,) or None if the file has none.
 
   Raises:
     FileNotFoundError: if there is no such file.
@@ -98,8 +104,8 @@ def load_npz(path: PathLike, labelled: bool = True) -> tuple[np.ndarray, np.ndar
     raise FileNotFoundError(f"there is no file {path}: write one with save_npz") from None
   except OSError as error:
     raise OSError(f"cannot read {path}: {error.strerror or error}") from error
-  except Exception as error:  # A damaged archive may raise anything.
-    # NumPy takes whatever is no array for a pickle, and gives advice that would run what it holds.
+  except Exception as error:  # A damaged archive can raise any kind of exception.
+    # NumPy treats any file without arrays as a pickle, and its message recommends an option that would run its code.
     reason = "it holds no arrays" if "pickle" in str(error) else error
     raise ValueError(
       f"{path} is not an .npz file with images in arr_0 and labels in arr_1 ({reason}): write one with save_npz"

@@ -11,37 +11,36 @@ from jaxguide._core import checks
 
 
 def check_images(images: np.ndarray, labels: np.ndarray | None = None) -> None:
-  """Check that ``images`` is a batch of images and that ``labels``, if given, has one for each.
+  """Check that ``images`` is a batch of images and that ``labels``, if given, has one label per image.
 
   Raises:
-    ValueError: if ``images`` is not ``uint8`` of shape (n, h, w, c) with at least one image, or
-      ``labels`` is not (n,) whole numbers.
+    ValueError: if ``images`` is not ``uint8`` of shape (n, h, w, c) with no axis of size 0, or ``labels`` is not (n,)
+      whole numbers.
   """
   if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
     raise ValueError(
-      "images must be uint8 of shape (images, height, width, channels), none of them 0; "
+      "images must be uint8 of shape (images, height, width, channels) with no axis of size 0, "
       f"got {images.dtype} of shape {images.shape}"
     )
   if labels is not None and (labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer)):
     raise ValueError(
-      f"labels must be one whole number for each of the {len(images)} images; "
+      f"labels must be one whole number for each of the {len(images)} images, "
       f"got {labels.dtype} of shape {labels.shape}"
     )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Images:
-  """Labelled images.
+  """Labelled images in memory.
 
   Attributes:
     images: ``uint8`` of shape (n, h, w, c), from 0 to 255.
-    labels: whole numbers of any type, or a list of them, of shape (n,), from 0 to ``num_classes - 1``; they are kept as
-      ``int32``.
-    num_classes: how many classes there are, whether or not each occurs.
-    name: what the dataset is called.
+    labels: a list or array of whole numbers of shape (n,), from 0 to ``num_classes - 1``; stored as ``int32``.
+    num_classes: number of classes, including those without an image.
+    name: the name of the dataset.
 
   Raises:
-    ValueError: if the arrays are not that.
+    ValueError: if the images or the labels have another type, shape or range.
   """
 
   images: Any
@@ -61,16 +60,16 @@ class Images:
 
   @property
   def image_shape(self) -> tuple[int, ...]:
-    """The shape (h, w, c) of one image."""
+    """Shape (h, w, c) of one image."""
     return self.images.shape[1:]
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """Tell these images from others: a SHA-256 over their shape, pixels, labels, and number of classes, in order.
+    """SHA-256 of the images' shape, the number of classes, the pixels and the labels, in this order.
 
-    The name is not part of it, nor is the type of the labels. It is made once: do not change the arrays afterwards.
+    It does not depend on the name or on the type of the labels. It is computed once: do not change the arrays later.
     """
-    made = hashlib.sha256(f"{self.images.shape} {self.num_classes}".encode())
+    digest = hashlib.sha256(f"{self.images.shape} {self.num_classes}".encode())
     for array in (self.images, self.labels.astype("<i8")):
-      made.update(np.ascontiguousarray(array).reshape(-1).data)
-    return made.hexdigest()
+      digest.update(np.ascontiguousarray(array).reshape(-1).data)
+    return digest.hexdigest()

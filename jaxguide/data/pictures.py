@@ -1,6 +1,6 @@
-"""Images at the edge of the library: ``uint8`` on disk, floats in [-1, 1] inside.
+"""Grids of images, and PNG files of them.
 
-Every image here is a batch in NHWC order: (images, height, width, channels).
+Images are ``uint8`` batches in NHWC order: (images, height, width, channels).
 """
 
 from pathlib import Path
@@ -16,26 +16,27 @@ WHITE = 255
 
 PADDING = 6
 
-GAP = 4  # wide enough to keep the strokes of one digit from running into the next
+GAP = 4  # wide enough that the strokes of neighbouring digits do not touch
 
 TITLE_SIZE = 15
 
-MOST_ZOOM = 1000
+LARGEST_ZOOM = 1000
+"""The largest zoom, and the largest gap, in pixels."""
 
 
 def image_grid(images: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
-  """Lay images out row by row on white.
+  """Arrange images row by row on a white background.
 
   Args:
     images: ``uint8`` of shape (n, h, w, c).
-    columns: how many images a row has; fewer if there are not as many.
-    gap: how many pixels lie between neighbours.
+    columns: images per row; at most n are used.
+    gap: number of white pixels between neighbours.
 
   Returns:
     ``uint8`` of shape (rows * (h + gap) - gap, columns * (w + gap) - gap, c).
 
   Raises:
-    ValueError: if ``images`` is not that, ``columns`` is below 1, or ``gap`` below 0.
+    ValueError: if ``images`` has another type or shape, ``columns`` is below 1, or ``gap`` is below 0 or above 1000.
 
   >>> image_grid(np.zeros((5, 8, 8, 1), np.uint8), columns=3).shape
   (17, 26, 1)
@@ -44,14 +45,15 @@ def image_grid(images: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
   check_images(images)
   n, h, w, c = images.shape
   columns = min(at_least("columns", columns, 1), n)
-  if at_least("gap", gap, 0) > MOST_ZOOM:
-    raise ValueError(f"gap must be at most {MOST_ZOOM}, got {gap}")
+  if at_least("gap", gap, 0) > LARGEST_ZOOM:
+    raise ValueError(f"gap must be at most {LARGEST_ZOOM}, got {gap}")
   rows = -(-n // columns)
-  high, wide = h + at_least("gap", gap, 0), w + gap
-  cells = np.full((rows * columns, high, wide, c), WHITE, np.uint8)
+  cell_height, cell_width = h + at_least("gap", gap, 0), w + gap
+  cells = np.full((rows * columns, cell_height, cell_width, c), WHITE, np.uint8)
   cells[:n, :h, :w] = images
-  grid = cells.reshape(rows, columns, high, wide, c).swapaxes(1, 2)
-  return grid.reshape(rows * high, columns * wide, c)[: rows * high - gap, : columns * wide - gap]
+  grid = cells.reshape(rows, columns, cell_height, cell_width, c).swapaxes(1, 2)
+  grid = grid.reshape(rows * cell_height, columns * cell_width, c)
+  return grid[: rows * cell_height - gap, : columns * cell_width - gap]
 
 
 def save_png(
@@ -63,20 +65,20 @@ def save_png(
   title: str | None = None,
   settings: str | None = None,
 ) -> None:
-  """Write a grid of images as a PNG picture, atomically.
+  """Write a grid of images as a PNG file, atomically.
 
   Args:
-    path: the file; missing folders are made.
+    path: the file; missing folders are created.
     images: ``uint8`` of shape (n, h, w, c), gray (c = 1) or RGB (c = 3).
-    labels: whole numbers of shape (n,). With them there is one row for each label that occurs, in
-      order, with the label at its left and the first ``columns`` of its images.
-    columns: how many images a row has at most.
-    zoom: how many pixels a side each pixel becomes; the default makes images of at least 48.
+    labels: whole numbers of shape (n,). If given, the grid has one row for each label that occurs, in increasing
+      order: the label at the left, then the first ``columns`` images with this label.
+    columns: the largest number of images in a row.
+    zoom: each pixel becomes a square of this side, from 1 to 1000. By default images are at least 48 pixels high.
     title: a line of text above the grid.
-    settings: a text that says what the images were made with, kept inside the file; see `settings_of`.
+    settings: a text that describes how the images were generated, stored in the file; see `settings_of`.
 
   Raises:
-    ValueError: if the images, the labels, ``columns`` or ``zoom`` are not that.
+    ValueError: if the images, the labels, ``columns`` or ``zoom`` have another type, shape or range.
     OSError: if ``path`` cannot be written.
   """
   from PIL import Image, ImageDraw, PngImagePlugin
@@ -84,8 +86,8 @@ def save_png(
   images, labels = np.asarray(images), None if labels is None else np.asarray(labels)
   check_images(images, labels)
   n, h, w, c = images.shape
-  if zoom is not None and at_least("zoom", zoom, 1) > MOST_ZOOM:
-    raise ValueError(f"zoom must be at most {MOST_ZOOM}, got {zoom}")
+  if zoom is not None and at_least("zoom", zoom, 1) > LARGEST_ZOOM:
+    raise ValueError(f"zoom must be at most {LARGEST_ZOOM}, got {zoom}")
   if c not in {1, 3}:
     raise ValueError(f"a PNG needs images of 1 (gray) or 3 (RGB) channels, got {c}")
   columns = min(at_least("columns", columns, 1), n)
@@ -125,7 +127,7 @@ def save_png(
 
 
 def _font(size: int) -> Any:
-  """Matplotlib's own font, which every installation has, and which knows σ where Pillow's does not."""
+  """Return the font that matplotlib installs. Unlike Pillow's default font, it contains σ."""
   import matplotlib
   from PIL import ImageFont
 

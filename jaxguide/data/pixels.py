@@ -1,4 +1,4 @@
-"""Pixels and floats: ``uint8`` on disk, floats in [-1, 1] inside."""
+"""Conversion between ``uint8`` pixels and floats in [-1, 1]."""
 
 import jax
 import numpy as np
@@ -7,28 +7,28 @@ from jaxguide._core.pixels import HALF, HIGH, LOW, to_floats
 
 
 def to_uint8(x: jax.typing.ArrayLike) -> np.ndarray:
-  """Give floats in [-1, 1] as ``uint8``, rounded to the nearest of the 256 levels.
+  """Convert floats in [-1, 1] to ``uint8`` pixels, rounded to the nearest of the 256 levels.
 
   Args:
     x: images of any shape; values outside [-1, 1] are clipped.
 
   Raises:
-    ValueError: if ``x`` is not floating point, or holds a NaN.
+    ValueError: if ``x`` is not floating point, or contains a NaN.
 
   >>> to_uint8(np.array([-1.5, -1.0, 0.5, 1.0])).tolist()
   [0, 0, 191, 255]
   """
   array = np.asarray(x)
-  if not jax.dtypes.issubdtype(array.dtype, np.floating):  # NumPy's own does not know bfloat16
+  if not jax.dtypes.issubdtype(array.dtype, np.floating):  # np.issubdtype does not support bfloat16
     raise ValueError(f"to_uint8 takes floats in [-1, 1], got {array.dtype}")
   array = array.astype(np.float32)
   if np.isnan(array).any():
-    raise ValueError(f"the images hold {np.isnan(array).sum()} NaN, which no pixel can show")
+    raise ValueError(f"the images contain {np.isnan(array).sum()} NaN, which cannot be converted to pixels")
   return np.rint((np.clip(array, LOW, HIGH) + 1) * HALF).astype(np.uint8)
 
 
 def from_uint8(images: np.ndarray) -> np.ndarray:
-  """Give ``uint8`` pixels as ``float32`` in [-1, 1]; `to_uint8` takes them back exactly.
+  """Convert ``uint8`` pixels to ``float32`` in [-1, 1]. `to_uint8` is the exact inverse.
 
   Raises:
     ValueError: if ``images`` is not ``uint8``.
@@ -43,7 +43,7 @@ def from_uint8(images: np.ndarray) -> np.ndarray:
 
 
 def saturation(images: np.ndarray) -> float:
-  """Give the share of the values, from 0 to 1, that lie at an end of the range of pixels, 0 or 255.
+  """Return the fraction of values that are 0 or 255, the ends of the pixel range.
 
   >>> saturation(np.array([0, 255, 7, 9], np.uint8))
   0.5

@@ -1,7 +1,7 @@
-"""The blocks of Dhariwal & Nichol's networks (arXiv:2105.05233, section 3 and appendix A), NHWC.
+"""The blocks of Dhariwal & Nichol's networks (arXiv:2105.05233, section 3 and appendix A), for NHWC images.
 
-Names of submodules are those of the published checkpoints with dots for underscores, so that carrying weights over is a
-renaming. Parameters and normalisation are float32; ``dtype`` is the type that convolutions and products compute in.
+Submodules have the names of the published checkpoints with underscores instead of dots, so that weights are converted
+by renaming. Parameters and normalisation are float32; ``dtype`` is the type of convolutions and matrix products.
 """
 
 import functools
@@ -18,18 +18,19 @@ from jaxguide.nn.perturbation import Perturbation, smooth
 
 zeros = nn.initializers.zeros
 
-# How many weights a head of attention has from where on heads take turns on a CPU: 784 pixels gain, 576 do not.
+# On a CPU, heads are processed one by one once an attention matrix has this many entries. This is faster for 784
+# pixels, but not for 576.
 ATTENTION_WEIGHTS = 2**19
 
 
 def timestep_embedding(
   t: Float[Array, " n"], features: int, max_period: int | float = 1e4
 ) -> Float[Array, "n features"]:
-  """Sinusoidal embedding of time (Vaswani et al. 2017), cosines first, as OpenAI's networks have it.
+  """Return a sinusoidal embedding of time (Vaswani et al. 2017), cosines first as in OpenAI's networks.
 
   Args:
     t: (n,) times, which may be fractional.
-    features: width of the embedding; an odd one ends in a zero.
+    features: width of the embedding. If it is odd, the last feature is 0.
     max_period: the longest period, in units of ``2 pi``.
 
   >>> timestep_embedding(jnp.zeros(1), 4).tolist()
@@ -42,7 +43,7 @@ def timestep_embedding(
 
 
 class Conv(nn.Module):
-  """A convolution with a square kernel of odd side and half of it in zeros on each side; see `convolve`."""
+  """A convolution with a square kernel of odd side, padded by half a kernel on each side; see `convolve`."""
 
   features: int
   kernel_size: int = 3
@@ -61,39 +62,38 @@ class Conv(nn.Module):
 
 
 def _along_channels(per_channel, like):
-  """Give (c,) the axes that it needs to meet (..., c) of ``like``."""
+  """Add leading axes to (c,) so that it broadcasts with ``like`` of shape (..., c)."""
   return jax.lax.expand_dims(per_channel, range(like.ndim - 1))
 
 
 class GroupNorm(nn.Module):
-  """Group normalisation (Wu & He 2018) in float32: 32 groups, or as many as divide both 32 and the channels.
+  """Group normalisation (Wu & He 2018) in float32, with gcd(32, channels) groups, optionally followed by SiLU.
 
-  With ``silu``, x sigmoid(x) of it. Mean and variance are taken per channel and then over the channels of a group, in
-  two passes: on a CPU that takes half the time of one reduction over reshaped groups, and it loses no digits to a
-  difference of squares.
+  The mean and then the variance are computed per channel and averaged over the channels of a group. On a CPU this takes
+  half the time of one reduction over reshaped groups, and it avoids the rounding error of a difference of squares.
   """
 
   silu: bool = False
 
   @nn.compact
   def __call__(self, x, scale_shift=None):
-    """Normalise (n, ..., c) over its pixels, times 1 + scale and plus shift of each example; gives float32."""
+    """Normalise (n, ..., c) over pixels and groups, then multiply by 1 + scale and add shift; return float32."""
     channels = x.shape[-1]
     scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
     bias = self.param("bias", zeros, (channels,), jnp.float32)
     return _normalise(x, scale, bias, scale_shift, self.silu)
 
 
-# Compiled by itself and called: traced, differentiated and lowered once for each shape, and not for each block. XLA
-# inlines the calls again. For the gradient it is computed again: to keep x alone takes less memory than to keep the
-# parts, and on a CPU less time.
+# Jitted by itself, so that it is traced, differentiated and lowered once per shape and not once per block. XLA inlines
+# the calls. jax.checkpoint computes it again for the gradient: to store x alone takes less memory than to store the
+# intermediate results, and on a CPU less time.
 @functools.partial(jax.jit, static_argnames="silu")
 @functools.partial(jax.checkpoint, static_argnums=4)
 def _normalise(x, scale, bias, scale_shift, silu):
   channels = x.shape[-1]
   groups = math.gcd(32, channels)
-  # Height and width stay apart: over a merged axis, and under a vmap of one image each, XLA's CPU backend takes 14
-  # times as long for a sum of products, which the gradient has.
+  # Height and width are not merged into one axis: under a vmap over single images, XLA's CPU backend takes 14 times as
+  # long for a sum of products over a merged axis, and the gradient has such sums.
   pixels = tuple(range(1, x.ndim - 1))
 
   def per_group(per_channel):
@@ -113,9 +113,10 @@ def _normalise(x, scale, bias, scale_shift, silu):
 
 
 def _spread(per_group, channels):
-  """Give each channel what its group has.
+  """Repeat each group's value for all channels of the group.
 
-  As a product on a CPU: XLA fuses a repetition into the loop over pixels, which then is not vectorised.
+  On a CPU this is a matrix product: XLA would fuse a `jnp.repeat` into the loop over pixels, which is then not
+  vectorised.
   """
   size = channels // per_group.shape[1]
   if jax.default_backend() != "cpu":
@@ -124,19 +125,19 @@ def _spread(per_group, channels):
 
 
 def downsample(x: Float[Array, "n h w c"]) -> Float[Array, "n hh ww c"]:
-  """Mean of each 2x2 square."""
+  """Average each 2x2 square."""
   n, h, w, c = x.shape
   return x.reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
 
 
 def upsample(x: Float[Array, "n h w c"]) -> Float[Array, "n hh ww c"]:
-  """Each pixel repeated as a 2x2 square."""
+  """Repeat each pixel as a 2x2 square."""
   n, h, w, c = x.shape
   return jnp.broadcast_to(x[:, :, None, :, None], (n, h, 2, w, 2, c)).reshape(n, 2 * h, 2 * w, c)
 
 
 class Downsample(nn.Module):
-  """Halve the sides: by a convolution of stride 2 if ``use_conv``, else by averaging."""
+  """Halve the sides by a convolution of stride 2 if ``use_conv``, otherwise by averaging."""
 
   use_conv: bool
   dtype: Any = jnp.float32
@@ -148,7 +149,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-  """Double the sides by repetition, and convolve if ``use_conv``."""
+  """Double the sides by repeating pixels, followed by a convolution if ``use_conv``."""
 
   use_conv: bool
   dtype: Any = jnp.float32
@@ -161,9 +162,9 @@ class Upsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-  """BigGAN's residual block; the embedding scales and shifts the second normalisation, or is added before it.
+  """BigGAN's residual block. The embedding scales and shifts the second normalisation, or is added before it.
 
-  With ``skip`` there is only its skip path.
+  If ``skip`` is true, the block consists of its skip path alone.
   """
 
   features: int
@@ -175,19 +176,19 @@ class ResBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x, emb, train):
-    """Map (n, h, w, c) and (n, emb) to (n, h, w, features), sides doubled or halved by ``resample`` up or down."""
-    change = {"up": upsample, "down": downsample, None: lambda x: x}[self.resample]
-    h = 0 if self.skip else self.residual(x, emb, train, change)
-    x = change(x)
+    """Map (n, h, w, c) and (n, emb) to (n, h, w, features); ``resample`` "up" doubles the sides, "down" halves them."""
+    resize = {"up": upsample, "down": downsample, None: lambda x: x}[self.resample]
+    h = 0 if self.skip else self.residual(x, emb, train, resize)
+    x = resize(x)
     if x.shape[-1] != self.features:
       x = nn.Dense(self.features, dtype=self.dtype, name="skip_connection")(x)
     return x.astype(self.dtype) + h
 
   @nn.nowrap
-  def residual(self, x, emb, train, change):
-    """Give what is added to the skip path."""
+  def residual(self, x, emb, train, resize):
+    """Return the residual, which is added to the skip path."""
     h = GroupNorm(silu=True, name="in_layers_0")(x).astype(self.dtype)
-    h = Conv(self.features, dtype=self.dtype, name="in_layers_2")(change(h))
+    h = Conv(self.features, dtype=self.dtype, name="in_layers_2")(resize(h))
     width = 2 * self.features if self.use_scale_shift_norm else self.features
     emb = nn.Dense(width, dtype=self.dtype, name="emb_layers_1")(nn.silu(emb))[:, None, None]
     norm = GroupNorm(silu=True, name="out_layers_0")
@@ -196,7 +197,7 @@ class ResBlock(nn.Module):
     return Conv(self.features, kernel_init=zeros, dtype=self.dtype, name="out_layers_3")(h)
 
 
-# Compiled by itself for the same reason as `_normalise`.
+# Jitted by itself for the same reason as `_normalise`.
 @functools.partial(jax.jit, static_argnames=("heads", "new_order", "perturbation", "sides", "cudnn"))
 def attend(
   qkv: Float[Array, "n t qkv"],
@@ -206,15 +207,16 @@ def attend(
   sides: tuple[int, ...] = (),
   cudnn: bool = False,
 ) -> Float[Array, "n t c"]:
-  """Attend, with the softmax in float32.
+  """Apply multi-head self-attention, with the softmax in float32.
 
   Args:
-    qkv: queries, keys and values side by side.
-    heads: how many; divides a third of the channels.
-    new_order: whether the channels are laid out (qkv, head, channel), or (head, qkv, channel) as in the first release.
-    perturbation: what is done to the attention, if anything: ``identity`` or ``smooth``.
-    sides: (height, width) of the map that the pixels are of, if the attention is perturbed.
-    cudnn: whether it is cuDNN's fused kernel on a GPU, which never holds all the weights.
+    qkv: queries, keys and values, concatenated along the channels.
+    heads: number of heads; it must divide a third of the channels.
+    new_order: whether the channels are laid out (qkv, head, channel). If false, (head, qkv, channel), as in OpenAI's
+      first release.
+    perturbation: a perturbation of the attention, of kind ``identity`` or ``smooth``, or None.
+    sides: (height, width) of the feature map. Only needed with a perturbation.
+    cudnn: whether to use cuDNN's fused kernel on a GPU, which never stores the whole attention matrix.
   """
   n, t, channels = qkv.shape
   if new_order:
@@ -226,7 +228,7 @@ def attend(
   else:
     if perturbation is not None:
       q = smooth(q.reshape(n, *sides, heads, -1), perturbation.width).reshape(n, -1, heads, v.shape[-1])
-    # What one mean query attends to is every pixel's.
+    # A single mean query has one output, which every pixel gets.
     out = jnp.broadcast_to(_attention(q, k, v, cudnn), v.shape)
   return out.reshape(n, t, channels // 3)
 
@@ -239,11 +241,11 @@ def _attention(q, k, v, cudnn):
 
 
 def _attention_on_cpu(q, k, v):
-  """Do what ``jax.nn.dot_product_attention`` does, in half the time.
+  """Compute ``jax.nn.dot_product_attention`` in half the time.
 
-  XLA's CPU backend is quick with a product only where its axes are in order, so the heads come first. Where one head
-  alone has many weights, heads take turns, so that what is computed stays in the cache; for the gradient it is computed
-  again.
+  XLA's CPU backend is fast only for batched products whose batch axes come first, so the head axis is moved to the
+  front. If the attention matrix of a head is large (`ATTENTION_WEIGHTS`), heads are processed one by one, so that
+  intermediate results stay in the cache; these are computed again for the gradient.
   """
   q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * q.shape[-1] ** -0.5, k, v))
   if q.shape[2] * k.shape[2] < ATTENTION_WEIGHTS:
@@ -255,7 +257,7 @@ def _attention_on_cpu(q, k, v):
 
 
 def _weigh(q, k, v):
-  """Attend, by queries that are scaled; the result is normalised, not every weight."""
+  """Attend with queries that are already scaled. The result is divided by the sum of the weights, not every weight."""
   logits = jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=jnp.float32)
   weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
   total = weights.sum(-1, keepdims=True)
@@ -263,7 +265,7 @@ def _weigh(q, k, v):
 
 
 def count_heads(channels: int, num_heads: int, num_head_channels: int) -> int:
-  """Number of heads: ``num_heads``, or what ``num_head_channels`` for each makes, where that is not -1."""
+  """Return the number of heads: ``num_heads`` if ``num_head_channels`` is -1, else channels / num_head_channels."""
   if num_head_channels != -1:
     if channels % num_head_channels:
       raise ValueError(f"num_head_channels {num_head_channels} must divide the {channels} channels that attend")
@@ -298,7 +300,7 @@ class AttentionBlock(nn.Module):
 
 
 class AttentionPool(nn.Module):
-  """CLIP's attention pooling (Radford et al. 2021): the mean of the pixels attends to them all."""
+  """CLIP's attention pooling (Radford et al. 2021): the mean of the pixels attends to itself and all pixels."""
 
   features: int
   num_head_channels: int

@@ -1,1 +1,1 @@
-"""Sources of data sets."""
+"""Sources of datasets: the TFDS catalogue and scikit-learn's digits."""

@@ -1,7 +1,7 @@
-"""Labelled images in memory: the digits that need no download, and the TFDS catalogue.
+"""Datasets by name: ``digits``, which needs no download, and the TFDS catalogue.
 
-Everything works without TensorFlow, except to prepare a catalogue dataset whose images TFDS has to
-encode first (MNIST and CIFAR-10 are such). Once prepared, they too are read without it.
+TensorFlow is needed only to prepare catalogue datasets whose images TFDS has to encode first, such as MNIST and
+CIFAR-10. To read them once they are prepared, TensorFlow is not needed.
 """
 
 import contextlib
@@ -20,20 +20,18 @@ DIGITS = "digits"
 
 
 def load(name: str, split: str = "train", data_dir: str | os.PathLike[str] | None = None) -> Images:
-  """Read one split of a dataset into memory, preparing it on first use.
+  """Read one split of a dataset into memory. The dataset is prepared on first use.
 
   Args:
-    name: ``"digits"``, or a dataset of the TFDS catalogue with the features ``image`` and
-      ``label``, as ``"mnist"`` or ``"cifar10"``.
-    split: a split of the dataset, as ``"train"`` or ``"test"``.
-    data_dir: where prepared datasets are kept; by default where TFDS keeps them, ``TFDS_DATA_DIR``
-      or ``~/tensorflow_datasets``.
+    name: ``"digits"``, or a dataset of the TFDS catalogue with the features ``image`` and ``label``, such as
+      ``"mnist"`` or ``"cifar10"``.
+    split: a split of the dataset, such as ``"train"`` or ``"test"``.
+    data_dir: the folder of prepared datasets. Default: TFDS's own, ``TFDS_DATA_DIR`` or ``~/tensorflow_datasets``.
 
   Raises:
-    ValueError: if there is no such dataset or split, or it does not hold labelled images of one
-      size.
+    ValueError: if there is no such dataset or split, or it does not contain labelled images of one size.
     OSError: if the dataset cannot be downloaded, written or read.
-    ImportError: if preparing it needs a library that is not installed.
+    ImportError: if the preparation needs a library that is not installed.
 
   >>> import tempfile
   >>> with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +61,7 @@ def load(name: str, split: str = "train", data_dir: str | os.PathLike[str] | Non
 
 
 def _open(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
-  """Give the TFDS builder of a dataset."""
+  """Return the TFDS builder of a dataset."""
   import tensorflow_datasets as tfds
   from google.protobuf.json_format import ParseError
 
@@ -90,7 +88,7 @@ def _open(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
 
 
 def _num_classes(name: str, features: Any) -> int:
-  """Give the number of classes, once it is clear that these are labelled images of one size."""
+  """Check that the features are labelled images of one size, and return the number of classes."""
   import tensorflow_datasets as tfds
 
   names = list(features.keys()) if isinstance(features, tfds.features.FeaturesDict) else []
@@ -98,30 +96,32 @@ def _num_classes(name: str, features: Any) -> int:
     raise ValueError(f"dataset {name!r} must have the features image and label; it has {', '.join(names)}")
   image, label = features["image"], features["label"]
   if not isinstance(label, tfds.features.ClassLabel) or label.num_classes is None:
-    raise ValueError(f"dataset {name!r} must have a class as its label; it has {label}")
+    raise ValueError(f"dataset {name!r} must have a class as its label; its label is {label}")
   if image.np_dtype != np.uint8 or len(image.shape) != 3 or None in image.shape:
-    raise ValueError(f"dataset {name!r} must have uint8 images of one size; it has {image}")
+    raise ValueError(f"dataset {name!r} must have uint8 images of one size; its image feature is {image}")
   return label.num_classes
 
 
 def _prepare(name: str, builder: Any) -> None:
-  """Prepare a dataset. TFDS works in a folder aside and renames it, so it is there whole or not."""
-  quiet = io.StringIO()
-  # TFDS announces every dataset as a download; its progress bars are worth having for those that are.
-  bars = quiet if name == DIGITS else sys.stderr
+  """Prepare a dataset. TFDS writes to a temporary folder and renames it at the end, so a dataset is never incomplete."""
+  discarded = io.StringIO()
+  # TFDS prints a download message and progress bars for every dataset. For the digits, which need no download, both are
+  # discarded; for the others only the message.
+  progress_bars = discarded if name == DIGITS else sys.stderr
   try:
-    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(bars):
+    with contextlib.redirect_stdout(discarded), contextlib.redirect_stderr(progress_bars):
       builder.download_and_prepare(file_format="array_record")
   except ImportError as error:
     raise ImportError(_missing(name, error)) from error
-  except Exception as error:  # of whatever kind that dataset's own code raises
-    if not builder.data_path.exists():  # else another process was faster, which is as good
+  except Exception as error:  # The code of a dataset can raise any kind of exception.
+    if not builder.data_path.exists():  # If it exists, another process has prepared the dataset in the meantime.
       raise OSError(
         f"cannot prepare dataset {name!r} in {builder.data_path}: {_line(error)}; check that folder and the network"
       ) from error
 
 
 def _damaged(name: str, directory: Any, why: Any) -> str:
+  """Return the error message for a prepared dataset that cannot be read."""
   return (
     f"cannot read dataset {name!r} in {directory}: {_line(why)}; it is damaged or not in the "
     "array_record format, so delete that directory or give another data_dir"
@@ -129,14 +129,15 @@ def _damaged(name: str, directory: Any, why: Any) -> str:
 
 
 def _missing(name: str, error: ImportError) -> str:
+  """Return the error message for a dataset that needs a library that is not installed."""
   return (
     f"dataset {name!r} needs a library that is not installed ({_line(error)}); "
-    "pip install 'jaxguide[tensorflow]' has what most of the catalogue needs"
+    "pip install 'jaxguide[tensorflow]' installs what most of the catalogue needs"
   )
 
 
 def _line(error: Any) -> str:
-  """Give the first line of what went wrong at the root: TFDS wraps errors, and goes on for pages."""
+  """Return the first line of the original error's message. TFDS wraps errors, and its messages are pages long."""
   while getattr(error, "__cause__", None) is not None:
     error = error.__cause__
   return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,6 +1,6 @@
 """scikit-learn's handwritten digits as a TFDS dataset: real images that need no download.
 
-The module imports TFDS at its top, because a builder is a TFDS class; import it where it is used.
+This module imports TFDS, which is slow, because a builder is a subclass of a TFDS class. Import it inside functions.
 """
 
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ import tensorflow_datasets as tfds
 class JaxguideDigits(tfds.core.GeneratorBasedBuilder):
   """1,797 handwritten digits of 8x8 pixels, split 80/20 into ``train`` and ``test``.
 
-  The split is the same on every machine and holds every digit in equal proportion. Pixels come as
-  ``uint8`` from 0 to 255, rounded from the 17 grey levels of the original. The feature is a
-  `tfds.features.Tensor` and not an ``Image``, which needs TensorFlow to prepare.
+  The split is the same on every machine and stratified by digit. Pixels are ``uint8`` from 0 to 255, rounded from the
+  17 grey levels of the original. The image feature is a `tfds.features.Tensor` and not an ``Image``, which would need
+  TensorFlow to prepare.
   """
 
   VERSION = tfds.core.Version("1.0.0")
-  RELEASE_NOTES: dict[str, str] = {"1.0.0": "First version."}  # noqa: RUF012, as TFDS spells it
+  RELEASE_NOTES: dict[str, str] = {"1.0.0": "First version."}  # noqa: RUF012, TFDS expects a mutable class attribute
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(

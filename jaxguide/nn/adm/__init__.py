@@ -1,1 +1,1 @@
-"""The UNets and the noisy classifier of Dhariwal & Nichol 2021 (arXiv:2105.05233)."""
+"""The UNets and the noise-aware classifier of Dhariwal & Nichol 2021 (arXiv:2105.05233)."""

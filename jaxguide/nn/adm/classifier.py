@@ -1,4 +1,4 @@
-"""The noisy classifier of Dhariwal & Nichol 2021: the UNet's way down, and a pool."""
+"""The noise-aware classifier of Dhariwal & Nichol 2021: the UNet's downsampling half, followed by a pool."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,17 +11,17 @@ POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 
 
 class Classifier(Encoder):
-  """The classifier of Dhariwal & Nichol (2021, arXiv:2105.05233, section 4.3), which knows every noise level.
+  """The classifier of Dhariwal & Nichol (2021, arXiv:2105.05233, section 4.3): it classifies images at any noise level.
 
-  ``classifier.apply(params, x, t)`` gives logits (n, out_channels).
+  ``classifier.apply(params, x, t)`` returns logits (n, out_channels).
 
   Args:
     out_channels: number of classes.
-    pool: ``attention`` (as published: the mean attends), ``adaptive`` (mean of the pixels), or ``spatial`` and
-      ``spatial_v2`` (a small network on the means of every block).
+    pool: ``attention`` (as published: the mean of the pixels attends to all pixels), ``adaptive`` (mean of the pixels),
+      or ``spatial`` and ``spatial_v2`` (a small network on the mean output of every block).
 
-  The other fields are those of `UNet`. ``pool="attention"`` has a position for each pixel of the coarsest level, and so
-  is for one size of image; it needs ``num_head_channels``.
+  The other fields are those of `UNet`. ``pool="attention"`` has a positional embedding for each pixel of the coarsest
+  level, so it accepts one image size only; it needs ``num_head_channels``.
 
   >>> import jax
   >>> classifier = Classifier(model_channels=32, out_channels=10, num_head_channels=32)
@@ -36,18 +36,19 @@ class Classifier(Encoder):
 
   @nn.compact
   def __call__(self, x, t, *, train: bool = False):
-    """Classify.
+    """Return the logits of noisy images.
 
     Args:
-      x: (n, height, width, channels), scaled by ``c_in``.
-      t: (n,) what tells the noise level, ``c_noise``.
-      train: whether to drop activations; needs ``rngs={"dropout": key}``.
+      x: (n, height, width, channels), noisy images multiplied by ``c_in``.
+      t: (n,) the encoded noise level, ``c_noise``.
+      train: whether to apply dropout; needs ``rngs={"dropout": key}``.
 
     Returns:
       (n, out_channels) logits.
 
     Raises:
-      ValueError: where the shapes do not fit, the sides do not halve evenly, or the pool is unknown.
+      ValueError: if the shapes do not fit, a side cannot be halved at every level, the pool is unknown, or
+        ``pool="attention"`` has no ``num_head_channels``.
     """
     checks.lookup("pool", self.pool, dict.fromkeys(POOLS))
     self.check_input(x, t)
@@ -66,6 +67,6 @@ class Classifier(Encoder):
     h = GroupNorm(silu=True, name="out_0")(h)
     if self.pool == "attention":
       if self.num_head_channels == -1:
-        raise ValueError("pool 'attention' counts its heads by channels: give num_head_channels")
+        raise ValueError("pool 'attention' needs the number of channels per head: give num_head_channels")
       return AttentionPool(self.out_channels, self.num_head_channels, name="out_2")(h)
     return nn.Dense(self.out_channels, kernel_init=nn.initializers.zeros, name="out_3")(h.mean((1, 2)))

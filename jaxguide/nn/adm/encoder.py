@@ -1,4 +1,4 @@
-"""What the UNet and the classifier share: the time embedding, the way down, and the middle."""
+"""The parts that the UNet and the classifier share: time embedding, downsampling path and middle blocks."""
 
 import contextlib
 import itertools
@@ -14,14 +14,14 @@ from jaxguide.nn.layers import AttentionBlock, Conv, Downsample, ResBlock, times
 from jaxguide.nn.perturbation import Perturbation
 
 
-def _by_auto_axes(function, out, *args, **kwargs):
-  """Call a function with the Explicit axes of a mesh as Auto ones inside: there the partitioner lays out what is made.
+def _with_auto_axes(function, out, *args, **kwargs):
+  """Call a function with the mesh's Explicit axes as Auto axes: inside it XLA chooses the sharding of every result.
 
   Args:
-    function: what to call.
-    out: how what comes out is spread over the mesh.
-    *args: its arguments, whose arrays carry the mesh where none is set.
-    **kwargs: its arguments by name.
+    function: the function to call.
+    out: the PartitionSpec of the function's outputs.
+    *args: its positional arguments. If no mesh is set, the mesh is taken from the arrays among the arguments.
+    **kwargs: its keyword arguments.
   """
   leaves, treedef = jax.tree.flatten((args, kwargs))
   arrays = [isinstance(leaf, jax.Array) for leaf in leaves]
@@ -40,9 +40,9 @@ def _by_auto_axes(function, out, *args, **kwargs):
     return function(*args, **kwargs)
 
   def call(*dynamic):
-    given = iter(dynamic)
-    whole = [next(given) if array else leaf for leaf, array in zip(leaves, arrays, strict=True)]
-    args, kwargs = jax.tree.unflatten(treedef, whole)
+    remaining = iter(dynamic)
+    all_leaves = [next(remaining) if is_array else leaf for leaf, is_array in zip(leaves, arrays, strict=True)]
+    args, kwargs = jax.tree.unflatten(treedef, all_leaves)
     return function(*args, **kwargs)
 
   with context:
@@ -50,7 +50,7 @@ def _by_auto_axes(function, out, *args, **kwargs):
 
 
 class Encoder(nn.Module):
-  """Fields and parts of both networks. The fields carry the names of OpenAI's guided-diffusion."""
+  """Fields and building blocks of both networks. The fields have the names used in OpenAI's guided-diffusion."""
 
   model_channels: int = 64
   out_channels: int | None = None
@@ -69,43 +69,43 @@ class Encoder(nn.Module):
   cudnn_attention: bool = False
 
   def __post_init__(self):
-    # A configuration read from a file holds lists; a module has to be hashable.
+    # A configuration read from a file has lists, but a Flax module must be hashable.
     self.channel_mult = tuple(self.channel_mult)
     name, levels = type(self).__name__, len(self.channel_mult)
-    usual = (2,) if levels > 1 else ()
-    self.attention_resolutions = usual if self.attention_resolutions is None else tuple(self.attention_resolutions)
+    default = (2,) if levels > 1 else ()
+    self.attention_resolutions = default if self.attention_resolutions is None else tuple(self.attention_resolutions)
     if not levels:
       raise ValueError(f"{name} needs a channel_mult for at least one level")
     factors = {2**level for level in range(levels)}
     if not factors.issuperset(self.attention_resolutions):
-      # OpenAI's command lines give sides of the image there, its networks factors; taken for one another, there would
-      # be no attention and no word of it.
+      # OpenAI's command lines take image sides here, but its networks take downsampling factors. Without this check, a
+      # network that is given sides would silently have no attention.
       raise ValueError(
-        f"attention_resolutions of {name} are downsampling factors, from {sorted(factors)} with {levels} levels; "
+        f"{name} with {levels} levels takes attention_resolutions among the downsampling factors {sorted(factors)}, "
         f"got {list(self.attention_resolutions)}"
       )
     if checks.in_range("dropout", self.dropout, 0, 1) == 1:
-      raise ValueError("dropout must be between 0 and 1, and below 1, or nothing would be left; got 1")
+      raise ValueError("dropout must be at least 0 and below 1, got 1")
     if self.cudnn_attention and jnp.dtype(self.dtype) not in (jnp.bfloat16, jnp.float16):
       raise ValueError(
-        f"cudnn_attention is for half precision: give {name} dtype bfloat16 with it, or leave it out; "
+        f"cudnn_attention needs half precision: give {name} dtype bfloat16 with it, or leave it out; "
         f"got {jnp.dtype(self.dtype)}"
       )
     super().__post_init__()
 
   @nn.nowrap
   def channels(self, level: int) -> int:
-    """Channels of a level of resolution, 0 the finest."""
+    """Return the number of channels of a resolution level; level 0 is the finest."""
     return int(self.channel_mult[level] * self.model_channels)
 
   @nn.nowrap
   def attends(self, level: int) -> bool:
-    """Whether a level has attention."""
+    """Return whether a level has attention."""
     return 2**level in (self.attention_resolutions or ())
 
   @nn.nowrap
   def check_input(self, x, t) -> None:
-    """Raise ValueError where the shapes are not a batch of images that halve evenly, with a time for each."""
+    """Raise ValueError unless x is a batch of images that can be halved at every level, with one time per image."""
     if x.ndim != 4:
       raise ValueError(f"{type(self).__name__} takes images of shape (n, height, width, channels), got {x.shape}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -121,24 +121,24 @@ class Encoder(nn.Module):
 
   @nn.nowrap
   def apply(self, variables, x, *args, **kwargs):  # type: ignore[override]
-    """Call the network on its variables, as Flax does; also under a mesh of Explicit axes, as `jax.make_mesh` has."""
+    """Apply the network like `flax.linen.Module.apply`, also under a mesh with Explicit axes (`jax.make_mesh`)."""
     out = jax.sharding.PartitionSpec(*jax.typeof(x).sharding.spec[:1])
-    return _by_auto_axes(super().apply, out, variables, x, *args, **kwargs)
+    return _with_auto_axes(super().apply, out, variables, x, *args, **kwargs)
 
   @nn.nowrap
   def init(self, *args, **kwargs):
-    """Draw variables, as Flax does; under a mesh of Explicit axes every device has them whole."""
-    return _by_auto_axes(super().init, jax.sharding.PartitionSpec(), *args, **kwargs)
+    """Draw variables like `flax.linen.Module.init`; under a mesh with Explicit axes they are replicated."""
+    return _with_auto_axes(super().init, jax.sharding.PartitionSpec(), *args, **kwargs)
 
   @nn.nowrap
   def perturbation_of(self, name: str) -> Perturbation | None:
-    """Give what is done to a block to make the network worse: nothing, unless a network has a field for it."""
+    """Return the perturbation of the named block, or None. This base class has no perturbations."""
     return None
 
   @nn.nowrap
   def res_block(self, features: int, name: str, resample: str | None = None):
     """Make a residual block."""
-    # Rematerialised, its activations are computed again for the backward pass; argument 3 is the flag train.
+    # nn.remat computes the activations again in the backward pass; argument 3 is the flag `train`.
     cls = nn.remat(ResBlock, static_argnums=(3,)) if self.use_checkpoint else ResBlock
     skip = self.perturbation_of(name) is not None
     return cls(features, self.dropout, self.use_scale_shift_norm, resample, self.dtype, skip, name=name)
@@ -159,7 +159,7 @@ class Encoder(nn.Module):
 
   @nn.nowrap
   def encode(self, x, emb, train: bool) -> list[Any]:
-    """Go down; give the output of every block, the last of which is the coarsest."""
+    """Run the downsampling path; return the output of every block, from finest to coarsest."""
     h = Conv(self.channels(0), dtype=self.dtype, name="input_blocks_0_0")(x)
     outputs = [h]
     for level in range(len(self.channel_mult)):
@@ -180,7 +180,7 @@ class Encoder(nn.Module):
 
   @nn.nowrap
   def middle(self, h, emb, train: bool):
-    """Two residual blocks with attention between them, at the coarsest resolution."""
+    """Apply two residual blocks with attention between them, at the coarsest resolution."""
     h = self.res_block(h.shape[-1], "middle_block_0")(h, emb, train)
     h = self.attention(self.num_heads, "middle_block_1")(h)
     return self.res_block(h.shape[-1], "middle_block_2")(h, emb, train)

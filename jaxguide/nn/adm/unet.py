@@ -1,4 +1,4 @@
-"""The UNet of Dhariwal & Nichol 2021, and the one that makes small images large."""
+"""The UNet of Dhariwal & Nichol 2021, and its super-resolution variant."""
 
 from collections.abc import Mapping
 
@@ -14,38 +14,39 @@ from jaxguide.nn.perturbation import Perturbation
 
 
 class UNet(Encoder):
-  """The UNet of Dhariwal & Nichol (2021, arXiv:2105.05233, section 3), with every switch of the published models.
+  """The UNet of Dhariwal & Nichol (2021, arXiv:2105.05233, section 3), with every option of the published models.
 
-  ``unet.apply(params, x, t, y)`` gives ``F`` of the shape of ``x``: what it means is up to `jaxguide.scaling`.
+  ``unet.apply(params, x, t, y)`` returns the raw output ``F`` of the shape of ``x``. `jaxguide.scaling` converts it to
+  a prediction of x0.
 
   Args:
     model_channels: channels of the finest level; the time embedding is four times as wide.
-    out_channels: channels of the output: as many as the input's if left out; twice the image's for learned variance.
-    num_res_blocks: residual blocks a level.
-    attention_resolutions: downsampling factors at which there is attention: (2,) is at half the image's sides. If left
-      out, (2,) where there is such a level.
+    out_channels: channels of the output. Default: as many as the input's. A learned variance needs twice the image's.
+    num_res_blocks: residual blocks per level.
+    attention_resolutions: downsampling factors that have attention; (2,) means at half the image's sides. Default: (2,)
+      if there are at least two levels, otherwise none.
     dropout: probability of dropping an activation in training, in [0, 1).
-    channel_mult: one factor on ``model_channels`` for each level of resolution.
-    conv_resample: whether resampling convolves, where ``resblock_updown`` is off.
-    num_heads: attention heads, where ``num_head_channels`` is -1.
-    num_head_channels: channels of a head; -1 to count by ``num_heads``.
-    num_heads_upsample: heads on the way up; -1 for ``num_heads``.
-    use_scale_shift_norm: the embedding scales and shifts the normalised activations (adaptive group normalisation),
-      instead of being added.
-    resblock_updown: resample inside residual blocks.
-    use_new_attention_order: the layout (qkv, head, channel) in place of (head, qkv, channel).
-    use_checkpoint: compute activations again for the backward pass, to save memory.
-    dtype: what convolutions and products compute in, ``jnp.float32`` or ``jnp.bfloat16``; parameters and normalisation
-      stay float32. On an NVIDIA GPU float32 products are TF32, of 10 bits, unless
-      ``jax.default_matmul_precision("highest")`` holds.
-    cudnn_attention: attend by cuDNN's fused kernel on an NVIDIA GPU of Ampere's generation or later; elsewhere it
-      changes nothing. It needs ``dtype`` bfloat16 and heads of at most 128 channels, a multiple of 8; it never holds
-      all the weights of a map, and has a first derivative in reverse mode only.
+    channel_mult: one factor on ``model_channels`` for each resolution level.
+    conv_resample: whether resampling includes a convolution. Only used if ``resblock_updown`` is off.
+    num_heads: number of attention heads. Only used if ``num_head_channels`` is -1.
+    num_head_channels: channels per head; -1 to use ``num_heads``.
+    num_heads_upsample: number of heads in the upsampling path; -1 for ``num_heads``.
+    use_scale_shift_norm: whether the embedding scales and shifts the normalised activations (adaptive group
+      normalisation) instead of being added.
+    resblock_updown: whether residual blocks do the resampling.
+    use_new_attention_order: whether channels are laid out (qkv, head, channel) instead of (head, qkv, channel).
+    use_checkpoint: whether activations are computed again in the backward pass, to save memory.
+    dtype: type of convolutions and matrix products, ``jnp.float32`` or ``jnp.bfloat16``. Parameters and normalisation
+      stay float32. On an NVIDIA GPU float32 products use TF32 (10 bits of mantissa) unless
+      ``jax.default_matmul_precision("highest")`` is set.
+    cudnn_attention: whether to use cuDNN's fused attention kernel on an NVIDIA GPU (Ampere or newer); no effect on
+      other devices. It needs ``dtype`` bfloat16 and heads whose channels are a multiple of 8 and at most 128. It never
+      stores the whole attention matrix. It supports first derivatives in reverse mode only.
     num_classes: number of classes, or None for an unconditional network.
-    null_class: whether there is one more label, ``num_classes`` itself, that stands for none, as classifier-free
-      guidance needs it. The published networks have none.
-    perturbation: what makes some blocks worse on purpose; see `jaxguide.perturbed`. The parameters are those of the
-      network without it, and a new network's are drawn without it.
+    null_class: whether there is one more label, ``num_classes`` itself, that means "no label". Classifier-free guidance
+      needs it. The published networks do not have it.
+    perturbation: makes some blocks worse on purpose; see `jaxguide.perturbed`. It adds no parameters, and `init`
+      ignores it.
 
   >>> import jax
   >>> unet = UNet(model_channels=32, num_classes=10)
@@ -62,32 +63,33 @@ class UNet(Encoder):
 
   @nn.nowrap
   def perturbation_of(self, name: str) -> Perturbation | None:
-    """Give what is done to a block."""
+    """Return the perturbation of the named block, or None; always None in `init`."""
     perturbation = None if self.is_initializing() else self.perturbation
     return perturbation if perturbation is not None and name in perturbation.blocks else None
 
   @nn.compact
   def __call__(self, x, t, y=None, *, train: bool = False):
-    """Predict.
+    """Return the network's raw output ``F``.
 
     Args:
-      x: (n, height, width, channels), scaled by ``c_in``.
-      t: (n,) what tells the noise level, ``c_noise``.
+      x: (n, height, width, channels), noisy images multiplied by ``c_in``.
+      t: (n,) the encoded noise level, ``c_noise``.
       y: (n,) labels, if the network has classes.
-      train: whether to drop activations; needs ``rngs={"dropout": key}``.
+      train: whether to apply dropout; needs ``rngs={"dropout": key}``.
 
     Returns:
       (n, height, width, out_channels) in the type of ``x``.
 
     Raises:
-      ValueError: where the shapes do not fit, the sides do not halve evenly, or labels are given to a network without
-        classes or not given to one with, or are not of its classes; where a block to perturb is not there.
+      ValueError: if the shapes do not fit; a side cannot be halved at every level; a network with classes gets no
+        labels, or one without classes gets some; a label is not a class of the network; or the network has no block
+        that the perturbation names.
     """
     return self.predict(x, t, y, self.out_channels or x.shape[-1], train)
 
   @nn.nowrap
   def predict(self, x, t, y, out_channels: int, train: bool):
-    """Do what calling the network does, for inputs that may have more channels than the image."""
+    """Run the network; unlike ``__call__``, ``x`` may have more channels than the image."""
     self.check_input(x, t)
     name = type(self).__name__
     if (y is None) != (self.num_classes is None):
@@ -127,9 +129,9 @@ class UNet(Encoder):
 class SuperResUNet(UNet):
   """The super-resolution UNet of Dhariwal & Nichol (2021, arXiv:2105.05233, section 5.2).
 
-  It sees the low-resolution image beside the noisy one, enlarged bilinearly and concatenated to it. Its condition is
-  one pytree: ``unet.apply(params, x, t, {"label": y, "low_res": image})``; without classes ``{"low_res": image}``.
-  The fields are those of `UNet`.
+  The low-resolution image is enlarged bilinearly and concatenated to the noisy image along the channels. The condition
+  is one pytree: ``unet.apply(params, x, t, {"label": y, "low_res": image})``, or ``{"low_res": image}`` if there are no
+  classes. The fields are those of `UNet`.
 
   >>> unet = SuperResUNet(model_channels=32, num_classes=10)
   >>> x, t = jnp.zeros((2, 16, 16, 3)), jnp.zeros(2)
@@ -141,21 +143,21 @@ class SuperResUNet(UNet):
 
   @nn.compact
   def __call__(self, x, t, cond, *, train: bool = False):  # type: ignore[override]
-    """Predict.
+    """Return the network's raw output ``F``.
 
     Args:
-      x: (n, height, width, channels), scaled by ``c_in``.
-      t: (n,) what tells the noise level, ``c_noise``.
-      cond: ``low_res``, (n, low height, low width, channels), clean and not scaled, in [-1, 1] or uint8; and ``label``,
-        (n,), if the network has classes.
-      train: whether to drop activations; needs ``rngs={"dropout": key}``.
+      x: (n, height, width, channels), noisy images multiplied by ``c_in``.
+      t: (n,) the encoded noise level, ``c_noise``.
+      cond: a dictionary with ``low_res``, (n, low height, low width, channels), clean images that are not scaled, in
+        [-1, 1] or uint8; and ``label``, (n,), if the network has classes.
+      train: whether to apply dropout; needs ``rngs={"dropout": key}``.
 
     Returns:
-      (n, height, width, out_channels) in the type of ``x``; as many channels as ``x`` if ``out_channels`` was left out.
+      (n, height, width, out_channels) in the type of ``x``. If ``out_channels`` is None, as many channels as ``x``.
 
     Raises:
-      ValueError: as for `UNet`; where there is no low-resolution image, or not one for each of ``x``, with its channels
-        and no larger than it.
+      ValueError: as for `UNet`; also if ``low_res`` is missing, has another batch size or other channels than ``x``, or
+        is larger than ``x``.
     """
     if not isinstance(cond, Mapping) or "low_res" not in cond or cond.keys() - {"label", "low_res"}:
       raise ValueError(
@@ -165,10 +167,10 @@ class SuperResUNet(UNet):
     fits = low.ndim == x.ndim == 4 and (low.shape[0], low.shape[3]) == (x.shape[0], x.shape[3])
     if not fits or low.shape[1] > x.shape[1] or low.shape[2] > x.shape[2]:
       raise ValueError(
-        f"SuperResUNet takes a low_res image for each of the images of shape {x.shape}, with their channels and no "
-        f"larger than they are; got shape {low.shape}"
+        f"SuperResUNet takes one low_res image for each image of x, with the same channels and no larger; "
+        f"got shape {low.shape} for x of shape {x.shape}"
       )
     low = to_floats(low, x.dtype) if low.dtype == jnp.uint8 else low.astype(x.dtype)
-    # Half-pixel centres, edges repeated: PyTorch's bilinear interpolation with align_corners=False.
+    # The same as PyTorch's bilinear interpolation with align_corners=False: half-pixel centres, repeated edges.
     large = jax.image.resize(low, x.shape, "bilinear", antialias=False)
     return self.predict(jnp.concatenate([x, large], -1), t, cond.get("label"), self.out_channels or x.shape[-1], train)
