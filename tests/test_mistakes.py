@@ -35,7 +35,7 @@ MISTAKES = [
   ({"denoise": None}, TypeError, "denoise must be a denoiser"),
   ({"denoise": 3.0}, TypeError, "denoise must be a denoiser"),
   ({"solver": "ddim"}, TypeError, r"the name 'ddim': make it with jaxguide\.solvers\.solver\('ddim'\)"),
-  ({"solver": jg.DDIM}, TypeError, r"the class DDIM: make one, DDIM\(\)"),
+  ({"solver": jg.DDIM}, TypeError, r"the class DDIM: make an instance, DDIM\(\)"),
   ({"solver": None}, TypeError, "solver must be a solver, got None"),
   ({"shape": 8}, TypeError, "shape must be the sides of one example"),
   ({"shape": "8x8"}, TypeError, "shape must be the sides"),
@@ -47,7 +47,7 @@ MISTAKES = [
   ({"cond": np.array([None] * 3)}, TypeError, "cond must hold numbers"),
   ({"x_init": np.full((3, 2), np.nan)}, ValueError, "x_init must be finite"),
   ({"x_init": np.zeros((2, 2))}, ValueError, "x_init must have the shape"),
-  ({"devices": [jax.devices()[0]] * 2}, ValueError, "devices must name each device once"),
+  ({"devices": [jax.devices()[0]] * 2}, ValueError, "devices must have each device only once"),
 ]
 
 

@@ -151,7 +151,7 @@ def test_a_bound_does_not_know_its_batch():
 
 
 def test_null_conditions_that_no_type_holds():
-  with pytest.raises(ValueError, match="fit no type of JAX"):
+  with pytest.raises(ValueError, match="no type of JAX holds both"):
     jax.jit(promotion.same_type)(np.int32(-1), np.uint32(3_000_000_000))
 
 
@@ -215,7 +215,7 @@ def test_schedules(name, options, message):
   [
     lambda schedule: schedules.from_schedule(schedule, 5),
     lambda schedule: scales.linear(2.0, schedule),
-    lambda schedule: scales.cosine(2.0, schedule),
+    lambda schedule: scales.raised_cosine(2.0, schedule),
     schedules.UniformTime,
   ],
 )

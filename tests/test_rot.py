@@ -113,7 +113,7 @@ def test_an_edit_that_was_meant_is_saved_again(saved, copy):
   [
     (None, r"has lost its checksums\.json, or was saved before there were any: .*verify=False and save it again"),
     (lambda held: held[: len(held) // 2], r"checksums\.json is torn"),
-    (lambda held: "[]", "holds no fields"),
+    (lambda held: "[]", "is not a JSON object"),
     (lambda held: '{"version": 1}', "holds no checksums"),
     (lambda held: held.replace('"version": 1', '"version": 2'), "use a newer one"),
     (lambda held: held.replace("out_2/bias", "out_9/bias"), "out_2/bias"),

@@ -1,1 +1,1 @@
-"""What every room stands on: types, dataclasses that are pytrees, checks, keys, files and devices."""
+"""What the whole library uses: types, dataclasses that are pytrees, checks, random keys, files and devices."""

@@ -1,7 +1,7 @@
-"""Devices: which ones there are, and where arrays are placed on them.
+"""Devices, and the placement of arrays on them.
 
-Every program that places arrays does it through a `Placement`. It holds a mesh of devices with one axis, ``batch``. The
-rows of a batch are split along that axis, and parameters are copied to every device.
+All code that places arrays uses a `Placement`. It holds a mesh of devices with one axis, ``batch``. The rows of a batch
+are split along that axis, and parameters are copied to every device.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class Placement(NamedTuple):
   Args:
     devices: the devices of the mesh.
     split: the sharding of arrays whose rows are split over the devices.
-    copied: the sharding of arrays that every device holds whole.
+    copied: the sharding of arrays that are replicated on every device.
   """
 
   devices: Sequence[jax.Device]
@@ -40,11 +40,11 @@ def placement(devices: Any = None) -> Placement:
   """Make the placement of arrays on some devices.
 
   Args:
-    devices: a list of devices; all devices of this process if left out.
+    devices: a list of devices. The default is all devices of this process.
 
   Raises:
-    TypeError: if ``devices`` is no list of devices.
-    ValueError: if it is empty, or names a device twice.
+    TypeError: if ``devices`` is not a list of devices.
+    ValueError: if the list is empty or has a device twice.
 
   >>> placement([jax.devices()[0]]).rows(np.zeros((4, 2))).shape
   (4, 2)
@@ -53,15 +53,17 @@ def placement(devices: Any = None) -> Placement:
     raise TypeError(f"devices must be a list of devices, such as jax.devices(), got {devices!r}")
   devices = jax.local_devices() if devices is None else list(devices)
   if not devices:
-    raise ValueError("devices must name at least one device, or be left out to use all")
+    raise ValueError("devices must have at least one device: leave it out to use all devices")
   if len(set(devices)) < len(devices):
-    raise ValueError(f"devices must name each device once, got {devices}")
+    raise ValueError(f"devices must have each device only once, got {devices}")
   mesh = Mesh(np.asarray(devices), ("batch",))
   return Placement(devices, NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec()))
 
 
 def for_batches(batch_size: int) -> Placement:
-  """Make the placement of batches of a fixed size: on all devices of this process if they divide it, else on one.
+  """Make the placement of batches of a fixed size.
+
+  It uses all devices of this process if their number divides the batch size, and the first device otherwise.
 
   >>> len(for_batches(1).devices)
   1
@@ -71,12 +73,12 @@ def for_batches(batch_size: int) -> Placement:
 
 
 def first() -> SingleDeviceSharding:
-  """Give the sharding of arrays that lie on the first device of this process."""
+  """Return the sharding of arrays on the first device of this process."""
   return SingleDeviceSharding(jax.local_devices()[0])
 
 
 def host() -> jax.Device | None:
-  """Give the host's CPU; None where JAX was told not to use it.
+  """Return the host's CPU as a JAX device, or None if JAX runs without its CPU backend.
 
   >>> host().platform
   'cpu'

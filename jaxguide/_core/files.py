@@ -1,4 +1,4 @@
-"""Writing files so that nothing is ever half there, and locks so that two runs do not write in one place."""
+"""Atomic writing of files, and locks that prevent two runs from writing to one place."""
 
 import contextlib
 import datetime
@@ -13,33 +13,34 @@ from typing import IO
 PathLike = str | os.PathLike[str]
 
 PART = ".part"
-"""How the name of a file ends while it is being written."""
+"""The ending of a file's name while the file is being written."""
 
 LONGEST = 200
-"""The most bytes in the name of a file. While it is made there are others beside it, with longer names."""
+"""The largest number of bytes in a file's name. Temporary files beside it have longer names."""
 
 
 def check_writable(path: PathLike) -> None:
-  """Check, before long work, that a file could be written at ``path`` after it.
+  """Check that a file can be written at ``path``. Call it before long work whose result is written there.
 
-  Missing parent folders are no obstacle: the writers of this module make them.
+  Missing parent folders are allowed: the functions of this module that write files create them.
 
   Raises:
-    OSError: if ``path`` is a folder or a device, lies under a file, may not be written, or has a name above `LONGEST`.
+    OSError: if ``path`` is a folder or a device, one of its parents is a file, the folder is not writable, or the name
+      has more than `LONGEST` bytes.
 
   >>> check_writable(os.curdir)
   Traceback (most recent call last):
   ...
-  OSError: cannot write .: it is a folder; name a file in it
+  OSError: cannot write .: it is a folder; give the path of a file in it
   """
   path = Path(path)
   if len(os.fsencode(path.name)) > LONGEST:
     raise OSError(f"cannot write {path}: its name is longer than {LONGEST} bytes; choose a shorter one")
   if path.is_dir():
-    raise OSError(f"cannot write {path}: it is a folder; name a file in it")
+    raise OSError(f"cannot write {path}: it is a folder; give the path of a file in it")
   if os.path.exists(path) and not path.is_file():
-    # The writers replace what was there, which must not happen to /dev/null.
-    raise OSError(f"cannot write {path}: it is not a regular file; name one")
+    # Writing replaces the old file, which must not happen to a device such as /dev/null.
+    raise OSError(f"cannot write {path}: it is not a regular file; give the path of one")
   folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
   if not folder.is_dir():
     raise OSError(f"cannot write {path}: {folder} is not a folder; choose another path")
@@ -48,41 +49,42 @@ def check_writable(path: PathLike) -> None:
 
 
 def check_readable(path: PathLike) -> None:
-  """Check that what lies at ``path``, if anything, is a file: to open a pipe would wait for ever.
+  """Check that ``path`` is a regular file if it exists. Opening a pipe, for instance, would block forever.
 
   Raises:
-    OSError: if it is not.
+    OSError: if it exists and is not a regular file.
 
   >>> check_readable(os.curdir)
   Traceback (most recent call last):
   ...
-  OSError: cannot read .: it is not a regular file; name one
+  OSError: cannot read .: it is not a regular file; give the path of one
   """
   if os.path.exists(path) and not os.path.isfile(path):
-    raise OSError(f"cannot read {path}: it is not a regular file; name one")
+    raise OSError(f"cannot read {path}: it is not a regular file; give the path of one")
 
 
 @contextlib.contextmanager
 def replacing(path: PathLike) -> Iterator[IO[bytes]]:
-  """Open a file that takes its place at ``path`` only once it is whole and on the disk; missing folders are made.
+  """Open a temporary file that is moved to ``path`` when the block ends without an error.
 
-  A process that is killed meanwhile leaves a file whose name starts with a dot and ends in `PART`; see `remove_parts`.
-  Where ``path`` is a symbolic link, it stays one, and the file is what it leads to.
+  The file is complete and on the disk before it is moved. Missing folders are created. If the process is killed before,
+  a part file remains, whose name starts with a dot and ends in `PART`; see `remove_parts`. If ``path`` is a symbolic
+  link, the link stays, and the file that it points to is replaced.
 
   Raises:
-    OSError: if ``path`` cannot be written; what was there stays.
+    OSError: if ``path`` cannot be written. The old file, if any, stays.
   """
   path = Path(os.path.realpath(path) if os.path.islink(path) else path)
   check_writable(path)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, since a rename is atomic only within one file system; not `tempfile`, whose
-    # files no one else may read.
+    # In the folder of the target, since a rename is atomic only within one file system. Not by `tempfile`, since other
+    # users could not read its files.
     part = path.with_name(f"{_part_of(path.name)}{uuid.uuid4().hex}{PART}")
     try:
       with part.open("wb") as file:
         yield file
-        # The content reaches the disk before the name does: after a power loss there is the old file or the new one.
+        # The content reaches the disk before the new name, so that after a power loss the old or the new file is there.
         file.flush()
         os.fsync(file.fileno())
       part.replace(path)
@@ -94,17 +96,17 @@ def replacing(path: PathLike) -> Iterator[IO[bytes]]:
 
 
 def write_atomically(path: PathLike, content: bytes) -> None:
-  """Write a file so that a reader finds the old one or the new one, never half of it.
+  """Write a file atomically: a reader sees the old file or the new one, never a part of it.
 
   Raises:
-    OSError: if ``path`` cannot be written; what was there stays.
+    OSError: if ``path`` cannot be written. The old file, if any, stays.
   """
   with replacing(path) as file:
     file.write(content)
 
 
 def sync_folder(folder: PathLike) -> None:
-  """Bring the names in a folder to the disk, where the system can (POSIX)."""
+  """Flush the file names in a folder to the disk. On systems other than POSIX this does nothing."""
   if os.name == "posix":
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -114,7 +116,7 @@ def sync_folder(folder: PathLike) -> None:
 
 
 def is_part(path: PathLike) -> bool:
-  """Whether this is what `replacing` had begun to write when its process was killed.
+  """Whether this is a part file, which `replacing` leaves if its process is killed.
 
   >>> is_part("run/.89d2ac01-4c0f1e2d.part"), is_part("run/params.part")
   (True, False)
@@ -124,16 +126,16 @@ def is_part(path: PathLike) -> bool:
 
 
 def _part_of(name: str) -> str:
-  """How the name of a file's part begins: the same for every part of the file, and short, whatever its name."""
+  """Return the prefix of the names of a file's part files. It is short for a file name of any length."""
   return f".{zlib.crc32(name.encode()):08x}-"
 
 
 def remove_parts(folder: PathLike, name: str | None = None) -> None:
-  """Remove what processes that were killed had begun to write in a folder. Call it under the `lock` of what they write.
+  """Remove the part files that killed processes left in a folder. The caller must hold the `lock` of the written files.
 
   Args:
-    folder: where.
-    name: the file that they were writing; all files in the folder if left out.
+    folder: the folder.
+    name: remove only part files of the file with this name. The default is part files of all files in the folder.
   """
   for path in filter(is_part, Path(folder).iterdir()):
     if name is None or path.name.startswith(_part_of(name)):
@@ -142,14 +144,14 @@ def remove_parts(folder: PathLike, name: str | None = None) -> None:
 
 @contextlib.contextmanager
 def lock(path: PathLike, what: PathLike) -> Iterator[None]:
-  """Keep other processes out while the block runs. The lock ends with the process, however that ends.
+  """Hold a lock against other processes while the block runs. It is released when the process ends, even if killed.
 
   Args:
-    path: the lock file. It is made here, missing folders too, and removed at the end.
-    what: what the lock protects, for the error.
+    path: the lock file. It and missing folders are created at the start, and the file is removed at the end.
+    what: what the lock protects, for the error message.
 
   Raises:
-    OSError: if somebody else holds the lock, saying who; or if the lock file cannot be written.
+    OSError: if another process holds the lock (the message names it), or the lock file cannot be written.
 
   >>> import tempfile
   >>> with tempfile.TemporaryDirectory() as folder, lock(Path(folder, ".lock"), "the model"):
@@ -164,19 +166,20 @@ def lock(path: PathLike, what: PathLike) -> Iterator[None]:
   path = Path(path)
   check_writable(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  held = filelock.FileLock(path)
+  file_lock = filelock.FileLock(path)
   try:
-    held.acquire(blocking=False)
+    file_lock.acquire(blocking=False)
   except filelock.Timeout:
     holder = path.read_text(errors="replace").strip() or "another process"
     raise OSError(f"{what} is in use by {holder}: wait until it has ended, or choose another path") from None
   try:
     since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-    with contextlib.suppress(OSError):  # On a full disk the lock holds all the same.
+    with contextlib.suppress(OSError):  # On a full disk the holder's name is missing, but the lock is still valid.
       path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}")
     yield
   finally:
-    # Removed while it is held: who opens it at this moment finds that it has no name any more, and makes a new one.
+    # The file is removed before the release. A process that has just opened it notices that the file has no name
+    # any more, and creates a new one.
     with contextlib.suppress(OSError):
       path.unlink()
-    held.release()
+    file_lock.release()

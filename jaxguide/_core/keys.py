@@ -1,4 +1,4 @@
-"""Keys of samples and runs, the same whatever JAX is configured to draw random numbers with."""
+"""Random keys of samples and runs. They do not depend on JAX's configured random number generator."""
 
 from typing import Any
 
@@ -10,25 +10,25 @@ from jaxguide._core import checks
 from jaxguide._core.typing import Key
 
 MAX_SEED = 2**64 - 1
-"""The largest seed: a key of the Threefry generator is two words of 32 bits."""
+"""The largest seed: a key of the Threefry generator has two words of 32 bits."""
 
 
 MAX_INDEX = 2**32 - 2
-"""The largest index of a sample: an index is one word, and the last is left to what belongs to no sample."""
+"""The largest index of a sample. An index is one word of 32 bits; 2**32 - 1 is reserved for keys of no sample."""
 
 
 def threefry(key: Any) -> Key:
-  """Give a key of the Threefry generator: the key itself if it is one, else one made of all of its words.
+  """Return a key of the Threefry generator. A key of another generator is converted, and all of its words are used.
 
-  The draws of other generators (``rbg``, ``unsafe_rbg``) depend on the batch that they are drawn in, by ``vmap``, and
-  sample ``i`` would not be sample ``i`` any more. Threefry's do not.
+  Under ``vmap``, draws of other generators (``rbg``, ``unsafe_rbg``) depend on the batch, so that sample ``i`` would
+  change with its batch. Draws of Threefry do not.
 
   Args:
-    key: one key, typed or raw, of any kind.
+    key: one key, typed or raw, of any generator.
 
   Raises:
-    TypeError: if it is no key.
-    ValueError: if it is several.
+    TypeError: if ``key`` is not a random key.
+    ValueError: if it is an array of several keys.
 
   >>> jax.random.key_data(threefry(jax.random.key(0, impl="rbg"))).shape
   (2,)
@@ -45,16 +45,16 @@ def threefry(key: Any) -> Key:
     raise TypeError(f"key must be a random key, got {shown}: make one with jax.random.key({seed})")
   shape = np.shape(key) if typed else np.shape(key)[:-1]
   if shape:
-    raise ValueError(f"key must be one random key, got keys of shape {shape}: use vmap over several")
+    raise ValueError(f"key must be one random key, got keys of shape {shape}: use vmap for several keys")
   words = jax.random.key_data(key) if typed else jnp.asarray(key)
-  made = jax.random.wrap_key_data(words[:2], impl="threefry2x32")
-  for word in range(2, words.shape[0]):
-    made = jax.random.fold_in(made, words[word])
-  return made
+  threefry_key = jax.random.wrap_key_data(words[:2], impl="threefry2x32")
+  for i in range(2, words.shape[0]):
+    threefry_key = jax.random.fold_in(threefry_key, words[i])
+  return threefry_key
 
 
 def check_seed(name: str, seed: int) -> int:
-  """Give a seed back if it is a whole number from 0 to `MAX_SEED`.
+  """Check that a seed is a whole number from 0 to `MAX_SEED`, and return it.
 
   >>> check_seed("seed", 2**70)
   Traceback (most recent call last):
@@ -71,17 +71,17 @@ def check_seed(name: str, seed: int) -> int:
 
 
 def seed_key(seed: int) -> Key:
-  """Make the key of a seed, every digit of which counts.
+  """Make the Threefry key of a seed from all 64 bits of the seed.
 
-  ``jax.random.key`` takes the last 32 bits of a seed alone, unless 64-bit types are enabled, and makes a key of
-  whatever kind is the default. This is the key that it makes with 64-bit types and Threefry: for seeds below 2**32 the
-  same without them.
+  ``jax.random.key`` uses only the last 32 bits of a seed, unless 64-bit types are enabled, and its generator is JAX's
+  configured one. This function returns the key that ``jax.random.key`` returns with 64-bit types and Threefry. For
+  seeds below 2**32, 64-bit types make no difference.
 
   Args:
     seed: a whole number from 0 to `MAX_SEED`.
 
   Raises:
-    ValueError: if it is not that.
+    ValueError: if ``seed`` is anything else.
 
   >>> [jax.random.key_data(seed_key(seed)).tolist() for seed in (5, 2**32 + 5)]
   [[0, 5], [1, 5]]

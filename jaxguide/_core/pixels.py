@@ -1,4 +1,4 @@
-"""Pixels and floats: ``uint8``, 0 to 255, and the floats in [-1, 1] that networks see."""
+"""Conversion of pixels (``uint8``, 0 to 255) to floats in [-1, 1], the range of the networks' inputs."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ LOW, HIGH = -1.0, 1.0
 
 
 def to_floats(images: Any, dtype: Any) -> Any:
-  """Give pixels as floats in [-1, 1], in NumPy or JAX as they come: ``pixel / 127.5 - 1``.
+  """Convert pixels to floats in [-1, 1], ``pixel / 127.5 - 1``. NumPy arrays stay NumPy, and JAX arrays stay JAX.
 
   Args:
     images: whole numbers from 0 to 255, of any shape.

@@ -1,8 +1,8 @@
-"""Records of runs: all that a run depends on, as plain data in named parts that can be compared field by field.
+"""Records of runs: everything that a run depends on, as plain data that can be compared field by field.
 
-A record is what a JSON file holds: ``{"version": 1, "model": {...}, "training": {...}, "data": {...}}``. Each
-configuration is a part of its own, so that fields of two configurations may share a name. A record that was written
-before a field existed has the field's default.
+A record is stored as JSON: ``{"version": 1, "model": {...}, "training": {...}, "data": {...}}``. Each configuration is
+a separate part, so that two configurations may have fields of the same name. If a record was written before a field
+existed, the field's default is used.
 """
 
 import dataclasses
@@ -15,15 +15,15 @@ from jaxguide._core.files import PathLike
 
 VERSION = 1
 
-# More than any record has.
 LARGEST = 2**26
+"""The largest size of a record's file in bytes. Real records are much smaller."""
 
 
 def record(**parts: Any) -> dict[str, Any]:
-  """Make a record of dataclasses and plain data, each under its own name, as it comes back from JSON.
+  """Make a record from dataclasses and plain data, each under its own name, in the form in which JSON returns them.
 
   Raises:
-    TypeError: if a part holds what JSON cannot, such as an array.
+    TypeError: if a part holds something that JSON cannot hold, such as an array.
 
   >>> record(data={"name": "digits", "shape": (8, 8, 1)})
   {'version': 1, 'data': {'name': 'digits', 'shape': [8, 8, 1]}}
@@ -32,12 +32,12 @@ def record(**parts: Any) -> dict[str, Any]:
 
 
 def read(path: PathLike) -> dict[str, Any]:
-  """Read a record, or another file of JSON with fields, strictly.
+  """Read a record, or another JSON file that holds an object, strictly.
 
   Raises:
     FileNotFoundError: if there is no such file.
     OSError: if it cannot be read.
-    ValueError: if it is torn: it is not JSON, names a field twice, or holds what no record does.
+    ValueError: if it is damaged: it is not a JSON object, has a field twice, is nested too deeply or is too large.
   """
   path = Path(path)
   try:
@@ -49,7 +49,7 @@ def read(path: PathLike) -> dict[str, Any]:
       raise ValueError(f"it is larger than {LARGEST:,} bytes")
     value = json.loads(content.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
     if not isinstance(value, dict):
-      raise ValueError("it holds no fields")
+      raise ValueError("it is not a JSON object")
   except NotADirectoryError:
     raise FileNotFoundError(f"there is no {path}") from None
   except RecursionError:
@@ -59,23 +59,23 @@ def read(path: PathLike) -> dict[str, Any]:
   return value
 
 
-def check_version(held: Mapping[str, Any]) -> None:
-  """Check that a record is of this version or an older one.
+def check_version(stored: Mapping[str, Any]) -> None:
+  """Check that a record has this version of the format or an older one.
 
   Raises:
-    ValueError: if it is not.
+    ValueError: if it has a newer one, or no valid version.
 
   >>> check_version({"version": 2})
   Traceback (most recent call last):
   ...
-  ValueError: the record has version 2, and this jaxguide knows those up to 1: use a newer one
+  ValueError: the record has version 2, but this jaxguide reads versions up to 1: use a newer one
   """
-  version = held.get("version")
+  version = stored.get("version")
   if type(version) is not int or version < 1:
-    raise ValueError(f"the record has version {version!r}, which is none")
+    raise ValueError(f"the record has version {version!r}, which is not a whole number of at least 1")
   if version > VERSION:
     raise ValueError(
-      f"the record has version {version}, and this jaxguide knows those up to {VERSION}: use a newer one"
+      f"the record has version {version}, but this jaxguide reads versions up to {VERSION}: use a newer one"
     )
 
 
@@ -83,16 +83,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   fields = dict(pairs)
   if len(fields) < len(pairs):
     names = [name for name, _ in pairs]
-    raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    raise ValueError(f"it has the field {next(name for name in names if names.count(name) > 1)!r} twice")
   return fields
 
 
 def _refuse(constant: str) -> None:
-  raise ValueError(f"{constant} is no number")
+  raise ValueError(f"{constant} is not a number of JSON")
 
 
 def defaults(cls: type) -> dict[str, Any]:
-  """Give the fields of a dataclass that have a default, with it.
+  """Return the defaults of a dataclass's fields, by name. Fields without a default are left out.
 
   >>> @dataclasses.dataclass
   ... class Training:
@@ -105,41 +105,43 @@ def defaults(cls: type) -> dict[str, Any]:
 
 
 def differences(
-  held: Mapping[str, Any], wanted: Mapping[str, Any], default: Mapping[str, Any] | None = None
+  stored: Mapping[str, Any], requested: Mapping[str, Any], default: Mapping[str, Any] | None = None
 ) -> list[str]:
-  """Name each field in which two records differ, with both values.
+  """List the fields in which two records differ, with both values.
 
   Args:
-    held: the record of the run that is there.
-    wanted: the record of the run that is asked for.
-    default: the value of a field that a record does not have, part by part. A field without one has to be in both.
+    stored: the record of the run that already exists ("there").
+    requested: the record of the run that is requested now ("here").
+    default: values for fields that a record does not have, part by part. A field without a default differs if one
+      record does not have it.
 
   Returns:
-    A text for each field that differs; none if the records agree.
+    One text for each field that differs. The list is empty if the records agree.
 
   >>> differences({"training": {"steps": 5}}, {"training": {"steps": 9, "seed": 0}}, {"training": {"seed": 0}})
   ['training.steps is 5 there, and 9 here']
   """
-  found: list[str] = []
-  _compare("", held, wanted, default or {}, found)
-  return found
+  texts: list[str] = []
+  _compare("", stored, requested, default or {}, texts)
+  return texts
 
 
-def _compare(name: str, held: Any, wanted: Any, default: Any, found: list[str]) -> None:
-  if isinstance(held, Mapping) and isinstance(wanted, Mapping):
-    default = default if isinstance(default, Mapping) else {}
-    for key in dict.fromkeys([*held, *wanted]):
-      usual = default.get(key, _ABSENT)
-      _compare(f"{name}.{key}" if name else key, held.get(key, usual), wanted.get(key, usual), usual, found)
-  elif _plain(held) != _plain(wanted):
-    found.append(f"{name} is {_shown(held)} there, and {_shown(wanted)} here")
+def _compare(name: str, stored: Any, requested: Any, default: Any, texts: list[str]) -> None:
+  """Append a text to ``texts`` for each difference between two values of a field, or of its parts."""
+  if isinstance(stored, Mapping) and isinstance(requested, Mapping):
+    defaults = default if isinstance(default, Mapping) else {}
+    for key in dict.fromkeys([*stored, *requested]):
+      default = defaults.get(key, _ABSENT)
+      _compare(f"{name}.{key}" if name else key, stored.get(key, default), requested.get(key, default), default, texts)
+  elif _plain(stored) != _plain(requested):
+    texts.append(f"{name} is {_shown(stored)} there, and {_shown(requested)} here")
 
 
 _ABSENT = object()
 
 
 def _plain(value: Any) -> Any:
-  """Give a default as JSON would give it back."""
+  """Convert a default to the form in which JSON returns it."""
   return value if value is _ABSENT or value is None else json.loads(json.dumps(value))
 
 

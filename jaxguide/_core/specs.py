@@ -1,4 +1,4 @@
-"""Names with options, as a command line has them: ``unipc:predictor=3``, ``cfg:scale=4,combine=rescaled,phi=0.7``."""
+"""Names with options, in command-line syntax: ``unipc:predictor=3``, ``cfg:scale=4,combine=rescaled,phi=0.7``."""
 
 import inspect
 import types
@@ -10,11 +10,11 @@ from jaxguide._core import checks
 
 T = TypeVar("T")
 
-WANTED = {int: "a whole number", float: "a number", bool: "true or false"}
+KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 class Spec(NamedTuple):
-  """A name and what was said of it, each value still a text."""
+  """A name and its options. The values of the options are still texts."""
 
   name: str
   options: Mapping[str, str]
@@ -24,7 +24,7 @@ def parse(text: str) -> Spec:
   """Read ``NAME`` or ``NAME:option=value,option=value``.
 
   Raises:
-    ValueError: where an option has no value, or is given twice.
+    ValueError: if an option has no value, or occurs twice.
 
   >>> parse("cfg:scale=4,combine=rescaled")
   Spec(name='cfg', options={'scale': '4', 'combine': 'rescaled'})
@@ -42,40 +42,48 @@ def parse(text: str) -> Spec:
 
 
 def options_of(function: Callable[..., Any], *hidden: str) -> dict[str, inspect.Parameter]:
-  """Give the parameters of a function or a class that can be written: a number, a word, or several of one kind."""
+  """Return the parameters of a function or a class that can be set in a text, except the ``hidden`` ones.
+
+  These are the parameters whose value is a number, a word, true or false, or a tuple of one such kind.
+  """
   parameters = inspect.signature(function, eval_str=True).parameters
-  return {name: each for name, each in parameters.items() if name not in hidden and _kind(each) is not None}
+  return {
+    name: parameter for name, parameter in parameters.items() if name not in hidden and _kind(parameter) is not None
+  }
 
 
 def choose(spec: Spec, known: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-  """Give the values of a spec's options, each as its parameter has it.
+  """Convert the texts of a spec's options to values, each of the kind of its parameter.
 
   Raises:
-    ValueError: for an option that is not known, naming those that are, or a value of another kind.
+    ValueError: for an unknown option (the message lists the known ones), or a value of another kind.
 
   >>> choose(parse("unipc:predictor=3"), options_of(lambda predictor=2.0: None))
   {'predictor': 3.0}
   """
   for option in spec.options:
     if option not in known:
-      has = f"it has {', '.join(known)}" if known else "it has none"
-      raise ValueError(f"{spec.name!r} has no option {option!r}; {has}")
+      known_options = f"it has {', '.join(known)}" if known else "it has none"
+      raise ValueError(f"{spec.name!r} has no option {option!r}; {known_options}")
   return {option: _read(spec.name, known[option], text) for option, text in spec.options.items()}
 
 
 def made(
   kind: str, text: str, table: Mapping[str, Callable[..., T]], *hidden: str
 ) -> tuple[Callable[..., T], dict[str, Any]]:
-  """Look up the function that ``NAME:option=value,...`` names, and read its options.
+  """Look up the function of a text ``NAME:option=value,...``, and convert the options to values.
 
   Args:
-    kind: what the table holds, for errors.
-    text: the name, with options if there are any.
-    table: functions by name; their keyword parameters are the options.
-    *hidden: parameters that are no options.
+    kind: what the table contains, for error messages.
+    text: the name, with or without options.
+    table: functions by name. Their parameters are the options.
+    *hidden: parameters that are not options.
+
+  Returns:
+    The function, and the values of its options by name.
 
   Raises:
-    ValueError: for an unknown name, naming the nearest, or an option that the function does not have.
+    ValueError: for an unknown name (the message has the nearest one), or an option that the function does not have.
 
   >>> function, options = made("power", "square:scale=2", {"square": lambda x, scale=1.0: scale * x * x}, "x")
   >>> function(3.0, **options)
@@ -87,7 +95,7 @@ def made(
 
 
 class HelpRow(NamedTuple):
-  """A line of a help text: a name, what it does, and its options."""
+  """A row of a help text: a name, a description, and the options."""
 
   name: str
   text: str
@@ -95,7 +103,7 @@ class HelpRow(NamedTuple):
 
 
 def help_row(name: str, function: Callable[..., Any], options: Mapping[str, inspect.Parameter]) -> HelpRow:
-  """Give the line of a help text for a function: the first line of its docstring, and its options.
+  """Make the row of a help text for a function from the first line of its docstring and its options.
 
   >>> help_row("parse", parse, {})
   HelpRow(name='parse', text='Read NAME or NAME:option=value,option=value.', options='')
@@ -105,7 +113,7 @@ def help_row(name: str, function: Callable[..., Any], options: Mapping[str, insp
 
 
 def described(known: Mapping[str, inspect.Parameter]) -> str:
-  """Give options with their defaults, for a help text.
+  """Format options with their defaults, for a help text.
 
   >>> described(options_of(lambda eta=0.5, kind="x": None))
   'eta=0.5, kind=x'
@@ -115,31 +123,36 @@ def described(known: Mapping[str, inspect.Parameter]) -> str:
     default = parameter.default
     if default is None or default is inspect.Parameter.empty:
       return parameter.name
-    several = default if isinstance(default, tuple) else (default,)
-    return f"{parameter.name}={'/'.join(f'{each:g}' if isinstance(each, float) else str(each) for each in several)}"
+    values = default if isinstance(default, tuple) else (default,)
+    return f"{parameter.name}={'/'.join(f'{value:g}' if isinstance(value, float) else str(value) for value in values)}"
 
   return ", ".join(map(shown, known.values()))
 
 
 def _read(name: str, parameter: inspect.Parameter, text: str) -> Any:
+  """Convert the text of an option to a value of the kind of its parameter."""
   kind = _kind(parameter)
   several = typing.get_origin(kind) is tuple
-  each = typing.get_args(kind)[0] if several else kind
+  element = typing.get_args(kind)[0] if several else kind
   try:
-    if each is bool:
+    if element is bool:
       return checks.lookup(parameter.name, text, {"true": True, "false": False})
-    return tuple(map(each, text.split("/"))) if several else each(text)
+    return tuple(map(element, text.split("/"))) if several else element(text)
   except ValueError:
-    wanted = WANTED.get(each, "words")
-    wanted = f"one or more, each {wanted}, with / between them" if several else wanted
-    raise ValueError(f"{parameter.name} of {name!r} must be {wanted}, got {text!r}") from None
+    expected = KINDS.get(element, "words")
+    expected = f"one or more, each {expected}, with / between them" if several else expected
+    raise ValueError(f"{parameter.name} of {name!r} must be {expected}, got {text!r}") from None
 
 
 def _kind(parameter: inspect.Parameter) -> Any:
-  """The type of a parameter's values: of those that its annotation allows the plainest, else that of its default."""
+  """Return the type of a parameter's values, or None if they cannot be written as a text.
+
+  The annotation decides: of a union, the first of str, float and int that it contains. Else the default's type decides,
+  where float stands for int.
+  """
   kind = parameter.annotation
   if typing.get_origin(kind) in (typing.Union, types.UnionType):
-    kind = next((each for each in (str, float, int) if each in typing.get_args(kind)), None)
+    kind = next((plain for plain in (str, float, int) if plain in typing.get_args(kind)), None)
   if kind in (str, float, int, bool) or typing.get_origin(kind) is tuple:
     return kind
   default = parameter.default

@@ -1,8 +1,8 @@
-"""Dataclasses that are pytrees, told apart by their class.
+"""Dataclasses that are pytrees. The tree structures of two classes are never equal.
 
-``jax.tree_util.register_dataclass`` (and ``flax.struct`` with it) makes trees whose structures compare equal where two
-classes have as many leaves and the same static fields: ``Euler()`` and ``Heun()``, say. A compiled program could then
-be taken for another's. Here the class is part of what is compared.
+With ``jax.tree_util.register_dataclass``, and so with ``flax.struct``, the tree structures of two classes are equal if
+the classes have the same number of leaves and the same static fields, such as ``Euler()`` and ``Heun()``. Then ``jit``
+could run the program that it compiled for the other class. Here the class is part of the tree structure.
 """
 
 import dataclasses
@@ -13,15 +13,15 @@ import jax
 
 
 def field(*, pytree_node: bool = True, **options: Any) -> Any:
-  """A field, which is static (hashed and compared, not traced) if ``pytree_node`` is false."""
+  """Declare a field. It is static (hashed and compared, not traced) if ``pytree_node`` is false."""
   return dataclasses.field(metadata={"pytree_node": pytree_node}, **options)
 
 
 @dataclass_transform(field_specifiers=(field,), frozen_default=True)
 def dataclass(cls):
-  """Make a class a frozen dataclass and a pytree; compared by identity, since its leaves are arrays."""
+  """Make a class a frozen dataclass and a pytree. Instances compare by identity, since their leaves are arrays."""
   cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
-  cls.replace = dataclasses.replace  # as flax.struct's have it
+  cls.replace = dataclasses.replace  # as in flax.struct
   fields = dataclasses.fields(cls)
   leaves = [f.name for f in fields if f.metadata.get("pytree_node", True)]
   static = [f.name for f in fields if f.name not in leaves]
@@ -38,7 +38,7 @@ def dataclass(cls):
 
 
 def as_tree(function: Callable[..., Any]) -> Callable[..., Any]:
-  """Give a callable as a pytree: one that is none already, such as a plain function, as a static part of one.
+  """Return a callable as a pytree. A plain function becomes a static part of a pytree without leaves.
 
   >>> jax.tree.leaves(as_tree(max)), jax.tree.leaves(as_tree(jax.tree_util.Partial(max, 2.0)))
   ([], [2.0])

@@ -1,7 +1,7 @@
-"""The types that everything here is written in.
+"""The types that the library's functions are annotated with.
 
-The state of a sampler is ``x = x0 + sigma * eps`` with ``eps ~ N(0, I)`` (variance exploding). Denoisers,
-classifiers and solvers see *one example* of shape ``(*shape)`` and a scalar ``sigma``; a batch is ``jax.vmap`` outside.
+The state of a sampler is ``x = x0 + sigma * eps`` with ``eps ~ N(0, I)`` (variance exploding). Denoisers, classifiers
+and solvers take *one example* of shape ``(*shape)`` and a scalar ``sigma``. For a batch, apply ``jax.vmap`` outside.
 """
 
 from collections.abc import Callable
@@ -16,24 +16,25 @@ from jaxguide._core import struct
 
 ArrayLike = jax.typing.ArrayLike
 Key = jax.Array
-"""A JAX random key: typed, as ``jax.random.key`` makes it, or a raw ``uint32`` pair."""
+"""A JAX random key: typed, as ``jax.random.key`` returns it, or a raw ``uint32`` pair."""
 
 Leaf = Any
-"""A field of a pytree: a number or an array, or whatever a transformation of the tree puts in its place."""
+"""A field of a pytree: a number or an array, or the placeholder that a transformation of the tree puts in its place."""
 
 Example = Float[Array, "*shape"]
 Scalar = Float[Array, ""]
 
 
 Scale = ArrayLike | Callable[..., ArrayLike]
-"""A number, or a function of ``sigma`` that gives one; see `jaxguide.scales`."""
+"""A number, or a function of ``sigma`` that returns one; see `jaxguide.scales`."""
 
 
 def scale_at(scale: Scale, sigma: Scalar, x: Example) -> Scalar:
-  """Give a scale at a noise level, in the type of an example.
+  """Evaluate a scale at a noise level, and convert it to the type of an example.
 
   Raises:
-    ValueError: if it is more than one number.
+    TypeError: if the example is not floating-point.
+    ValueError: if the scale is more than one number.
 
   >>> import jax.numpy as jnp
   >>> float(scale_at(lambda sigma: 3 * sigma, jnp.asarray(2.0), jnp.zeros(2)))
@@ -43,21 +44,22 @@ def scale_at(scale: Scale, sigma: Scalar, x: Example) -> Scalar:
     raise TypeError(f"an example must be floats, got {x.dtype}")
   value = jnp.asarray(scale(sigma) if callable(scale) else scale, x.dtype)
   if value.ndim:
-    raise ValueError(f"a scale is one number for one example, got shape {value.shape}: vmap over scales, outside")
+    raise ValueError(f"a scale must be one number for one example, got shape {value.shape}: use vmap for several")
   return value
 
 
 @struct.dataclass
 class Prediction:
-  """What a denoiser gives that says more than ``x0``.
+  """A denoiser's output with extras: x0, an optional learned variance, an optional guidance state.
 
-  Guidance changes ``x0`` and lets the rest be; only who has a use for the rest looks at it.
+  Guidance changes ``x0`` alone.
 
   Args:
-    x0: the clean example.
-    variance: the network's word on the variance of `jaxguide.DDPM`'s step, of the shape of ``x0``: -1 for the smallest
-      and 1 for the largest (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15); None if it has none.
-    guidance_state: what a guidance keeps for the next step, None if nothing; see `jaxguide.guidance.state`.
+    x0: the predicted clean example.
+    variance: the network's output for the variance of `jaxguide.DDPM`'s step, of the shape of ``x0``: -1 for the
+      smallest and 1 for the largest (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15). None if the network does not
+      predict the variance.
+    guidance_state: the state that a guidance passes on to the next step, or None; see `jaxguide.guidance.state`.
   """
 
   x0: Leaf
@@ -66,55 +68,68 @@ class Prediction:
 
 
 def x0_of(prediction: Any) -> Example:
-  """The clean example in what a denoiser gave."""
+  """Return the clean example of a denoiser's output, which is ``x0`` itself or a `Prediction`."""
   return prediction.x0 if isinstance(prediction, Prediction) else prediction
 
 
 def map_x0(function: Callable[..., Any], prediction: Any, *others: Any) -> Any:
-  """Apply a function to the clean examples in what denoisers gave.
+  """Apply a function to the clean examples of one or more denoisers' outputs.
 
-  The first one's variance, if any, stays; so does the newest guidance state. Guidance is written with this, so that
-  it never touches a learned variance.
+  Guidance methods use this, so that they do not change a learned variance.
+
+  Args:
+    function: takes the clean examples, and returns a clean example, or a `Prediction` with a new guidance state.
+    prediction: a denoiser's output, whose variance, if any, is part of the result.
+    *others: more outputs.
+
+  Returns:
+    The new clean example, in a `Prediction` if there is a variance or a guidance state. The state is the first that is
+    not None of the function's result, ``prediction`` and ``others``.
+
+  Raises:
+    TypeError: if the function does not return a clean example.
 
   >>> import jax.numpy as jnp
   >>> float(map_x0(lambda a, b: a - b, jnp.asarray(3.0), jnp.asarray(1.0)))
   2.0
   """
-  made = function(x0_of(prediction), *map(x0_of, others))
-  said = (part for part in (made, prediction, *others) if isinstance(part, Prediction))
+  result = function(x0_of(prediction), *map(x0_of, others))
+  predictions = (output for output in (result, prediction, *others) if isinstance(output, Prediction))
   variance = prediction.variance if isinstance(prediction, Prediction) else None
-  state = next((part.guidance_state for part in said if part.guidance_state is not None), None)
-  if not isinstance(x0_of(made), jax.Array | np.ndarray | int | float):
-    raise TypeError(f"guidance must give a clean example, got {x0_of(made)!r}: perhaps a rule is to be called first")
-  bare = variance is None and state is None
-  return x0_of(made) if bare else Prediction(x0_of(made), variance, state)
+  state = next((output.guidance_state for output in predictions if output.guidance_state is not None), None)
+  x0 = x0_of(result)
+  if not isinstance(x0, jax.Array | np.ndarray | int | float):
+    raise TypeError(
+      f"guidance must return a clean example, got {x0!r}: if this is a combine rule, call it with its options first"
+    )
+  return x0 if variance is None and state is None else Prediction(x0, variance, state)
 
 
 @runtime_checkable
 class Denoiser(Protocol):
-  """``E[x0 | x; sigma, cond]``: the clean example that is expected behind a noisy one."""
+  """``E[x0 | x; sigma, cond]``: the expected clean example of a noisy one."""
 
   def __call__(self, x: Example, sigma: Scalar, cond: Any, /) -> Example | Prediction:
-    """Give ``x0`` of the shape of ``x``, or a `Prediction` that holds it."""
+    """Predict ``x0``, of the shape of ``x``. The output may be a `Prediction` that holds it."""
     ...
 
 
 @runtime_checkable
 class LogProb(Protocol):
-  """``log p(cond | x; sigma)``: what a classifier trained on noisy examples says of a condition."""
+  """``log p(cond | x; sigma)``: the log-probability of a condition by a classifier trained on noisy examples."""
 
   def __call__(self, x: Example, sigma: Scalar, cond: Any, /) -> Scalar:
-    """Give a scalar."""
+    """Return the log-probability, a scalar."""
     ...
 
 
 Guidance = Callable[[Denoiser], Denoiser]
-"""A guidance method: it takes a denoiser and gives back the guided one."""
+"""A guidance method: a function from a denoiser to the guided denoiser."""
 
 
 @runtime_checkable
 class SolverState(Protocol):
-  """What a solver carries from step to step. ``x`` is the sample so far, ``x0`` the last denoised one."""
+  """The state of a solver between two steps."""
 
   @property
   def x(self) -> Example:
@@ -123,16 +138,16 @@ class SolverState(Protocol):
 
   @property
   def x0(self) -> Example:
-    """The guided denoiser's latest output."""
+    """The guided denoiser's latest prediction of the clean example."""
     ...
 
 
 @runtime_checkable
 class Solver(Protocol):
-  """One step from ``sigma`` down to ``sigma_next``; ``denoise`` has its condition already."""
+  """One step from ``sigma`` down to ``sigma_next``. The condition is already part of ``denoise``."""
 
   def init(self, x: Example) -> Any:
-    """Give the state that the first step starts from."""
+    """Return the state before the first step."""
     ...
 
   def step(
@@ -143,7 +158,7 @@ class Solver(Protocol):
     sigma_next: Scalar,
     key: Key,
   ) -> Any:
-    """Give the state at ``sigma_next``."""
+    """Return the state at ``sigma_next``."""
     ...
 
 

@@ -1,7 +1,7 @@
-"""Checks of what a caller hands in, made before the work starts.
+"""Checks of arguments, which run before the work starts.
 
-They look at values where there are values: inside ``jit`` an argument is a tracer, whose value is not known yet, and
-passes. Each error says what was wrong, what was expected and what to do.
+They check concrete values. Inside ``jit`` an argument is a tracer without a value, and it passes the check. An error
+message has the wrong value and the expected one, and often what to do instead.
 """
 
 from jaxguide._core.checks.arguments import LARGEST, cond, labels, scale, schedule, shape, sigmas, solver

@@ -1,4 +1,4 @@
-"""Checks of the arguments that the mathematics takes: shapes, conditions, labels, grids, schedules and solvers."""
+"""Checks of scales, solvers, schedules, shapes, conditions, labels and grids."""
 
 import math
 from typing import Any
@@ -11,15 +11,15 @@ from jaxguide._core import struct
 from jaxguide._core.checks.numbers import T, at_least, finite, is_concrete
 
 LARGEST = 2**31 - 1
-"""The most numbers of one example."""
+"""The largest number of elements of one example."""
 
 
 def scale(name: str, value: Any) -> Any:
-  """Give a scale as a pytree, if it is a function of ``sigma`` or finite (or not known yet).
+  """Check that a scale is finite or a function of ``sigma``, and return it as a pytree.
 
   Raises:
     ValueError: if it is infinite or NaN.
-    TypeError: if it is no number.
+    TypeError: if it is neither a number nor a function.
 
   >>> scale("scale", 2)
   2.0
@@ -28,10 +28,10 @@ def scale(name: str, value: Any) -> Any:
 
 
 def solver(value: T) -> T:
-  """Give ``value`` back if it is a solver, made and not a name or a class.
+  """Check that ``value`` is an instance of a solver, and return it.
 
   Raises:
-    TypeError: if it is none.
+    TypeError: if it is something else, such as a solver's name or class.
 
   >>> solver("ddim")
   Traceback (most recent call last):
@@ -39,21 +39,21 @@ def solver(value: T) -> T:
   TypeError: solver must be a solver, got the name 'ddim': make it with jaxguide.solvers.solver('ddim')
   """
   if isinstance(value, str):
-    remedy = f"the name {value!r}: make it with jaxguide.solvers.solver({value!r})"
+    problem = f"the name {value!r}: make it with jaxguide.solvers.solver({value!r})"
   elif isinstance(value, type):
-    remedy = f"the class {value.__name__}: make one, {value.__name__}()"
+    problem = f"the class {value.__name__}: make an instance, {value.__name__}()"
   elif not (callable(getattr(value, "init", None)) and callable(getattr(value, "step", None))):
-    remedy = f"{value!r}, which has no init and step: make one of jaxguide.solvers, such as DDIM()"
+    problem = f"{value!r}, which has no methods init and step: use a solver of jaxguide.solvers, such as DDIM()"
   else:
     return value
-  raise TypeError(f"solver must be a solver, got {remedy}")
+  raise TypeError(f"solver must be a solver, got {problem}")
 
 
 def schedule(value: T, method: str = "sigma") -> T:
-  """Give ``value`` back if it is a noise schedule, made and not a name or a class: something that has the method.
+  """Check that ``value`` is an instance of a noise schedule, which means that it has the method, and return it.
 
   Raises:
-    TypeError: if it is none.
+    TypeError: if it is something else, such as a schedule's name or class.
 
   >>> schedule("cosine")
   Traceback (most recent call last):
@@ -61,7 +61,7 @@ def schedule(value: T, method: str = "sigma") -> T:
   TypeError: schedule must be a noise schedule, got 'cosine': make one, such as ...
   """
   if isinstance(value, str | type) or not callable(getattr(value, method, None)):
-    shown = value.__name__ + "'s class" if isinstance(value, type) else repr(value)
+    shown = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
     raise TypeError(
       f"schedule must be a noise schedule, got {shown}: make one, such as jaxguide.schedules.schedule('cosine') or "
       "jaxguide.schedules.table('linear', 1000)"
@@ -70,11 +70,11 @@ def schedule(value: T, method: str = "sigma") -> T:
 
 
 def shape(name: str, value: Any) -> tuple[int, ...]:
-  """Give the shape of one example as a tuple of whole numbers.
+  """Check the shape of one example, and return it as a tuple of whole numbers.
 
   Raises:
-    TypeError: if it is no sequence.
-    ValueError: if a side is no whole number of at least 0.
+    TypeError: if it is not a sequence.
+    ValueError: if a side is not a whole number of at least 0, or the example would have more than `LARGEST` elements.
 
   >>> shape("shape", 8)
   Traceback (most recent call last):
@@ -85,15 +85,16 @@ def shape(name: str, value: Any) -> tuple[int, ...]:
     raise TypeError(f"{name} must be the sides of one example, such as (8, 8, 1) or (2,), got {value!r}")
   sides = tuple(at_least(f"each side of {name}", side, 0) for side in value)
   if math.prod(sides) > LARGEST:
-    raise ValueError(f"{name} has {math.prod(sides):,} numbers, and one example may have {LARGEST:,}: got {sides}")
+    raise ValueError(f"{name} has {math.prod(sides):,} numbers, but one example may have {LARGEST:,}: got {sides}")
   return sides
 
 
 def cond(value: T) -> T:
-  """Give a condition back if its leaves are numbers or arrays of numbers.
+  """Check that the leaves of a condition are numbers or arrays of numbers, and return it.
 
   Raises:
     TypeError: if a leaf is something else, such as a text.
+    ValueError: if a whole number is outside the range of JAX's integer type.
 
   >>> cond("cat")
   Traceback (most recent call last):
@@ -113,9 +114,13 @@ def cond(value: T) -> T:
 
 
 def labels(name: str, value: T, num_classes: int, null: bool = False) -> T:
-  """Give ``value`` back if every label in it is a class: a whole number from 0 to ``num_classes - 1``.
+  """Check that every label in ``value`` is a class, a whole number from 0 to ``num_classes - 1``, and return ``value``.
 
-  With ``null``, ``num_classes`` itself, the null class, passes as well.
+  If ``null`` is true, the null class ``num_classes`` is allowed too.
+
+  Raises:
+    TypeError: if a label is not a whole number.
+    ValueError: if a label is outside the range.
 
   >>> labels("label", 12, 10)
   Traceback (most recent call last):
@@ -136,7 +141,11 @@ def labels(name: str, value: T, num_classes: int, null: bool = False) -> T:
 
 
 def sigmas(value: T) -> T:
-  """Give a grid of noise levels back if it is one: one axis, at least one step, decreasing, ending in 0.
+  """Check a grid of noise levels, and return it. It must have one axis, at least one step, decrease, and end in 0.
+
+  Raises:
+    TypeError: if the levels are not real numbers.
+    ValueError: if it is not such a grid.
 
   >>> sigmas(np.array([1.0, 2.0, 0.0]))
   Traceback (most recent call last):
@@ -145,16 +154,16 @@ def sigmas(value: T) -> T:
   """
   shape = jnp.shape(value)  # type: ignore[arg-type]
   if len(shape) != 1 or shape[0] < 2:
-    raise ValueError(f"sigmas must have one axis of at least two levels, the last of them 0; got shape {shape}")
+    raise ValueError(f"sigmas must have one axis of at least two levels, the last one 0; got shape {shape}")
   if is_concrete(value):
     array = np.asarray(value)
     if array.dtype.kind not in "fiu" and not jnp.issubdtype(array.dtype, jnp.floating):
       raise TypeError(f"sigmas must be real numbers, got {array.dtype}")
     if array.dtype.kind in "iu" or array.dtype == np.float64:
       with np.errstate(over="ignore", under="ignore"):
-        array = array.astype(jax.dtypes.canonicalize_dtype(np.float64))  # What the walk takes them as.
+        array = array.astype(jax.dtypes.canonicalize_dtype(np.float64))  # The sampler converts them to this type.
     if not np.isfinite(array).all():
-      raise ValueError(f"sigmas must be finite, but sigmas[{np.isfinite(array).argmin()}] is not")
+      raise ValueError(f"sigmas must be finite as {array.dtype}, but sigmas[{np.isfinite(array).argmin()}] is not")
     rises = np.flatnonzero(np.diff(array) >= 0)
     if rises.size:
       i = rises[0]

@@ -13,17 +13,17 @@ from jaxguide._core.checks.numbers import T, number, whole
 
 
 def field(name: str, value: Any, kind: Any, *bounds: int | float) -> Any:
-  """Give the value of a configuration's field as plain data, if it is what the field's annotation says.
+  """Check that the value of a configuration's field fits its annotation, and return it as plain data.
 
   Args:
-    name: of the field.
-    value: what was given; it may come from a JSON file, and then has lists for tuples, or be NumPy's.
-    kind: the annotation: ``bool``, ``int``, ``float`` (which ``int`` may be too), ``str``, a ``Mapping`` with names,
-      a ``Sequence`` of those, or one of them or None.
-    *bounds: the least and the largest number, for each element of a sequence. A whole number needs both.
+    name: the field's name.
+    value: the field's value. It may contain NumPy's numbers, or lists instead of tuples, as JSON has them.
+    kind: the annotation: ``bool``, ``int``, ``float`` (which allows ``int``), ``str``, a ``Mapping`` with text keys, a
+      ``Sequence`` of one of these, or a union of one of these with None.
+    *bounds: the smallest and the largest number allowed, also for each element of a sequence. ``int`` needs both.
 
   Raises:
-    ValueError: if it is not.
+    ValueError: if the value does not fit.
 
   >>> field("image_shape", [8, 8, np.int64(1)], Sequence[int], 1, 2**16)
   (8, 8, 1)
@@ -34,7 +34,7 @@ def field(name: str, value: Any, kind: Any, *bounds: int | float) -> Any:
   """
   kinds = typing.get_args(kind)
   if type(None) in kinds:
-    kinds = tuple(one for one in kinds if one is not type(None))
+    kinds = tuple(member for member in kinds if member is not type(None))
     if value is None:
       return None
     return field(name, value, kinds[0] if len(kinds) == 1 else typing.Union[kinds], *bounds)  # noqa: UP007
@@ -63,7 +63,15 @@ def field(name: str, value: Any, kind: Any, *bounds: int | float) -> Any:
 
 
 def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
-  """Give ``table[name]``, or an error that names the nearest entry.
+  """Return ``table[name]``. The error for an unknown name has the nearest name and all known ones.
+
+  Args:
+    kind: what the table contains, for the error message.
+    name: the name to look up.
+    table: the values by name.
+
+  Raises:
+    ValueError: if the table has no such name.
 
   >>> lookup("solver", "dddim", {"ddim": 1, "heun": 2})
   Traceback (most recent call last):
@@ -77,11 +85,20 @@ def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
   raise ValueError(f"unknown {kind} {name!r}{hint} There are {', '.join(sorted(table))}")
 
 
-def options(name: str, cls: type, given: Mapping[str, Any]) -> Mapping[str, Any]:
-  """Give ``given`` back if each key of it is a field of the dataclass ``cls``, which the user calls ``name``."""
+def options(name: str, cls: type, values: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Check that each key of ``values`` is a field of the dataclass ``cls``, and return ``values``.
+
+  Args:
+    name: the name by which the user chose the class, for the error message.
+    cls: a dataclass.
+    values: values of its fields, by name.
+
+  Raises:
+    ValueError: if the class has no such field.
+  """
   known = [field.name for field in dataclasses.fields(cls)]
-  for option in given:
+  for option in values:
     if option not in known:
-      has = f"it has {', '.join(known)}" if known else "it has none"
-      raise ValueError(f"{name!r} has no option {option!r}; {has}")
-  return given
+      known_options = f"it has {', '.join(known)}" if known else "it has none"
+      raise ValueError(f"{name!r} has no option {option!r}; {known_options}")
+  return values

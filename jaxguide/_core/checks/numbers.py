@@ -1,8 +1,4 @@
-"""Checks of what a caller hands in, made before the work starts.
-
-They look at values where there are values: inside ``jit`` an argument is a tracer, whose value nobody knows yet, and
-passes. Each error says what was wrong, what was expected and what to do.
-"""
+"""Checks of numbers. They check concrete values; a tracer passes."""
 
 import math
 import operator
@@ -18,7 +14,7 @@ T = TypeVar("T")
 
 
 def is_concrete(value: Any) -> bool:
-  """Whether every leaf of ``value`` is a number or an array that can be looked at."""
+  """Whether every leaf of ``value`` is a number or an array with known values, not a tracer."""
   return all(
     isinstance(leaf, int | float | np.generic | np.ndarray | jax.Array) and not isinstance(leaf, jax.core.Tracer)
     for leaf in jax.tree.leaves(value)
@@ -26,10 +22,12 @@ def is_concrete(value: Any) -> bool:
 
 
 def as_float(name: str, value: T) -> T:
-  """Give Python's and NumPy's scalars as ``float``, so that 2, 2.0 and ``np.float32(2)`` compile to one program.
+  """Convert Python's and NumPy's scalars to ``float``, so that 2, 2.0 and ``np.float32(2)`` compile to one program.
+
+  Other values are returned unchanged.
 
   Raises:
-    TypeError: if ``value`` is not a number.
+    TypeError: if ``value`` is a text, a bool, None or complex.
 
   >>> as_float("scale", 2)
   2.0
@@ -46,11 +44,11 @@ def _numeric(leaf: Any) -> bool:
 
 
 def finite(name: str, value: T) -> T:
-  """Give ``value`` back, as `as_float` does, if it is finite (or not known yet).
+  """Check that ``value`` is finite, and return it as `as_float` does.
 
   Raises:
     ValueError: if an element is infinite or NaN.
-    TypeError: if it is not a number.
+    TypeError: if ``value`` is not a number.
 
   >>> finite("scale", float("nan"))
   Traceback (most recent call last):
@@ -64,34 +62,34 @@ def finite(name: str, value: T) -> T:
 
 
 def _finite(leaf: Any) -> bool:
-  """Whether numbers are finite, and stay so in the type that JAX holds them in."""
+  """Whether numbers are finite, also in the type to which JAX converts them."""
   array = np.asarray(leaf)
-  kind = jax.dtypes.canonicalize_dtype(array.dtype)
-  if array.dtype == np.float64 and kind == np.float32:
+  jax_dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+  if array.dtype == np.float64 and jax_dtype == np.float32:
     return bool((np.abs(array) <= np.finfo(np.float32).max).all())
   return bool(np.isfinite(array).all())
 
 
 def single(name: str, value: T) -> T:
-  """Give ``value`` back, as `finite` does, if it is one number and no array of several.
+  """Check that ``value`` is one finite number and not an array, and return it as `finite` does.
 
   Raises:
-    TypeError: if it is no number.
-    ValueError: if it is several, or not finite.
+    TypeError: if it is not a number.
+    ValueError: if it has axes, or is not finite.
 
   >>> single("phi", [0.1, 0.9])
   Traceback (most recent call last):
   ...
   ValueError: phi must be one number, got [0.1, 0.9]
   """
-  several: Any = value
-  if np.shape(several):
+  untyped: Any = value
+  if np.shape(untyped):
     raise ValueError(f"{name} must be one number, got {value}")
   return finite(name, value)
 
 
 def flag(name: str, value: Any) -> bool:
-  """Give ``value`` back if it is True or False.
+  """Check that ``value`` is True or False, and return it as a ``bool``.
 
   >>> flag("retrain", "no")
   Traceback (most recent call last):
@@ -104,7 +102,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def in_range(name: str, value: T, low: int | float, high: int | float = math.inf) -> T:
-  """Give ``value`` back, as `finite` does, if it lies in ``[low, high]``.
+  """Check that ``value`` is finite and lies in ``[low, high]``, and return it as `finite` does.
 
   >>> in_range("eta", 1.5, 0, 1)
   Traceback (most recent call last):
@@ -115,13 +113,13 @@ def in_range(name: str, value: T, low: int | float, high: int | float = math.inf
   if is_concrete(value):
     array = np.asarray(value)
     if (array < low).any() or (array > high).any():
-      wanted = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-      raise ValueError(f"{name} must be {wanted}, got {value}")
+      bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+      raise ValueError(f"{name} must be {bounds}, got {value}")
   return value
 
 
 def above(name: str, value: T, low: int | float) -> T:
-  """Give ``value`` back, as `as_float` does, if it is above ``low``; it may be infinite.
+  """Check that ``value`` is above ``low``, and return it as `as_float` does. It may be infinite.
 
   >>> above("norm_threshold", 0.0, 0)
   Traceback (most recent call last):
@@ -129,16 +127,17 @@ def above(name: str, value: T, low: int | float) -> T:
   ValueError: norm_threshold must be above 0, got 0.0
   """
   value = as_float(name, value)
-  # Written so that NaN fails.
+  # With this form of the comparison NaN fails.
   if is_concrete(value) and not (np.asarray(value) > low).all():
     raise ValueError(f"{name} must be above {low}, got {value}")
   return value
 
 
 def written(self: Any, name: str, check: Callable[..., Any], *bounds: int | float) -> None:
-  """Check a field of a frozen dataclass if it is a number that somebody wrote, and keep what the check gives.
+  """Check a field of a frozen dataclass if its value is a Python or NumPy number, and store the checked value.
 
-  Trees of gradients, of shapes or of axes are made of the same classes, and may hold anything.
+  Other values are not checked: trees of gradients, of shapes or of axes are instances of the same classes, and their
+  fields hold tracers or placeholders.
   """
   value = getattr(self, name)
   if isinstance(value, int | float | np.number):
@@ -146,7 +145,7 @@ def written(self: Any, name: str, check: Callable[..., Any], *bounds: int | floa
 
 
 def at_least(name: str, value: Any, low: int) -> int:
-  """Give ``value`` back as an ``int`` if it is a whole number of at least ``low``.
+  """Check that ``value`` is a whole number of at least ``low``, and return it as an ``int``.
 
   >>> at_least("steps", 0, 1)
   Traceback (most recent call last):
@@ -163,7 +162,7 @@ def at_least(name: str, value: Any, low: int) -> int:
 
 
 def whole(name: str, value: Any, low: int, high: int) -> int:
-  """Give ``value`` back as an ``int`` if it is a whole number from ``low`` to ``high``.
+  """Check that ``value`` is a whole number from ``low`` to ``high``, and return it as an ``int``.
 
   >>> whole("num_classes", 10**12, 1, 2**24)
   Traceback (most recent call last):
@@ -180,7 +179,7 @@ def whole(name: str, value: Any, low: int, high: int) -> int:
 
 
 def number(name: str, value: Any, low: int | float = -math.inf, high: int | float = math.inf) -> float:
-  """Give ``value`` back as a ``float`` if it is one finite number from ``low`` to ``high``.
+  """Check that ``value`` is one finite number from ``low`` to ``high``, and return it as a ``float``.
 
   >>> number("learning_rate", "fast", 0)
   Traceback (most recent call last):
@@ -197,7 +196,9 @@ def number(name: str, value: Any, low: int | float = -math.inf, high: int | floa
 
 
 def rising(self: Any, low: str, high: str, least: int | float = -math.inf) -> None:
-  """Check two fields of a frozen dataclass, if they are known: both finite, the first at least and below the second.
+  """Check that two fields of a frozen dataclass are finite, at least ``least``, and the first below the second.
+
+  If one of them is not a Python or NumPy number, nothing is checked.
 
   >>> import dataclasses
   >>> @dataclasses.dataclass
