@@ -53,7 +53,7 @@ def guidances(models: Mapping[str, training.Model], grid: jax.Array) -> dict[str
       f"{of}, tangential": cfg(scale, jg.tangential),
       f"{of}, frequencies 1, 0.5": cfg(scale, jg.frequency_decoupled(1.0, 0.5)),
       f"{of}, interval 0.3 to 3": jg.interval(cfg(scale), 0.3, 3.0),
-      f"{of}, cosine": cfg(scales.cosine(scale, schedule)),
+      f"{of}, raised cosine": cfg(scales.raised_cosine(scale, schedule)),
       f"{of}, powered cosine 4": cfg(scales.powered_cosine(scale, schedule, 4.0)),
       f"classifier {scale:g}": jg.chain(bare, jg.classifier(log_prob, scale)),
     }

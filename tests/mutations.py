@@ -87,8 +87,8 @@ MUTATIONS = [
   Mutation(
     "the null prediction is taken for the conditional one",
     "guidance/mixing.py",
-    "null, given = both(x, sigma, cond)",
-    "given, null = both(x, sigma, cond)",
+    "null, conditional = both(x, sigma, cond)",
+    "conditional, null = both(x, sigma, cond)",
     "test_guidance.py -k classifier_free",
   ),
   Mutation(
@@ -194,8 +194,8 @@ MUTATIONS = [
   Mutation(
     "particles keep their weights when they are drawn anew",
     "sampling/products.py",
-    "log_weights = jnp.where(again, 0, log_weights)",
-    "log_weights = jnp.where(again, log_weights, log_weights)",
+    "log_weights = jnp.where(too_low, 0, log_weights)",
+    "log_weights = jnp.where(too_low, log_weights, log_weights)",
     "test_smc.py -k 'loop or gaussian'",
   ),
   Mutation(

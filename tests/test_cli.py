@@ -198,7 +198,8 @@ def test_image_to_image(run, folders, tmp_path):
   assert np.abs(drawn() - data.to_uint8(wanted)).max() <= 1
   for args, message in (
     (("--init-level", 0), "init_level must be above 0"),
-    (("--init-level", 1e4), "init_level must be at most the grid's first level, 80, got 10000"),
+    (("--init-level", 1e4), "init_level must lie between the grid's least and first level, 0.002 and 80, got 10000"),
+    (("--init-level", 1e-4), "init_level must lie between the grid's least and first level, 0.002 and 80, got 0.0001"),
     (("--init", tmp_path / "none.npz"), "there is no file"),
   ):
     status, _, errors = run("sample", "--out", tmp_path / "no.npz", *given, *args)
@@ -434,7 +435,7 @@ ASKED = {
     10, jg.scales.linear(3.0, m.config.noise_schedule, 1.5)
   ),
   "cfg:scale=3,profile=raised-cosine": lambda m, c, w: jg.classifier_free(
-    10, jg.scales.cosine(3.0, m.config.noise_schedule)
+    10, jg.scales.raised_cosine(3.0, m.config.noise_schedule)
   ),
   "cfg:scale=3,profile=powered-cosine,power=0.5": lambda m, c, w: jg.classifier_free(
     10, jg.scales.powered_cosine(3.0, m.config.noise_schedule, 0.5)

@@ -319,13 +319,13 @@ def test_what_remembers_is_not_asked_twice(outer, mixture):
 def test_a_memory_hidden_in_a_function_is_found(mixture):
   guided = jg.classifier_free(3, 2.0, jg.projected(momentum=-0.5))(mixture.denoiser)
   shape = mixture.means.shape[1:]
-  with pytest.raises(ValueError, match="make it one with Partial"):
+  with pytest.raises(ValueError, match="closes over it: wrap the function with jax.tree_util.Partial"):
     jg.sample(lambda *args: guided(*args), jax.random.key(0), shape, jg.karras(3), jg.Euler(), 1)  # noqa: PLW0108
 
 
 def test_one_memory_at_most(mixture):
   twice = jg.chain(*2 * [jg.classifier_free(3, 2.0, jg.projected(momentum=-0.5))])(mixture.denoiser)
-  with pytest.raises(ValueError, match="2 do: leave momentum to one"):
+  with pytest.raises(ValueError, match="2 do: give momentum to one of them"):
     jg.sample(twice, jax.random.key(0), mixture.means.shape[1:], jg.karras(3), jg.Euler(), 1)
 
 
@@ -466,7 +466,7 @@ def test_guidance_is_a_function(make, guidance):
 
 
 def test_a_rule_that_was_not_made_is_told(mixture):
-  with pytest.raises(TypeError, match=r"got what makes one: call it, frequency_decoupled\(...\)"):
+  with pytest.raises(TypeError, match=r"got the function that makes one: call it, frequency_decoupled\(...\)"):
     jg.classifier_free(3, 2.0, jg.frequency_decoupled)(mixture.denoiser)
 
 

@@ -501,7 +501,7 @@ def test_a_grid_of_whole_numbers_is_one():
     ({"num": 0}, "num must be a whole number of at least 1"),
     ({"num": -3}, "num must be"),
     ({"num": None}, "one row for each sample"),
-    ({"num": None, "cond": None, "denoise": Partial(lambda x, sigma, cond: x)}, "say how many samples"),
+    ({"num": None, "cond": None, "denoise": Partial(lambda x, sigma, cond: x)}, "the number of samples is not known"),
     ({"cond": None}, "cond must be a label of the mixture's 4 classes, or 4 for all of them; got None"),
     ({"num": None, "cond": np.zeros(0, int)}, "number of samples must be"),
     ({"num": 3, "cond": np.array([0, 1])}, "one row for each sample"),

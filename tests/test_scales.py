@@ -20,7 +20,7 @@ def at_times(scale, schedule=None):
 # Wang et al., arXiv:2404.13040: a function of t that multiplies w = γ - 1.
 PUBLISHED = {
   "linear": (scales.linear, {}, lambda t: 2 * (1 - t)),
-  "cosine": (scales.cosine, {}, lambda t: np.cos(np.pi * t) + 1),
+  "raised cosine": (scales.raised_cosine, {}, lambda t: np.cos(np.pi * t) + 1),
   "powered cosine, 1": (scales.powered_cosine, {}, lambda t: (1 - np.cos(np.pi * (1 - t))) / 2),
   "powered cosine, 4": (scales.powered_cosine, {"power": 4.0}, lambda t: (1 - np.cos(np.pi * (1 - t) ** 4)) / 2),
 }
@@ -41,7 +41,7 @@ def test_the_clamped_schedule_has_a_floor(float64):
 
 def test_linear_and_cosine_have_the_scale_for_their_mean(float64):
   times = (np.arange(1000) + 0.5) / 1000
-  for make in (scales.linear, scales.cosine):
+  for make in (scales.linear, scales.raised_cosine):
     scale = jax.vmap(make(2.5, schedules.Cosine()))(schedules.Cosine().sigma(times))
     np.testing.assert_allclose(np.mean(scale), 2.5, atol=5e-3)
 
@@ -52,7 +52,7 @@ def test_the_time_of_a_table_is_a_fraction_of_its_steps():
   np.testing.assert_allclose(scales.linear(3.0, table)(middle), 1 + 4 * (1 - 499 / 999), rtol=1e-5)
 
 
-@pytest.mark.parametrize("make", [scales.linear, scales.cosine, scales.powered_cosine])
+@pytest.mark.parametrize("make", [scales.linear, scales.raised_cosine, scales.powered_cosine])
 def test_beyond_its_schedule_a_scale_stays(make):
   scale = make(3.0, schedules.LogSNR(-5.0, 9.0))
   for inside, beyond in ((np.exp(2.5), 1e4), (np.exp(-4.5), 1e-6)):

@@ -1,13 +1,13 @@
 r"""Guidance: functions from a denoiser to a guided denoiser.
 
-There is *one meaning of* ``scale``: the power ``γ`` in ``p(x) p(y|x)^γ``. 0 is unconditional, 1 is conditional, more is
-sharper and less diverse. For classifier-free guidance it is ``uncond + γ (cond - uncond)``, and the paper's ``w`` is
-``γ - 1``; for classifier guidance of an unconditional model it is the factor on the classifier's gradient. Away from 0
-and 1 neither method samples ``p(x) p(y|x)^γ`` exactly, since the noisy marginals of that density are others;
-`jaxguide.sample_product` does.
+``scale`` has *one meaning* everywhere: the power ``γ`` in ``p(x) p(y|x)^γ``. 0 is unconditional and 1 is conditional.
+Larger values give sharper and less diverse samples. Classifier-free guidance is ``uncond + γ (cond - uncond)``; the
+``w`` of its paper is ``γ - 1``. In classifier guidance of an unconditional model, ``γ`` multiplies the classifier's
+gradient. For ``γ`` other than 0 and 1 neither method samples ``p(x) p(y|x)^γ`` exactly, because the scores that they
+follow are not those of its noisy marginals. `jaxguide.sample_product` samples it.
 
-Guided denoisers are pytrees whose leaves are the denoiser's parameters and the scales, so that one compiled program
-serves a sweep. They compose by application, ``guidance(denoise)``, or with `chain`.
+Guided denoisers are pytrees. Their leaves are the denoiser's parameters and the scales, so one compiled program serves
+a sweep over scales. Apply a guidance to a denoiser, ``guidance(denoise)``, or combine several with `chain`.
 """
 
 from jaxguide.guidance.algebra import chain, interval, parallel, unconditional

@@ -1,4 +1,4 @@
-"""How guidances are put together: one after another, side by side, at some noise levels only."""
+"""Combinations of guidances: one after another, side by side, or at some noise levels only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxguide.guidance.rule import Composition, Rule, check_guidances
 
 
 def chain(*guidances: Guidance) -> Guidance:
-  """Apply several guidances, the leftmost innermost: ``chain(a, b)(d)`` is ``b(a(d))``.
+  """Apply several guidances in turn, the leftmost first: ``chain(a, b)(d)`` is ``b(a(d))``.
 
   >>> double, add = (lambda d: lambda *a: 2 * d(*a)), (lambda d: lambda *a: d(*a) + 1)
   >>> chain(double, add)(lambda x, sigma, cond: x)(3, 1.0, None)
@@ -29,9 +29,9 @@ def _chain(denoise, guidances):
 
 
 def unconditional(null_cond: PyTree) -> Guidance:
-  """The unconditional denoiser inside a conditional one: it is always given ``null_cond``.
+  """Make a conditional denoiser unconditional: it always receives ``null_cond`` as its condition.
 
-  What comes after it in a `chain` still sees the condition, so that
+  Guidances after it in a `chain` still receive the sample's condition. So
   ``chain(unconditional(null), classifier(log_prob, scale))`` is classifier guidance of an unconditional model.
 
   >>> import jax.numpy as jnp
@@ -55,26 +55,26 @@ class _Unconditional:
     return self.denoise(x, sigma, self.null_cond)
 
   def check_cond(self, cond: PyTree) -> None:
-    """Whatever ``cond`` is, the denoiser is not given it."""
+    """Check ``null_cond``; the denoiser never receives ``cond``."""
     if self.null_cond is not None:
       check_cond(self.denoise, self.null_cond)
 
 
 def interval(guidance: Guidance, sigma_lo: ArrayLike, sigma_hi: ArrayLike) -> Guidance:
-  """Guidance at some noise levels only (Kynkäänniemi et al. 2024, arXiv:2404.07724, eq. 5).
+  """Guide at some noise levels only (Kynkäänniemi et al. 2024, arXiv:2404.07724, eq. 5).
 
-  Inside ``sigma_lo < sigma <= sigma_hi`` the guided denoiser, outside the bare one, and what the guidance would have
-  cost is not executed. (That holds as long as ``sigma`` is one number for the whole batch, as in `sample` under
-  ``vmap`` over keys and conditions; with a different ``sigma`` for each example both are evaluated.)
+  For ``sigma_lo < sigma <= sigma_hi`` the guided denoiser runs, elsewhere the bare one. The guidance costs nothing
+  outside the interval, as long as ``sigma`` is one number for the whole batch, as in `sample` under ``vmap`` over keys
+  and conditions. With a different ``sigma`` for each example both denoisers run.
 
   Args:
-    guidance: what to apply inside; a pytree, as the guidances of this module are.
+    guidance: the guidance inside the interval; a pytree, as the guidances of this module are.
     sigma_lo: lower bound, at least 0.
-    sigma_hi: upper bound, above ``sigma_lo``; may be infinite. The paper finds guidance harmful at high noise and
-      useless at low, and improves ImageNet-512 from an FID of 1.81 to 1.40 with bounds.
+    sigma_hi: upper bound, above ``sigma_lo``; may be infinite. The paper finds that guidance harms at high noise and
+      does nothing at low noise. With bounds, the FID of ImageNet-512 improves from 1.81 to 1.40.
 
   Raises:
-    ValueError: if a bound is negative or NaN, or the interval is empty.
+    ValueError: if a bound is negative or NaN, or if the interval is empty.
 
   >>> import jax.numpy as jnp
   >>> from jaxguide import classifier_free
@@ -83,36 +83,36 @@ def interval(guidance: Guidance, sigma_lo: ArrayLike, sigma_hi: ArrayLike) -> Gu
   [1.0, 3.0, 1.0]
   """
   low, high = checks.in_range("sigma_lo", sigma_lo, 0), checks.as_float("sigma_hi", sigma_hi)
-  # In NumPy, since under jit even the comparison of two constants would be a tracer; written so that NaN fails.
+  # In NumPy, because under jit even a comparison of two constants is a tracer. "not <" also refuses NaN.
   if checks.is_concrete((low, high)) and not (np.asarray(low) < np.asarray(high)).all():
     raise ValueError(f"sigma_lo must be below sigma_hi, got {sigma_lo} and {sigma_hi}")
   return Rule(_interval, (*check_guidances((guidance,)), low, high))
 
 
 def _interval(denoise, guidance, low, high, x, sigma, cond):
-  remembered = guidance_state.find(guidance)
+  state = guidance_state.find(guidance)
 
   def bare(x, sigma, cond):
-    said = denoise(x, sigma, cond)
-    # What is remembered stays, so that both branches say the same kind of thing.
-    return (
-      said if remembered is None else map_x0(lambda x0: Prediction(x0, guidance_state=remembered.or_zeros(x)), said)
-    )
+    prediction = denoise(x, sigma, cond)
+    if state is None:
+      return prediction
+    # The state is passed on unchanged: both branches of `jax.lax.cond` must return the same structure.
+    return map_x0(lambda x0: Prediction(x0, guidance_state=state.or_zeros(x)), prediction)
 
   return jax.lax.cond((sigma > low) & (sigma <= high), guidance(denoise), bare, x, sigma, cond)
 
 
 def parallel(*guidances: Guidance) -> Guidance:
-  r"""Apply several guidances side by side: what each alone would change is added up.
+  r"""Apply several guidances side by side: the changes that each makes alone are added.
 
   .. math:: \tilde D = D + \sum_i (g_i(D) - D)
 
-  It is how guidances keep scales of their own: classifier-free guidance towards a label and `autoguidance` away from a
-  perturbed network, say, as the papers of perturbed attention do (Ahn et al. 2024, arXiv:2403.17377, eq. 14); `chain`
-  would multiply the two. The bare denoiser's evaluation is shared with every guidance that asks for the same one.
+  Each guidance keeps its own scale, while in a `chain` the scales multiply. An example is classifier-free guidance
+  towards a label plus `autoguidance` away from a perturbed network (perturbed attention; Ahn et al. 2024,
+  arXiv:2403.17377, eq. 14). Guidances that evaluate the bare denoiser at the same inputs share that evaluation.
 
   Returns:
-    A `Guidance`; with none at all, one that changes nothing.
+    A `Guidance`. Without arguments it changes nothing.
 
   >>> import jax.numpy as jnp
   >>> double, add = (lambda d: lambda *a: 2 * d(*a)), (lambda d: lambda *a: d(*a) + 1)
@@ -123,5 +123,5 @@ def parallel(*guidances: Guidance) -> Guidance:
 
 
 def _parallel(denoise, guidances, x, sigma, cond):
-  said = [guidance(denoise)(x, sigma, cond) for guidance in guidances]
-  return map_x0(lambda x0, *guided: x0 + sum(each - x0 for each in guided), denoise(x, sigma, cond), *said)
+  predictions = [guidance(denoise)(x, sigma, cond) for guidance in guidances]
+  return map_x0(lambda x0, *guided: x0 + sum(x0_i - x0 for x0_i in guided), denoise(x, sigma, cond), *predictions)

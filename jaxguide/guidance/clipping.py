@@ -1,4 +1,4 @@
-"""Maps of the clean example, which keep it where images live."""
+"""Guidances that keep ``x0`` in the range of images: clipping and dynamic thresholding."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from jaxguide.guidance.rule import Rule
 
 
 def clip_x0(bound: ArrayLike = 1.0) -> Guidance:
-  """Keep ``x0`` in ``[-bound, bound]``, where images live (DDPM's ``clip_denoised``).
+  """Clip ``x0`` to ``[-bound, bound]``, the range of images (DDPM's ``clip_denoised``).
 
-  Last in a `chain` it clips what guidance made; first, what the network said, as OpenAI's code does.
+  Last in a `chain` it clips the guided ``x0``. First in a `chain` it clips the network's ``x0``, as in OpenAI's code.
 
   Raises:
-    ValueError: if ``bound`` is not above 0, or not finite.
+    ValueError: if ``bound`` is not above 0 or not finite.
 
   >>> float(clip_x0(1.0)(lambda x, sigma, cond: 2 * x)(jnp.asarray(3.0), jnp.asarray(1.0), None))
   1.0
@@ -37,19 +37,21 @@ def dynamic_threshold(quantile: ArrayLike = 0.995, bound: ArrayLike = 1.0, most:
   .. math::
     s = \min(\max(Q_p(|x_0|), b), s_{max}), \qquad \tilde x_0 = \frac{b}{s} clip(x_0, -s, s)
 
-  with ``Q_p`` the quantile over one example, all elements and channels. Large scales push many elements out of
-  ``[-b, b]``; `clip_x0` saturates them, and this pulls all of them inwards instead. It belongs last in a `chain`.
+  ``Q_p`` is the quantile over all elements and channels of one example. Large scales push many elements out of
+  ``[-b, b]``. `clip_x0` saturates these elements; this guidance shrinks all elements instead. Put it last in a `chain`.
 
-  The noise is that of the new ``x0``, ``eps = (x - x0) / σ``, as it is for every guidance. (DDIM in diffusers keeps the
-  eps of the old one, unless ``use_clipped_model_output`` is set.)
+  The predicted noise follows from the new ``x0``, ``eps = (x - x0) / σ``, as for every guidance. (DDIM in diffusers
+  keeps the eps of the old ``x0``, unless ``use_clipped_model_output`` is set.)
 
   Args:
-    quantile: p, from 0 to 1. 1 takes the largest element; 0 gives `clip_x0`, unless no element is within ``bound``.
-    bound: b, above 0: nothing changes while at most ``1 - p`` of the elements are outside, but that these are clipped.
-    most: the largest s, at least ``bound``; equal to it, this is `clip_x0`. diffusers has 1 by default.
+    quantile: p, from 0 to 1. 1 takes the largest element. 0 is `clip_x0`, unless all elements are outside ``bound``.
+    bound: b, above 0. While at most a fraction ``1 - p`` of the elements is outside, these are clipped and the others
+      do not change.
+    most: the largest s, at least ``bound``. If the two are equal, this is `clip_x0`. The default of diffusers is 1.
 
   Raises:
-    ValueError: if ``quantile`` is not between 0 and 1, ``bound`` is not finite and above 0, or ``most`` is below it.
+    ValueError: if ``quantile`` is not between 0 and 1, if ``bound`` is not finite and above 0, or if ``most`` is below
+      ``bound``.
 
   >>> guided = dynamic_threshold(0.75)(lambda x, sigma, cond: x)
   >>> guided(jnp.array([0.5, -2.0, 1.0, 4.0, 0.0]), jnp.asarray(1.0), None).tolist()
@@ -65,8 +67,8 @@ def dynamic_threshold(quantile: ArrayLike = 0.995, bound: ArrayLike = 1.0, most:
 def _dynamic_threshold(denoise, quantile, bound, most, x, sigma, cond):
   quantile, bound, most = (jnp.asarray(number, x.dtype) for number in (quantile, bound, most))
 
-  def squeeze(x0):
+  def threshold(x0):
     s = jnp.clip(jnp.quantile(jnp.abs(x0), quantile), bound, most)
     return jnp.clip(x0, -s, s) * (bound / s)
 
-  return map_x0(squeeze, denoise(x, sigma, cond))
+  return map_x0(threshold, denoise(x, sigma, cond))

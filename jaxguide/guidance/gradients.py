@@ -1,8 +1,8 @@
-r"""Guidance by gradients: of a classifier that knows noise, or of anything that knows clean examples.
+r"""Guidance by gradients: of a classifier of noisy examples, or of any log-probability of clean examples.
 
-Where the gradient of a `LogProb` is taken is what tells them apart: at ``x``, at ``D(x)`` through the denoiser, or at
-``D(x)`` alone. They chain with each other and with guidance by two predictions. Classifier-free guidance with a noisy
-classifier on top, whose gradients add up:
+The guidances differ in where they take the gradient of a `LogProb`. `classifier` takes it at ``x``, `reconstruction` at
+``D(x)`` and through the denoiser, `backward_guidance` at ``D(x)`` only. They chain with each other and with guidance by
+two predictions. An example is classifier-free guidance followed by a noisy classifier; their changes add up:
 
 >>> import jax.numpy as jnp
 >>> import jaxguide as jg
@@ -26,24 +26,24 @@ from jaxguide.guidance.rule import Rule, check_guidances, check_log_prob
 def classifier(log_prob: LogProb, scale: Scale) -> Guidance:
   r"""Classifier guidance (Dhariwal & Nichol 2021, arXiv:2105.05233, section 4).
 
-  The gradient of a classifier that knows noisy examples is added to the score. In every form that the literature
-  writes, with ``γ = scale``, ``x = x_t / alpha`` and ``σ_t = sqrt(1 - ᾱ_t) = alpha sigma``,
+  The gradient of a classifier of noisy examples is added to the score. With ``γ = scale``, ``x = x_t / alpha`` and
+  ``σ_t = sqrt(1 - ᾱ_t) = alpha sigma``, the forms in the literature are
 
   .. math::
     \tilde s(x) &= s(x) + \gamma \nabla_x \log p(y | x; \sigma) \\
     \tilde D(x) &= D(x) + \gamma \sigma^2 \nabla_x \log p(y | x; \sigma) \quad (x_0) \\
     \tilde\epsilon(x_t) &= \epsilon(x_t) - \gamma \sigma_t \nabla_{x_t} \log p(y | x_t) \quad \text{(Algorithm 2)}
 
-  Some lecture notes drop the ``σ_t`` of the last; without it the three are not one.
+  The three are equivalent. Some lecture notes omit the ``σ_t`` in the last form; without it they are not.
 
   Args:
     log_prob: ``(x, sigma, cond) -> log p(cond | x; sigma)``, a scalar; see `ClassifierLogProb`.
-    scale: γ. On an unconditional denoiser 0 is unconditional and 1 conditional (for an exact classifier); on a
-      conditional one the power is ``1 + scale``. The paper uses 1 to 10. A number, or a function of ``sigma``; see
-      `jaxguide.scales`.
+    scale: γ, a number or a function of ``sigma`` (see `jaxguide.scales`). On an unconditional denoiser 0 is
+      unconditional and 1 is conditional, if the classifier is exact. On a conditional denoiser the power is
+      ``1 + scale``. The paper uses 1 to 10.
 
   Returns:
-    A `Guidance`. The guided denoiser costs one evaluation, and one of the classifier with its gradient.
+    A `Guidance`. The guided denoiser costs one evaluation of the denoiser, and one of the classifier with its gradient.
 
   Raises:
     ValueError: if ``scale`` is not finite.
@@ -62,30 +62,33 @@ def _classifier(denoise, log_prob, scale, x, sigma, cond):
 
 
 def reconstruction(log_prob: LogProb, scale: Scale) -> Guidance:
-  r"""Guidance by what knows clean examples only: its gradient is taken through the denoiser.
+  r"""Guidance by a log-probability of clean examples, with the gradient taken through the denoiser.
 
   .. math:: \tilde D(x) = D(x) + \gamma \sigma^2 \nabla_x \log p(y | x_0 = D(x))
 
-  A classifier of clean images, a measurement (`jaxguide.measurement`) or any energy, ``log_prob = -energy``. It is
+  ``log_prob`` is a classifier of clean images, a measurement (`jaxguide.measurement`) or minus any energy. Special
+  cases are
 
   - diffusion posterior sampling, DPS (Chung et al. 2023, arXiv:2209.14687, eq. 10 to 16). Its Algorithm 1 moves the
-    sample after the step, along the gradient of the distance: that is `jaxguide.distance` with `jaxguide.scales.dps`;
+    sample after the step along the gradient of the distance; that is `jaxguide.distance` with `jaxguide.scales.dps`;
   - forward universal guidance (Bansal et al. 2023, arXiv:2302.07121, eq. 6), with the paper's
     ``s(t) = γ sqrt(1 - ᾱ_t)``: 10 for CLIP, 400 for segmentation;
   - reconstruction guidance (Ho et al. 2022, arXiv:2204.03458, eq. 8), for a measurement without noise whose ``spread``
     is σ; γ is the paper's w_r.
 
-  At γ = 1 it takes ``p(x0 | x)`` for a point. `jaxguide.measurement` can be told of its spread.
+  The method replaces the distribution ``p(x0 | x)`` by its mean ``D(x)``. `jaxguide.measurement` can take the spread of
+  ``p(x0 | x)`` into account.
 
-  The papers' per-step self-recurrence, which noises and denoises each step again, belongs to the loop and is not here.
+  The papers' per-step self-recurrence, which adds noise and denoises again in each step, would be a part of the
+  sampling loop and is not included.
 
   Args:
-    log_prob: ``(x0, sigma, cond) -> log p(cond | x0)``, a scalar, of the denoised example.
+    log_prob: ``(x0, sigma, cond) -> log p(cond | x0)``, a scalar; it receives the denoised example.
     scale: γ, a number or a function of ``sigma``. 0 is the bare denoiser.
 
   Returns:
-    A `Guidance`. The guided denoiser costs one evaluation with its gradient (about three evaluations, and the memory of
-    one training example), and one of ``log_prob`` with its gradient.
+    A `Guidance`. The guided denoiser costs one evaluation of the denoiser with its gradient (the time of about three
+    evaluations and the memory of one training example), and one of ``log_prob`` with its gradient.
 
   Raises:
     ValueError: if ``scale`` is not finite.
@@ -100,35 +103,38 @@ def reconstruction(log_prob: LogProb, scale: Scale) -> Guidance:
 
 def _reconstruction(denoise, log_prob, scale, x, sigma, cond):
   def value(x):
-    said = denoise(x, sigma, cond)
-    return log_prob(x0_of(said), sigma, cond), said
+    prediction = denoise(x, sigma, cond)
+    return log_prob(x0_of(prediction), sigma, cond), prediction
 
-  gradient, said = jax.grad(value, has_aux=True)(x)
+  gradient, prediction = jax.grad(value, has_aux=True)(x)
   scale = scale_at(scale, sigma, x)
-  return map_x0(lambda x0: x0 + scale * sigma**2 * gradient, said)
+  return map_x0(lambda x0: x0 + scale * sigma**2 * gradient, prediction)
 
 
 def backward_guidance(log_prob: LogProb, step_size: Scale, steps: int = 1) -> Guidance:
-  r"""Steps of gradient ascent on the clean example itself (Bansal et al. 2023, arXiv:2302.07121, eq. 7 to 9).
+  r"""Gradient ascent on the denoised example itself (Bansal et al. 2023, arXiv:2302.07121, eq. 7 to 9).
 
   .. math:: x_0 \leftarrow x_0 + \eta \nabla_{x_0} \log p(y | x_0), \quad m \text{ times, from } x_0 = D(x)
 
-  "Backward" as in the backward Euler method. The paper adds it to forward guidance, where that follows the condition
-  too weakly: ``chain(reconstruction(log_prob, scale), backward_guidance(log_prob, step_size, steps))``. In that
-  paper's Algorithm 1 the steps start from ``D(x)``, and what forward guidance adds is added after; here they start from
-  what is denoised so far, and the steps see what forward guidance did. No gradient goes through the network.
+  "Backward" as in the backward Euler method. No gradient goes through the network. The paper adds this guidance to
+  forward guidance if the latter follows the condition too weakly:
+  ``chain(reconstruction(log_prob, scale), backward_guidance(log_prob, step_size, steps))``. In Algorithm 1 of the paper
+  the steps start from ``D(x)``, and the change of forward guidance is added afterwards. Here the steps start from the
+  output of the guidances before it in the chain.
 
   Args:
-    log_prob: ``(x0, sigma, cond) -> log p(cond | x0)``, a scalar, of the denoised example.
-    step_size: η, in units of the square of ``x0`` per nat: a number, or a function of ``sigma``. 0 changes nothing; at
-      most 1 over the largest curvature is stable, which for `jaxguide.measurement` of an element as it is is ``std²``.
-    steps: m, how many; static. More steps follow the condition more.
+    log_prob: ``(x0, sigma, cond) -> log p(cond | x0)``, a scalar; it receives the denoised example.
+    step_size: η, a number or a function of ``sigma``, in units of ``x0`` squared per nat. 0 changes nothing. It is
+      stable up to 1 over the largest curvature, which is ``std²`` if `jaxguide.measurement` has the identity as
+      its operator.
+    steps: m, the number of steps; static. More steps follow the condition more closely.
 
   Returns:
-    A `Guidance`. The guided denoiser costs one evaluation, and ``steps`` of ``log_prob`` with its gradient.
+    A `Guidance`. The guided denoiser costs one evaluation of the denoiser, and ``steps`` evaluations of ``log_prob``
+    with its gradient.
 
   Raises:
-    ValueError: if ``step_size`` is not finite, or ``steps`` is no whole number of at least 1.
+    ValueError: if ``step_size`` is not finite, or if ``steps`` is not a whole number of at least 1.
 
   >>> log_prob = lambda x0, sigma, cond: -0.5 * (x0 - cond) ** 2
   >>> guided = backward_guidance(log_prob, 0.5, steps=2)(lambda x, sigma, cond: x)
@@ -155,26 +161,27 @@ class _Climb:
 
 
 def normalized(guidance: Guidance, ratio: Scale) -> Guidance:
-  r"""What guidance changes is given a length: ``ratio`` times that of the predicted noise.
+  r"""Rescale the change that a guidance makes to ``ratio`` times the norm of the predicted noise.
 
   .. math::
     \tilde D = D + \rho \|x - D\| \frac{\Delta}{\|\Delta\|}, \qquad \Delta = \text{guided} - D
 
-  with norms over one example. For `classifier` this is norm-based guidance (Kim et al. 2022, Guided-TTS,
-  arXiv:2111.11755), which scales the classifier's gradient to ρ times the norm of the score,
-  :math:`\tilde s = s + \rho \|s\| g / \|g\|`, since ``D = x + σ² s``. It holds the balance between the two where the
-  gradient of a classifier, a clean one above all, vanishes or explodes. It wraps any guidance.
+  The norms are over one example. Any guidance can be normalised. For `classifier` this is norm-based guidance (Kim et
+  al. 2022, Guided-TTS, arXiv:2111.11755): it scales the classifier's gradient g to ρ times the norm of the score,
+  :math:`\tilde s = s + \rho \|s\| g / \|g\|`, since ``D = x + σ² s``. This helps if the gradient of a classifier,
+  especially of a classifier of clean examples, vanishes or explodes.
 
-  Of a scale inside, only the sign still counts; it has to make a change that is more than rounding (in float32, 1e-7 of
-  ``x0``). Where nothing is changed, or no noise is left, the result is the bare denoiser's.
+  Only the sign of the scale inside ``guidance`` matters. The scale must be large enough for a change above the rounding
+  error (in float32, 1e-7 of ``x0``). If the guidance changes nothing, or if no noise is left, the result is that of the
+  bare denoiser.
 
   Args:
-    guidance: what to normalise; for a `chain`, what all of it changes.
-    ratio: ρ, a number, or a function of ``sigma``. 0 is the bare denoiser. The paper uses 0.3 for speech.
+    guidance: the guidance to normalise. For a `chain`, its total change is normalised.
+    ratio: ρ, a number or a function of ``sigma``. 0 is the bare denoiser. The paper uses 0.3 for speech.
 
   Returns:
-    A `Guidance`. The guided denoiser costs one evaluation more than the one inside, which the compiler merges with that
-    one's where they are the same, as for the guidances by gradients.
+    A `Guidance`. The guided denoiser costs one evaluation of the denoiser more than ``guidance`` alone. The compiler
+    removes it if ``guidance`` has the same evaluation, as guidances by gradients do.
 
   Raises:
     ValueError: if ``ratio`` is negative or not finite.
@@ -200,10 +207,10 @@ def _normalized(denoise, guidance, ratio, x, sigma, cond):
 
 
 def _polar(v: Example) -> tuple[Example, Scalar]:
-  """Give direction and length, 0 where ``v`` is 0, with gradients that are finite there too."""
-  # Measured by the largest element, so that the squares of small numbers do not vanish.
+  """Return the direction and the length of ``v``; both are 0, with finite gradients, if ``v`` is 0."""
+  # Divided by the largest element first, so that the squares of small numbers do not underflow.
   unit = jax.lax.stop_gradient(jnp.max(jnp.abs(v), initial=0))
-  none = unit == 0
-  unit = jnp.where(none, 1, unit)
-  length = jnp.where(none, 0, jnp.sqrt(jnp.where(none, 1, jnp.sum(jnp.square(v / unit)))))
-  return v / unit / jnp.where(none, 1, length), unit * length
+  zero = unit == 0
+  unit = jnp.where(zero, 1, unit)
+  length = jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, jnp.sum(jnp.square(v / unit)))))
+  return v / unit / jnp.where(zero, 1, length), unit * length

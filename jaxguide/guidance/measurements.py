@@ -1,7 +1,7 @@
-r"""Measurements of a clean example as log-probabilities: inverse problems, to be solved by guidance.
+r"""Inverse problems solved by guidance: measurements of a clean example as log-probabilities.
 
-A measurement is ``y = A(x0) + std * noise``, with any differentiable ``A`` of one example; the condition is ``y``. The
-network needs to know nothing of it: `jaxguide.reconstruction` guides an unconditional one.
+A measurement is ``y = A(x0) + std * noise``, where ``A`` is any differentiable function of one example. The condition
+is ``y``. The network does not need ``y``: `jaxguide.reconstruction` guides an unconditional network.
 
 >>> import jax
 >>> import jaxguide as jg
@@ -12,13 +12,14 @@ network needs to know nothing of it: `jaxguide.reconstruction` guides an uncondi
 >>> xs = jg.sample_batch(
 ...   guidance(ring.denoiser), jax.random.key(0), ys, shape=(2,), sigmas=jg.karras(40), solver=jg.DDIM(1.0)
 ... )
->>> bool((abs(xs[:, 0]) < 0.5).all() and (abs(xs[:, 1]) > 0.5).all())     # the two that are at 0, above and below
+>>> bool((abs(xs[:, 0]) < 0.5).all() and (abs(xs[:, 1]) > 0.5).all())     # the two modes whose first number is 0
 True
 
-Other operators: ``lambda x0: x0.reshape(h, 2, w, 2, c).mean((1, 3))`` for super-resolution by 2, a convolution for
-deblurring. An operator with arrays of its own, as ``known`` above, is a ``jax.tree_util.Partial`` of them: they are no
-constants of the program then. A mask for each sample is part of the condition, and the measurement is made where it is
-used; with a label for the network next to it, `jaxguide.given` hands each its part:
+Other operators are ``lambda x0: x0.reshape(h, 2, w, 2, c).mean((1, 3))`` for super-resolution by 2, or a convolution
+for deblurring. If an operator has arrays of its own, as ``known`` has, make it a ``jax.tree_util.Partial`` with these
+arrays; then they are arguments of the compiled program and not constants. A mask that differs between samples is part
+of the condition; in this case, make the measurement inside the log-probability. If the network has a label as its
+condition, `jaxguide.given` passes the label to it:
 
 >>> def inpainting(x0, sigma, cond):
 ...   return jg.measurement(lambda x0: cond["mask"] * x0, 0.1)(x0, sigma, cond["y"])
@@ -39,35 +40,39 @@ from jaxguide._core import checks, struct
 from jaxguide._core.typing import Array, ArrayLike, Example, LogProb, Scale
 
 Operator = Callable[[Example], Array]
-"""What is measured of a clean example, ``x0 -> y``."""
+"""The measured quantity as a function of a clean example, ``x0 -> y``."""
 
 
 def measurement(operator: Operator, std: ArrayLike, spread: Scale = 0.0) -> LogProb:
-  r"""What a measurement with Gaussian noise says: a `LogProb` for `jaxguide.reconstruction`, whose condition is ``y``.
+  r"""The log-density of a measurement with Gaussian noise: a `LogProb` for `jaxguide.reconstruction`.
 
   .. math:: \log p(y | x; \sigma) = \log N(y; A(D(x)), s^2 + r(\sigma)^2)
 
-  With ``spread`` 0 this is DPS's likelihood (Chung et al. 2023, arXiv:2209.14687, eq. 10 to 16), which takes ``D(x)``
-  for the example itself, and where that is wrong, at high noise, guides too much. ``lambda sigma: sigma /
-  jnp.sqrt(1 + sigma**2)`` is the posterior's spread for data of unit variance, as in ΠGDM (Song et al. 2023,
-  "Pseudoinverse-guided diffusion models for inverse problems", section 3) where ``A A^T`` is the identity, as for
-  inpainting. For the mean of n such elements divide it by ``sqrt(n)``. Ho et al. (2022, arXiv:2204.03458, eq. 8) have
-  ``lambda sigma: sigma``, as for data without bounds, and no noise.
+  The condition is ``y``. ``spread`` accounts for the error of ``D(x)`` as an estimate of ``x0``:
 
-  With the right spread and a linear operator, `jaxguide.reconstruction` at γ = 1 is exact for Gaussian data.
+  - 0 is the likelihood of DPS (Chung et al. 2023, arXiv:2209.14687, eq. 10 to 16). It assumes that ``D(x)`` is ``x0``.
+    At high noise this is wrong, and the guidance is too strong.
+  - ``lambda sigma: sigma / jnp.sqrt(1 + sigma**2)`` is the posterior's standard deviation for data of unit variance, as
+    in ΠGDM (Song et al. 2023, "Pseudoinverse-guided diffusion models for inverse problems", section 3). It fits
+    operators for which ``A A^T`` is the identity, such as inpainting. For the mean of n such elements, divide it by
+    ``sqrt(n)``.
+  - ``lambda sigma: sigma``, without noise, is the choice of Ho et al. (2022, arXiv:2204.03458, eq. 8). It fits data of
+    unlimited variance.
+
+  For Gaussian data, a linear operator and the right spread, `jaxguide.reconstruction` at γ = 1 is exact.
 
   Args:
     operator: A, ``x0 -> y`` of one example, differentiable; linear or not.
-    std: s, the standard deviation of the measurement's noise, above 0: a number, or of the shape of ``y``.
-    spread: r, the standard deviation of ``A(x0)`` given ``x``: a number, or a function of ``sigma``, which may give an
-      array of the shape of ``y``.
+    std: s, the standard deviation of the measurement's noise, above 0: a number, or an array of the shape of ``y``.
+    spread: r, the standard deviation of ``A(x0)`` given ``x``: a number, or a function of ``sigma`` that gives a number
+      or an array of the shape of ``y``.
 
   Returns:
     ``(x0, sigma, y) -> log-density``, a pytree.
 
   Raises:
-    ValueError: if ``std`` is not finite and above 0, ``spread`` is not finite or, once called, if ``y`` has not the
-      shape of what the operator gives.
+    ValueError: if ``std`` is not finite and above 0, or if ``spread`` is not finite; when called, if the shape of ``y``
+      is not that of the operator's output.
 
   >>> log_prob = measurement(lambda x0: x0[:1], 0.5)
   >>> round(float(log_prob(jnp.array([1.0, 7.0]), jnp.asarray(1.0), jnp.array([1.5]))), 4)  # log N(1.5; 1, 0.25)
@@ -78,27 +83,28 @@ def measurement(operator: Operator, std: ArrayLike, spread: Scale = 0.0) -> LogP
 
 
 def _measurement(operator, std, spread, x0, sigma, y):
-  off = _residual(operator, x0, y)
-  std, spread = jnp.asarray(std, off.dtype), jnp.asarray(spread(sigma) if callable(spread) else spread, off.dtype)
-  variance = jnp.broadcast_to(std**2 + spread**2, off.shape)
-  return -0.5 * jnp.sum(off**2 / variance + jnp.log(2 * jnp.pi * variance))
+  residual = _residual(operator, x0, y)
+  spread = spread(sigma) if callable(spread) else spread
+  std, spread = jnp.asarray(std, residual.dtype), jnp.asarray(spread, residual.dtype)
+  variance = jnp.broadcast_to(std**2 + spread**2, residual.shape)
+  return -0.5 * jnp.sum(residual**2 / variance + jnp.log(2 * jnp.pi * variance))
 
 
 def distance(operator: Operator) -> LogProb:
-  r"""Minus the distance from the measurement, :math:`-\|y - A(x_0)\|`: a `LogProb` up to a factor.
+  r"""Minus the distance from the measurement, :math:`-\|y - A(x_0)\|`, for use in place of a `LogProb`.
 
-  DPS's own energy (Chung et al. 2023, arXiv:2209.14687): its steps :math:`\zeta' \nabla \|y - A\|^2 / \|y - A\|` are
-  ``2 ζ'`` times the gradient of this; the released code's ``scale`` is the factor of the gradient itself. See
-  `jaxguide.scales.dps`.
+  This is the energy of DPS (Chung et al. 2023, arXiv:2209.14687). A step of the paper,
+  :math:`\zeta' \nabla \|y - A\|^2 / \|y - A\|`, is ``2 ζ'`` times the gradient of the distance. The ``scale`` of the
+  paper's released code multiplies the gradient of the distance. See `jaxguide.scales.dps`.
 
   Args:
     operator: A, ``x0 -> y`` of one example, differentiable.
 
   Returns:
-    ``(x0, sigma, y) -> -distance``, a pytree. Its gradient is 0 where the distance is.
+    ``(x0, sigma, y) -> -distance``, a pytree. Its gradient is 0 where the distance is 0.
 
   Raises:
-    ValueError: once called, if ``y`` has not the shape of what the operator gives.
+    ValueError: when called, if the shape of ``y`` is not that of the operator's output.
 
   >>> float(distance(lambda x0: 2 * x0)(jnp.zeros(2), jnp.asarray(1.0), jnp.array([3.0, 4.0])))
   -5.0

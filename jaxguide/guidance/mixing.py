@@ -1,4 +1,4 @@
-"""Guidance by two or more predictions: towards one, away from another."""
+"""Guidance by two or more predictions: towards one of them and away from another."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from jaxguide.guidance.rule import Composition, Rule, check_denoiser
 def classifier_free(null_cond: PyTree, scale: Scale, combine: Combine = linear) -> Guidance:
   r"""Classifier-free guidance (Ho & Salimans 2021, arXiv:2207.12598, eq. 6).
 
-  One network, trained with its condition dropped now and then, gives the conditional and the unconditional
-  prediction; both run as one batch. In every form that the literature writes,
+  One network, trained with its condition dropped at random, gives the conditional and the unconditional prediction.
+  Both run as one batch. The forms in the literature are
 
   .. math::
     \tilde D &= D_\varnothing + \gamma (D_y - D_\varnothing) \quad (x_0) \\
@@ -31,17 +31,18 @@ def classifier_free(null_cond: PyTree, scale: Scale, combine: Combine = linear) 
       = (1 + w) \epsilon_y - w \epsilon_\varnothing, \quad w = \gamma - 1 \\
     \tilde s &= s_\varnothing + \gamma (s_y - s_\varnothing), \quad s = \nabla_x \log p
 
-  the same rule, since each of the three is an affine function of the others at fixed ``x`` and ``sigma``.
+  They are equivalent, because at fixed ``x`` and ``sigma`` each of x0, eps and score is an affine function of the
+  others.
 
   Args:
-    null_cond: what stands for "no condition", of the structure, shapes and types of one ``cond``.
-    scale: γ. 0 unconditional, 1 conditional; the paper's w is ``scale - 1``. The paper uses w from 0.1 to 4. A number,
-      or a function of ``sigma``; see `jaxguide.scales`.
-    combine: how one prediction is made of the two, if not as above: one of `jaxguide.combine`, or any function
+    null_cond: the condition that means "no condition", with the structure, shapes and types of one ``cond``.
+    scale: γ, a number or a function of ``sigma`` (see `jaxguide.scales`). 0 is unconditional and 1 is conditional. The
+      paper's w is ``scale - 1``; it uses w from 0.1 to 4.
+    combine: another rule for the combination of the two predictions: one of `jaxguide.combine`, or any function
       ``(x0, x0_base, scale, x, sigma) -> x0``.
 
   Returns:
-    A `Guidance`. The guided denoiser costs two evaluations.
+    A `Guidance`. The guided denoiser costs two evaluations of the denoiser.
 
   Raises:
     ValueError: if ``scale`` is not finite.
@@ -59,53 +60,53 @@ def _classifier_free(denoise, null_cond, scale, combine):
 
 
 def _away_from_null(both, scale, combine, x, sigma, cond):
-  null, given = both(x, sigma, cond)
-  return map_x0(lambda x0, x0_null: combine(x0, x0_null, scale_at(scale, sigma, x), x, sigma), given, null)
+  null, conditional = both(x, sigma, cond)
+  return map_x0(lambda x0, x0_null: combine(x0, x0_null, scale_at(scale, sigma, x), x, sigma), conditional, null)
 
 
 @struct.dataclass
 class Both:
-  """What a denoiser says with ``null_cond`` and with the condition, run as one batch."""
+  """A denoiser's two predictions, with ``null_cond`` and with the condition, computed as one batch."""
 
   denoise: Leaf
   null_cond: Leaf
 
   def __call__(self, x: Example, sigma: Scalar, cond: PyTree) -> tuple[Any, Any]:
-    """Give the two predictions."""
+    """Return the prediction with ``null_cond`` and the prediction with ``cond``."""
     _check_null(self.denoise, cond, self.null_cond)
-    both = jax.tree.map(lambda null, y: jnp.stack(same_type(null, y)), self.null_cond, cond)
-    said = jax.vmap(self.denoise, (None, None, 0))(x, sigma, both)
-    return jax.tree.map(operator.itemgetter(0), said), jax.tree.map(operator.itemgetter(1), said)
+    conds = jax.tree.map(lambda null, y: jnp.stack(same_type(null, y)), self.null_cond, cond)
+    predictions = jax.vmap(self.denoise, (None, None, 0))(x, sigma, conds)
+    return jax.tree.map(operator.itemgetter(0), predictions), jax.tree.map(operator.itemgetter(1), predictions)
 
   def check_cond(self, cond: PyTree) -> None:
-    """Raise ValueError where the denoiser knows neither ``cond`` nor the null condition."""
+    """Raise ValueError if ``cond`` or the null condition is not one of the denoiser's classes."""
     check_cond(self.denoise, cond)
     if self.null_cond is not None:
       check_cond(self.denoise, self.null_cond)
 
 
 def compose(null_cond: PyTree, scales: Scale) -> Guidance:
-  r"""Several conditions at once, each with a scale of its own (Liu et al. 2022, arXiv:2206.01714, eq. 11 to 13).
+  r"""Guidance by several conditions, each with its own scale (Liu et al. 2022, arXiv:2206.01714, eq. 11 to 13).
 
   .. math:: \tilde D = D_\varnothing + \sum_i \gamma_i (D_{y_i} - D_\varnothing)
 
-  A positive scale asks for a condition (conjunction), a negative one for its absence (negation). The product of
-  densities :math:`p(x) \prod_i (p(x | y_i) / p(x))^{\gamma_i}` is what it aims at. (Guidances, and not conditions, are
-  put together by `chain` and `parallel`.)
+  A positive scale asks for a condition (conjunction), a negative scale for its absence (negation). The target density
+  is :math:`p(x) \prod_i (p(x | y_i) / p(x))^{\gamma_i}`. (`chain` and `parallel` combine guidances; this function
+  combines conditions.)
 
-  Where one condition stands in for the null one, as the negative prompts of text-to-image models do, that is
+  A condition in place of the null one, such as a negative prompt of a text-to-image model, is
   ``classifier_free(negative, scale)``.
 
   Args:
-    null_cond: what stands for "no condition", of the structure, shapes and types of one condition.
+    null_cond: the condition that means "no condition", with the structure, shapes and types of one condition.
     scales: (n,) γ of each of the n conditions, or a function of ``sigma`` that gives them.
 
   Returns:
-    A `Guidance` for a ``cond`` that holds n conditions: each of its leaves has n in front. The guided denoiser costs
-    n + 1 evaluations, run as one batch.
+    A `Guidance` whose ``cond`` holds n conditions: each leaf has a first axis of length n. The guided denoiser costs
+    n + 1 evaluations of the denoiser, run as one batch.
 
   Raises:
-    ValueError: if a scale is not finite; when called, where ``cond`` does not hold as many conditions as there are
+    ValueError: if a scale is not finite; when called, if the number of conditions in ``cond`` is not that of the
       scales.
 
   >>> guided = compose(0, jnp.array([2.0, -1.0]))(lambda x, sigma, cond: x * cond)
@@ -130,22 +131,19 @@ class _Composed:
     counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(cond)}
     if scales.ndim != 1 or counts - {scales.shape}:
       raise ValueError(
-        f"compose needs one scale for each condition in cond: its scales have shape {scales.shape}, and the leaves of "
-        f"cond have {sorted(count[0] if count else 'no axis' for count in counts)} in front"
+        f"compose needs one scale for each condition in cond: its scales have shape {scales.shape}, but the first axes "
+        f"of the leaves of cond have the lengths {sorted(count[0] if count else 'no axis' for count in counts)}"
       )
     _check_null(self.denoise, jax.tree.map(operator.itemgetter(0), cond), self.null_cond)
 
-    def with_null(given, null):
-      null, given = same_type(null, given)
-      return jnp.concatenate([given, null[None]])
+    def append_null(conds, null):
+      null, conds = same_type(null, conds)
+      return jnp.concatenate([conds, null[None]])
 
-    said = jax.vmap(self.denoise, (None, None, 0))(x, sigma, jax.tree.map(with_null, cond, self.null_cond))
-
-    def mixed(_):
-      each = x0_of(said)
-      return each[-1] + jnp.tensordot(scales, each[:-1] - each[-1:], axes=1)
-
-    return map_x0(mixed, jax.tree.map(operator.itemgetter(0), said))
+    predictions = jax.vmap(self.denoise, (None, None, 0))(x, sigma, jax.tree.map(append_null, cond, self.null_cond))
+    x0s = x0_of(predictions)
+    guided = x0s[-1] + jnp.tensordot(scales, x0s[:-1] - x0s[-1:], axes=1)
+    return map_x0(lambda _: guided, jax.tree.map(operator.itemgetter(0), predictions))
 
   def check_cond(self, cond: PyTree) -> None:
     check_cond(self.denoise, cond)
@@ -154,47 +152,47 @@ class _Composed:
 
 
 def _check_null(denoise: Denoiser, cond: PyTree, null_cond: PyTree) -> None:
-  """Raise ValueError where ``null_cond`` is not like ``cond``, or the denoiser cannot be asked about both at once."""
-  given, null = jax.tree.structure(cond), jax.tree.structure(null_cond)
-  if str(given) != str(null):
-    raise ValueError(f"null_cond must have the structure of cond, {given}; got {null}")
+  """Raise ValueError if ``null_cond`` does not match ``cond``, or if the denoiser cannot be evaluated for both."""
+  structure, null_structure = jax.tree.structure(cond), jax.tree.structure(null_cond)
+  if str(structure) != str(null_structure):
+    raise ValueError(f"null_cond must have the structure of cond, {structure}; got {null_structure}")
   if not jax.tree.leaves(cond):
-    raise ValueError("there must be a cond to guide towards, got none")
-  for one, none in zip(jax.tree.leaves(cond), jax.tree.leaves(null_cond), strict=True):
-    if isinstance(none, str) or np.shape(none) != np.shape(one):
-      raise ValueError(f"null_cond must have the shapes of one cond, {np.shape(one)} here; got {none!r}")
+    raise ValueError("the guidance needs a condition, but cond is empty: give the sample's cond")
+  for leaf, null in zip(jax.tree.leaves(cond), jax.tree.leaves(null_cond), strict=True):
+    if isinstance(null, str) or np.shape(null) != np.shape(leaf):
+      raise ValueError(f"null_cond must have the shapes of one cond, {np.shape(leaf)} here; got {null!r}")
   if guidance_state.find(denoise) is not None:
     raise ValueError(
-      "a guidance that remembers earlier steps cannot be asked twice in one: put it last in the chain, outside this one"
+      "this guidance evaluates its denoiser several times in a step, but a guidance with momentum allows one "
+      "evaluation: put it last in the chain, outside this one"
     )
 
 
 def autoguidance(weak: Denoiser, scale: Scale, combine: Combine = linear) -> Guidance:
-  r"""A model guided by a weaker version of itself (Karras et al. 2024, arXiv:2406.02507, eq. 3).
+  r"""Autoguidance: guide a model away from a weaker version of itself (Karras et al. 2024, arXiv:2406.02507, eq. 3).
 
   .. math:: \tilde D = D_{weak} + \gamma (D - D_{weak})
 
-  What the weak model gets wrong more than the good one is pushed away from, whatever the condition. With the
-  unconditional denoiser for the weak one, ``unconditional(null_cond)(denoise)``, or a separate one as EDM2 trains it
-  (arXiv:2312.02696), it is `classifier_free`.
+  The result moves away from the errors that the weak model makes more than the good one, for every condition. If the
+  weak model is the unconditional denoiser, this is `classifier_free`. That can be ``unconditional(null_cond)(denoise)``
+  or a separate network, as in EDM2 (arXiv:2312.02696).
 
-  Where no weak model was trained, `jaxguide.perturbed` makes one of the good one's own parameters::
+  Without a trained weak model, `jaxguide.perturbed` makes one with the parameters of the good model::
 
     weak = jg.perturbed(denoise, jg.Perturbation("identity", ["middle_block_1"]))
     guided = jg.autoguidance(weak, scale=4.0)(denoise)
 
-  That is perturbed-attention guidance (PAG, arXiv:2403.17377) for ``identity``, smoothed energy guidance (SEG,
-  arXiv:2408.00760) for ``smooth``, and skip layer guidance (SLG) for ``skip``. They write ``D + s (D - D_weak)``:
-  ``γ = 1 + s``.
+  This is perturbed-attention guidance (PAG, arXiv:2403.17377) for ``identity``, smoothed energy guidance (SEG,
+  arXiv:2408.00760) for ``smooth``, and skip layer guidance (SLG) for ``skip``. Their papers write
+  ``D + s (D - D_weak)``, so ``γ = 1 + s``.
 
   Args:
     weak: a smaller or less trained model of the same data and conditions; a pytree, as the denoisers here are.
-    scale: γ. 0 is the weak model, 1 the good one. It is a power here too, of ``p(x) (p(x) / p_weak(x))^(γ - 1)``. The
-      paper has w for it, and about 2 for ImageNet-512. Of the methods above, SEG keeps s = 3, γ = 4, and varies its
-      width; PAG's code for ImageNet-256 has γ = 4 and its examples for Stable Diffusion s = 3 to 5; SLG has s about 2.8
-      for Stable Diffusion 3.5, over the first fifth of the steps alone (see `interval`). A number, or a function of
-      ``sigma``.
-    combine: how one prediction is made of the two, if not as above; see `classifier_free`.
+    scale: γ, a number or a function of ``sigma``. 0 is the weak model and 1 is the good one. γ is a power here too, in
+      ``p(x) (p(x) / p_weak(x))^(γ - 1)``. The paper calls it w and uses about 2 for ImageNet-512. SEG keeps s = 3
+      (γ = 4) and varies its width. PAG's code has γ = 4 for ImageNet-256, and s = 3 to 5 in its examples for Stable
+      Diffusion. SLG has s about 2.8 for Stable Diffusion 3.5, in the first fifth of the steps only (see `interval`).
+    combine: another rule for the combination of the two predictions; see `classifier_free`.
 
   Returns:
     A `Guidance`. The guided denoiser costs one evaluation of each model.
@@ -210,5 +208,5 @@ def autoguidance(weak: Denoiser, scale: Scale, combine: Combine = linear) -> Gui
 
 
 def _autoguidance(denoise, weak, scale, combine, x, sigma, cond):
-  given, poor = denoise(x, sigma, cond), weak(x, sigma, cond)
-  return map_x0(lambda x0, x0_weak: combine(x0, x0_weak, scale_at(scale, sigma, x), x, sigma), given, poor)
+  good, poor = denoise(x, sigma, cond), weak(x, sigma, cond)
+  return map_x0(lambda x0, x0_weak: combine(x0, x0_weak, scale_at(scale, sigma, x), x, sigma), good, poor)

@@ -1,4 +1,4 @@
-"""What every guidance method is made of: a formula and its parameters."""
+"""The base class of the guidance methods, and checks of their arguments."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from jaxguide._core.typing import Denoiser, Guidance, Leaf, LogProb
 
 @struct.dataclass
 class Rule:
-  """A guidance method with its parameters: ``formula(denoise, *parameters, x, sigma, cond) -> x0``.
+  """A guidance method: a formula with its parameters, ``formula(denoise, *parameters, x, sigma, cond) -> x0``.
 
-  Applied to a denoiser it is the guided one. The formula is a function of a module, so that two rules of one kind are
-  one program; whatever may change from call to call is a parameter.
+  A call with a denoiser returns the guided denoiser. The formula is a module-level function, so two rules of the same
+  kind share one compiled program. Everything that can change from call to call is a parameter.
   """
 
   formula: Callable[..., Leaf] = struct.field(pytree_node=False)
   parameters: tuple[Leaf, ...]
 
   def __call__(self, denoise: Denoiser) -> Denoiser:
-    """Give the guided denoiser."""
+    """Return the guided denoiser."""
     return Partial(self.formula, check_denoiser(denoise), *self.parameters)
 
 
 @struct.dataclass
 class Composition(Rule):
-  """A rule that gives the guided denoiser itself, ``formula(denoise, *parameters)``, where others wait for ``x``.
+  """A guidance method whose formula returns the guided denoiser, ``formula(denoise, *parameters) -> guided``.
 
-  What it is made of can then be seen, by the check of conditions for one.
+  The guided denoiser then has its own type with its own methods, such as ``check_cond``.
   """
 
   def __call__(self, denoise: Denoiser) -> Denoiser:
-    """Give the guided denoiser."""
+    """Return the guided denoiser."""
     return self.formula(check_denoiser(denoise), *self.parameters)
 
 
 def check_denoiser(denoise: Denoiser) -> Denoiser:
-  """Give a denoiser back if it can be called and is no guidance that waits for one.
+  """Return ``denoise`` if it can be a denoiser.
 
   Raises:
-    TypeError: if it is a guidance or a network, or cannot be called.
+    TypeError: if it is a guidance, a network or a class, or cannot be called.
 
   >>> import jaxguide as jg
   >>> check_denoiser(jg.clip_x0())
@@ -65,10 +65,10 @@ def check_denoiser(denoise: Denoiser) -> Denoiser:
 
 
 def check_guidances(guidances: tuple[Guidance, ...]) -> tuple[Guidance, ...]:
-  """Give guidances back if each can be applied to a denoiser, and is none itself.
+  """Return ``guidances`` if each of them can be a guidance.
 
   Raises:
-    TypeError: if one is not that.
+    TypeError: if one is a denoiser or a class, or cannot be called.
 
   >>> import jaxguide as jg
   >>> check_guidances((jg.ring(4).denoiser,))
@@ -87,10 +87,10 @@ def check_guidances(guidances: tuple[Guidance, ...]) -> tuple[Guidance, ...]:
 
 
 def check_log_prob(log_prob: Any) -> LogProb:
-  """Give a log-probability back if it can be called.
+  """Return ``log_prob`` if it can be a log-probability.
 
   Raises:
-    TypeError: if it cannot, or is a guidance, a network or a class.
+    TypeError: if it is a guidance, a network or a class, or cannot be called.
 
   >>> check_log_prob(2.0)
   Traceback (most recent call last):

@@ -20,7 +20,7 @@ from jaxguide._core.typing import Example, Leaf, Prediction, PyTree
 
 @struct.dataclass
 class GuidanceState:
-  """What a guidance was told by its last step; of the shape of ``x``, or None before the first.
+  """The state of a guidance after the last step: an array of the shape of ``x``, or None before the first step.
 
   >>> GuidanceState().or_zeros(jnp.ones(2)).tolist()
   [0.0, 0.0]
@@ -29,40 +29,40 @@ class GuidanceState:
   value: Leaf = None
 
   def or_zeros(self, x: Example) -> Example:
-    """Give the value, zeros like ``x`` before the first step."""
+    """Return the value; before the first step, zeros of the shape of ``x``."""
     return jnp.zeros_like(x) if self.value is None else self.value
 
 
 def find(tree: PyTree) -> GuidanceState | None:
-  """Give the memory inside a denoiser or a guidance, if there is one.
+  """Return the state inside a denoiser or a guidance, or None if there is none.
 
   Raises:
     ValueError: if there are several.
   """
-  found = [leaf for leaf in jax.tree.leaves(tree, is_leaf=_is_state) if _is_state(leaf)]
-  if len(found) > 1:
-    raise ValueError(f"at most one guidance may remember earlier steps, but {len(found)} do: leave momentum to one")
-  return found[0] if found else None
+  states = [leaf for leaf in jax.tree.leaves(tree, is_leaf=_is_state) if _is_state(leaf)]
+  if len(states) > 1:
+    raise ValueError(f"at most one guidance can have momentum, but {len(states)} do: give momentum to one of them")
+  return states[0] if states else None
 
 
-def recall(tree: PyTree, value: Any) -> PyTree:
-  """Put a value into the memory inside a tree; the same tree where there is none."""
+def with_value(tree: PyTree, value: Any) -> PyTree:
+  """Set the value of the state inside a tree; a tree without state does not change."""
   return jax.tree.map(lambda leaf: GuidanceState(value) if _is_state(leaf) else leaf, tree, is_leaf=_is_state)
 
 
-def noticed(denoise: Callable[..., Any], said: list[Any]) -> Callable[..., Any]:
-  """Give a denoiser that writes down, while it is traced, what it says."""
+def recording(denoise: Callable[..., Any], outputs: list[Any]) -> Callable[..., Any]:
+  """Wrap a denoiser so that each output is appended to ``outputs`` while it is traced."""
 
-  def listening(x, sigma, cond):
-    said.append(denoise(x, sigma, cond))
-    return said[-1]
+  def recorded(x, sigma, cond):
+    outputs.append(denoise(x, sigma, cond))
+    return outputs[-1]
 
-  return listening
+  return recorded
 
 
-def after(said: Sequence[Any]) -> Any:
-  """What is to be remembered after a step, of all that was said in it; None if nothing."""
-  first = said[0] if said else None
+def next_value(outputs: Sequence[Any]) -> Any:
+  """Return the state's next value from the denoiser's outputs in one step: that of the first output, or None."""
+  first = outputs[0] if outputs else None
   return first.guidance_state if isinstance(first, Prediction) else None
 
 

@@ -1,8 +1,7 @@
-"""Sampling: the loop over a grid of noise levels, its keys, and batches of any size on any number of devices.
+"""Many samples: compiled, in micro-batches, on one or several devices.
 
-`sample` draws one example and is what to use inside one's own ``jit`` and ``vmap``; `sample_batch` is the finished
-article around it. Sample ``i`` depends on the key, ``i`` and its condition alone: it comes out the same by itself, in
-a batch of any size and on any number of devices (to the rounding of the network's sums).
+Sample ``i`` depends on the key, ``i`` and its condition alone. It is the same alone, in a batch of any size and on any
+number of devices, up to the rounding of the network's sums.
 """
 
 from __future__ import annotations
@@ -41,41 +40,42 @@ def sample_batch(
   x_init: ArrayLike | Callable[[np.ndarray], np.ndarray] | None = None,
   add_noise: bool = False,
 ) -> Float[np.ndarray, " num *shape"]:
-  """Draw many examples: compiled, in micro-batches, spread over the devices.
+  """Draw many examples: compiled, in micro-batches, distributed over the devices.
 
-  Nothing compiles anew for other scales, weights, labels, keys or levels, nor for a short last micro-batch. On an
-  NVIDIA GPU a network's float32 products are TF32 (6.6e-4 from float64's result on an H100, against 1.1e-6) unless
-  ``jax.default_matmul_precision("highest")`` holds.
+  Other scales, weights, labels, keys or noise levels do not compile a new program, nor does a short last micro-batch.
+  On an NVIDIA GPU JAX multiplies float32 in TF32, unless ``jax.default_matmul_precision("highest")`` is set. On an H100
+  results differ from float64's by 6.6e-4 with TF32, and by 1.1e-6 with "highest".
 
   Args:
-    denoise: a pytree, as the denoisers and guidances here are. For a function of your own,
-      ``jax.tree_util.Partial(function, params)`` with ``function(params, x, sigma, cond) -> x0`` of one example. Arrays
-      that such a function closes over, and does not take as ``params``, become constants of the program.
-    key: sample ``i`` is made from ``fold_in(key, i)``.
-    cond: each leaf (num, ...); or, with ``num``, one number, as a label, for every sample; or None.
+    denoise: a pytree, as the denoisers and guided denoisers here are. Make your own function a pytree with
+      ``jax.tree_util.Partial(function, params)``, where ``function(params, x, sigma, cond) -> x0`` is of one example.
+      Arrays that the function closes over, and does not receive as ``params``, become constants of the program.
+    key: sample ``i`` has the key ``fold_in(key, i)``.
+    cond: a pytree whose leaves have shape (num, ...); or, together with ``num``, one number, such as a label, for all
+      samples; or None.
     shape: shape of one example.
     sigmas: (steps + 1,) noise levels that decrease and end in 0.
     solver: see `jaxguide.solvers`.
-    num: how many, if ``cond`` does not say.
-    start: index of the first sample, to go on where an earlier call ended.
-    batch_size: the most samples at a time, over all devices; all at once if left out.
-    devices: where to run; all devices of this process if left out.
-    progress: called with the number of samples just made, after each micro-batch (``tqdm(...).update`` fits).
-    x_init: (num, *shape), or (*shape) for every sample: start from these at ``sigmas[0]``, and not from noise; `invert`
-      finds the start that leads back to an image. Or a function that gives (n, *shape) for n samples when they are
-      drawn, counted from 0, where all would not fit in memory.
-    add_noise: whether ``x_init`` is clean, and each sample's own noise is added to it: image to image.
+    num: number of samples. It can be left out if ``cond`` has a row for each sample.
+    start: index of the first sample, to continue after an earlier call.
+    batch_size: the largest number of samples at a time, over all devices. The default is all samples.
+    devices: the devices that run the program. The default is all devices of this process.
+    progress: called after each micro-batch with its number of samples; ``tqdm(...).update`` fits.
+    x_init: ``x`` at ``sigmas[0]``, in place of noise: (num, *shape), or (*shape) for all samples. `invert` finds the
+      start that gives an image. If the starts do not all fit in memory, give a function: it receives the positions of n
+      samples in this call, counted from 0, and returns (n, *shape).
+    add_noise: whether each sample's initial noise is added to ``x_init``, which is then clean: image to image.
 
   Returns:
     (num, *shape) in host memory.
 
   Raises:
-    ValueError: for a bad grid, a label outside the classes, lengths in ``cond`` that differ, a count below 1, an index
-      above `jaxguide.keys.MAX_INDEX`, a device named twice, an ``x_init`` of another shape or not finite, or
-      ``add_noise`` without one.
-    TypeError: if ``denoise`` is not a pytree of arrays, ``key`` no random key, ``solver`` no solver, ``cond`` no
-      numbers; or inside ``jit``, where `sample` belongs.
-    FloatingPointError: if a sample is not finite, naming it and the step where it happened.
+    ValueError: if the grid is bad, a label is outside the classes, lengths in ``cond`` differ, a count is below 1, an
+      index is above `jaxguide.keys.MAX_INDEX`, a device is named twice, ``x_init`` has another shape or is not finite,
+      or ``add_noise`` is set without ``x_init``.
+    TypeError: if ``denoise`` is not a pytree of arrays, ``key`` is not a random key, ``solver`` is not a solver, or
+      ``cond`` does not hold numbers; or if called inside ``jit`` (use `sample` there).
+    FloatingPointError: if a sample is not finite. The message names the sample and the step.
 
   >>> from jaxguide import guidance, mixtures, schedules, solvers
   >>> ring = mixtures.ring(4)
@@ -85,7 +85,7 @@ def sample_batch(
   ... ).shape
   (5, 2)
   """
-  made = []
+  batches = []
   for x in sample_batches(
     denoise,
     key,
@@ -100,10 +100,10 @@ def sample_batch(
     x_init=x_init,
     add_noise=add_noise,
   ):
-    made.append(x)
+    batches.append(x)
     if progress is not None:
       progress(len(x))
-  return np.concatenate(made)
+  return np.concatenate(batches)
 
 
 def sample_batches(
@@ -122,31 +122,32 @@ def sample_batches(
   x_init: ArrayLike | Callable[[np.ndarray], np.ndarray] | None = None,
   add_noise: bool = False,
 ) -> Iterator[Float[np.ndarray, " n *shape"]]:
-  """Draw many examples as `sample_batch` does, one micro-batch after another.
+  """Draw many examples as `sample_batch` does, and yield one micro-batch after another.
 
-  Nothing is kept, so that what is drawn may be more than fits.
+  The micro-batches are not stored, so the samples together can be larger than the memory. All arguments but ``skip``
+  are those of `sample_batch`.
 
   Args:
-    denoise: as in `sample_batch`, and so the rest but one.
-    key: sample ``i`` is made from ``fold_in(key, i)``.
-    cond: each leaf (num, ...); or, with ``num``, one number for every sample; or None.
+    denoise: a denoiser that is a pytree.
+    key: sample ``i`` has the key ``fold_in(key, i)``.
+    cond: a pytree whose leaves have shape (num, ...); or, together with ``num``, one number for all samples; or None.
     shape: shape of one example.
     sigmas: (steps + 1,) noise levels that decrease and end in 0.
     solver: see `jaxguide.solvers`.
-    num: how many, if ``cond`` does not say.
+    num: number of samples. It can be left out if ``cond`` has a row for each sample.
     start: index of the first sample.
-    batch_size: the most samples at a time, over all devices; all at once if left out.
-    devices: where to run; all devices of this process if left out.
-    skip: how many of the ``num`` there are already, from an earlier run that was cut off. The rest comes out as it
-      would have then, to the last bit if ``skip`` is a whole number of micro-batches.
-    x_init: where to start from, as in `sample_batch`.
-    add_noise: whether noise is added to it.
+    batch_size: the largest number of samples at a time, over all devices. The default is all samples.
+    devices: the devices that run the program. The default is all devices of this process.
+    skip: number of samples, of the ``num``, that an interrupted run has already drawn. The other samples are the same
+      as in that run, bit for bit if ``skip`` is a whole number of micro-batches.
+    x_init: ``x`` at ``sigmas[0]``, as in `sample_batch`.
+    add_noise: whether noise is added to ``x_init``.
 
   Returns:
     An iterator over arrays (n, *shape) in host memory.
 
   Raises:
-    ValueError, TypeError: as `sample_batch`, before the first is drawn.
+    ValueError, TypeError: as in `sample_batch`, before the first micro-batch.
     FloatingPointError: if a sample is not finite.
   """
   if isinstance(jnp.zeros(()), jax.core.Tracer):
@@ -176,7 +177,7 @@ def sample_batches(
 
 
 def _starts(x_init, num, shape):
-  """Give the function of the samples' numbers that looks their starts up."""
+  """Return a function that maps the positions of samples to their starts, or to None without ``x_init``."""
   if x_init is None:
     return lambda rows: None
   x_init = np.asarray(checks.finite("x_init", np.asarray(x_init)))
@@ -188,24 +189,24 @@ def _starts(x_init, num, shape):
 def _micro_batches(fixed, place, key, cond, starts, static, firsts, start):
   num, size = firsts.stop, firsts.step
   for first in firsts:
-    # The last micro-batch is filled up with copies of the last sample, so that every one has the same shape.
+    # The last micro-batch is filled with copies of the last sample, so that all micro-batches have the same shape.
     rows = np.minimum(np.arange(first, first + size), num - 1)
     x_init = starts(rows)
     if x_init is not None and np.shape(x_init) != (size, *static["shape"]):
       raise ValueError(f"x_init must give {(size, *static['shape'])} for {size} samples, got {np.shape(x_init)}")
     inputs = keys_of(key, start + rows), _rows(cond, rows), x_init
-    made = np.asarray(_sample_many(*fixed, *place.rows(inputs), **static))
-    made = made[: num - first]
-    _check_finite(made, fixed, inputs, static, start + first)
-    yield made
+    samples = np.asarray(_sample_many(*fixed, *place.rows(inputs), **static))
+    samples = samples[: num - first]
+    _check_finite(samples, fixed, inputs, static, start + first)
+    yield samples
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "add_noise"))
 def _sample_many(denoise, sigmas, solver, keys, cond, x_init, *, shape, add_noise):
-  def one(key, cond, x_init):
+  def draw(key, cond, x_init):
     return sample(denoise, key, shape, sigmas, solver, cond, None, x_init, add_noise)[0]
 
-  return jax.vmap(one)(keys, cond, x_init)
+  return jax.vmap(draw)(keys, cond, x_init)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "add_noise"))
@@ -218,21 +219,21 @@ def _rows(tree, rows):
   return jax.tree.map(lambda leaf: leaf[rows], tree)
 
 
-def _check_finite(made, fixed, inputs, static, first):
-  bad = np.flatnonzero(~np.isfinite(made).reshape(len(made), -1).all(1))
+def _check_finite(samples, fixed, inputs, static, first):
+  bad = np.flatnonzero(~np.isfinite(samples).reshape(len(samples), -1).all(1))
   if bad.size:
     row = bad[0]
-    # Only now, since looking at every step costs time: walk the first bad sample's path again.
+    # A check in every step would cost time, so the first bad sample is drawn again to find its step.
     finite = _finite_steps(*fixed, *_rows(inputs, row), **static)
     step = int(np.argmin(np.asarray(finite)))
     raise FloatingPointError(
-      f"{bad.size} of {len(made)} samples are not finite; sample {first + row} first at step {step} of {len(finite)}, "
-      f"sigma {float(fixed[1][step]):.4g}. Look at the parameters and the scale"
+      f"{bad.size} of {len(samples)} samples are not finite; sample {first + row} first at step {step} of "
+      f"{len(finite)}, sigma {float(fixed[1][step]):.4g}: check the parameters and the scale"
     )
 
 
 def _is_numbers(node: Any) -> bool:
-  """Whether this is a list of numbers, or of such lists: what somebody writes for an array."""
+  """Whether ``node`` is a list of numbers or of such lists, and so stands for an array."""
   numbers = int | float | np.generic | np.ndarray
   return isinstance(node, list) and all(isinstance(item, numbers) or _is_numbers(item) for item in node)
 
@@ -241,14 +242,14 @@ def _check_pytree(name: str, tree: PyTree) -> None:
   for leaf in jax.tree.leaves(tree):
     if callable(leaf) or not isinstance(leaf, int | float | complex | np.generic | np.ndarray | jax.Array):
       raise TypeError(
-        f"{name} must be a pytree of arrays, but holds {leaf!r}; make a function of your own one with "
-        "jax.tree_util.Partial(function, params), its arrays in params and not in a closure. Of an Equinox module the "
-        "params are its arrays, equinox.partition(module, equinox.is_array)[0]; combine them with the rest in apply"
+        f"{name} must be a pytree of arrays, but holds {leaf!r}; make your own function a pytree with "
+        "jax.tree_util.Partial(function, params), with its arrays in params and not in a closure. For an Equinox "
+        "module, params is equinox.partition(module, equinox.is_array)[0]; call equinox.combine in apply"
       )
 
 
 def _broadcast(cond: PyTree, num: int | None) -> tuple[int, PyTree]:
-  """Give the number of samples and a condition whose leaves have that many rows."""
+  """Return the number of samples, and a condition whose leaves have that many rows."""
   if num is not None:
     num = checks.at_least("num", num, 1)
   leaves = jax.tree.leaves(cond)
@@ -258,7 +259,7 @@ def _broadcast(cond: PyTree, num: int | None) -> tuple[int, PyTree]:
   if num is not None:
     lengths |= {num}
   if not lengths:
-    raise ValueError("say how many samples to draw: give num, or a cond with a row for each")
+    raise ValueError("the number of samples is not known: give num, or a cond with a row for each sample")
   if len(lengths) > 1 or None in lengths:
-    raise ValueError(f"every leaf of cond must have one row for each sample; their lengths are {lengths}")
+    raise ValueError(f"each leaf of cond must have one row for each sample; num and the leaves have lengths {lengths}")
   return checks.at_least("the number of samples", lengths.pop(), 1), jax.tree.map(np.asarray, cond)

@@ -1,4 +1,4 @@
-"""The sampling loop: one example, from noise or from an image down a grid of noise levels, or up it."""
+"""The sampling loop for one example: down a grid of noise levels from noise or an image, or up the grid."""
 
 from __future__ import annotations
 
@@ -31,30 +31,32 @@ def sample(
 ) -> tuple[Example, PyTree]:
   """Draw one example by walking down a grid of noise levels.
 
-  One ``lax.scan``; its memory does not depend on the number of steps unless ``collect`` asks for a history.
+  The loop is one ``lax.scan``. Its memory does not depend on the number of steps, unless ``collect`` returns a history.
 
   Args:
     denoise: ``(x, sigma, cond) -> x0``, guided or not.
-    key: the sample's own key, from which the start and each step's noise are made. A key of another kind than Threefry
-      (``rbg``, ``unsafe_rbg``) is made one of Threefry; see `jaxguide.keys.threefry`.
+    key: the key of this sample. The initial noise and the noise of each step are drawn from it. A key that is not a
+      Threefry key (``rbg``, ``unsafe_rbg``) is converted to one; see `jaxguide.keys.threefry`.
     shape: shape of the example, without a batch axis.
-    sigmas: (steps + 1,) noise levels that decrease and end in 0; see `jaxguide.schedules`. Their type is the sample's.
+    sigmas: (steps + 1,) noise levels that decrease and end in 0; see `jaxguide.schedules`. The sample has their dtype.
     solver: see `jaxguide.solvers`.
-    cond: one example's condition, handed to ``denoise``.
-    collect: ``state -> pytree``, called after every step; what it gives is stacked along a first axis of ``steps``.
-      ``lambda state: state.x0`` shows what the denoiser saw.
-    x_init: start from this at ``sigmas[0]`` instead of from noise, ``sigmas[0] * eps``. (The loops of DDPM start from
-      ``x_t = eps``, which is ``sqrt(1 + sigmas[0]²) * eps`` here: at a network's noisiest levels, the same to 1e-4.)
-    add_noise: whether ``x_init`` is clean, and the sample's own noise is added to it: image to image, as SDEdit has it
-      (Meng et al. 2021, arXiv:2108.01073). The lower ``sigmas[0]``, the nearer the sample stays to ``x_init``.
+    cond: the condition of this example, the third argument of ``denoise``.
+    collect: ``state -> pytree``, called after every step. Its outputs are stacked along a first axis of length
+      ``steps``. ``lambda state: state.x0`` collects the denoised examples.
+    x_init: ``x`` at ``sigmas[0]``, in place of noise ``sigmas[0] * eps``. (The loops of DDPM start from ``x_t = eps``,
+      which is ``sqrt(1 + sigmas[0]²) * eps`` here. At the highest levels of a network the two agree to 1e-4.)
+    add_noise: whether the initial noise is added to ``x_init``, which is then a clean example. This is image-to-image
+      sampling, SDEdit (Meng et al. 2021, arXiv:2108.01073). A lower ``sigmas[0]`` keeps the sample closer to
+      ``x_init``.
 
   Returns:
-    The example, and what ``collect`` gave (``None`` without it).
+    The example, and the stacked outputs of ``collect`` (``None`` without ``collect``).
 
   Raises:
-    ValueError: for a grid that does not decrease or end in 0, a label outside the classes, an ``x_init`` that has
-      another shape or is not finite, or ``add_noise`` without one.
-    TypeError: if ``denoise``, ``key``, ``shape``, ``solver`` or ``cond`` is something else, or ``x_init`` holds uint8.
+    ValueError: if the grid does not decrease or does not end in 0, if a label is outside the classes, if ``x_init`` has
+      another shape or is not finite, or if ``add_noise`` is set without ``x_init``.
+    TypeError: if ``denoise``, ``key``, ``shape``, ``solver`` or ``cond`` is of a wrong kind, or if ``x_init`` has the
+      type uint8.
 
   >>> from jaxguide import mixtures, schedules, solvers
   >>> ring = mixtures.ring(4)
@@ -81,30 +83,33 @@ def sample(
     x = noise if x is None else x + noise
 
   def step(carry, inputs):
-    state, remembered = carry
+    state, momentum = carry
     i, sigma, sigma_next = inputs
-    said: list[Any] = []
-    conditioned = Conditioned(guidance_state.noticed(guidance_state.recall(denoise, remembered), said), cond)
-    state = solver.step(conditioned, state, sigma, sigma_next, jax.random.fold_in(step_key, i))
-    kept = guidance_state.after(said)
-    if (kept is None) != (remembered is None):
-      raise ValueError("a guidance with momentum is hidden in a function that is no pytree: make it one with Partial")
-    return (state, kept), None if collect is None else collect(state)
+    outputs: list[Any] = []
+    recording = guidance_state.recording(guidance_state.with_value(denoise, momentum), outputs)
+    state = solver.step(Conditioned(recording, cond), state, sigma, sigma_next, jax.random.fold_in(step_key, i))
+    next_momentum = guidance_state.next_value(outputs)
+    if (next_momentum is None) != (momentum is None):
+      raise ValueError(
+        "the denoiser contains a guidance with momentum, but jit cannot see it because a plain function closes over "
+        "it: wrap the function with jax.tree_util.Partial and pass the guided denoiser as its argument"
+      )
+    return (state, next_momentum), None if collect is None else collect(state)
 
   steps = (jnp.arange(sigmas.shape[0] - 1), sigmas[:-1], sigmas[1:])
-  first = guidance_state.find(denoise)
-  start = solver.init(x), None if first is None else first.or_zeros(x)
+  momentum = guidance_state.find(denoise)
+  start = solver.init(x), None if momentum is None else momentum.or_zeros(x)
   (state, _), history = jax.lax.scan(step, start, steps)
   return state.x, history
 
 
 def check_start(x_init, add_noise):
-  """Check that ``x_init`` holds floats, and that there is one if noise is added to it."""
+  """Check that ``x_init`` is not uint8, and that it is given if ``add_noise`` is set."""
   checks.flag("add_noise", add_noise)
   if getattr(x_init, "dtype", None) == np.uint8:
     raise TypeError("x_init must be floats, as images in [-1, 1] are, got uint8: give jaxguide.data.from_uint8(images)")
   if add_noise and x_init is None:
-    raise ValueError("add_noise adds noise to x_init: give one, or leave both out to start from noise alone")
+    raise ValueError("add_noise adds noise to x_init: give x_init, or leave both out to start from noise alone")
 
 
 def invert(
@@ -114,26 +119,26 @@ def invert(
   solver: Solver | None = None,
   cond: PyTree = None,
 ) -> Example:
-  r"""Walk up the noise from a clean example, along the probability flow: what `sample` would start from to end there.
+  r"""Find the noise from which `sample` gives a clean example: walk up the noise levels along the probability flow.
 
-  ``sample(denoise, key, shape, sigmas, solver, cond, x_init=invert(denoise, x0, sigmas, solver, cond))`` gives ``x0``
-  back, to the error of the steps. It is DDIM inversion (Song et al. 2021, arXiv:2010.02502, section 4.3; Dhariwal &
-  Nichol 2021, appendix F) for `jaxguide.Euler`, and the same of second order for `jaxguide.Heun`.
+  ``sample(denoise, key, shape, sigmas, solver, cond, x_init=invert(denoise, x0, sigmas, solver, cond))`` is ``x0``, up
+  to the error of the steps. With `jaxguide.Euler` this is DDIM inversion (Song et al. 2021, arXiv:2010.02502, section
+  4.3; Dhariwal & Nichol 2021, appendix F). With `jaxguide.Heun` it is a second-order version of it.
 
   Args:
-    denoise: ``(x, sigma, cond) -> x0``, guided or not. Large scales of guidance are hard to invert.
+    denoise: ``(x, sigma, cond) -> x0``, guided or not. With large guidance scales the inversion is inaccurate.
     x0: a clean example.
-    sigmas: (steps + 1,) levels that decrease and end in 0, as `sample` takes them; they are walked upwards, from the
-      last above 0, where ``x0`` is taken to be.
-    solver: a solver without noise that looks at one step alone: `jaxguide.Heun` if left out, or `jaxguide.Euler`.
-    cond: one example's condition.
+    sigmas: (steps + 1,) levels that decrease and end in 0, as in `sample`. The walk goes up these levels; it starts
+      with ``x0`` at the last level above 0.
+    solver: a one-step solver without noise, `jaxguide.Heun` (the default) or `jaxguide.Euler`.
+    cond: the condition of this example.
 
   Returns:
     ``x`` at ``sigmas[0]``, of the shape of ``x0``.
 
   Raises:
-    ValueError: for a solver that adds noise or remembers steps, a bad grid or condition, or an ``x0`` that is not
-      finite.
+    ValueError: if the solver is another one, if the grid or the condition is bad, if the guidance has momentum, or if
+      ``x0`` is not finite.
 
   >>> from jaxguide import mixtures, schedules, solvers
   >>> ring, grid, x0 = mixtures.ring(4), schedules.karras(40), jnp.array([0.9, 0.1])
@@ -145,18 +150,18 @@ def invert(
   checks.sigmas(sigmas)
   solver = Heun() if solver is None else checks.solver(solver)
   if not isinstance(solver, Heun | Euler):
-    raise ValueError(f"inversion needs a solver without noise or memory, Heun() or Euler(), got {solver!r}")
+    raise ValueError(f"inversion needs a one-step solver without noise, Heun() or Euler(), got {solver!r}")
   check_cond(check_denoiser(denoise), checks.cond(cond))
   if guidance_state.find(denoise) is not None:
-    raise ValueError("a guidance that remembers earlier steps cannot be walked upwards: leave out its momentum")
+    raise ValueError("a guidance with momentum cannot be inverted: leave out its momentum")
   sigmas = jnp.asarray(sigmas)
   sigmas = sigmas if jnp.issubdtype(sigmas.dtype, jnp.floating) else sigmas.astype(float)
   levels = sigmas[-2::-1]
-  conditioned, unused = Conditioned(denoise, cond), keys.seed_key(0)
+  conditioned, unused_key = Conditioned(denoise, cond), keys.seed_key(0)
 
   def step(state, levels):
     sigma, sigma_next = levels
-    return solver.step(conditioned, state, sigma, sigma_next, unused), None
+    return solver.step(conditioned, state, sigma, sigma_next, unused_key), None
 
   start = solver.init(jnp.asarray(checks.finite("x0", x0)).astype(sigmas.dtype))
   return jax.lax.scan(step, start, (levels[:-1], levels[1:]))[0].x
