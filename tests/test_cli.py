@@ -845,7 +845,7 @@ def test_published_models_sample(sample_published, name, args):
   [
     ("conditional", ["--guidance", "cfg"], "the model has no null class"),
     ("unconditional", ["--label", 3], "the model has no classes"),
-    ("unconditional", ["--steps", "ddim600"], "no whole stride through 1000 steps visits 600"),
+    ("unconditional", ["--steps", "ddim600"], "no whole stride visits exactly 600 of 1000 steps"),
     ("unconditional", ["--steps", 1001], "steps must be at most the 1000 of the table"),
     ("unconditional", ["--grid", "respaced:sigma_max=80"], "'respaced' has no option 'sigma_max'; it has spacing"),
     ("unconditional", ["--scale", 2], "guidance 'none' takes no scale"),

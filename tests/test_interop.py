@@ -585,7 +585,7 @@ def test_commands(run, tmp_path, monkeypatch, capsys):
   with pytest.raises(SystemExit) as exit:
     cli.main()
   assert exit.value.code == 2
-  assert f"{exported} is there already: choose another file, or --overwrite it" in capsys.readouterr().err
+  assert f"{exported} exists already: choose another file, or --overwrite it" in capsys.readouterr().err
   assert exported.read_bytes() == b"something else"
   run("export-adm", tmp_path / "model", "--out", exported, "--overwrite")
   same_bits(load_file(exported), load_file(DATA / "classifier_b1.safetensors"))

@@ -230,12 +230,12 @@ def test_levels_of_training_and_tables():
     (lambda: schedules.LogNormal(std=-1.0), "std must be at least 0"),
     (lambda: schedules.UniformTime(schedules.Cosine(), 0.9, 0.1), "t_min must be below t_max"),
     (lambda: schedules.Linear.between(100.0, 0.02), "sigma_min must be below sigma_max"),
-    (lambda: schedules.Table(jnp.array([5.0, 3.0, 1.0])), "levels that rise"),
+    (lambda: schedules.Table(jnp.array([5.0, 3.0, 1.0])), "one axis of increasing levels"),
     (lambda: schedules.respaced(schedules.table("linear", 9), np.ones((2, 2), int)), "one axis"),
   ):
     with pytest.raises(ValueError, match=message):
       make()
-  with pytest.raises(TypeError, match="table must be made by"):
+  with pytest.raises(TypeError, match="table must be a Table"):
     schedules.respaced("linear", 5)
 
 
@@ -353,7 +353,7 @@ def test_pixels_that_rotted_while_they_were_kept(tmp_path):
   content = bytearray((tmp_path / "kept" / "images.npy").read_bytes())
   content[-40] ^= 1  # of the second image; the third is not there yet
   (tmp_path / "kept" / "images.npy").write_bytes(content)
-  with pytest.raises(ValueError, match=r"is torn \(the images are not those that were kept\)"):
+  with pytest.raises(ValueError, match=r"is torn \(the images do not match their checksum\)"):
     unfinished.Unfinished(tmp_path / "kept", {"settings": {}}, (3, 4, 4, 1))
 
 

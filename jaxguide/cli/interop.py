@@ -1,4 +1,4 @@
-"""The commands that carry weights in and out."""
+"""The commands ``import-adm`` and ``export-adm``, which read and write weights of OpenAI's guided-diffusion."""
 
 from pathlib import Path
 from typing import Annotated
@@ -38,7 +38,7 @@ def import_adm(
 ) -> None:
   """Import weights of OpenAI's guided-diffusion: UNet, super-resolution UNet, or classifier.
 
-  Without a preset, names and shapes are read, and what they do not tell is asked for.
+  Without a preset, the command reads names and shapes, and asks for what they do not show.
   """
   from jaxguide.models.importers import openai
 
@@ -60,7 +60,7 @@ def export_adm(
   from jaxguide.models.importers import openai
 
   if out.exists() and not overwrite:
-    raise ValueError(f"{out} is there already: choose another file, or --overwrite it")
+    raise ValueError(f"{out} exists already: choose another file, or --overwrite it")
   exported = openai.export_model(folder, out)
   print(f"The state dict is in {out}. The network that takes it:\n{exported.constructor}")
   if exported.flags is not None:

@@ -1,4 +1,4 @@
-"""The commands: parse, call, print."""
+"""The commands ``demo`` and ``sample``: they parse options, call the package and print the result."""
 
 import os
 import sys
@@ -29,14 +29,14 @@ DEMO = Path("runs/demo")
 
 @app.callback()
 def setup() -> None:
-  """Keep compiled programs from run to run, where JAX was not told otherwise."""
+  """Keep compiled programs on disk between runs, unless JAX is configured otherwise."""
   import jax
 
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxguide"
     jax.config.update("jax_compilation_cache_dir", str(cache))
   if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-    # JAX would keep only what takes a second to compile, and of the rest there is more.
+    # By default JAX keeps only programs that take a second to compile. Most programs here are faster.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

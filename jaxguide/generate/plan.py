@@ -1,4 +1,4 @@
-"""From names and numbers to a guided denoiser, a solver, and the levels to walk."""
+"""From settings to a plan: a guided denoiser, a solver, and the noise levels of the walk."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -256,7 +256,7 @@ def _cond(settings: Settings, model: Model, classifier: Model | None) -> tuple[A
   if settings.labels is not None:
     raise ValueError("the labels are those of base_samples: leave out others")
   rows = np.arange(settings.num) % len(images)
-  low_res = images[rows]  # The network takes bytes: as floats many would not fit.
+  low_res = images[rows]  # The network takes uint8, which needs a quarter of the memory of floats.
   if model.config.num_classes is None:
     return {"low_res": low_res}, None
   if labels is None:
@@ -277,16 +277,19 @@ def _init(settings: Settings, model: Model) -> np.ndarray | None:
 
 
 def _first_step(settings: Settings, sigmas: Array) -> int:
-  """The step of the grid that a walk from an image begins with."""
+  """Give the step of the grid at which a walk from an image begins."""
   levels = np.asarray(sigmas, np.float64)[:-1]
   if settings.init_level is None:
     if len(levels) < 2:
       raise ValueError(
-        "half of the steps are walked from init, so that there must be 2 or more: give steps or init_level"
+        "without init_level half of the steps are walked, and there must be 2 or more: give steps or init_level"
       )
     return len(levels) // 2
-  if settings.init_level > levels[0] * 1.01:
-    raise ValueError(f"init_level must be at most the grid's first level, {levels[0]:g}, got {settings.init_level:g}")
+  if not levels[-1] / 1.01 <= settings.init_level <= levels[0] * 1.01:
+    raise ValueError(
+      f"init_level must lie between the grid's least and first level, {levels[-1]:g} and {levels[0]:g}, got "
+      f"{settings.init_level:g}"
+    )
   return int(np.argmin(np.abs(np.log(levels) - np.log(settings.init_level))))
 
 
@@ -296,5 +299,5 @@ def _labels(settings: Settings, model: Model, classifier: Model | None) -> np.nd
     if settings.labels is not None:
       raise ValueError("the model has no classes, and there is no classifier: leave out the labels")
     return None
-  wanted = np.arange(classes) if settings.labels is None else np.asarray(settings.labels)
-  return np.resize(checks.labels("label", wanted, classes), settings.num).astype(np.int32)
+  labels = np.arange(classes) if settings.labels is None else np.asarray(settings.labels)
+  return np.resize(checks.labels("label", labels, classes), settings.num).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Samples on their way to a file, kept so that a run that was killed can be gone on with."""
+"""The samples of an unfinished run, kept on disk so that a run that was killed can continue."""
 
 import json
 import math
@@ -18,7 +18,7 @@ FILES = ("settings.json", "done.json", "images.npy")
 
 
 def clear(folder: Path) -> None:
-  """Remove such a folder, and nothing else that may lie in it; call it under the lock of its file."""
+  """Remove the folder of an unfinished run, and no other files in it. The caller holds the lock of the output file."""
   for name in FILES:
     (folder / name).unlink(missing_ok=True)
   remove_parts(folder)
@@ -26,79 +26,83 @@ def clear(folder: Path) -> None:
 
 
 def clear_finished(folder: Path, settings: Mapping[str, Any]) -> None:
-  """Remove the folder of a run that was killed after it had written its file, whose settings these are.
+  """Remove the folder of a run that was killed after it had written its output file.
 
-  A folder of other settings stays, and so does one that holds anything else.
+  A folder of a run with other settings stays, and so does a folder with other files in it.
+
+  Args:
+    folder: the folder beside the output file.
+    settings: the settings of the output file.
   """
   if not folder.is_dir() or any(path.name not in FILES and not is_part(path) for path in folder.iterdir()):
     return
   try:
-    ours = json.loads((folder / "settings.json").read_text()) == settings
+    is_same_run = json.loads((folder / "settings.json").read_text()) == settings
   except FileNotFoundError:
-    ours = True  # It was killed while it cleaned up, or before it had begun.
+    is_same_run = True  # The run was killed while it cleaned up, or before it drew anything.
   except (OSError, ValueError):
-    ours = False
-  if ours:
+    is_same_run = False
+  if is_same_run:
     clear(folder)
 
 
 class Unfinished:
-  """A folder beside the file that is to be: settings, images so far, and how many they are.
+  """A folder beside the output file. It holds the settings, the images so far, and their number with a checksum.
 
-  Whatever moment a run ends at, the folder holds whole samples: their number is written once they are on disk.
+  The number is written after the images are on disk. So the folder holds whole samples at any moment.
 
   Args:
-    folder: where; made if it is not there.
-    settings: the record of what the samples depend on; see `jaxguide._core.records`.
-    shape: (num, height, width, channels) of them all.
-    default: the fields of a record that have a default; see `jaxguide._core.records.differences`.
+    folder: the folder; it is made if it does not exist.
+    settings: the record of everything that the samples depend on; see `jaxguide._core.records`.
+    shape: (num, height, width, channels) of all samples.
+    default: the defaults of the record's fields; see `jaxguide._core.records.differences`.
 
   Raises:
-    ValueError: if the folder holds samples of other settings, is torn, or holds anything else. A folder without samples
-      is taken over, whatever its settings.
-    OSError: if there is no room for the images and the file that is made of them.
+    ValueError: if the folder holds samples of other settings, is torn, or holds other files. A folder without
+      samples is used, whatever its settings are.
+    OSError: if there is no room for the images and for the output file.
   """
 
   def __init__(
     self, folder: Path, settings: Mapping[str, Any], shape: Sequence[int], default: Mapping[str, Any] | None = None
   ):
     self.folder = folder
-    found = list(folder.iterdir()) if folder.is_dir() else []
-    others = sorted(path.name for path in found if path.name not in FILES and not is_part(path))
+    contents = list(folder.iterdir()) if folder.is_dir() else []
+    others = sorted(path.name for path in contents if path.name not in FILES and not is_part(path))
     if others or (folder.exists() and not folder.is_dir()):
       what = f"holds {others[0]}" if others else "is a file"
-      raise ValueError(f"{folder} {what}, where samples would be kept until they are all there: move it away")
-    if found:
+      raise ValueError(f"{folder} {what}, but the samples of the unfinished run are kept there: move it away")
+    if contents:
       remove_parts(folder)
     if not (folder / "settings.json").exists() or self._done() == 0:
       self._begin(settings, tuple(shape))
       return
     try:
-      held = json.loads((folder / "settings.json").read_text())
-      if not isinstance(held, dict):
+      old_settings = json.loads((folder / "settings.json").read_text())
+      if not isinstance(old_settings, dict):
         raise ValueError("settings.json holds no settings")
     except (OSError, ValueError) as error:
       raise self._torn(error) from error
-    different = records.differences(held, settings, default)
+    different = records.differences(old_settings, settings, default)
     if different:
       raise ValueError(
         f"{folder} holds samples of an unfinished run with other settings ({'; '.join(different)}): "
         "finish it with its own settings, or remove the folder to start over"
       )
     try:
-      images = np.load(folder / "images.npy", mmap_mode="r")  # This mode does not make a file that was cut longer.
+      images = np.load(folder / "images.npy", mmap_mode="r")  # In this mode a file that was cut off stays as it is.
       done = self._done()
       if (images.shape, images.dtype) != (tuple(shape), np.uint8) or type(done) is not int or not 0 <= done <= shape[0]:
         raise ValueError(f"{done} images of shape {images.shape} and {images.dtype}")
-      self._checksum, checksum = zlib.crc32(np.ascontiguousarray(images[:done]).data), self._held().get("crc32")
+      self._checksum, checksum = zlib.crc32(np.ascontiguousarray(images[:done]).data), self._progress().get("crc32")
       if checksum not in (None, self._checksum):
-        raise ValueError("the images are not those that were kept")
+        raise ValueError("the images do not match their checksum")
     except (OSError, ValueError, EOFError) as error:
       raise self._torn(error) from error
     self.images, self.done = np.load(folder / "images.npy", mmap_mode="r+"), done
 
   def append(self, images: np.ndarray) -> None:
-    """Keep the next samples, uint8 (n, height, width, channels)."""
+    """Add the next samples, uint8 (n, height, width, channels)."""
     self.images[self.done : self.done + len(images)] = images
     self.images.flush()
     self._checksum = zlib.crc32(np.ascontiguousarray(images).data, self._checksum)
@@ -109,15 +113,15 @@ class Unfinished:
     clear(self.folder)
 
   def _done(self) -> Any:
-    """What the folder says of how many samples there are, None where it says nothing."""
-    return self._held().get("done")
+    """The number of samples in the folder; None if it is not known."""
+    return self._progress().get("done")
 
-  def _held(self) -> dict[str, Any]:
+  def _progress(self) -> dict[str, Any]:
     try:
-      held = json.loads((self.folder / "done.json").read_text())
+      progress = json.loads((self.folder / "done.json").read_text())
     except (OSError, ValueError, RecursionError):
       return {}
-    return held if isinstance(held, dict) else {"done": held}  # A number, where there was no checksum yet.
+    return progress if isinstance(progress, dict) else {"done": progress}  # Older files hold the number alone.
 
   def _begin(self, settings: Mapping[str, Any], shape: Sequence[int]) -> None:
     self.folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +135,7 @@ class Unfinished:
         raise OSError(f"{need / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are free")
       self.images = np.lib.format.open_memmap(path, "w+", np.uint8, tuple(shape))
       if hasattr(os, "posix_fallocate"):
-        # A full disk is an error now, and not a fault in the middle of the run.
+        # Reserve the space now. Otherwise a full disk would end the run in the middle.
         with path.open("r+b") as file:
           os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     except OSError as error:
@@ -141,7 +145,7 @@ class Unfinished:
       ) from error
     self._checksum = 0
     self._count(0)
-    # Last, so that a folder without them is one where nothing was begun.
+    # The settings are written last: a folder without them holds nothing.
     write_atomically(self.folder / "settings.json", json.dumps(settings, indent=2).encode())
 
   def _torn(self, error: Exception) -> ValueError:
