@@ -1,4 +1,4 @@
-"""Noise schedules and grids, against the papers' formulas written again in NumPy."""
+"""Noise schedules and grids, compared with the papers' formulas in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def logistic(u):
 
 
 def song_2021(t, beta_min=0.1, beta_max=20.0):
-  """arXiv:2011.13456, eq. 29 with eq. 32's beta: the variance kept is exp(-∫beta), here by quadrature on a grid."""
+  """arXiv:2011.13456, eq. 29 with eq. 32's beta: alpha_bar is exp(-∫beta), here by numerical quadrature."""
   from scipy.integrate import quad
 
   beta = lambda s: beta_min + s * (beta_max - beta_min)  # noqa: E731
@@ -70,8 +70,8 @@ def case(request):
 
 
 def test_sigma_is_the_papers(case, float64):
-  schedule, wanted = case
-  np.testing.assert_allclose(schedule.sigma(T), wanted, rtol=1e-10)
+  schedule, expected = case
+  np.testing.assert_allclose(schedule.sigma(T), expected, rtol=1e-10)
 
 
 def test_time_inverts_sigma(case, float64):
@@ -80,9 +80,9 @@ def test_time_inverts_sigma(case, float64):
 
 
 def test_float32_keeps_the_levels_and_the_time(case):
-  schedule, wanted = case
-  np.testing.assert_allclose(schedule.sigma(T.astype(np.float32)), wanted, rtol=2e-4)
-  np.testing.assert_allclose(schedule.time(wanted.astype(np.float32)), T, atol=2e-5)
+  schedule, expected = case
+  np.testing.assert_allclose(schedule.sigma(T.astype(np.float32)), expected, rtol=2e-4)
+  np.testing.assert_allclose(schedule.time(expected.astype(np.float32)), T, atol=2e-5)
 
 
 def test_noise_grows_with_time(case):
@@ -94,11 +94,11 @@ def test_quantile_is_the_level_at_a_uniform_time(case):
   np.testing.assert_array_equal(schedule.quantile(T), schedule.sigma(T))
 
 
-def test_time_beyond_the_ends_is_the_nearest_end(case):
+def test_time_is_clipped_to_0_and_1(case):
   np.testing.assert_allclose(case[0].time(np.array([1e-9, 1e9])), [0.0, 1.0], atol=1e-4)
 
 
-def test_each_is_an_element_wise_function(case, no_rank_promotion):
+def test_schedules_work_element_by_element(case, no_rank_promotion):
   schedule, _ = case
   t = T[:36].reshape(2, 3, 6)
   np.testing.assert_allclose(schedule.sigma(t), np.asarray(schedule.sigma(t.ravel())).reshape(t.shape), rtol=1e-6)
@@ -133,8 +133,8 @@ def test_log_normal_quantile(float64):
   from scipy import stats
 
   u = np.linspace(0.01, 0.99, 21)
-  wanted = stats.lognorm(s=1.2, scale=np.exp(-1.2)).ppf(u)
-  np.testing.assert_allclose(S.LogNormal().quantile(u), wanted, rtol=1e-10)
+  expected = stats.lognorm(s=1.2, scale=np.exp(-1.2)).ppf(u)
+  np.testing.assert_allclose(S.LogNormal().quantile(u), expected, rtol=1e-10)
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -156,11 +156,11 @@ def test_linear_betas_scale_with_the_steps():
 def test_cosine_betas_are_nichol_and_dhariwals():
   for steps in (7, 1000):
     alpha_bar = lambda t: np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2  # noqa: E731
-    wanted = [min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), 0.999) for i in range(steps)]
-    np.testing.assert_allclose(S.cosine_betas(steps), wanted, rtol=1e-9, atol=1e-15)
+    expected = [min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), 0.999) for i in range(steps)]
+    np.testing.assert_allclose(S.cosine_betas(steps), expected, rtol=1e-9, atol=1e-15)
 
 
-def test_betas_of_a_schedule_make_its_table(float64):
+def test_a_table_of_betas_of_has_the_schedules_levels(float64):
   for schedule in (S.Linear(), S.Sigmoid(), S.Cosine()):
     table = S.Table.from_betas(S.betas_of(schedule, 50, max_beta=1 - 1e-12))
     np.testing.assert_allclose(table.sigmas[:-1], schedule.sigma(np.arange(1, 50) / 50), rtol=1e-6)
@@ -173,13 +173,13 @@ def test_table_interpolates_log_sigma(float64):
   np.testing.assert_allclose(table.time(np.array([1e-9, 1e9])), [0.0, 2.0])
 
 
-def test_table_in_float32_finds_each_step():
+def test_times_of_a_tables_levels_are_whole_in_float32():
   table = S.Table.from_betas(S.linear_betas(1000))
   np.testing.assert_array_equal(table.time(table.sigmas), np.arange(1000))
   np.testing.assert_array_equal(table.sigma(np.arange(1000)), table.sigmas.astype(np.float32))
 
 
-def test_table_quantile_draws_each_step_as_often():
+def test_table_quantile_draws_all_steps_equally_often():
   table = S.Table.from_betas(S.linear_betas(10))
   levels, counts = np.unique(np.asarray(table.quantile((np.arange(200) + 0.5) / 200)), return_counts=True)
   np.testing.assert_array_equal(levels, table.sigmas.astype(np.float32))
@@ -208,10 +208,10 @@ def test_grids_decrease_to_zero(steps):
 
 def test_karras_is_equation_5(float64):
   i = np.arange(18)
-  wanted = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
-  np.testing.assert_allclose(S.karras(18)[:-1], wanted, rtol=1e-12)
-  wanted = (9 ** (1 / 3) + i / 17 * (0.1 ** (1 / 3) - 9 ** (1 / 3))) ** 3
-  np.testing.assert_allclose(S.karras(18, 0.1, 9.0, 3.0)[:-1], wanted, rtol=1e-12)
+  expected = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+  np.testing.assert_allclose(S.karras(18)[:-1], expected, rtol=1e-12)
+  expected = (9 ** (1 / 3) + i / 17 * (0.1 ** (1 / 3) - 9 ** (1 / 3))) ** 3
+  np.testing.assert_allclose(S.karras(18, 0.1, 9.0, 3.0)[:-1], expected, rtol=1e-12)
   np.testing.assert_allclose(S.karras(1), [80.0, 0.0])
 
 
@@ -220,28 +220,28 @@ def test_log_snr_uniform_is_geometric(float64):
 
 
 def test_cosine_time_is_uniform_in_the_angle(float64):
-  wanted = np.tan(np.linspace(np.arctan(50.0), np.arctan(0.03), 14))
-  np.testing.assert_allclose(S.cosine_time(14, 0.03, 50.0)[:-1], wanted, rtol=1e-12)
+  expected = np.tan(np.linspace(np.arctan(50.0), np.arctan(0.03), 14))
+  np.testing.assert_allclose(S.cosine_time(14, 0.03, 50.0)[:-1], expected, rtol=1e-12)
   # The cosine schedule without its offset, over the same ends.
   times = np.linspace(*S.Cosine(s=0.0).time(np.array([50.0, 0.03])), 14)
-  np.testing.assert_allclose(S.Cosine(s=0.0).sigma(times), wanted, rtol=1e-12)
+  np.testing.assert_allclose(S.Cosine(s=0.0).sigma(times), expected, rtol=1e-12)
   np.testing.assert_array_equal(S.cosine_time(1, 0.03, 50.0), [50.0, 0.0])
 
 
 def test_from_schedule_is_uniform_in_time(float64):
-  wanted = [*karras_2022(np.array([1.0, 0.75, 0.5, 0.25])), 0.0]
-  np.testing.assert_allclose(S.from_schedule(S.EDM(), 4), wanted, rtol=1e-12)
+  expected = [*karras_2022(np.array([1.0, 0.75, 0.5, 0.25])), 0.0]
+  np.testing.assert_allclose(S.from_schedule(S.EDM(), 4), expected, rtol=1e-12)
 
 
 def test_from_schedule_down_to_a_time(float64):
-  wanted = np.sqrt(np.expm1(0.5 * 19.9 * (t := np.linspace(1, 1e-3, 7)) ** 2 + 0.1 * t))
-  np.testing.assert_allclose(S.from_schedule(S.Linear(), 7, t_min=1e-3)[:-1], wanted, rtol=1e-12)
+  expected = np.sqrt(np.expm1(0.5 * 19.9 * (t := np.linspace(1, 1e-3, 7)) ** 2 + 0.1 * t))
+  np.testing.assert_allclose(S.from_schedule(S.Linear(), 7, t_min=1e-3)[:-1], expected, rtol=1e-12)
   for t_min in (0.0, 1.1, np.nan):
     with pytest.raises(ValueError, match="t_min must be"):
       S.from_schedule(S.Linear(), 7, t_min=t_min)
 
 
-BOUNDED = [grid for grid in S.GRIDS.values() if grid is not S.flow]  # whose options are two ends
+BOUNDED = [grid for grid in S.GRIDS.values() if grid is not S.flow]  # grids with the options sigma_min and sigma_max
 
 
 def test_grids_of_numbers_are_rounded_once():
@@ -260,14 +260,14 @@ def test_iddpm_is_table_1(steps, float64):
   u = np.zeros(total + 1)
   for j in range(total, 0, -1):
     u[j - 1] = np.sqrt((u[j] ** 2 + 1) / max(alpha_bar[j - 1] / alpha_bar[j], c_1) - 1)
-  # j_0 is the first whose level is small enough; its last is the least level that the range lets in.
+  # The visited j run from the largest level in the range (j_0) to the smallest.
   j = np.flatnonzero((u >= 0.03) & (u <= 90.0))
-  wanted = u[j[0] + np.round((j[-1] - j[0]) / max(steps - 1, 1) * np.arange(steps)).astype(int)]
-  np.testing.assert_allclose(S.iddpm(steps, 0.03, 90.0)[:-1], wanted, rtol=1e-8)
+  expected = u[j[0] + np.round((j[-1] - j[0]) / max(steps - 1, 1) * np.arange(steps)).astype(int)]
+  np.testing.assert_allclose(S.iddpm(steps, 0.03, 90.0)[:-1], expected, rtol=1e-8)
 
 
 def test_iddpm_needs_as_many_levels_as_steps():
-  with pytest.raises(ValueError, match=r"the table has 10 levels from 1e-05 to 10000.0: too few for 11 steps"):
+  with pytest.raises(ValueError, match=r"the table has 10 levels from 1e-05 to 10000.0, too few for 11 steps"):
     S.iddpm(11, 1e-5, 1e4, table=S.table("cosine", 10))
 
 
@@ -275,14 +275,14 @@ def test_the_nearest_step():
   table = S.table("cosine", 50)
   levels = np.append(0, table.sigmas)
   sigmas = np.random.default_rng(0).uniform(0, 3, 200).astype(np.float32)
-  wanted = np.abs(sigmas[:, None] - levels).argmin(1)
-  np.testing.assert_array_equal(S.nearest_step(table, sigmas), wanted - 1)
-  np.testing.assert_array_equal(S.round_sigma(table, sigmas), levels[wanted].astype(np.float32))
+  expected = np.abs(sigmas[:, None] - levels).argmin(1)
+  np.testing.assert_array_equal(S.nearest_step(table, sigmas), expected - 1)
+  np.testing.assert_array_equal(S.round_sigma(table, sigmas), levels[expected].astype(np.float32))
   np.testing.assert_array_equal(S.round_sigma(table, table.sigmas), table.sigmas.astype(np.float32))
 
 
 @pytest.mark.parametrize("name", ["linear", "edm", "log-snr"])
-def test_inverses_lead_beyond_the_ends_where_times_stay(name, float64):
+def test_inverse_extrapolates_and_time_clips(name, float64):
   schedule, t = S.schedule(name), np.array([0.2, 1.0, 1.3])
   np.testing.assert_allclose(schedule.inverse(schedule.sigma(t)), t, rtol=1e-10)
   np.testing.assert_allclose(schedule.time(schedule.sigma(t)), [0.2, 1.0, 1.0], rtol=1e-10)
@@ -294,10 +294,10 @@ def test_linear_between_two_levels(low, high, t_min, float64):
   np.testing.assert_allclose(schedule.sigma(np.array([t_min, 1.0])), [low, high], rtol=1e-10)
 
 
-def test_uniform_times_are_drawn_from_a_part(float64):
+def test_uniform_times_are_drawn_between_the_bounds(float64):
   u = np.linspace(0, 1, 5)
-  wanted = S.Linear().sigma(0.2 + 0.5 * u)
-  np.testing.assert_allclose(S.UniformTime(S.Linear(), 0.2, 0.7).quantile(u), wanted, rtol=1e-14)
+  expected = S.Linear().sigma(0.2 + 0.5 * u)
+  np.testing.assert_allclose(S.UniformTime(S.Linear(), 0.2, 0.7).quantile(u), expected, rtol=1e-14)
 
 
 def space_timesteps(num_timesteps, count):
@@ -322,19 +322,19 @@ def test_respaced_rounds_half_to_even():
   np.testing.assert_array_equal(S.respaced(table, 3), [6.0, 3.0, 1.0, 0.0])
 
 
-def test_respaced_takes_steps_in_any_order():
+def test_respaced_accepts_steps_in_any_order():
   table = S.Table(jnp.arange(1.0, 11.0))
   for steps in ([9, 0, 4], (0, 4, 9), np.array([4, 9, 0])):
     np.testing.assert_array_equal(S.respaced(table, steps), [10.0, 5.0, 1.0, 0.0])
 
 
-# --- bad input ------------------------------------------------------------------------------------
+# --- invalid arguments ----------------------------------------------------------------------------
 
 TABLE = S.Table(jnp.arange(1.0, 11.0))
 
 
 @pytest.mark.parametrize("steps", [0, -1, 2.0, "3", None, True])
-def test_steps_must_count(steps):
+def test_the_number_of_steps_must_be_whole_and_positive(steps):
   for make in (*S.GRIDS.values(), lambda n: S.from_schedule(S.Linear(), n), S.cosine_betas):
     with pytest.raises((ValueError, TypeError)):  # a TypeError where types are checked at run time
       make(steps)

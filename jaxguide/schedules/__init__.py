@@ -1,6 +1,6 @@
-"""Noise schedules, which map time to noise, and grids, the noise levels that samplers walk.
+"""Noise schedules, which map time to noise levels, and grids, the noise levels that samplers visit.
 
-Everything is in ``sigma``, the standard deviation of the noise on a clean example.
+Every noise level is a ``sigma``, the standard deviation of the noise on a clean example.
 """
 
 from jaxguide.schedules.grids import (

@@ -5,9 +5,9 @@ conventions are functions of it. With the variance-preserving ``x_vp = alpha * x
 
     alpha_bar = alpha² = 1 / (1 + sigma²)        log_snr = log(alpha² / (1 - alpha²)) = -2 log sigma
 
-A *noise schedule* maps time to noise: ``sigma(t)``, its inverse ``time(sigma)``, and ``quantile(u)``, the level below
-which a fraction ``u`` of the training draws fall when ``t`` is drawn uniformly, as DDPM's training does. Whatever has a
-``quantile`` can say how training draws its noise levels; `LogNormal` does nothing else.
+A *noise schedule* maps time to noise. It has ``sigma(t)``, the inverse ``time(sigma)``, and ``quantile(u)``, the level
+below which a fraction ``u`` of the noise levels lies if ``t`` is drawn uniformly, as in DDPM's training. Training needs
+only ``quantile`` to draw noise levels; `LogNormal` has no other method.
 """
 
 from typing import Protocol, runtime_checkable
@@ -24,7 +24,7 @@ from jaxguide._core.typing import ArrayLike, Leaf
 
 
 def alpha_bar_to_sigma(alpha_bar: ArrayLike) -> Array:
-  """``sqrt((1 - alpha_bar) / alpha_bar)``: the level of DDPM's ``x_t = sqrt(ᾱ) x0 + sqrt(1-ᾱ) eps``.
+  """Return ``sqrt((1 - alpha_bar) / alpha_bar)``, the noise level of DDPM's ``x_t = sqrt(ᾱ) x0 + sqrt(1-ᾱ) eps``.
 
   >>> float(alpha_bar_to_sigma(0.5))
   1.0
@@ -34,17 +34,17 @@ def alpha_bar_to_sigma(alpha_bar: ArrayLike) -> Array:
 
 
 def sigma_to_alpha_bar(sigma: ArrayLike) -> Array:
-  """``1 / (1 + sigma²)``, the inverse of `alpha_bar_to_sigma`."""
+  """Return ``1 / (1 + sigma²)``, the inverse of `alpha_bar_to_sigma`."""
   return 1 / (1 + jnp.square(sigma))
 
 
 def log_snr_to_sigma(log_snr: ArrayLike) -> Array:
-  """``exp(-log_snr / 2)``; ``log_snr`` is Ho & Salimans' λ (arXiv:2207.12598, section 2)."""
+  """Return ``exp(-log_snr / 2)``. ``log_snr`` is Ho & Salimans' λ (arXiv:2207.12598, section 2)."""
   return jnp.exp(-jnp.asarray(log_snr) / 2)
 
 
 def sigma_to_log_snr(sigma: ArrayLike) -> Array:
-  """``-2 log sigma``, the inverse of `log_snr_to_sigma`."""
+  """Return ``-2 log sigma``, the inverse of `log_snr_to_sigma`."""
   return -2 * jnp.log(sigma)
 
 
@@ -53,42 +53,42 @@ def sigma_to_log_snr(sigma: ArrayLike) -> Array:
 
 @runtime_checkable
 class NoiseLevels(Protocol):
-  """How training draws noise levels: an inverse distribution function."""
+  """A distribution of noise levels for training, given by its quantile function."""
 
   def quantile(self, u: ArrayLike) -> Array:
-    """Give the ``sigma`` below which a fraction ``u`` in (0, 1) of the draws fall."""
+    """Return the ``sigma`` below which a fraction ``u`` in (0, 1) of the draws lies."""
     ...
 
 
 @runtime_checkable
 class NoiseSchedule(NoiseLevels, Protocol):
-  """Time to noise and back. Continuous schedules run over ``t`` in [0, 1], tables over [0, T-1]."""
+  """A map from time to noise level, and its inverse. Times are in [0, 1], or in [0, T-1] for tables."""
 
   def sigma(self, t: ArrayLike) -> Array:
-    """Give the noise level at time ``t``."""
+    """Return the noise level at time ``t``."""
     ...
 
   def time(self, sigma: ArrayLike) -> Array:
-    """Give the time at which the level is ``sigma``; beyond the ends, the nearest end."""
+    """Return the time of a noise level, clipped to the schedule's range of times."""
     ...
 
 
 class _Continuous:
-  """Time in [0, 1]: a uniform draw of ``t`` is its own quantile."""
+  """A schedule with times in [0, 1]. Training draws ``t`` uniformly, so that its quantile function is ``sigma``."""
 
   def sigma(self, t: ArrayLike) -> Array:
     raise NotImplementedError
 
   def inverse(self, sigma: ArrayLike) -> Array:
-    """Give the time of a noise level; beyond the ends, where the formula leads."""
+    """Return the time of a noise level. For levels out of range, the formula may give times outside [0, 1]."""
     raise NotImplementedError
 
   def time(self, sigma: ArrayLike) -> Array:
-    """Give the time in [0, 1] of a noise level; beyond the ends, the nearest end."""
+    """Return the time of a noise level, clipped to [0, 1]."""
     return jnp.clip(self.inverse(sigma), 0, 1)
 
   def quantile(self, u: ArrayLike) -> Array:
-    """Give ``sigma(u)``: training draws ``t`` uniformly from [0, 1]."""
+    """Return ``sigma(u)``: training draws ``t`` uniformly from [0, 1]."""
     return self.sigma(u)
 
 
@@ -111,14 +111,17 @@ class Linear(_Continuous):
 
   @classmethod
   def between(cls, sigma_min: ArrayLike, sigma_max: ArrayLike, t_min: ArrayLike = 1e-3) -> "Linear":
-    """Make the schedule that has ``sigma(t_min) = sigma_min`` and ``sigma(1) = sigma_max``.
+    """Make the schedule with ``sigma(t_min) = sigma_min`` and ``sigma(1) = sigma_max``.
 
-    Karras et al. (2022, arXiv:2206.00364, appendix C.1) bring Song et al.'s sampler to any range of noise so.
+    Karras et al. (2022, arXiv:2206.00364, appendix C.1) adapt Song et al.'s sampler to other noise ranges in this way.
 
     Args:
-      sigma_min: above 0.
-      sigma_max: above ``sigma_min``.
-      t_min: in (0, 1).
+      sigma_min: the noise level at ``t_min``, above 0.
+      sigma_max: the noise level at time 1, above ``sigma_min``.
+      t_min: the time of ``sigma_min``, in (0, 1).
+
+    Raises:
+      ValueError: unless 0 < sigma_min < sigma_max.
 
     >>> schedule = Linear.between(0.02, 100.0)
     >>> [round(float(schedule.sigma(t)), 3) for t in (1e-3, 1.0)]
@@ -127,30 +130,31 @@ class Linear(_Continuous):
     ends = checks.above("sigma_min", sigma_min, 0), checks.finite("sigma_max", sigma_max)
     if checks.is_concrete(ends) and not np.less(*ends).all():
       raise ValueError(f"sigma_min must be below sigma_max, got {sigma_min} and {sigma_max}")
-    low, high = (jnp.log1p(jnp.square(sigma)) for sigma in ends)
-    spread = 2 * (high - low / t_min) / (1 - t_min)
-    start = high - spread / 2
-    return cls(start, start + spread)
+    # The integrals of beta from 0 to t_min and to 1.
+    integral_min, integral_max = (jnp.log1p(jnp.square(sigma)) for sigma in ends)
+    slope = 2 * (integral_max - integral_min / t_min) / (1 - t_min)
+    beta_min = integral_max - slope / 2
+    return cls(beta_min, beta_min + slope)
 
   def sigma(self, t: ArrayLike) -> Array:
-    """Give the noise level at ``t`` in [0, 1]."""
+    """Return the noise level at time ``t`` in [0, 1]."""
     t = jnp.asarray(t)
     return jnp.sqrt(jnp.expm1(0.5 * (self.beta_max - self.beta_min) * t**2 + self.beta_min * t))
 
   def inverse(self, sigma: ArrayLike) -> Array:
-    """Give the time of a noise level; beyond the ends, where the formula leads."""
-    log = jnp.log1p(jnp.square(sigma))
-    root = jnp.sqrt(jnp.square(self.beta_min) + 2 * (self.beta_max - self.beta_min) * log)
-    return 2 * log / (root + self.beta_min)
+    """Return the time of a noise level. For levels out of range, the formula may give times outside [0, 1]."""
+    integral = jnp.log1p(jnp.square(sigma))  # of beta from 0 to the time
+    root = jnp.sqrt(jnp.square(self.beta_min) + 2 * (self.beta_max - self.beta_min) * integral)
+    return 2 * integral / (root + self.beta_min)
 
 
 @struct.dataclass
 class Cosine(_Continuous):
-  r"""Nichol & Dhariwal's cosine schedule (2021, arXiv:2102.09672, eq. 17), cut off at ``sigma_max``.
+  r"""Nichol & Dhariwal's cosine schedule (2021, arXiv:2102.09672, eq. 17), clipped to at most ``sigma_max``.
 
   .. math:: \bar\alpha(t) = \cos^2(\tfrac{t + s}{1 + s} \tfrac\pi2) / \cos^2(\tfrac{s}{1 + s} \tfrac\pi2)
 
-  Without a cut the level at ``t = 1`` is infinite; the paper's table bounds each ``beta`` by 0.999 for the same end.
+  Without clipping, the level at ``t = 1`` is infinite. The paper's table avoids this with betas of at most 0.999.
 
   >>> float(Cosine().sigma(0.0)), round(float(Cosine().sigma(1.0)))
   (0.0, 10000)
@@ -164,15 +168,15 @@ class Cosine(_Continuous):
     checks.written(self, "sigma_max", checks.above, 0)
 
   def sigma(self, t: ArrayLike) -> Array:
-    """Give the noise level at ``t`` in [0, 1]."""
+    """Return the noise level at time ``t`` in [0, 1]."""
     quarter = jnp.pi / 2
-    # 1 - ᾱ as a product of sines: the difference of cosines would cancel at small t.
+    # 1 - ᾱ as a product of sines. The difference of the cosines would lose its digits at small t.
     start, now = (jnp.asarray(u + self.s) / (1 + self.s) * quarter for u in (0.0, jnp.asarray(t)))
     noise = jnp.sin(now - start) * jnp.sin(now + start)
     return jnp.minimum(jnp.sqrt(noise) / jnp.maximum(jnp.cos(now), 1e-30), self.sigma_max)
 
   def inverse(self, sigma: ArrayLike) -> Array:
-    """Give the time of a noise level; beyond the ends, where the formula leads."""
+    """Return the time of a noise level. For levels out of range, the formula may give times outside [0, 1]."""
     quarter = jnp.pi / 2
     start = jnp.asarray(self.s) / (1 + self.s) * quarter
     # tan² now = sigma² + (1 + sigma²) tan² start, from ᾱ = cos² now / cos² start.
@@ -188,7 +192,7 @@ class Sigmoid(_Continuous):
     \bar\alpha(t) = \frac{S(e/\tau) - S((s + t (e - s))/\tau)}{S(e/\tau) - S(s/\tau)}, \quad
     S(u) = \frac{1}{1 + e^{-u}}
 
-  with ``s = start``, ``e = end``, and ``ᾱ`` kept at ``alpha_bar_min`` or above.
+  with ``s = start``, ``e = end``, and ``ᾱ`` clipped to at least ``alpha_bar_min``.
   """
 
   start: Leaf = -3.0
@@ -202,13 +206,13 @@ class Sigmoid(_Continuous):
     checks.written(self, "alpha_bar_min", checks.in_range, 0, 1)
 
   def sigma(self, t: ArrayLike) -> Array:
-    """Give the noise level at ``t`` in [0, 1]."""
+    """Return the noise level at time ``t`` in [0, 1]."""
     first, last = self._ends()
     now = jax.nn.sigmoid((self.start + jnp.asarray(t) * (self.end - self.start)) / self.tau)
     return jnp.sqrt((now - first) / jnp.maximum(last - now, jnp.asarray(self.alpha_bar_min) * (last - first)))
 
   def inverse(self, sigma: ArrayLike) -> Array:
-    """Give the time of a noise level; beyond the ends, where the formula leads."""
+    """Return the time of a noise level. For levels out of range, the formula may give times outside [0, 1]."""
     first, last = self._ends()
     now = last - (last - first) * sigma_to_alpha_bar(sigma)
     logit = jnp.log(now) - jnp.log1p(-now)
@@ -224,7 +228,7 @@ class EDM(_Continuous):
 
   .. math:: \sigma(t) = (\sigma_{min}^{1/\rho} + t (\sigma_{max}^{1/\rho} - \sigma_{min}^{1/\rho}))^\rho
 
-  Time runs upwards with noise, as in every schedule here; the paper's ``i / (N-1)`` is ``1 - t``.
+  The noise increases with time, as in every schedule here. The paper's ``i / (N-1)`` is ``1 - t``.
   """
 
   sigma_min: Leaf = 0.002
@@ -236,12 +240,12 @@ class EDM(_Continuous):
     checks.written(self, "rho", checks.above, 0)
 
   def sigma(self, t: ArrayLike) -> Array:
-    """Give the noise level at ``t`` in [0, 1]."""
+    """Return the noise level at time ``t`` in [0, 1]."""
     low, high = self._ends()
     return (low + jnp.asarray(t) * (high - low)) ** self.rho
 
   def inverse(self, sigma: ArrayLike) -> Array:
-    """Give the time of a noise level; beyond the ends, where the formula leads."""
+    """Return the time of a noise level. For levels out of range, the formula may give times outside [0, 1]."""
     low, high = self._ends()
     return (jnp.asarray(sigma) ** (1 / self.rho) - low) / (high - low)
 
@@ -252,7 +256,7 @@ class EDM(_Continuous):
 
 @struct.dataclass
 class LogSNR(_Continuous):
-  r"""``log_snr`` linear in time: ``sigma(t)`` is geometric between two ends.
+  r"""A schedule whose ``log_snr`` is linear in time, so that ``log sigma`` is linear in time too.
 
   .. math:: \lambda(t) = \lambda_{max} + t (\lambda_{min} - \lambda_{max}), \quad \sigma = e^{-\lambda / 2}
 
@@ -267,11 +271,11 @@ class LogSNR(_Continuous):
     checks.rising(self, "log_snr_min", "log_snr_max")
 
   def sigma(self, t: ArrayLike) -> Array:
-    """Give the noise level at ``t`` in [0, 1]."""
+    """Return the noise level at time ``t`` in [0, 1]."""
     return log_snr_to_sigma(self.log_snr_max + jnp.asarray(t) * self._span())
 
   def inverse(self, sigma: ArrayLike) -> Array:
-    """Give the time of a noise level; beyond the ends, where the formula leads."""
+    """Return the time of a noise level. For levels out of range, the formula may give times outside [0, 1]."""
     return (sigma_to_log_snr(sigma) - self.log_snr_max) / self._span()
 
   def _span(self) -> Leaf:
@@ -280,9 +284,9 @@ class LogSNR(_Continuous):
 
 @struct.dataclass
 class LogSNRCosine(_Continuous):
-  r"""The cosine schedule truncated in log-SNR, from which the classifier-free guidance paper draws its noise levels.
+  r"""The cosine schedule truncated in log-SNR, which the paper on classifier-free guidance trains with.
 
-  Ho & Salimans 2021 (arXiv:2207.12598, section 4): for ``u`` uniform in [0, 1],
+  In Ho & Salimans 2021 (arXiv:2207.12598, section 4), for ``u`` uniform in [0, 1],
 
   .. math::
     \lambda = -2 \log\tan(a u + b), \quad b = \arctan e^{-\lambda_{max} / 2}, \quad
@@ -298,23 +302,23 @@ class LogSNRCosine(_Continuous):
     checks.rising(self, "log_snr_min", "log_snr_max")
 
   def sigma(self, t: ArrayLike) -> Array:
-    """Give the noise level at ``t`` in [0, 1]."""
+    """Return the noise level at time ``t`` in [0, 1]."""
     low, high = self._ends()
     span = jnp.pi / 2 - low - high
     t = jnp.asarray(t)
-    # tan of the angle as sin / cos, and cos by the angle left to pi / 2: each is exact at its own end.
+    # tan as sin / cos, with the cosine as the sine of the rest to pi / 2: each sine is accurate at its end of time.
     return jnp.sin(low + t * span) / jnp.sin(high + (1 - t) * span)
 
   def inverse(self, sigma: ArrayLike) -> Array:
-    """Give the time of a noise level; beyond the ends, where the formula leads."""
+    """Return the time of a noise level. For levels out of range, the formula may give times outside [0, 1]."""
     low, high = self._ends()
     return (jnp.arctan(sigma) - low) / (jnp.pi / 2 - low - high)
 
   def _ends(self) -> tuple[Array, Array]:
-    """Give the angle at the least noise, and what the angle at the most leaves to pi / 2."""
-    least = jnp.arctan(log_snr_to_sigma(self.log_snr_max))
-    most = jnp.arctan(1 / log_snr_to_sigma(self.log_snr_min))
-    return least, most
+    """Return the angle at the smallest noise, and the difference of pi / 2 and the angle at the largest noise."""
+    smallest = jnp.arctan(log_snr_to_sigma(self.log_snr_max))
+    rest = jnp.arctan(1 / log_snr_to_sigma(self.log_snr_min))
+    return smallest, rest
 
 
 @struct.dataclass
@@ -323,8 +327,8 @@ class Flow(_Continuous):
 
   .. math:: \sigma(t) = \frac{t'}{1 - t'} = s \frac{t}{1 - t}, \quad t' = \frac{s t}{1 + (s - 1) t}
 
-  with the time shift ``s`` of Esser et al. (2024, arXiv:2403.03206, eq. 23). Time 1 is the noise, whose level is
-  infinite; it is cut off at ``sigma_max``.
+  with the time shift ``s`` of Esser et al. (2024, arXiv:2403.03206, eq. 23). At time 1 the path is pure noise, whose
+  level is infinite; the levels are clipped to at most ``sigma_max``.
 
   >>> [float(Flow(shift=3.0).sigma(t)) for t in (0.0, 0.5)]
   [0.0, 3.0]
@@ -338,19 +342,19 @@ class Flow(_Continuous):
     checks.written(self, "sigma_max", checks.above, 0)
 
   def sigma(self, t: ArrayLike) -> Array:
-    """Give the noise level at ``t`` in [0, 1]."""
+    """Return the noise level at time ``t`` in [0, 1]."""
     t = jnp.asarray(t)
     return jnp.minimum(self.shift * t / jnp.maximum(1 - t, 1e-30), self.sigma_max)
 
   def inverse(self, sigma: ArrayLike) -> Array:
-    """Give the time of a noise level; beyond the ends, where the formula leads."""
+    """Return the time of a noise level. For levels out of range, the formula may give times outside [0, 1]."""
     sigma = jnp.asarray(sigma)
     return sigma / (self.shift + sigma)
 
 
 @struct.dataclass
 class LogNormal:
-  r"""``log sigma ~ N(mean, std²)``, how EDM draws its training noise (arXiv:2206.00364, table 1)."""
+  r"""Noise levels with ``log sigma ~ N(mean, std²)``, as in EDM's training (arXiv:2206.00364, table 1)."""
 
   mean: Leaf = -1.2
   std: Leaf = 1.2
@@ -360,18 +364,18 @@ class LogNormal:
     checks.written(self, "std", checks.in_range, 0)
 
   def quantile(self, u: ArrayLike) -> Array:
-    """Give the level below which a fraction ``u`` in (0, 1) of the draws fall."""
+    """Return the level below which a fraction ``u`` in (0, 1) of the draws lies."""
     return jnp.exp(self.mean + self.std * jax.scipy.special.ndtri(jnp.asarray(u)))
 
 
 @struct.dataclass
 class UniformTime:
-  """Training draws the time of a schedule uniformly from a part of it, as Song et al. do from [1e-5, 1].
+  """Noise levels of a schedule at uniformly drawn times in [t_min, t_max]. Song et al. draw from [1e-5, 1].
 
   Args:
-    schedule: any continuous one.
-    t_min: least time.
-    t_max: largest time.
+    schedule: a continuous noise schedule.
+    t_min: the smallest time, at least 0.
+    t_max: the largest time, at most 1.
 
   >>> UniformTime(LogSNR(-20.0, 20.0), 0.5, 1.0).quantile(0.0).item()
   1.0
@@ -388,7 +392,7 @@ class UniformTime:
     checks.written(self, "t_max", checks.in_range, 0, 1)
 
   def quantile(self, u: ArrayLike) -> Array:
-    """Give the level below which a fraction ``u`` in [0, 1] of the draws fall."""
+    """Return the level below which a fraction ``u`` in [0, 1] of the draws lies."""
     return self.schedule.sigma(self.t_min + jnp.asarray(u) * (self.t_max - self.t_min))
 
 
@@ -407,7 +411,8 @@ def schedule(name: str, **options: ArrayLike) -> NoiseSchedule:
   """Make a continuous noise schedule by name.
 
   Raises:
-    ValueError: for an unknown name or option (with the nearest), or one that is not finite.
+    ValueError: for an unknown name (the message has the nearest one), an unknown option, or a value that is not finite
+      or out of range.
 
   >>> schedule("log-snr", log_snr_min=-10.0).log_snr_min
   -10.0

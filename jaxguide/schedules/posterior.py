@@ -1,15 +1,15 @@
-r"""The steps of the discrete process backwards: ``q(x' | x, x0)``, and the variances that DDPM gives its own steps.
+r"""Reverse steps of the discrete process: the posterior ``q(x' | x, x0)``, and the variances of DDPM's steps.
 
-From ``x`` at level ``sigma`` to ``x'`` at ``sigma'`` below it (Ho et al. 2020, arXiv:2006.11239, eq. 6 and 7), with
-``x = x0 + sigma eps``,
+For a step from ``x`` at level ``sigma`` to ``x'`` at a smaller level ``sigma'`` (Ho et al. 2020, arXiv:2006.11239,
+eq. 6 and 7), with ``x = x0 + sigma eps``,
 
 .. math::
   q(x' | x, x_0) = N\Big(x_0 + \frac{\sigma'^2}{\sigma^2} (x - x_0),\;
     \frac{\sigma'^2}{\sigma^2} (\sigma^2 - \sigma'^2)\Big)
 
-The papers write it for ``x_t = alpha x``: their means are ``alpha' = 1 / sqrt(1 + sigma'²)`` times these and their
-variances ``alpha'²`` times. Their betas are those of the levels that are visited (the *respaced* process):
-``beta = 1 - alpha² / alpha'² = (sigma² - sigma'²) / (1 + sigma²)``.
+The papers write it for ``x_t = alpha x``. With ``alpha' = 1 / sqrt(1 + sigma'²)``, their means are ``alpha'`` times the
+means here, and their variances ``alpha'²`` times the variances here. Their betas are those of the visited levels (the
+*respaced* process): ``beta = 1 - alpha² / alpha'² = (sigma² - sigma'²) / (1 + sigma²)``.
 """
 
 from typing import NamedTuple
@@ -20,18 +20,18 @@ from jaxguide._core import checks
 from jaxguide._core.typing import Leaf, Scalar
 
 VARIANCES = ("small", "large", "learned_range")
-"""What the variance of a step can be; see `reverse_variance`."""
+"""The kinds of variance of a step; see `reverse_variance`."""
 
 
 class Variance(NamedTuple):
-  """The variance of a step, and its logarithm, which is finite where the variance is 0."""
+  """The variance of a step, and a logarithm that is finite even if the variance is 0."""
 
   value: Leaf
   log: Leaf
 
 
 def posterior_mean(x: Leaf, x0: Leaf, sigma: Leaf, sigma_next: Leaf) -> Leaf:
-  """Mean of ``q(x' | x, x0)``, of the shape of ``x``.
+  """Return the mean of ``q(x' | x, x0)``, of the shape of ``x``.
 
   >>> float(posterior_mean(jnp.asarray(3.0), jnp.asarray(1.0), 2.0, 1.0))
   1.5
@@ -40,7 +40,7 @@ def posterior_mean(x: Leaf, x0: Leaf, sigma: Leaf, sigma_next: Leaf) -> Leaf:
 
 
 def posterior_variance(sigma: Leaf, sigma_next: Leaf) -> Leaf:
-  """Variance of ``q(x' | x, x0)``; 0 where ``sigma_next`` is.
+  """Return the variance of ``q(x' | x, x0)``. It is 0 if ``sigma_next`` is 0.
 
   >>> float(posterior_variance(2.0, 1.0))
   0.75
@@ -50,7 +50,7 @@ def posterior_variance(sigma: Leaf, sigma_next: Leaf) -> Leaf:
 
 
 def posterior_std(sigma: Leaf, sigma_next: Leaf) -> Leaf:
-  """Standard deviation of ``q(x' | x, x0)``; its gradient is finite at ``sigma_next = 0``."""
+  """Return the standard deviation of ``q(x' | x, x0)``. Its gradient is finite at ``sigma_next = 0``."""
   ratio = sigma_next / sigma
   return sigma_next * jnp.sqrt((1 - ratio) * (1 + ratio))
 
@@ -62,25 +62,25 @@ def reverse_variance(
   sigma_last: Leaf,
   learned: Leaf | None = None,
 ) -> Variance:
-  r"""Variance of a step of the reverse process, as OpenAI's code has it.
+  r"""Return the variance of a step of the reverse process, as in OpenAI's code.
 
-  - ``small``: that of ``q(x' | x, x0)``, right where the data are one point (``FIXED_SMALL``).
-  - ``large``: ``beta``, right where the data are ``N(0, I)`` (``FIXED_LARGE``).
-  - ``learned_range``: between the two in the logarithm, by what the network says (Nichol & Dhariwal 2021,
+  - ``small``: the variance of ``q(x' | x, x0)``. It is exact if the data are a single point (``FIXED_SMALL``).
+  - ``large``: ``beta``. It is exact if the data are ``N(0, I)`` (``FIXED_LARGE``).
+  - ``learned_range``: the network's output v interpolates between the logarithms of the two (Nichol & Dhariwal 2021,
     arXiv:2102.09672, eq. 15): :math:`\log\Sigma = \frac{1 + v}2 \log\beta + \frac{1 - v}2 \log\tilde\beta`.
 
-  The small variance of the last step, to ``sigma_next = 0``, is 0; where its logarithm is needed, and throughout for
-  the other two kinds, the variance of the step before it stands in: that is what ``sigma_last`` is for.
+  In the last step, to ``sigma_next = 0``, the small variance is 0. The small variance of the step before, which depends
+  on ``sigma_last``, replaces it in the logarithm and in ``learned_range``, and is also the last variance of ``large``.
 
   Args:
-    kind: one of these.
-    sigma: the level now.
+    kind: ``small``, ``large`` or ``learned_range``.
+    sigma: the level before the step.
     sigma_next: the level after the step, below ``sigma``.
-    sigma_last: the level before ``sigma``, above it; ``inf`` if there was none.
-    learned: v, of the shape of ``x``, for ``learned_range``; -1 is small, 1 large, and what lies beyond is let be.
+    sigma_last: the level before ``sigma``, above it; ``inf`` in the first step.
+    learned: v, of the shape of ``x``, for ``learned_range``. -1 is small and 1 large; values outside are not clipped.
 
   Raises:
-    ValueError: for an unknown kind, with the nearest, or a learned range without ``learned``.
+    ValueError: for an unknown kind (the message has the nearest), or a learned range without ``learned``.
 
   >>> small, large = (float(reverse_variance(kind, 1.0, 0.5, 2.0).value) for kind in ("small", "large"))
   >>> round(small, 4), round(large, 4)
@@ -91,21 +91,21 @@ def reverse_variance(
   sum_and_difference = (sigma - sigma_next) * (sigma + sigma_next)
   small = posterior_variance(sigma, sigma_next)
   beta = (1 + jnp.square(sigma_next)) * sum_and_difference / (1 + jnp.square(sigma))
-  # At the last step alpha' is 1, so that the papers' variance of the step before it is the one in our units.
-  before = posterior_variance(sigma_last, sigma) / (1 + jnp.square(sigma))
-  log_small = jnp.log(jnp.where(last, before, small))
+  # In the last step alpha' is 1, so that the papers' variance of the step before needs no conversion.
+  small_before = posterior_variance(sigma_last, sigma) / (1 + jnp.square(sigma))
+  log_small = jnp.log(jnp.where(last, small_before, small))
   if kind == "small":
     return Variance(small, log_small)
-  # log(beta / small): the difference of the two logarithms would cancel at large sigma.
-  inner = jnp.where(last, sigma, sigma_next)
-  log_ratio = jnp.log1p(sum_and_difference / (1 + jnp.square(sigma)) / jnp.square(inner))
+  # log(beta / small). The difference of the two logarithms would lose its digits at large sigma.
+  nonzero_next = jnp.where(last, sigma, sigma_next)
+  log_ratio = jnp.log1p(sum_and_difference / (1 + jnp.square(sigma)) / jnp.square(nonzero_next))
   if kind == "large":
     log = jnp.where(last, log_small, log_small + log_ratio)
     return Variance(jnp.exp(log), log)
   if learned is None:
     raise ValueError(
-      "a learned_range needs the network's variance: make the denoiser with learned_variance=True, of a network with "
-      "twice the channels of x"
+      "learned_range needs a denoiser that predicts the variance: make it with learned_variance=True from a network "
+      "whose output has twice the channels of x"
     )
   log = log_small + (1 + learned) / 2 * jnp.where(last, jnp.log(beta) - log_small, log_ratio)
   return Variance(jnp.exp(log), log)

@@ -1,4 +1,4 @@
-"""Discrete processes: tables of noise levels, made of betas as DDPM has them."""
+"""Discrete processes: tables of noise levels, computed from betas as in DDPM."""
 
 import itertools
 import re
@@ -17,10 +17,10 @@ from jaxguide.schedules.noise import Cosine, NoiseSchedule, sigma_to_alpha_bar
 
 @struct.dataclass
 class Table:
-  """A discrete process of ``T`` steps, as DDPM trains it: ``t`` in [0, T-1], ``sigmas`` rising.
+  """A discrete process of ``T`` steps, as in DDPM's training: ``t`` in [0, T-1], with increasing ``sigmas``.
 
   ``sigma`` and ``time`` interpolate ``log sigma`` linearly between the steps, so that a network trained on the table
-  can be asked about any level between; training draws the steps themselves, each as often.
+  can be evaluated at any level between them. Training draws whole steps, all with the same probability.
 
   >>> table = Table.from_betas(linear_betas(1000))
   >>> float(table.time(table.sigma(250)))
@@ -33,29 +33,29 @@ class Table:
     if isinstance(self.sigmas, np.ndarray) or checks.is_concrete(self.sigmas):
       levels = np.asarray(self.sigmas)
       if levels.ndim != 1 or not levels.size or not (np.diff(levels) >= 0).all() or not (levels >= 0).all():
-        raise ValueError("sigmas of a table must be one axis of levels that rise, the first at least 0")
+        raise ValueError("the sigmas of a table must have one axis of increasing levels, the first at least 0")
 
   @classmethod
   def from_betas(cls, betas: ArrayLike) -> "Table":
     """Make the table of ``ᾱ_t = prod_{s<=t} (1 - beta_s)`` (Ho et al. 2020, arXiv:2006.11239), in float64.
 
-    Where no signal is left at the end (Lin et al. 2024, arXiv:2305.08891) the last beta is 1 and its level infinite. A
-    walk from a large one is the same: give ``1 - 1e-6`` in its stead.
+    A process that ends without signal (Lin et al. 2024, arXiv:2305.08891) has a last beta of 1 and an infinite last
+    level. Pass ``1 - 1e-6`` instead: sampling from its large level gives the same.
 
     Args:
       betas: (T,), each in (0, 1).
 
     Raises:
-      ValueError: if a beta lies outside (0, 1) or there is no axis of at least one.
+      ValueError: if a beta lies outside (0, 1), or betas is not one axis of at least one number.
     """
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or betas.size == 0 or not ((betas > 0) & (betas < 1)).all():
-      raise ValueError("betas must be one axis of numbers between 0 and 1, both excluded")
+      raise ValueError("betas must have one axis of numbers between 0 and 1, both excluded")
     log_alpha_bar = np.cumsum(np.log1p(-betas))
     return cls(np.sqrt(np.expm1(-log_alpha_bar)))
 
   def respaced(self, spec: str) -> "Table":
-    """Make the process that visits some of the steps, as `spaced_timesteps` chooses them.
+    """Make the process of some of the steps, which `spaced_timesteps` chooses.
 
     >>> Table.from_betas(linear_betas(1000)).respaced("ddim25").num_steps
     25
@@ -64,15 +64,15 @@ class Table:
 
   @property
   def alpha_bar(self) -> np.ndarray:
-    """(T,) the papers' cumulative products of ``1 - beta``, in float64."""
+    """ᾱ, the cumulative products of ``1 - beta`` in the papers: (T,) in float64."""
     return 1 / (1 + np.square(np.asarray(self.sigmas, np.float64)))
 
   @property
   def betas(self) -> np.ndarray:
-    """(T,) in float64, the inverse of `from_betas`."""
+    """The betas, (T,) in float64. This is the inverse of `from_betas`."""
     sigmas = np.asarray(self.sigmas, np.float64)
-    below = np.append(0, sigmas[:-1])
-    return (sigmas - below) * (sigmas + below) / (1 + sigmas**2)
+    sigmas_before = np.append(0, sigmas[:-1])
+    return (sigmas - sigmas_before) * (sigmas + sigmas_before) / (1 + sigmas**2)
 
   @property
   def num_steps(self) -> int:
@@ -80,40 +80,40 @@ class Table:
     return self.sigmas.shape[0]
 
   def sigma(self, t: ArrayLike) -> Array:
-    """Give the noise level at step ``t`` in [0, T-1], which need not be whole."""
+    """Return the noise level at step ``t`` in [0, T-1], which may be fractional."""
     t = jnp.clip(jnp.asarray(t, float), 0, self.num_steps - 1)
-    below = jnp.floor(t).astype(int)
-    level, log_ratio = self._rise(below)
-    return level * jnp.exp((t - below.astype(t.dtype)) * log_ratio)
+    step = jnp.floor(t).astype(int)
+    level, log_ratio = self._level_and_log_ratio(step)
+    return level * jnp.exp((t - step.astype(t.dtype)) * log_ratio)
 
   def time(self, sigma: ArrayLike) -> Array:
-    """Give the (fractional) step in [0, T-1] of a noise level; exactly whole for the table's own."""
+    """Return the fractional step in [0, T-1] of a noise level. It is exactly whole for a level of the table."""
     sigmas = jnp.asarray(self.sigmas)
     sigma = jnp.clip(jnp.asarray(sigma, sigmas.dtype), sigmas[0], sigmas[-1])
-    below = jnp.searchsorted(sigmas, sigma, side="right") - 1
-    level, log_ratio = self._rise(below)
-    return below.astype(level.dtype) + jnp.log1p((sigma - level) / level) / jnp.where(log_ratio > 0, log_ratio, 1)
+    step = jnp.searchsorted(sigmas, sigma, side="right") - 1
+    level, log_ratio = self._level_and_log_ratio(step)
+    return step.astype(level.dtype) + jnp.log1p((sigma - level) / level) / jnp.where(log_ratio > 0, log_ratio, 1)
 
   def quantile(self, u: ArrayLike) -> Array:
-    """Give the level of step ``floor(u T)``: training draws the steps uniformly."""
+    """Return the level of step ``floor(u T)``: training draws the steps uniformly."""
     return jnp.asarray(self.sigmas)[self.step(u)]
 
   def step(self, u: ArrayLike) -> Array:
-    """Give step ``floor(u T)``, a whole number, for ``u`` in [0, 1]."""
+    """Return the step ``floor(u T)``, a whole number, for ``u`` in [0, 1]."""
     return jnp.clip(jnp.floor(jnp.asarray(u) * self.num_steps).astype(int), 0, self.num_steps - 1)
 
-  def _rise(self, step):
-    """Level of a step, and by how much the logarithm of the next is greater; 0 after the last."""
+  def _level_and_log_ratio(self, step):
+    """Return the level of a step, and the logarithm of the next level over it, which is 0 for the last step."""
     sigmas = jnp.asarray(self.sigmas)
     level = sigmas[step]
     return level, jnp.log1p((sigmas[jnp.minimum(step + 1, self.num_steps - 1)] - level) / level)
 
 
 def check_table(table: Any) -> Table:
-  """Give ``table`` back if it is a `Table`, and not its name or a continuous schedule.
+  """Check that ``table`` is a `Table`, not a name or a continuous schedule, and return it.
 
   Raises:
-    TypeError: if it is none.
+    TypeError: if it is something else.
 
   >>> check_table("linear")
   Traceback (most recent call last):
@@ -129,19 +129,20 @@ def check_table(table: Any) -> Table:
 
 
 def spaced_timesteps(total: int, spec: str) -> np.ndarray:
-  """Choose steps of a discrete process as OpenAI's guided-diffusion writes it on its command lines.
+  """Choose steps of a discrete process by a text, in the syntax of OpenAI's guided-diffusion.
 
   Args:
     total: number of steps of the process, T.
-    spec: ``250``: as many, spread evenly from 0 to T-1; ``10,15,20``: as many in each of three equal sections;
-      ``ddim25``: with the first whole stride from 0 that makes as many, as the DDIM paper has it (as a rule T-1 is not
-      visited).
+    spec: ``250`` is 250 steps at equal distances from 0 to T-1. ``10,15,20`` is 10, 15 and 20 steps in three sections
+      of equal length. ``ddim25`` is 0, k, 2k, ... with the smallest whole stride k that gives 25 steps, as in the DDIM
+      paper; it usually does not visit T-1.
 
   Returns:
-    The steps, rising; rounded half to even.
+    The steps, increasing, rounded half to even.
 
   Raises:
-    ValueError: for a spec of another form, more steps in a section than it has, or a count that no whole stride makes.
+    ValueError: for a spec of another form, more steps in a section than it has, or ``ddim`` with a number of steps for
+      which there is no whole stride.
 
   >>> spaced_timesteps(1000, "ddim5").tolist(), spaced_timesteps(9, "2,1").tolist()
   ([0, 200, 400, 600, 800], [0, 4, 5])
@@ -152,11 +153,9 @@ def spaced_timesteps(total: int, spec: str) -> np.ndarray:
     for stride in range(1, total + 1):
       if len(range(0, total, stride)) == count:
         return np.arange(0, total, stride)
-    raise ValueError(f"no whole stride through {total} steps visits {count} of them, as {spec!r} asks")
+    raise ValueError(f"no whole stride visits exactly {count} of {total} steps, got {spec!r}: choose another number")
   if not re.fullmatch(r"[0-9]+(,[0-9]+)*", spec):
-    raise ValueError(
-      f"timesteps are chosen by a count (250), a count for each section (10,15,20) or ddim25; got {spec!r}"
-    )
+    raise ValueError(f"steps must be a number (250), a number for each section (10,15,20) or like ddim25, got {spec!r}")
   counts = [checks.at_least("each count", int(count), 1) for count in spec.split(",")]
   size, longer = divmod(total, len(counts))
   chosen: list[int] = []
@@ -164,27 +163,27 @@ def spaced_timesteps(total: int, spec: str) -> np.ndarray:
   for section, count in enumerate(counts):
     length = size + (section < longer)
     if count > length:
-      raise ValueError(f"section {section} of {spec!r} has {length} steps, of which {count} cannot be chosen")
-    fraction = (length - 1) / max(count - 1, 1)
-    # Summed up and not multiplied: the rounding of the published steps depends on it.
-    chosen += [first + round(position) for position in itertools.accumulate([0.0] + [fraction] * (count - 1))]
+      raise ValueError(f"section {section} of {spec!r} has only {length} steps, so {count} of them cannot be chosen")
+    distance = (length - 1) / max(count - 1, 1)
+    # The distances are added up, not multiplied: the published steps have the rounding errors of the sum.
+    chosen += [first + round(position) for position in itertools.accumulate([0.0] + [distance] * (count - 1))]
     first += length
   return np.array(chosen)
 
 
 MOST_STEPS = 1_000_000
-"""The most steps of a table or a grid."""
+"""The largest number of steps of a table or a grid."""
 
 
 def at_most(name: str, steps: int) -> int:
-  """Give a number of steps back if it is a whole number from 1 to `MOST_STEPS`."""
+  """Check that a number of steps is a whole number from 1 to `MOST_STEPS`, and return it."""
   if checks.at_least(name, steps, 1) > MOST_STEPS:
     raise ValueError(f"{name} must be a whole number from 1 to {MOST_STEPS}, got {steps}")
   return int(steps)
 
 
 def linear_betas(steps: int) -> np.ndarray:
-  """Ho et al.'s betas, 1e-4 to 0.02 over 1000 steps, scaled to any number of steps (arXiv:2006.11239, section 4).
+  """Return Ho et al.'s betas (arXiv:2006.11239, section 4): 1e-4 to 0.02 for 1000 steps, scaled for other numbers.
 
   Returns:
     (steps,) in float64.
@@ -197,17 +196,17 @@ def linear_betas(steps: int) -> np.ndarray:
 
 
 def betas_of(schedule: NoiseSchedule, steps: int, max_beta: ArrayLike = 0.999) -> np.ndarray:
-  """Cut a continuous schedule into a table: ``beta_i = 1 - ᾱ((i+1)/T) / ᾱ(i/T)``, at most ``max_beta``.
+  """Return the betas of a continuous schedule, ``beta_i = 1 - ᾱ((i+1)/T) / ᾱ(i/T)``, each at most ``max_beta``.
 
   Returns:
     (steps,) betas for `Table.from_betas`.
 
   Raises:
-    TypeError: for a schedule's name.
+    TypeError: if ``schedule`` is not a schedule, for instance a name.
   """
   checks.schedule(schedule)
   steps = at_most("steps", steps)
-  # Also while a program that a table is made in is being traced.
+  # The values are computed at once, even if this is called while jit traces a function.
   with jax.enable_x64(True), jax.ensure_compile_time_eval():
     t = jnp.linspace(0, 1, steps + 1, dtype=jnp.float64)
     alpha_bar = np.asarray(sigma_to_alpha_bar(schedule.sigma(t)))
@@ -215,7 +214,7 @@ def betas_of(schedule: NoiseSchedule, steps: int, max_beta: ArrayLike = 0.999) -
 
 
 def cosine_betas(steps: int) -> np.ndarray:
-  """Nichol & Dhariwal's table (arXiv:2102.09672, eq. 17): the uncut `Cosine`, each beta at most 0.999.
+  """Return Nichol & Dhariwal's betas (arXiv:2102.09672, eq. 17): `Cosine` without ``sigma_max``, betas at most 0.999.
 
   Returns:
     (steps,) in float64.
@@ -233,7 +232,7 @@ def table(name: str, steps: int) -> Table:
   """Make a discrete process by the name of its betas, ``linear`` or ``cosine``.
 
   Raises:
-    ValueError: for an unknown name, with the nearest, or fewer than one step.
+    ValueError: for an unknown name (the message has the nearest one), or fewer than one step.
 
   >>> table("linear", 1000).num_steps
   1000
