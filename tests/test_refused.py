@@ -119,11 +119,11 @@ def classifier_loss(labels):
     (lambda: loss(noise_levels="linear"), TypeError, "schedule must be a noise schedule, got 'linear'"),
     (lambda: loss(np.zeros((4, 2), np.uint8)), TypeError, "x0 must be floats.* got uint8"),
     (lambda: loss(jnp.zeros((0, 2))), ValueError, "a batch of at least one example"),
-    (lambda: loss(cond=[0, 1, 2, 3], null_cond=4, p_uncond=0.5), ValueError, "make a list of labels one array"),
+    (lambda: loss(cond=[0, 1, 2, 3], null_cond=4, p_uncond=0.5), ValueError, "convert a list of labels to one array"),
     (lambda: classifier_loss([0.0, 1, 0, 1]), ValueError, "labels must be whole numbers, one for each of the 4"),
     (lambda: classifier_loss([0, 1]), ValueError, r"one for each of the 4 examples, got int32 of shape \(2,\)"),
     (lambda: jg.NetworkDenoiser(ONE, lambda p, x, t, y: x, "v")(jnp.zeros(2), ONE), TypeError, "scaling must be"),
-    (lambda: jg.NetworkDenoiser(ONE, nn.Dense(2), None), TypeError, "give the module's, Dense.apply"),
+    (lambda: jg.NetworkDenoiser(ONE, nn.Dense(2), None), TypeError, "give its method, Dense.apply"),
     (lambda: jg.ClassifierLogProb(ONE, "dense", None), TypeError, "apply must be a function of"),
     (lambda: variational.bits_per_dim(RING.denoiser, 0, jnp.zeros(2), GRID, 4), TypeError, "key must be a random key"),
     (lambda: schedules.iddpm(8, table="linear"), TypeError, "schedule of discrete steps, .* got 'linear'"),
@@ -148,6 +148,16 @@ def test_a_bound_does_not_know_its_batch():
   keys = jax.random.split(jax.random.key(0, impl="rbg"), 3)
   bits = jax.vmap(lambda key: variational.bits_per_dim(RING.denoiser, key, jnp.ones(2), GRID, 4).total)
   np.testing.assert_allclose(bits(keys)[1:], bits(keys[1:]), rtol=1e-6)
+
+
+def test_what_people_forget(tmp_path):
+  guided = jg.classifier_free(4, 2.0)(KEEP)
+  with pytest.raises(ValueError, match="give a cond, such as the labels"):
+    jg.sample_batch(guided, KEY, num=2, shape=(2,), sigmas=GRID, solver=jg.Euler())
+  with pytest.raises(ValueError, match=r"with jaxguide\.data\.to_uint8"):
+    data.save_png(tmp_path / "x.png", np.zeros((2, 4, 4, 1), np.float32))
+  with pytest.raises(ValueError, match=r"unknown solver 'dpm\+\+': did you mean 'dpmpp-2m'"):
+    jg.solvers.solver("dpm++")
 
 
 def test_null_conditions_that_no_type_holds():
@@ -326,7 +336,7 @@ def test_a_training_that_would_train_nothing():
   for name in ("learning_rate", "clip_norm"):
     with pytest.raises(ValueError, match=f"{name} must be above 0"):
       dataclasses.replace(TrainingConfig(steps=1), **{name: 0.0})
-  with pytest.raises(ValueError, match="dropout must be between 0 and 1, and below 1"):
+  with pytest.raises(ValueError, match="dropout must be at least 0 and below 1"):
     jg.UNet(dropout=1.0)
   images = data.Images(np.zeros((2, 4, 4, 1), np.uint8), np.arange(2), 2, "two")
   with pytest.raises(TypeError, match="retrain must be True or False"):

@@ -18,9 +18,10 @@ def check_images(images: np.ndarray, labels: np.ndarray | None = None) -> None:
       whole numbers.
   """
   if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
+    remedy = ": make pixels of floats in [-1, 1] with jaxguide.data.to_uint8" if images.dtype.kind == "f" else ""
     raise ValueError(
       "images must be uint8 of shape (images, height, width, channels) with no axis of size 0, "
-      f"got {images.dtype} of shape {images.shape}"
+      f"got {images.dtype} of shape {images.shape}{remedy}"
     )
   if labels is not None and (labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer)):
     raise ValueError(

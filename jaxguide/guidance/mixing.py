@@ -155,7 +155,8 @@ def _check_null(denoise: Denoiser, cond: PyTree, null_cond: PyTree) -> None:
   """Raise ValueError if ``null_cond`` does not match ``cond``, or if the denoiser cannot be evaluated for both."""
   structure, null_structure = jax.tree.structure(cond), jax.tree.structure(null_cond)
   if str(structure) != str(null_structure):
-    raise ValueError(f"null_cond must have the structure of cond, {structure}; got {null_structure}")
+    missing = ": give a cond, such as the labels" if cond is None else ""
+    raise ValueError(f"null_cond must have the structure of cond, {structure}; got {null_structure}{missing}")
   if not jax.tree.leaves(cond):
     raise ValueError("the guidance needs a condition, but cond is empty: give the sample's cond")
   for leaf, null in zip(jax.tree.leaves(cond), jax.tree.leaves(null_cond), strict=True):

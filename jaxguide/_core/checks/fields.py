@@ -77,10 +77,15 @@ def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
   Traceback (most recent call last):
   ...
   ValueError: unknown solver 'dddim': did you mean 'ddim'? There are ddim, heun
+  >>> lookup("solver", "dpm++", {"ddpm": 1, "dpmpp-2m": 2})
+  Traceback (most recent call last):
+  ...
+  ValueError: unknown solver 'dpm++': did you mean 'dpmpp-2m'? There are ddpm, dpmpp-2m
   """
   if isinstance(name, str) and name in table:
     return table[name]
-  near = difflib.get_close_matches(str(name), table, n=1, cutoff=0.0)
+  written = str(name).replace("+", "p")  # DPM-Solver++ is written dpmpp.
+  near = difflib.get_close_matches(written, table, n=1, cutoff=0.0)
   hint = f": did you mean {near[0]!r}?" if near else "."
   raise ValueError(f"unknown {kind} {name!r}{hint} There are {', '.join(sorted(table))}")
 
