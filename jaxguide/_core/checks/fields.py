@@ -85,8 +85,8 @@ def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
   if isinstance(name, str) and name in table:
     return table[name]
   written = str(name).replace("+", "p")  # DPM-Solver++ is written dpmpp.
-  near = difflib.get_close_matches(written, table, n=1, cutoff=0.0)
-  hint = f": did you mean {near[0]!r}?" if near else "."
+  nearest = max(table, key=lambda known: difflib.SequenceMatcher(None, known, written).ratio(), default=None)
+  hint = "." if nearest is None else f": did you mean {nearest!r}?"
   raise ValueError(f"unknown {kind} {name!r}{hint} There are {', '.join(sorted(table))}")
 
 
