@@ -5,15 +5,16 @@ down a grid of noise levels:
 
 >>> import jax
 >>> import jaxguide as jg
->>> model = jg.ring(num_classes=8)                                          # a denoiser whose truth is known
+>>> model = jg.ring(num_classes=8)                                          # a Gaussian mixture, an exact denoiser
 >>> guided = jg.classifier_free(null_cond=8, scale=2.0)(model.denoiser)
 >>> jg.sample_batch(
 ...   guided, jax.random.key(0), cond=3, num=16, shape=(2,), sigmas=jg.karras(20), solver=jg.DPMpp2M()
 ... ).shape
 (16, 2)
 
-This is the mathematics and the networks. The programs built from them are imported by name: `jaxguide.data`,
-`jaxguide.models`, `jaxguide.training`, `jaxguide.evaluation`, `jaxguide.generate`, and the command ``jaxguide``.
+``import jaxguide`` loads the mathematics and the networks. Import the programs built from them by name:
+`jaxguide.data`, `jaxguide.models`, `jaxguide.training`, `jaxguide.evaluation` and `jaxguide.generate`. The command
+``jaxguide`` runs them.
 """
 
 from jaxguide import denoisers, guidance, nn, sampling, schedules, solvers

@@ -293,7 +293,7 @@ def test_an_unconditional_denoiser_is_not_asked_about_the_condition():
     jg.sample_batch(jg.chain(jg.unconditional(4), guidance)(ring.denoiser), jax.random.key(0), jnp.ones(2), **options)
 
 
-@pytest.mark.parametrize(("cond", "message"), [({"label": 1}, "has 'label'"), (3, "is no dictionary")])
+@pytest.mark.parametrize(("cond", "message"), [({"label": 1}, "has 'label'"), (3, "is not a dictionary")])
 def test_a_part_that_is_missing(cond, message):
   with pytest.raises(ValueError, match=f"must be a dictionary with 'y', but it {message}"):
     jg.given("y", lambda x, sigma, cond: x)(jnp.ones(2), jnp.asarray(1.0), cond)

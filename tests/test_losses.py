@@ -266,7 +266,7 @@ def test_dropping_needs_something_to_drop(cond, null):
 
 def test_a_network_of_another_shape_is_refused():
   doubled = lambda params, x, c_noise, cond: jnp.concatenate([x, x], -1)  # noqa: E731
-  with pytest.raises(ValueError, match="variational_loss trains a learned variance"):
+  with pytest.raises(ValueError, match="with a learned variance, use jaxguide.variational.variational_loss"):
     jg.denoising_loss(jnp.asarray(0.1), doubled, jax.random.key(0), jnp.ones((4, 2)), **OPTIONS)
 
 

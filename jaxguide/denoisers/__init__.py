@@ -1,9 +1,9 @@
-r"""From networks to denoisers and log-probabilities, and the losses that train them.
+r"""Denoisers and log-probabilities made from networks, and the losses that train the networks.
 
-A *denoiser* is any function ``(x, sigma, cond) -> x0`` of one example ``x = x0 + sigma * eps``. To pass through
-``jit`` as an argument it has to be a pytree: the ones made here are, and ``jax.tree_util.Partial(function, params)``
-makes one of any function. Parameters then are leaves: new weights compile nothing anew and are never constants of the
-program.
+A *denoiser* is any function ``(x, sigma, cond) -> x0`` of one example ``x = x0 + sigma * eps``. It must be a pytree to
+be an argument of a jitted function. The denoisers made here are pytrees, and any other function becomes one with
+``jax.tree_util.Partial(function, params)``. The parameters are then leaves: new weights do not compile a new program,
+and they are not constants of the program.
 """
 
 from jaxguide.denoisers import losses, mixtures, scaling, variational

@@ -1,4 +1,4 @@
-"""Conditions: giving a part of one to a function, and letting every network look at its own."""
+"""Conditions: pass one part of a condition to a function, and check a condition before sampling."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class _Given:
 
   def _part(self, cond: PyTree) -> PyTree:
     if not isinstance(cond, Mapping) or self.key not in cond:
-      has = f"has {', '.join(map(repr, cond))}" if isinstance(cond, Mapping) else "is no dictionary"
-      raise ValueError(f"the condition must be a dictionary with {self.key!r}, but it {has}")
+      problem = f"has {', '.join(map(repr, cond))}" if isinstance(cond, Mapping) else "is not a dictionary"
+      raise ValueError(f"the condition must be a dictionary with {self.key!r}, but it {problem}")
     return cond[self.key]
 
 
 def given(key: str, function: Callable[..., Any]) -> Callable[..., Any]:
-  """A denoiser or a log-probability that is given one part of the condition, ``cond[key]``.
+  """Wrap a denoiser or a log-probability so that it receives one part of the condition, ``cond[key]``.
 
-  So a network that knows labels is guided by something that knows else, ``cond = {"label": ..., "y": ...}``:
+  With this, the network and the guidance can have different conditions, ``cond = {"label": ..., "y": ...}``:
 
   >>> import jax.numpy as jnp, jaxguide as jg
   >>> log_prob = jg.measurement(lambda x0: x0[0], 0.1)
@@ -40,24 +40,24 @@ def given(key: str, function: Callable[..., Any]) -> Callable[..., Any]:
   >>> guided(jnp.zeros(2), jnp.asarray(1.0), {"label": 1, "y": 0.0}).shape
   (2,)
 
-  Guidance that is about one part goes inside: ``given("label", classifier_free(4, 2.0)(denoise))``.
+  A guidance that uses one part only goes inside: ``given("label", classifier_free(4, 2.0)(denoise))``.
 
   Raises:
-    ValueError: once called, if the condition has no such part.
+    ValueError: when called, if the condition is not a dictionary with ``key``.
   """
   return _Given(key, function)
 
 
 def check_cond(tree: PyTree, cond: PyTree) -> None:
-  """Let every denoiser and classifier inside ``tree`` that knows its classes look at ``cond``.
+  """Check ``cond`` with the ``check_cond`` method of every denoiser and classifier inside ``tree`` that has one.
 
   Raises:
-    ValueError: for a label that is not one of the classes.
+    ValueError: if a label is not one of the classes.
   """
 
-  def knows(node: Any) -> bool:
+  def can_check(node: Any) -> bool:
     return hasattr(node, "check_cond")
 
-  for node in jax.tree.leaves(tree, is_leaf=knows):
-    if knows(node):
+  for node in jax.tree.leaves(tree, is_leaf=can_check):
+    if can_check(node):
       node.check_cond(cond)

@@ -1,4 +1,4 @@
-"""Conversions between what a denoiser can predict.
+"""Conversions between the quantities that a network can predict: x0, eps, score and v.
 
 With ``x = x0 + sigma eps``: ``score = grad log p(x; sigma) = -eps / sigma`` and ``v = alpha (eps - sigma x0)``.
 """
@@ -21,7 +21,7 @@ def eps_to_x0(x: Array, eps: Array, sigma: ArrayLike) -> Array:
 
 
 def x0_to_score(x: Array, x0: Array, sigma: ArrayLike) -> Array:
-  """``(x0 - x) / sigma²``: Tweedie's formula (Efron 2011, eq. 1.4) read backwards.
+  """``(x0 - x) / sigma²``: the inverse of Tweedie's formula (Efron 2011, eq. 1.4).
 
   >>> float(x0_to_score(jnp.asarray(3.0), jnp.asarray(1.0), 2.0))
   -0.5

@@ -1,4 +1,4 @@
-"""Flax linen modules as the networks of denoisers: comparing them by value, and checking parameters against them."""
+"""Flax linen modules as networks: comparison of modules by value, and checks of parameters against a module."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from jaxguide._core.typing import PyTree
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModuleMethod:
-  """A Flax module's method that is equal where the modules are: Python compares bound methods by identity.
+  """A method of a Flax module; two are equal if their modules have equal types and fields.
 
-  Without it two networks of one configuration would be two programs. Fields that have no hash, such as dictionaries,
-  lists and arrays, are compared by what they hold.
+  Python compares the objects of bound methods by identity. With this class two networks of the same configuration share
+  one compiled program. Fields without a hash, such as dictionaries, lists and arrays, are compared by their contents.
   """
 
   module: nn.Module
@@ -43,7 +43,7 @@ class ModuleMethod:
 
 
 def _hashable(value):
-  """Give a value that has a hash, and is equal where this one holds the same."""
+  """Convert a value to one that has a hash; two results are equal if the values have the same contents."""
   if isinstance(value, nn.Module):
     fields = [field.name for field in dataclasses.fields(value) if field.name not in ("parent", "name")]
     return type(value), value.name, tuple((name, _hashable(getattr(value, name))) for name in fields)
@@ -58,32 +58,33 @@ def _hashable(value):
   try:
     hash(value)
   except TypeError:
-    return _Same(value)
+    return _ById(value)
   return value
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Same:
-  """A value that has no hash, and is equal to itself alone."""
+class _ById:
+  """A value without a hash, compared by identity."""
 
   value: Any
 
   def __eq__(self, other):
-    return isinstance(other, _Same) and self.value is other.value
+    return isinstance(other, _ById) and self.value is other.value
 
   def __hash__(self):
     return id(self.value)
 
 
 def by_value(apply: Callable[..., Any]) -> Callable[..., Any]:
-  """Give a Flax module's method as a `ModuleMethod`; any other function is given back as it is.
+  """Return a Flax module's method as a `ModuleMethod`, and any other function unchanged.
 
   Raises:
-    TypeError: if ``apply`` is a module, or no function.
+    TypeError: if ``apply`` is a module or cannot be called.
   """
   if isinstance(apply, nn.Module):
     raise TypeError(
-      f"apply must be a function of (params, x, c_noise, ...): give the module's, {type(apply).__name__}.apply"
+      "apply must be a function of (params, x, c_noise, ...), got a module: give its method, "
+      f"{type(apply).__name__}.apply"
     )
   if isinstance(apply, str) or (apply is not None and not callable(apply)):
     raise TypeError(f"apply must be a function of (params, x, c_noise, ...), got {apply!r}")
@@ -92,7 +93,7 @@ def by_value(apply: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def module_of(apply: Callable[..., Any] | None) -> nn.Module | None:
-  """Give the Flax module whose method a `ModuleMethod` is; None for any other function.
+  """Return the Flax module of a `ModuleMethod`, and None for any other function.
 
   >>> module_of(by_value(nn.Dense(3).apply)).features
   3
@@ -101,43 +102,43 @@ def module_of(apply: Callable[..., Any] | None) -> nn.Module | None:
 
 
 def check_params(module: nn.Module, params: PyTree, *args: Any) -> None:
-  """Hold parameters against a Flax module.
+  """Check that parameters fit a Flax module.
 
   Args:
     module: the network.
     params: its variables, ``{"params": ...}``.
-    *args: what it is called on; only shapes and types count.
+    *args: inputs of the network; only their shapes and types matter.
 
   Raises:
-    ValueError: naming the first parameter that is missing, unknown, or of another shape; or if the network cannot be
-      called on ``args``.
+    ValueError: if a parameter is missing, unknown or of another shape (the message names the first one), or if the
+      network cannot be called with ``args``.
   """
   name, expected = type(module).__name__, param_shapes(module, *args)
   ours, theirs = (
     {jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(leaf) for path, leaf in leaves}
-    # Parameters may be in boxes that say how they are partitioned, or out of them.
+    # Parameters can be in Flax boxes with partitioning metadata.
     for leaves in map(jax.tree_util.tree_leaves_with_path, map(nn.meta.unbox, (params, expected)))
   )
   for path in [*theirs, *ours]:
     if ours.get(path) != theirs.get(path):
       if path not in ours:
-        wrong = f"{path} is missing"
+        problem = f"{path} is missing"
       elif path not in theirs:
-        wrong = f"{path} is not a parameter of the network"
+        problem = f"{path} is not a parameter of the network"
       else:
-        wrong = f"{path} has shape {ours[path]}, expected {theirs[path]}"
-      raise ValueError(f"the parameters do not fit {name}: {wrong}")
+        problem = f"{path} has shape {ours[path]}, expected {theirs[path]}"
+      raise ValueError(f"the parameters do not fit {name}: {problem}")
 
 
 def param_shapes(module: nn.Module, *args: Any) -> PyTree:
-  """Give the shapes and types of a Flax module's variables, ``{"params": ...}``, without making them.
+  """Return the shapes and types of a Flax module's variables, ``{"params": ...}``, without creating the variables.
 
   Args:
     module: the network.
-    *args: what it is called on; only shapes and types count.
+    *args: inputs of the network; only their shapes and types matter.
 
   Raises:
-    ValueError: if the network cannot be called on them.
+    ValueError: if the network cannot be called with them.
 
   >>> param_shapes(nn.Dense(3), jnp.zeros((1, 2)))["params"]["kernel"].shape
   (2, 3)
@@ -147,9 +148,9 @@ def param_shapes(module: nn.Module, *args: Any) -> PyTree:
   return _param_shapes(ModuleMethod(module, "init"), tuple(leaves), treedef)
 
 
-@functools.lru_cache(maxsize=64)  # Tracing a network takes long, and loading one asks more than once.
+@functools.lru_cache(maxsize=64)  # Tracing a network is slow, and loading a model needs the shapes several times.
 def _param_shapes(init: ModuleMethod, leaves: tuple[Any, ...], treedef: Any) -> PyTree:
   try:
     return jax.eval_shape(init, jax.random.key(0), *jax.tree.unflatten(treedef, leaves))
   except FlaxError as error:
-    raise ValueError(f"{type(init.module).__name__} cannot be set up on inputs of these shapes: {error}") from error
+    raise ValueError(f"{type(init.module).__name__} cannot be called with inputs of these shapes: {error}") from error

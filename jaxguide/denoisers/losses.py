@@ -1,8 +1,9 @@
-r"""Losses: of the denoiser, with the label dropped now and then, and of the noisy classifier.
+r"""Losses of the denoiser, with random dropping of the condition, and of the classifier of noisy examples.
 
-Both take a batch of clean examples, draw a noise level for each, and are batch-native: the network sees a batch axis,
-not a ``vmap``. Noise levels are stratified over the batch: each of ``n`` examples gets its own n-th of the
-distribution, which makes the loss less noisy and changes nothing in expectation.
+The losses take a batch of clean examples and draw a noise level for each. They call the network on the whole batch,
+without ``vmap``. The noise levels are stratified over the batch: the distribution is divided into ``n`` parts of equal
+probability, and each of the ``n`` examples has a level from another part. This reduces the variance of the loss and
+does not change its expectation.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from jaxguide.schedules import NoiseLevels
 
 
 def stratified_uniform(key: Key, num: int) -> Float[Array, " num"]:
-  """Draw ``num`` numbers, uniform in (0, 1), one from each of ``num`` equal parts, in random order.
+  """Draw ``num`` uniform numbers in (0, 1), one from each of ``num`` equal parts of the interval, in random order.
 
   >>> u = stratified_uniform(jax.random.key(0), 4)
   >>> sorted((u * 4).astype(int).tolist())
@@ -31,17 +32,17 @@ def stratified_uniform(key: Key, num: int) -> Float[Array, " num"]:
   order, within = jax.random.split(key)
   within = jax.random.uniform(within, (num,))
   u = (jax.random.permutation(order, num).astype(within.dtype) + within) / num
-  # Rounding may reach the ends, where a quantile may be infinite.
+  # Rounding can give 0 or 1, where a quantile can be infinite.
   tiny = jnp.finfo(u.dtype).eps
   return jnp.clip(u, tiny, 1 - tiny)
 
 
 def clean(x0: ArrayLike) -> Float[Array, " n *shape"]:
-  """Give a batch of clean examples as an array of floats.
+  """Return a batch of clean examples as an array, after a check of its type and shape.
 
   Raises:
-    TypeError: for whole numbers, which the pixels of uint8 images are.
-    ValueError: if there is no axis of examples.
+    TypeError: if the examples are not floats, for example the pixels of uint8 images.
+    ValueError: if there is no batch axis or no example.
 
   >>> clean(np.zeros((2, 8, 8, 1), np.uint8))
   Traceback (most recent call last):
@@ -60,19 +61,19 @@ def clean(x0: ArrayLike) -> Float[Array, " n *shape"]:
 def add_noise(
   key: Key, x0: Float[Array, " n *shape"], noise_levels: NoiseLevels
 ) -> tuple[Float[Array, " n *shape"], Float[Array, " n"]]:
-  """Draw a noise level for each example and add as much noise: ``x = x0 + sigma eps``.
+  """Draw a noise level for each example and add noise of this level: ``x = x0 + sigma eps``.
 
   Args:
     key: a random key.
     x0: (n, *shape) clean examples.
-    noise_levels: where the levels come from, such as a schedule (uniform in time, or in log-SNR) or
+    noise_levels: the distribution of the levels, such as a schedule (uniform in time, or in log-SNR) or
       `jaxguide.schedules.LogNormal`.
 
   Returns:
     ``x`` (n, *shape) and ``sigma`` (n,).
 
   Raises:
-    TypeError: if ``x0`` holds whole numbers, or ``noise_levels`` draws none.
+    TypeError: if ``x0`` is not floats, or if ``noise_levels`` is not a distribution of levels.
   """
   x0 = clean(x0)
   checks.schedule(noise_levels, "quantile")
@@ -86,13 +87,13 @@ def drop_cond(key: Key, cond: PyTree, null_cond: PyTree, p_uncond: ArrayLike) ->
 
   Args:
     key: a random key.
-    cond: each leaf (n, ...).
-    null_cond: one condition, of the same structure.
+    cond: a pytree whose leaves have shape (n, ...).
+    null_cond: one condition, with the same structure.
     p_uncond: in [0, 1]; the paper finds 0.1 and 0.2 best.
 
   Raises:
-    ValueError: if ``p_uncond`` is outside [0, 1], or above 0 without a condition to drop and a ``null_cond`` for it; or
-      if no type holds both a label and the null label.
+    ValueError: if ``p_uncond`` is outside [0, 1], if it is above 0 and ``cond`` or ``null_cond`` is None, or if no type
+      can hold both a label and the null label.
 
   >>> drop_cond(jax.random.key(0), jnp.array([3, 1, 4]), 10, 1.0).tolist()
   [10, 10, 10]
@@ -101,13 +102,13 @@ def drop_cond(key: Key, cond: PyTree, null_cond: PyTree, p_uncond: ArrayLike) ->
   if checks.is_concrete(p_uncond) and p_uncond == 0:
     return cond
   if cond is None or null_cond is None:
-    raise ValueError("p_uncond above 0 needs a cond to drop, and null_cond to put in its place")
+    raise ValueError("p_uncond above 0 needs cond and null_cond, the condition that replaces it: give both")
   cond = jax.tree.map(jnp.asarray, cond)
   leaves = jax.tree.leaves(cond)
   if len({jnp.shape(leaf)[:1] for leaf in leaves}) != 1 or not leaves[0].ndim:
     raise ValueError(
       "each leaf of cond must be an array with one row for each example, got shapes "
-      f"{[jnp.shape(leaf) for leaf in leaves[:8]]}: make a list of labels one array, np.array(labels)"
+      f"{[jnp.shape(leaf) for leaf in leaves[:8]]}: convert a list of labels to one array, np.array(labels)"
     )
   drop = jax.random.bernoulli(key, p_uncond, (leaves[0].shape[0],))
 
@@ -131,33 +132,35 @@ def denoising_loss(
   p_uncond: ArrayLike = 0.0,
   weight: Callable[[Array], Any] | None = None,
 ) -> Float[Array, ""]:
-  r"""The loss of a conditional denoiser, trained jointly with the unconditional one.
+  r"""The loss that trains a conditional and an unconditional denoiser in one network.
 
   Ho & Salimans (2021, arXiv:2207.12598), Algorithm 1: drop the condition with probability ``p_uncond``, draw a
-  log-SNR, corrupt the example, regress. With ``scaling.eps`` and ``schedules.LogSNRCosine`` it is theirs to the letter.
+  log-SNR, add noise to the example, regress. With ``scaling.eps`` and ``schedules.LogSNRCosine`` it is exactly the
+  paper's loss.
 
   .. math:: E\,\| F_\theta(c_{in} x, c_{noise}, y) - (x_0 - c_{skip} x) / c_{out} \|^2
 
   Args:
     params: the network's parameters; the loss is differentiable in them.
-    apply: ``apply(params, x, c_noise, cond) -> F``, on a batch; dropout in the network takes its key in a closure here.
-    key: a random key, for the dropped conditions, the levels and the noise.
+    apply: ``apply(params, x, c_noise, cond) -> F``, on a batch. If the network has dropout, let ``apply`` close over
+      its key.
+    key: a random key for the dropped conditions, the noise levels and the noise.
     x0: (n, *shape) clean examples.
-    cond: each leaf (n, ...), or None.
-    scaling: what the network predicts.
-    noise_levels: where the noise levels come from.
-    null_cond: what a dropped condition becomes; needed where ``p_uncond`` is above 0.
+    cond: a pytree whose leaves have shape (n, ...), or None.
+    scaling: the network's parameterization, from `jaxguide.scaling`.
+    noise_levels: the distribution of the noise levels.
+    null_cond: the condition that replaces a dropped one; needed if ``p_uncond`` is above 0.
     p_uncond: probability of dropping the condition, in [0, 1].
-    weight: ``sigma -> w``, the weight of ``|x0 - D|²``, from `jaxguide.scaling`; if left out, ``1 / c_out²``, which is
-      the plain squared error of what the network predicts.
+    weight: ``sigma -> w``, the weight of ``|x0 - D|²``, from `jaxguide.scaling`. The default is ``1 / c_out²``, which
+      gives the unweighted squared error of the network's output.
 
   Returns:
     A scalar: the mean over the examples and their elements.
 
   Raises:
-    TypeError: if ``x0`` holds whole numbers, or ``scaling`` or ``noise_levels`` is none.
-    ValueError: if ``p_uncond`` is outside [0, 1], or above 0 without a condition to drop and a ``null_cond`` for it; or
-      if the output's shape is not that of ``x0``.
+    TypeError: if ``x0`` is not floats, or if ``scaling`` or ``noise_levels`` is of a wrong kind.
+    ValueError: if ``p_uncond`` is outside [0, 1], if it is above 0 and ``cond`` or ``null_cond`` is None, or if the
+      output's shape is not that of ``x0``.
 
   >>> from jaxguide import scaling, schedules
   >>> apply = lambda params, x, c_noise, cond: params * x
@@ -165,7 +168,7 @@ def denoising_loss(
   ...   jnp.asarray(0.0), apply, jax.random.key(0), jnp.zeros((64, 8, 8, 1)),
   ...   scaling=scaling.eps(schedules.Cosine()), noise_levels=schedules.LogSNRCosine(),
   ... )
-  >>> bool(abs(loss - 1) < 0.1)  # saying "no noise" is wrong by the noise's variance
+  >>> bool(abs(loss - 1) < 0.1)  # the network predicts 0, so the loss is the variance of the noise
   True
   """
   x0 = clean(x0)
@@ -176,8 +179,8 @@ def denoising_loss(
   output = apply(params, wide(c_in, x) * x, c_noise, cond)
   if output.shape != x0.shape:
     raise ValueError(
-      f"the network gave shape {output.shape} for examples of shape {x0.shape}; "
-      "jaxguide.variational.variational_loss trains a learned variance, this loss does not"
+      f"the network gave shape {output.shape} for examples of shape {x0.shape}; for a network with a learned variance, "
+      "use jaxguide.variational.variational_loss"
     )
   error = jnp.square(output.astype(x.dtype) - (x0 - wide(c_skip, x) * x) / wide(c_out, x))
   if weight is not None:
@@ -203,15 +206,15 @@ def classifier_loss(
     key: a random key.
     x0: (n, *shape) clean examples.
     labels: (n,) whole numbers.
-    scaling: scales the input, ``c_in x``, and tells the level, ``c_noise``; the denoiser's, as a rule.
-    noise_levels: where the noise levels come from; the denoiser's, as a rule.
+    scaling: gives the classifier's inputs ``c_in x`` and ``c_noise``; usually that of the denoiser.
+    noise_levels: the distribution of the noise levels; usually that of the denoiser.
 
   Returns:
     The mean cross-entropy in nats, and the accuracy in [0, 1] over the drawn levels.
 
   Raises:
-    TypeError: if ``x0`` holds whole numbers, or ``scaling`` or ``noise_levels`` is none.
-    ValueError: if there is not one label, a whole number, for each example.
+    TypeError: if ``x0`` is not floats, or if ``scaling`` or ``noise_levels`` is of a wrong kind.
+    ValueError: if ``labels`` is not one whole number for each example.
   """
   labels = jnp.asarray(labels)
   x, sigma = add_noise(key, x0, noise_levels)
@@ -227,7 +230,7 @@ def classifier_loss(
 
 
 def wide(per_example: Array, like: Array) -> Array:
-  """Give (n,) the axes that it needs to meet (n, ...) of ``like``."""
+  """Append axes of length 1 to ``per_example`` (n,), so that it broadcasts against ``like`` (n, ...)."""
   return per_example.reshape(-1, *[1] * (like.ndim - 1))
 
 
@@ -242,30 +245,31 @@ def uncertainty_loss(
   noise_levels: NoiseLevels,
   weight: Callable[[Array], Any],
 ) -> Float[Array, ""]:
-  r"""The loss of a denoiser whose network learns how hard each noise level is (Karras et al. 2024, arXiv:2312.02696).
+  r"""The loss of a denoiser with a learned uncertainty at each noise level (Karras et al. 2024, arXiv:2312.02696).
 
   .. math:: E\Big[ \frac{\lambda(\sigma)}{e^{u(\sigma)}} \| D - x_0 \|^2 + u(\sigma) \Big]
     \qquad \text{(eq. 14, per element)}
 
-  Where ``u`` is best, ``e^u`` is the mean of ``λ |D - x0|²`` at its level, so that every level counts the same.
+  For the optimal ``u``, ``e^u`` is the mean of ``λ |D - x0|²`` at its noise level, so all levels have the same weight
+  in the loss.
 
   Args:
     params: the network's parameters; the loss is differentiable in them.
-    apply: ``apply(params, x, c_noise, cond) -> (F, u)``, on a batch: ``F`` as in `denoising_loss`, ``u`` (n,) from
-      ``c_noise`` alone.
-    key: a random key, for the levels and the noise.
+    apply: ``apply(params, x, c_noise, cond) -> (F, u)``, on a batch. ``F`` is as in `denoising_loss`; ``u`` (n,)
+      depends on ``c_noise`` only.
+    key: a random key for the noise levels and the noise.
     x0: (n, *shape) clean examples.
-    cond: each leaf (n, ...), or None; see `drop_cond` to drop it now and then.
-    scaling: what the network predicts.
-    noise_levels: where the noise levels come from. EDM2 has ``LogNormal(-0.4, 1.0)``.
-    weight: ``sigma -> λ``. EDM2 has `jaxguide.scaling.edm_weight`.
+    cond: a pytree whose leaves have shape (n, ...), or None; `drop_cond` drops conditions at random.
+    scaling: the network's parameterization, from `jaxguide.scaling`.
+    noise_levels: the distribution of the noise levels. EDM2 uses ``LogNormal(-0.4, 1.0)``.
+    weight: ``sigma -> λ``. EDM2 uses `jaxguide.scaling.edm_weight`.
 
   Returns:
     A scalar: the mean over the examples and their elements.
 
   Raises:
-    TypeError: if ``x0`` holds whole numbers, or ``scaling`` or ``noise_levels`` is none.
-    ValueError: if the shape of ``F`` is not that of ``x0``, or that of ``u`` not (n,).
+    TypeError: if ``x0`` is not floats, or if ``scaling`` or ``noise_levels`` is of a wrong kind.
+    ValueError: if the shape of ``F`` is not that of ``x0``, or if the shape of ``u`` is not (n,).
   """
   x0 = clean(x0)
   x, sigma = add_noise(key, x0, noise_levels)

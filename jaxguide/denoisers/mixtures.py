@@ -1,8 +1,9 @@
 r"""Gaussian mixtures: the exact denoiser, score and class posterior at every noise level.
 
-If ``p(x0) = Σ_k w_k N(m_k, v_k)``, with a class for each component, noise makes it ``Σ_k w_k N(m_k, v_k + sigma²)``.
-Everything that guidance speaks of is then known in closed form, which makes a mixture the oracle of the tests, and a
-model to teach and try things with: no training, two dimensions, and the right answer next to the guided one.
+Let ``p(x0) = Σ_k w_k N(m_k, v_k)``, where each component has a class. With noise of level ``sigma`` the density is
+``Σ_k w_k N(m_k, v_k + sigma²)``. So all quantities that guidance uses have a closed form. The tests compare with them.
+A mixture is also a model for teaching and experiments: it needs no training, it can be two-dimensional, and the exact
+answer is known.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from jaxguide._core.typing import Array, ArrayLike, Denoiser, Example, Key, Leaf
 
 @struct.dataclass
 class GaussianMixture:
-  """A mixture of Gaussians with diagonal covariances, each component of a class. Make one with `gaussian_mixture`.
+  """A mixture of Gaussians with diagonal covariances and a class for each component; see `gaussian_mixture`.
 
-  A condition is a class label, 0 to ``num_classes - 1``; ``num_classes`` itself is the null class (everything), as in
-  the networks here, and so is ``None`` for the methods. Sampling asks for a label where there are two classes or more.
+  A condition is a class label, 0 to ``num_classes - 1``. The label ``num_classes`` is the null class (all components),
+  as in the networks here. The methods also accept ``None`` as the null class, but sampling needs a label if there is
+  more than one class.
   """
 
   means: Leaf
@@ -49,17 +51,18 @@ class GaussianMixture:
     return joint - prior
 
   def class_log_prob(self, x: Example, sigma: Scalar, cond: PyTree) -> Scalar:
-    """``log p(cond | x; sigma)``, a `LogProb`: the classifier that is right at every noise level."""
+    """``log p(cond | x; sigma)``, a `LogProb`: the exact classifier at every noise level."""
     joint = self._log_joint(x, sigma, cond)
     return jax.nn.logsumexp(joint) - jax.nn.logsumexp(self._log_joint(x, sigma, None))
 
   def tempered_log_density(self, x: Example, sigma: Scalar, cond: PyTree, scale: ArrayLike) -> Scalar:
-    """``(1 - γ) log p(x; sigma) + γ log p(x | cond; sigma)``: what ``scale`` γ promises, but for its normalisation.
+    """``(1 - γ) log p(x; sigma) + γ log p(x | cond; sigma)``, with ``scale`` γ and without normalisation.
 
-    At ``sigma`` 0 it is ``p(x) p(cond | x)^γ``; guided sampling follows its gradients at the levels above.
+    At ``sigma`` 0 it is the target ``p(x) p(cond | x)^γ`` of guidance. Guided sampling follows its gradients at the
+    levels above.
 
-    >>> one = ring(4).tempered_log_density(jnp.array([1.0, 0.0]), jnp.asarray(0.0), 0, 1.0)
-    >>> bool(jnp.allclose(one, ring(4).log_density(jnp.array([1.0, 0.0]), jnp.asarray(0.0), 0)))
+    >>> tempered = ring(4).tempered_log_density(jnp.array([1.0, 0.0]), jnp.asarray(0.0), 0, 1.0)
+    >>> bool(jnp.allclose(tempered, ring(4).log_density(jnp.array([1.0, 0.0]), jnp.asarray(0.0), 0)))
     True
     """
     scale = jnp.asarray(checks.finite("scale", scale), x.dtype)
@@ -67,37 +70,38 @@ class GaussianMixture:
 
   @property
   def denoiser(self) -> Denoiser:
-    """`denoise` as a pytree, to pass through ``jit``."""
+    """`denoise` as a pytree, which can be an argument of a jitted function."""
     return _Denoiser(self)
 
   @property
   def log_prob(self) -> LogProb:
-    """`class_log_prob` as a pytree, to pass through ``jit``."""
+    """`class_log_prob` as a pytree, which can be an argument of a jitted function."""
     return _LogProb(self)
 
   def sample(self, key: Key, cond: PyTree = None) -> Example:
-    """Draw one clean example, of the shape of a mean; ``vmap`` over keys draws more."""
-    which, noise = jax.random.split(keys.threefry(key))
-    k = jax.random.categorical(which, self._log_weights(cond))
-    z = jax.random.normal(noise, self.means.shape[1:], self.means.dtype)
+    """Draw one clean example, of the shape of a mean; use ``vmap`` over keys to draw more."""
+    component_key, noise_key = jax.random.split(keys.threefry(key))
+    k = jax.random.categorical(component_key, self._log_weights(cond))
+    z = jax.random.normal(noise_key, self.means.shape[1:], self.means.dtype)
     return self.means[k] + jnp.sqrt(self.variances[k]) * z
 
   def _log_weights(self, cond: PyTree) -> Array:
     if cond is None:
       return self.log_weights
     if jnp.ndim(cond):
-      raise ValueError(f"cond must be one label of one example, got shape {jnp.shape(cond)}: use vmap over several")
+      raise ValueError(f"cond must be one label of one example, got shape {jnp.shape(cond)}: use vmap over labels")
     checks.labels("label", cond, self.num_classes, null=True)
     classes, cond = same_type(self.classes, cond)
     member = (classes == cond) | (cond == self.num_classes)
     return jnp.where(member, self.log_weights, -jnp.inf)
 
   def _log_joint(self, x: Example, sigma: Scalar, cond: PyTree) -> Array:
+    """Return ``log w_k + log N(x; m_k, v_k + sigma²)`` of each component k."""
     variances, means, x, sigma = together(self.variances, self.means, x, sigma)
     variances = variances + sigma**2
     terms = (x[None] - means) ** 2 / variances + jnp.log(2 * jnp.pi * variances)
-    prior, fit = together(self._log_weights(cond), 0.5 * terms.reshape(terms.shape[0], -1).sum(1))
-    return prior - fit
+    prior, nll = together(self._log_weights(cond), 0.5 * terms.reshape(terms.shape[0], -1).sum(1))
+    return prior - nll
 
 
 @struct.dataclass
@@ -135,16 +139,16 @@ def gaussian_mixture(
   classes: ArrayLike | Sequence[int],
   weights: ArrayLike | Sequence[float] | None = None,
 ) -> GaussianMixture:
-  """Make a mixture.
+  """Make a `GaussianMixture`.
 
   Args:
     means: (components, *shape).
-    variances: above 0, of a shape that broadcasts to that of ``means``: a number, (components,) or whole.
-    classes: (components,) whole numbers from 0; every class up to the largest has a component.
-    weights: (components,) above 0, normalised here; equal if left out.
+    variances: above 0: one number, (components,), or any shape that broadcasts to that of ``means``.
+    classes: (components,) whole numbers from 0. Each class up to the largest needs a component.
+    weights: (components,) above 0; they are normalised here. The default is equal weights.
 
   Raises:
-    ValueError: if a shape does not fit, a variance or weight is not above 0, or a class is empty.
+    ValueError: if a shape does not fit, if a variance or a weight is not above 0, or if a class has no component.
 
   >>> mixture = gaussian_mixture(jnp.array([[-1.0], [1.0]]), 0.1, [0, 1])
   >>> mixture.denoiser(jnp.array([0.0]), jnp.asarray(1.0), None).tolist()  # halfway between the two
@@ -166,7 +170,9 @@ def gaussian_mixture(
     raise ValueError("weights must be finite and above 0")
   present = np.unique(classes)
   if not np.issubdtype(classes.dtype, np.integer) or not np.array_equal(present, np.arange(present.size)):
-    raise ValueError(f"classes must be whole numbers that leave no class from 0 on empty, got {present.tolist()}")
+    raise ValueError(
+      f"classes must be whole numbers from 0, with no class left out up to the largest, got {present.tolist()}"
+    )
   variances = np.asarray(variances, np.float64)
   if variances.shape == (components,):
     variances = variances.reshape(components, *[1] * (means.ndim - 1))
@@ -186,7 +192,9 @@ def gaussian_mixture(
 
 
 def ring(num_classes: int = 8, radius: ArrayLike = 1.0, std: ArrayLike = 0.1) -> GaussianMixture:
-  """A ring of equal Gaussians in two dimensions, one class each, counted from the right, anticlockwise.
+  """Make a ring of equal Gaussians in two dimensions, one for each class.
+
+  Class 0 is at the right; the others follow anticlockwise.
 
   >>> ring(4).means.round(2).tolist()
   [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]]

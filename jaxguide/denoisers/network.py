@@ -1,10 +1,4 @@
-r"""From networks to denoisers and log-probabilities, and between what they say: x0, eps, v, score.
-
-A *denoiser* is any function ``(x, sigma, cond) -> x0`` of one example ``x = x0 + sigma * eps``. To pass through
-``jit`` as an argument it has to be a pytree: the ones made here are, and ``jax.tree_util.Partial(function, params)``
-makes one of any function. Parameters then are leaves: new weights compile nothing anew and are never constants of the
-program.
-"""
+"""Networks with their parameters as denoisers and as classifiers of noisy examples."""
 
 from __future__ import annotations
 
@@ -29,16 +23,16 @@ class NetworkDenoiser:
   """A network with its parameters, as a `Denoiser`.
 
   Args:
-    params: the network's parameters, any pytree; for Flax the dictionary that ``init`` gives.
+    params: the network's parameters, any pytree; for Flax the dictionary that ``init`` returns.
     apply: ``apply(params, x, c_noise, cond) -> F``, on a batch: ``x`` (n, *shape), ``c_noise`` (n,), each leaf of
-      ``cond`` (n, ...). A Flax module's ``apply`` is one; ``cond=None`` is passed on as ``None``. An output with
-      twice the channels of ``x`` has the learned variance in its second half.
-    scaling: what the network predicts, from `jaxguide.scaling`.
-    learned_variance: whether to give a `jaxguide.typing.Prediction` that holds the learned variance, for
-      ``DDPM(variance="learned_range")``; otherwise it is left out.
+      ``cond`` (n, ...), or ``cond`` None. The ``apply`` of a Flax module fits. If the output has twice the channels of
+      ``x``, its second half is the learned variance.
+    scaling: the network's parameterization, from `jaxguide.scaling`.
+    learned_variance: whether to return a `jaxguide.typing.Prediction` with the learned variance, for
+      ``DDPM(variance="learned_range")``. Otherwise the learned variance is dropped.
 
-  Where ``apply`` is a Flax module's, ``params`` are held against the module's own, the first time that they meet, and
-  labels against its ``num_classes``.
+  If ``apply`` is a method of a Flax module, a call checks ``params`` against the module's parameters, and `check_cond`
+  checks labels against its ``num_classes``.
 
   >>> from jaxguide import scaling, schedules
   >>> apply = lambda params, x, c_noise, cond: params * x      # stands for a network
@@ -56,7 +50,7 @@ class NetworkDenoiser:
     object.__setattr__(self, "apply", by_value(self.apply))
 
   def __call__(self, x: Example, sigma: Scalar, cond: PyTree = None) -> Example | Prediction:
-    """Give ``x0``, of the shape and type of ``x``, or a `Prediction` that holds it."""
+    """Return ``x0``, of the shape and type of ``x``, or a `Prediction` with ``x0`` and the learned variance."""
     c_skip, c_out, _, _ = coefficients(self.scaling, sigma)
     output, variance = split_variance(_apply(self, x, sigma, cond), x)
     c_skip, c_out, wide, output = together(c_skip, c_out, x, output.astype(x.dtype))
@@ -64,11 +58,14 @@ class NetworkDenoiser:
     if not self.learned_variance:
       return x0
     if variance is None:
-      raise ValueError(f"the network gave shape {output.shape} for an example of that shape: it learned no variance")
+      raise ValueError(
+        f"the network has no learned variance: its output has the shape of the example, {output.shape}, and not twice "
+        "the channels. Set learned_variance=False"
+      )
     return Prediction(x0, variance.astype(x.dtype))
 
   def check_cond(self, cond: PyTree) -> None:
-    """Raise ValueError where ``cond``, or its ``label`` if it is a dictionary, is outside the network's classes."""
+    """Raise ValueError if ``cond`` (of a dictionary, its ``label``) is not one of the network's classes."""
     module = module_of(self.apply)
     num_classes = getattr(module, "num_classes", None)
     if num_classes is not None:
@@ -84,7 +81,7 @@ class ClassifierLogProb:
     params: the classifier's parameters.
     apply: ``apply(params, x, c_noise) -> logits``, on a batch: ``x`` (n, *shape), ``c_noise`` (n,), logits
       (n, classes).
-    scaling: from `jaxguide.scaling`; the classifier is given ``c_in * x`` and ``c_noise`` of it, as in its training.
+    scaling: from `jaxguide.scaling`; it gives the classifier's inputs ``c_in * x`` and ``c_noise``, as in its training.
   """
 
   params: Leaf
@@ -95,14 +92,14 @@ class ClassifierLogProb:
     object.__setattr__(self, "apply", by_value(self.apply))
 
   def logits(self, x: Example, sigma: Scalar) -> Array:
-    """Give the logits, (classes,), for one example."""
+    """Return the logits, (classes,), of one example."""
     logits = _apply(self, x, sigma)
     if logits.ndim != 1:
       raise ValueError(f"the classifier must give logits of shape (n, classes), got (n, *{logits.shape})")
     return logits.astype(np.promote_types(x.dtype, np.float32))
 
   def __call__(self, x: Example, sigma: Scalar, cond: PyTree) -> Scalar:
-    """Give the log-probability of the label ``cond``, a scalar."""
+    """Return the log-probability of the label ``cond``, a scalar."""
     if jnp.ndim(cond) or not jnp.issubdtype(jnp.result_type(cond), jnp.integer):
       raise ValueError(
         f"the classifier needs one whole number as the label of one example, got {jnp.result_type(cond)} of shape "
@@ -111,29 +108,30 @@ class ClassifierLogProb:
     return jax.nn.log_softmax(self.logits(x, sigma))[cond]
 
   def check_cond(self, cond: PyTree) -> None:
-    """Raise ValueError where ``cond`` holds labels outside the classifier's classes."""
+    """Raise ValueError if a label in ``cond`` is not one of the classifier's classes."""
     num_classes = getattr(module_of(self.apply), "out_channels", None)
     if num_classes is not None:
       checks.labels("label", cond, num_classes)
 
 
 def perturbed(denoiser: NetworkDenoiser, perturbation: Perturbation) -> NetworkDenoiser:
-  """Make a weak denoiser of a good one: the same parameters, in a network whose attention or blocks are perturbed.
+  """Make a weak denoiser from a good one: the same parameters, with perturbed attention or perturbed blocks.
 
-  It is the weak model of `jaxguide.autoguidance` where none was trained, for conditional and unconditional networks
-  alike: perturbed-attention guidance, smoothed energy guidance and skip layer guidance are
-  ``autoguidance(perturbed(denoise, perturbation), scale)(denoise)``, each with its own `jaxguide.Perturbation`.
+  It serves as the weak model of `jaxguide.autoguidance` if no weak model was trained, for conditional and unconditional
+  networks. Perturbed-attention guidance, smoothed energy guidance and skip layer guidance are
+  ``autoguidance(perturbed(denoise, perturbation), scale)(denoise)`` with different values of `jaxguide.Perturbation`.
 
   Args:
-    denoiser: a `NetworkDenoiser` of a `jaxguide.UNet`, a `jaxguide.SuperResUNet` or another Flax module with a field
-      ``perturbation``, not guided yet.
-    perturbation: what is done to which blocks; it takes the place of one that the network has.
+    denoiser: a `NetworkDenoiser` without guidance, of a `jaxguide.UNet`, a `jaxguide.SuperResUNet` or another Flax
+      module with a field ``perturbation``.
+    perturbation: the kind of perturbation and the blocks; it replaces a perturbation that the network already has.
 
   Returns:
-    The weak denoiser, which shares the parameters and costs no more than the good one.
+    The weak denoiser. It shares the parameters with the good one and costs no more.
 
   Raises:
-    ValueError: if the denoiser is of no such network, or a block is none of the network's, or not one of that kind.
+    ValueError: if the denoiser has another kind of network, if the network has no block of a given name, or if a block
+      is of the wrong kind.
 
   >>> from jaxguide import UNet, guidance, scaling, schedules
   >>> unet, x = UNet(model_channels=32), jnp.zeros((8, 8, 1))
@@ -150,14 +148,14 @@ def perturbed(denoiser: NetworkDenoiser, perturbation: Perturbation) -> NetworkD
     what = type(denoiser if module is None else module).__name__
     raise ValueError(
       f"perturbed takes a NetworkDenoiser of a UNet, or of a Flax module with a field `perturbation`; got {what}. "
-      "Perturb the bare denoiser, and guide afterwards"
+      "Perturb the bare denoiser and apply guidance afterwards"
     )
   perturbation.check(denoiser.params)
   return dataclasses.replace(denoiser, apply=dataclasses.replace(apply, module=module.clone(perturbation=perturbation)))
 
 
 def split_variance(output: Array, x: Array) -> tuple[Array, Array | None]:
-  """Part what a network gave for ``x`` into its prediction and its learned variance, if it has one.
+  """Split a network's output for ``x`` into its prediction and its learned variance (None without one).
 
   Raises:
     ValueError: if the output has neither the shape of ``x`` nor twice its channels.
@@ -172,7 +170,7 @@ def split_variance(output: Array, x: Array) -> tuple[Array, Array | None]:
 
 
 def _apply(model: NetworkDenoiser | ClassifierLogProb, x, sigma, *cond):
-  """Call the network on a batch of one; ``vmap`` outside folds its axis into that batch."""
+  """Call the network on a batch of one example; an outer ``vmap`` makes it a batch of many."""
   _, _, c_in, c_noise = coefficients(model.scaling, sigma)
   c_in, wide = together(c_in, x)
   args = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], ((c_in * wide).astype(x.dtype), c_noise, *cond))

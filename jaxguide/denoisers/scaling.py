@@ -1,10 +1,10 @@
-r"""What a network predicts, as four functions of ``sigma``, and the weights of losses.
+r"""Scalings: a network's parameterization as four functions of ``sigma``; and the weights of losses.
 
-A network ``F`` trained in any convention becomes a denoiser by (Karras et al. 2022, arXiv:2206.00364, eq. 7)
+A network ``F`` trained in any convention becomes a denoiser with (Karras et al. 2022, arXiv:2206.00364, eq. 7)
 
     x0 = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x, c_noise(sigma))        x = x0 + sigma eps
 
-With ``alpha = 1 / sqrt(1 + sigma²)``, so that ``x_vp = alpha x`` is what a variance-preserving network sees, and ``s``
+Here ``alpha = 1 / sqrt(1 + sigma²)``, so ``x_vp = alpha x`` is the input of a variance-preserving network, and ``s`` is
 the standard deviation of the data:
 
     ======  ======================  ================  ========================  ================  =============
@@ -18,7 +18,7 @@ the standard deviation of the data:
     ve      -eps                    1                 sigma                     1                 log(sigma / 2)
     ======  ======================  ================  ========================  ================  =============
 
-The network's regression target is ``(x0 - c_skip x) / c_out``; `jaxguide.losses` follows from it.
+The network's regression target is ``(x0 - c_skip x) / c_out``; `jaxguide.losses` uses it.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ from jaxguide.schedules.tables import check_table
 
 
 class Coefficients(NamedTuple):
-  """The four numbers at one noise level (or at each of an array of them)."""
+  """The four coefficients at one noise level, or at each of an array of levels."""
 
   c_skip: Leaf
   c_out: Leaf
@@ -44,14 +44,14 @@ class Coefficients(NamedTuple):
 
 
 Scaling = Callable[[ArrayLike], Coefficients]
-"""``sigma -> Coefficients``; ``sigma`` of any shape, above 0. A pytree, as everything that a denoiser holds."""
+"""``sigma -> Coefficients``, for ``sigma`` of any shape, above 0. It must be a pytree, since a denoiser contains it."""
 
 
 def coefficients(scaling: Any, sigma: ArrayLike) -> Coefficients:
-  """Give the four coefficients at ``sigma``.
+  """Return the four coefficients at ``sigma``.
 
   Raises:
-    TypeError: if ``scaling`` is no function that gives them, but a name, a schedule or a function that makes a scaling.
+    TypeError: if ``scaling`` is not a scaling, for example a name, a schedule or a function that makes a scaling.
 
   >>> coefficients("v", 1.0)
   Traceback (most recent call last):
@@ -72,9 +72,10 @@ def eps(schedule: NoiseSchedule, time_scale: ArrayLike | None = None) -> Scaling
   """The network predicts the noise (Ho et al. 2020, arXiv:2006.11239, eq. 11).
 
   Args:
-    schedule: tells the network its time.
-    time_scale: the network is told ``time_scale`` times the schedule's time. If left out, the step itself for a
-      `Table`, and ``1000 t`` for a continuous schedule, since sinusoidal embeddings are laid out for a thousand steps.
+    schedule: the noise schedule that defines the network's time.
+    time_scale: the network's time input ``c_noise`` is ``time_scale`` times the schedule's time. The default is 1 for
+      a `Table`, so the input is the step. For a continuous schedule it is 1000, since sinusoidal embeddings are
+      designed for a thousand steps.
 
   >>> from jaxguide import schedules
   >>> float(eps(schedules.Cosine())(2.0).c_out)
@@ -92,7 +93,7 @@ def x0(schedule: NoiseSchedule, time_scale: ArrayLike | None = None) -> Scaling:
   """The network predicts the clean example.
 
   Args:
-    schedule: tells the network its time.
+    schedule: the noise schedule that defines the network's time.
     time_scale: as in `eps`.
   """
   return Partial(_x0, schedule, _time_scale(schedule, time_scale))
@@ -104,10 +105,10 @@ def _x0(schedule, time_scale, sigma):
 
 
 def v(schedule: NoiseSchedule, time_scale: ArrayLike | None = None) -> Scaling:
-  """The network predicts the velocity (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
+  """The network predicts the velocity v (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
 
   Args:
-    schedule: tells the network its time.
+    schedule: the noise schedule that defines the network's time.
     time_scale: as in `eps`.
   """
   return Partial(_v, schedule, _time_scale(schedule, time_scale))
@@ -143,18 +144,18 @@ def _edm(sigma_data, sigma):
 def flow(time_scale: ArrayLike | None = None) -> Scaling:
   """The network predicts the velocity ``eps - x0`` of a straight path (Lipman et al. 2023, arXiv:2210.02747).
 
-  The path is ``x_t = (1 - t) x0 + t eps``, so that ``t = sigma / (1 + sigma)`` and ``x_t = x / (1 + sigma)``.
+  The path is ``x_t = (1 - t) x0 + t eps``, so ``t = sigma / (1 + sigma)`` and ``x_t = x / (1 + sigma)``.
 
   Args:
-    time_scale: ``c_noise`` is ``time_scale * t``: 1000 for networks whose time runs to a thousand, as those of Stable
-      Diffusion 3 and of `jaxguide.training`, 1 for those that are told ``t`` in [0, 1]. There is no default, since the
-      wrong one gives wrong samples without a word.
+    time_scale: the network's time input ``c_noise`` is ``time_scale * t``. It is 1000 for networks with times up to a
+      thousand, such as those of Stable Diffusion 3 and of `jaxguide.training`, and 1 for networks with ``t`` in [0, 1].
+      There is no default, because a wrong value gives wrong samples without an error.
 
   Raises:
-    TypeError: without a ``time_scale``.
+    TypeError: if ``time_scale`` is None.
   """
   if time_scale is None:
-    raise TypeError("flow needs a time_scale: 1.0 for a network that is told t in [0, 1], 1000.0 for one told 1000 t")
+    raise TypeError("flow needs a time_scale: 1.0 for a network with times in [0, 1], 1000.0 for one with 1000 t")
   return Partial(_flow, checks.finite("time_scale", time_scale))
 
 
@@ -165,9 +166,9 @@ def _flow(time_scale, sigma):
 
 
 def ve() -> Scaling:
-  """The network sees ``x`` itself and predicts ``-eps``: VE in table 1 of Karras et al. (2022, arXiv:2206.00364).
+  """The network's input is ``x``, and it predicts ``-eps``: VE in table 1 of Karras et al. (2022, arXiv:2206.00364).
 
-  It is Song et al.'s score network (2021, arXiv:2011.13456), whose output is divided by sigma.
+  This is the score network of Song et al. (2021, arXiv:2011.13456), whose output is divided by sigma.
 
   >>> [round(float(c), 3) for c in ve()(4.0)]
   [1.0, 4.0, 1.0, 0.693]
@@ -181,9 +182,10 @@ def _ve(sigma):
 
 
 def iddpm(table: Table) -> Scaling:
-  """`eps`, told the whole step of a table that is nearest: iDDPM in table 1 of Karras et al. (2022, arXiv:2206.00364).
+  """`eps` whose time input is the nearest step of a table, a whole number.
 
-  At the table's own levels it is ``eps(table)``, which between them tells a fraction of a step.
+  It is iDDPM in table 1 of Karras et al. (2022, arXiv:2206.00364). At the levels of the table it equals ``eps(table)``;
+  between two levels the time input of ``eps(table)`` is a fraction.
 
   >>> from jaxguide import schedules
   >>> float(iddpm(schedules.table("linear", 1000))(0.3).c_noise)
@@ -201,11 +203,11 @@ def _alpha(sigma):
   return jnp.sqrt(sigma_to_alpha_bar(sigma))
 
 
-def _time_scale(schedule, given):
+def _time_scale(schedule, time_scale):
   checks.schedule(schedule, "time")
-  if given is None:
+  if time_scale is None:
     return 1.0 if isinstance(schedule, Table) else 1000.0
-  return checks.finite("time_scale", given)
+  return checks.finite("time_scale", time_scale)
 
 
 PREDICTIONS: dict[str, Callable[..., Scaling]] = {
@@ -219,16 +221,16 @@ PREDICTIONS: dict[str, Callable[..., Scaling]] = {
 
 
 def scaling(prediction: str, schedule: NoiseSchedule, time_scale: ArrayLike | None = None) -> Scaling:
-  """Make a scaling by the name of what the network predicts; ``edm``, ``flow`` and ``ve`` take nothing of a schedule.
+  """Make a scaling from the name of the network's prediction.
 
   Args:
     prediction: ``eps``, ``x0``, ``v``, ``edm``, ``flow`` or ``ve``.
-    schedule: tells the network its time.
-    time_scale: as in `eps`; `flow` needs it.
+    schedule: the noise schedule that defines the network's time; not used by ``edm``, ``flow`` and ``ve``.
+    time_scale: as in `eps`; required by ``flow``.
 
   Raises:
-    ValueError: for an unknown name, with the nearest.
-    TypeError: for ``flow`` without a ``time_scale``.
+    ValueError: if the name is unknown; the message names the nearest one.
+    TypeError: if ``time_scale`` is None for ``flow``.
   """
   make = checks.lookup("prediction", prediction, PREDICTIONS)
   if make is flow:
@@ -250,12 +252,12 @@ def x0_weight(sigma: ArrayLike) -> Leaf:
 
 
 def min_snr_weight(sigma: ArrayLike, gamma: ArrayLike = 5.0) -> Leaf:
-  """``min(1 / sigma², gamma)`` (Hang et al. 2023, arXiv:2303.09556, eq. 8): eps loss, bounded at small noise."""
+  """``min(1 / sigma², gamma)`` (Hang et al. 2023, arXiv:2303.09556, eq. 8): the eps loss, bounded at low noise."""
   return jnp.minimum(1 / jnp.square(sigma), gamma)
 
 
 def edm_weight(sigma: ArrayLike, sigma_data: ArrayLike = 0.5) -> Leaf:
-  """``(sigma² + s²) / (sigma s)²`` (Karras et al. 2022, arXiv:2206.00364, table 1): 1 on what `edm` predicts.
+  """``(sigma² + s²) / (sigma s)²`` (Karras et al. 2022, arXiv:2206.00364, table 1): weight 1 on the output of `edm`.
 
   Args:
     sigma: noise levels.

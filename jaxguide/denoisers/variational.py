@@ -4,8 +4,8 @@ Ho et al. (2020, arXiv:2006.11239, eq. 5) bound the negative log-likelihood by
 
 .. math:: L = L_T + \sum_{t > 0} KL(q(x_{t-1} | x_t, x_0) \| p(x_{t-1} | x_t)) - \log p(x_0 | x_1)
 
-Every term here is in bits per dimension. A divergence does not change with the units of ``x``, so that the terms are
-the papers' although ``x = x0 + sigma eps``.
+Every term here is in bits per dimension. A divergence does not depend on the units of ``x``, so the terms equal those
+of the papers, although ``x = x0 + sigma eps`` here.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LOSSES = ("mse", "rescaled_mse", "kl", "rescaled_kl")
 
 
 def normal_kl(mean: Leaf, log_variance: Leaf, other_mean: Leaf, other_log_variance: Leaf) -> Leaf:
-  """Divergence of one normal distribution from another, element by element, in nats.
+  """KL divergence between two normal distributions, element by element, in nats.
 
   >>> float(normal_kl(1.0, 0.0, 0.0, 0.0))
   0.5
@@ -54,10 +54,10 @@ def normal_kl(mean: Leaf, log_variance: Leaf, other_mean: Leaf, other_log_varian
 
 
 def discretized_gaussian_log_likelihood(x0: Leaf, mean: Leaf, log_std: Leaf) -> Leaf:
-  """Log-probability in nats that a normal variable, rounded to one of 256 levels in [-1, 1], is ``x0``.
+  """Log-probability in nats that a normal variable, rounded to one of 256 levels in [-1, 1], equals ``x0``.
 
-  Ho et al. (2020, arXiv:2006.11239, eq. 13): the outermost levels reach to infinity. The normal distribution function
-  is Page's approximation by a tanh (1977), as in the published code, to 2e-4.
+  Ho et al. (2020, arXiv:2006.11239, eq. 13). The intervals of the lowest and the highest level extend to infinity. The
+  normal distribution function is Page's approximation by a tanh (1977), as in the published code; its error is 2e-4.
 
   >>> round(float(jnp.exp(discretized_gaussian_log_likelihood(1.0, 1.0, -5.0))), 2)
   0.72
@@ -75,7 +75,7 @@ def discretized_gaussian_log_likelihood(x0: Leaf, mean: Leaf, log_std: Leaf) -> 
 
 
 def prior_bits(x0: Example, sigma: Scalar) -> Scalar:
-  """``L_T`` of one example: how far ``q(x_T | x0)`` is from the standard normal, in bits per dimension."""
+  """``L_T`` of one example: the divergence of ``q(x_T | x0)`` from the standard normal, in bits per dimension."""
   alpha_bar = 1 / (1 + jnp.square(sigma))
   return normal_kl(jnp.sqrt(alpha_bar) * x0, jnp.log1p(-alpha_bar), 0.0, 0.0).mean() / math.log(2)
 
@@ -89,26 +89,26 @@ def vb_bits(
   sigma_last: Scalar,
   variance: str = "small",
 ) -> Scalar:
-  """One term of the bound, for one example: of the step from ``sigma`` to ``sigma_next``.
+  """The term of the bound for one example and the step from ``sigma`` to ``sigma_next``.
 
   Args:
-    x0: the clean example, on 256 levels in [-1, 1] for the last step's term to mean what it says.
+    x0: the clean example. It must be on 256 levels in [-1, 1], or the term of the last step has no meaning.
     x: the noisy example.
-    prediction: what the denoiser said of ``x``.
+    prediction: the denoiser's output for ``x``.
     sigma: the level of ``x``.
-    sigma_next: the level below; at 0 the term is the negative log-likelihood of ``x0``, elsewhere a divergence.
+    sigma_next: the level below. At 0 the term is the negative log-likelihood of ``x0``, otherwise a divergence.
     sigma_last: the level above; ``inf`` if there is none.
-    variance: of the step, as in `jaxguide.posterior.reverse_variance`.
+    variance: the kind of the step's variance, as in `jaxguide.posterior.reverse_variance`.
 
   Returns:
     Bits per dimension, a scalar.
   """
   learned = prediction.variance if isinstance(prediction, Prediction) else None
   mean = posterior_mean(x, x0_of(prediction), sigma, sigma_next)
-  ours = reverse_variance(variance, sigma, sigma_next, sigma_last, learned)
-  true = reverse_variance("small", sigma, sigma_next, sigma_last)
-  kl = normal_kl(posterior_mean(x, x0, sigma, sigma_next), true.log, mean, ours.log)
-  nll = -discretized_gaussian_log_likelihood(x0, mean, 0.5 * ours.log)
+  model_variance = reverse_variance(variance, sigma, sigma_next, sigma_last, learned)
+  true_variance = reverse_variance("small", sigma, sigma_next, sigma_last)
+  kl = normal_kl(posterior_mean(x, x0, sigma, sigma_next), true_variance.log, mean, model_variance.log)
+  nll = -discretized_gaussian_log_likelihood(x0, mean, 0.5 * model_variance.log)
   return jnp.where(sigma_next > 0, kl, nll).mean() / math.log(2)
 
 
@@ -116,9 +116,9 @@ class BitsPerDim(NamedTuple):
   """The bound of one example and its parts, in bits per dimension.
 
   Args:
-    total: ``prior`` and the sum of ``vb``.
-    prior: of the start.
-    vb: (steps,) of each step, from the noisiest down.
+    total: ``prior`` plus the sum of ``vb``.
+    prior: the term ``L_T`` of the start.
+    vb: (steps,) the term of each step, from the highest noise level down.
     x0_mse: (steps,) mean squared error of ``x0``.
     eps_mse: (steps,) mean squared error of ``eps``.
   """
@@ -136,16 +136,16 @@ def bits_per_dim(
   """The variational bound on one example's negative log-likelihood; ``vmap`` it for more.
 
   Args:
-    denoise: ``(x, sigma, cond) -> x0`` or a `Prediction`; with `jaxguide.clip_x0`, as the published figures are.
-    key: for the noise, drawn anew at each level.
+    denoise: ``(x, sigma, cond) -> x0`` or a `Prediction`. The published figures use `jaxguide.clip_x0`.
+    key: a random key for the noise, which is drawn separately for each level.
     x0: a clean example on 256 levels in [-1, 1].
-    sigmas: (steps + 1,) levels that decrease and end in 0, such as `jaxguide.respaced` gives.
+    sigmas: (steps + 1,) levels that decrease and end in 0, for example from `jaxguide.respaced`.
     cond: the example's condition.
     variance: ``small``, ``large`` or ``learned_range``.
 
   Raises:
-    TypeError: if ``key`` is no key.
-    ValueError: for a grid that does not decrease or end in 0.
+    TypeError: if ``key`` is not a random key.
+    ValueError: if the grid does not decrease or does not end in 0.
 
   >>> from jaxguide import mixtures, schedules
   >>> denoise = mixtures.ring(4).denoiser
@@ -173,7 +173,7 @@ def bits_per_dim(
 
 
 class Terms(NamedTuple):
-  """A loss, example by example, and what it is the sum of; 0 where the loss has no such term."""
+  """A loss for each example, and the two terms whose sum it is; a term that the loss does not have is 0."""
 
   loss: Leaf
   mse: Leaf
@@ -195,13 +195,14 @@ def variational_terms(
 ) -> Terms:
   """The training losses of the discrete process at given steps with given noise.
 
-  Nichol & Dhariwal (2021, arXiv:2102.09672, section 3) as OpenAI's guided-diffusion has them. Of ``mse``, the squared
-  error of what the network predicts, and ``vb``, the term of the bound:
+  The losses of Nichol & Dhariwal (2021, arXiv:2102.09672, section 3), as in OpenAI's guided-diffusion. Let ``mse`` be
+  the squared error of the network's prediction, ``vb`` the term of the bound and ``T`` the number of steps:
 
-  - ``mse``: ``mse``; with a learned variance ``mse + vb``, where ``vb`` trains the variance alone;
-  - ``rescaled_mse``: the same with ``vb`` times ``T / 1000``, the paper's *hybrid* loss with its ``λ = 0.001``, since
-    the bound is estimated by ``T`` times one of its terms;
-  - ``kl``: ``vb``, which then trains both; ``rescaled_kl``: ``T`` times that, an estimate of the whole bound.
+  - ``mse``: the loss is ``mse``. With a learned variance it is ``mse + vb``, where ``vb`` trains the variance only.
+  - ``rescaled_mse``: the same with ``vb`` times ``T / 1000``. This is the paper's *hybrid* loss with ``λ = 0.001``,
+    because ``T`` times one term estimates the bound.
+  - ``kl``: the loss is ``vb``, which trains the mean and the variance.
+  - ``rescaled_kl``: the loss is ``vb`` times ``T``, an estimate of the bound.
 
   Args:
     params: the network's parameters.
@@ -209,18 +210,19 @@ def variational_terms(
     x0: (n, *shape) clean examples on 256 levels in [-1, 1].
     step: (n,) whole numbers in [0, T-1].
     noise: (n, *shape) standard normal.
-    cond: each leaf (n, ...), or None.
-    scaling: what the network predicts, and how it is told the time.
-    process: the steps; those of the network's own table, or some of them (`jaxguide.schedules.Table.respaced`).
+    cond: a pytree whose leaves have shape (n, ...), or None.
+    scaling: the network's parameterization, which also gives its time input.
+    process: the steps: the network's own table, or some of its steps (`jaxguide.schedules.Table.respaced`).
     loss: ``mse``, ``rescaled_mse``, ``kl`` or ``rescaled_kl``.
     variance: ``small``, ``large`` or ``learned_range``.
 
   Returns:
-    `Terms` of shape (n,): ``mse`` in the units of what is predicted, ``vb`` (as scaled) in bits per dimension.
+    `Terms` of shape (n,). ``mse`` is in the units of the network's prediction, ``vb`` in bits per dimension times the
+    factor of the loss.
 
   Raises:
-    TypeError: if ``x0`` holds whole numbers, or ``process`` is no `Table`.
-    ValueError: for an unknown loss or variance, or an output whose channels do not suit the variance.
+    TypeError: if ``x0`` is not floats, or if ``process`` is not a `Table`.
+    ValueError: if the loss or the variance is unknown, or if the output's channels do not fit the variance.
   """
   checks.lookup("loss", loss, dict.fromkeys(LOSSES))
   x0, process = clean(x0), check_table(process)
@@ -232,8 +234,8 @@ def variational_terms(
   output, learned = split_variance(apply(params, wide(c_in, x) * x, c_noise, cond).astype(x.dtype), x)
   if (learned is not None) != (variance == "learned_range"):
     raise ValueError(
-      f"variance {variance!r} does not suit a network that {'learns none' if learned is None else 'learns its own'}: "
-      "give learned_range, and twice the channels of x as out_channels, or neither"
+      f"variance {variance!r} does not suit a network {'without' if learned is None else 'with'} a learned variance: "
+      "use variance='learned_range' if, and only if, the output has twice the channels of x"
     )
   predicted = wide(c_skip, x) * x + wide(c_out, x) * output
   squared = loss in ("mse", "rescaled_mse")
@@ -241,11 +243,11 @@ def variational_terms(
   if squared:
     target = (x0 - wide(c_skip, x) * x) / wide(c_out, x)
     mse = jnp.square(output - target).reshape(x0.shape[0], -1).mean(1)
-    # The bound shall teach the variance and leave the mean to the squared error.
+    # The bound trains the variance only; the squared error trains the mean.
     predicted = jax.lax.stop_gradient(predicted)
   if not squared or learned is not None:
-    said = predicted if learned is None else Prediction(predicted, learned)
-    vb = jax.vmap(functools.partial(vb_bits, variance=variance))(x0, x, said, sigma, sigma_next, sigma_last)
+    prediction = predicted if learned is None else Prediction(predicted, learned)
+    vb = jax.vmap(functools.partial(vb_bits, variance=variance))(x0, x, prediction, sigma, sigma_next, sigma_last)
     vb *= {"mse": 1, "kl": 1, "rescaled_mse": process.num_steps / 1000, "rescaled_kl": process.num_steps}[loss]
   return Terms(mse + vb, mse, vb)
 
@@ -264,23 +266,23 @@ def variational_loss(
   null_cond: PyTree = None,
   p_uncond: ArrayLike = 0.0,
 ) -> tuple[Scalar, Terms]:
-  """The mean of `variational_terms` at random steps: what trains a network with a learned variance.
+  """The mean of `variational_terms` at random steps: the training loss of a network with a learned variance.
 
   Args:
     params: the network's parameters; the loss is differentiable in them.
     apply: as in `variational_terms`.
-    key: a random key, for the dropped conditions, the steps (stratified over the batch) and the noise.
+    key: a random key for the dropped conditions, the steps (stratified over the batch) and the noise.
     x0: (n, *shape) clean examples on 256 levels in [-1, 1].
-    cond: each leaf (n, ...), or None.
-    scaling: what the network predicts, and how it is told the time.
-    process: the steps.
+    cond: a pytree whose leaves have shape (n, ...), or None.
+    scaling: the network's parameterization, which also gives its time input.
+    process: the steps, as in `variational_terms`.
     loss: ``mse``, ``rescaled_mse``, ``kl`` or ``rescaled_kl``.
     variance: ``small``, ``large`` or ``learned_range``.
-    null_cond: what a dropped condition becomes; needed where ``p_uncond`` is above 0.
+    null_cond: the condition that replaces a dropped one; needed if ``p_uncond`` is above 0.
     p_uncond: probability of dropping the condition, in [0, 1].
 
   Returns:
-    A scalar, and the means of the terms.
+    The loss, a scalar, and the means of the `Terms`.
 
   >>> from jaxguide import scaling, schedules
   >>> table = schedules.table("cosine", 1000)
@@ -288,7 +290,7 @@ def variational_loss(
   >>> loss, terms = variational_loss(
   ...   jnp.asarray(0.0), apply, jax.random.key(0), jnp.zeros((64, 8, 8, 1)), scaling=scaling.eps(table), process=table
   ... )
-  >>> bool(abs(terms.mse - 1) < 0.1)  # saying "no noise" is wrong by the noise's variance
+  >>> bool(abs(terms.mse - 1) < 0.1)  # the network predicts 0, so mse is the variance of the noise
   True
   """
   x0 = clean(x0)
