@@ -15,7 +15,6 @@ from sklearn.datasets import load_digits
 
 from jaxguide import data
 from jaxguide._core import files
-from jaxguide.data.sources import catalogue as datasets
 
 
 class ColourSquares(tfds.core.GeneratorBasedBuilder):
@@ -440,7 +439,7 @@ def test_png_refuses_other_channels(tmp_path):
 
 def test_public_names():
   assert all(hasattr(data, name) for name in data.__all__)
-  assert datasets.load is data.load
+  assert data.sources.load is data.load
 
 
 def test_junk_is_no_npz_and_gets_no_advice_to_unpickle(tmp_path):

@@ -164,3 +164,13 @@ def test_a_new_setting_is_an_option():
   described = {**options.described_fields(generate.Settings), **options.described_fields(More)}
   assert described["brightness"] == "How bright the samples are."
   assert {*options.described_fields(generate.Settings)} == {f.name for f in dataclasses.fields(generate.Settings)}
+
+
+def test_a_new_source_of_data_is_an_entry(monkeypatch):
+  def blank(name, split, data_dir):
+    assert (split, data_dir) == ("test", None)
+    return data.Images(np.zeros((2, 4, 4, 1), np.uint8), [0, 1], 2, name)
+
+  monkeypatch.setitem(data.sources.SOURCES, "blank", blank)
+  assert data.load("blank:some", "test").name == "some"
+  assert len(data.load("tfds:digits", "test")) == len(data.load("digits", "test"))

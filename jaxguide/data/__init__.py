@@ -10,7 +10,7 @@ from jaxguide.data.files import load_npz, save_npz, settings_of
 from jaxguide.data.images import Images
 from jaxguide.data.pictures import image_grid, save_png
 from jaxguide.data.pixels import from_uint8, saturation, to_uint8
-from jaxguide.data.sources.catalogue import load
+from jaxguide.data.sources import load
 
 __all__ = [
   "Images",

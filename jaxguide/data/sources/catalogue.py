@@ -20,25 +20,7 @@ DIGITS = "digits"
 
 
 def load(name: str, split: str = "train", data_dir: str | os.PathLike[str] | None = None) -> Images:
-  """Read one split of a dataset into memory. The dataset is prepared on first use.
-
-  Args:
-    name: ``"digits"``, or a dataset of the TFDS catalogue with the features ``image`` and ``label``, such as
-      ``"mnist"`` or ``"cifar10"``.
-    split: a split of the dataset, such as ``"train"`` or ``"test"``.
-    data_dir: the folder of prepared datasets. Default: TFDS's own, ``TFDS_DATA_DIR`` or ``~/tensorflow_datasets``.
-
-  Raises:
-    ValueError: if there is no such dataset or split, or it does not contain labelled images of one size.
-    OSError: if the dataset cannot be downloaded, written or read.
-    ImportError: if the preparation needs a library that is not installed.
-
-  >>> import tempfile
-  >>> with tempfile.TemporaryDirectory() as folder:
-  ...   digits = load("digits", "test", folder)
-  >>> len(digits), digits.image_shape, digits.num_classes
-  (360, (8, 8, 1), 10)
-  """
+  """Read one split of ``digits`` or of a dataset of the TFDS catalogue; see `jaxguide.data.load`."""
   builder = _open(name, data_dir)
   num_classes = _num_classes(name, builder.info.features)
   if not builder.data_path.exists():
