@@ -9,6 +9,8 @@ import numpy as np
 from jaxguide._core.files import PathLike, check_readable, replacing
 from jaxguide.data.images import check_images
 
+WRITERS = "jaxguide sample and jaxguide.data.save_npz write such files"
+
 
 def save_npz(path: PathLike, images: np.ndarray, labels: np.ndarray | None = None, settings: str | None = None) -> None:
   """Write samples in the format of OpenAI's guided-diffusion evaluator, atomically.
@@ -101,14 +103,14 @@ def load_npz(path: PathLike, labelled: bool = True) -> tuple[np.ndarray, np.ndar
       images = arrays["arr_0"]
       labels = arrays["arr_1"] if labelled or "arr_1" in arrays else None
   except FileNotFoundError:
-    raise FileNotFoundError(f"there is no file {path}: jaxguide sample and jaxguide.data.save_npz write such files") from None
+    raise FileNotFoundError(f"there is no file {path}: {WRITERS}") from None
   except OSError as error:
     raise OSError(f"cannot read {path}: {error.strerror or error}") from error
   except Exception as error:  # A damaged archive can raise any kind of exception.
     # NumPy treats any file without arrays as a pickle, and its message recommends an option that would run its code.
     reason = "it holds no arrays" if "pickle" in str(error) else error
     raise ValueError(
-      f"{path} is not an .npz file with images in arr_0 and labels in arr_1 ({reason}): jaxguide sample and jaxguide.data.save_npz write such files"
+      f"{path} is not an .npz file with images in arr_0 and labels in arr_1 ({reason}): {WRITERS}"
     ) from error
   try:
     check_images(images, labels)

@@ -85,7 +85,7 @@ def _num_classes(name: str, features: Any) -> int:
 
 
 def _prepare(name: str, builder: Any) -> None:
-  """Prepare a dataset. TFDS writes to a temporary folder and renames it at the end, so a dataset is never incomplete."""
+  """Prepare a dataset. TFDS writes to a temporary folder and renames it at the end, so it is never incomplete."""
   discarded = io.StringIO()
   # TFDS prints a download message and progress bars for every dataset. For the digits, which need no download, both are
   # discarded; for the others only the message.
