@@ -58,7 +58,7 @@ KEEP = Partial(lambda x, sigma, cond: x)
     ({"devices": jax.devices()[0]}, TypeError, "devices must be a list of devices"),
     ({"devices": "cpu"}, TypeError, "devices must be a list of devices"),
     ({"shape": (10**12,)}, ValueError, "one example may have 2,147,483,647"),
-    ({"shape": (1,)}, ValueError, r"the denoiser gave shape \(2,\) for an example of shape \(1,\)"),
+    ({"shape": (1,)}, ValueError, r"the denoiser returned shape \(2,\) for an example of shape \(1,\)"),
   ],
 )
 def test_samples(options, error, message):

@@ -112,15 +112,16 @@ def reverse_variance(
 
 
 def ancestral(eta: Leaf, sigma: Scalar, sigma_next: Scalar) -> tuple[Scalar, Scalar]:
-  r"""Split a step in two: down to a level below ``sigma_next``, and up to it again with new noise.
+  r"""Split a step in two: down to a level below ``sigma_next``, and up to ``sigma_next`` with new noise.
 
-  The noise is ``eta`` times that of DDPM's step, :math:`\sigma_{up} = \eta \sigma' \sqrt{1 - \sigma'^2 / \sigma^2}`.
+  The noise is ``eta`` times the noise of DDPM's step,
+  :math:`\sigma_{up} = \eta \sigma' \sqrt{1 - \sigma'^2 / \sigma^2}`.
 
   Returns:
-    The level below, and the standard deviation of the noise; their squares add up to that of ``sigma_next``.
+    The level below, and the standard deviation of the noise. The sum of their squares is ``sigma_next²``.
   """
   eta = jnp.asarray(eta, sigma.dtype)
-  # sqrt(sigma'^2 - up^2), without its cancellation, and with a finite gradient at sigma' = 0
+  # sqrt(sigma'^2 - up^2), in a form that loses no digits and has a finite gradient at sigma' = 0.
   square = (1 - eta) * (1 + eta) + (eta * sigma_next / sigma) ** 2
   down = sigma_next * jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
   return down, eta * posterior_std(sigma, sigma_next)

@@ -1,21 +1,25 @@
 r"""Solvers: one step from ``sigma`` to ``sigma_next``.
 
-In ``x = x0 + sigma eps`` the probability flow is ``dx / dsigma = (x - D(x, sigma)) / sigma`` (Karras et al. 2022,
-arXiv:2206.00364, eq. 1 with s = 1), and its stochastic relatives add noise while they remove as much more. A solver is
-``init(x) -> state`` and ``step(denoise, state, sigma, sigma_next, key) -> state``; it calls ``denoise(x, sigma) -> x0``
-as often as it needs to. The last step, to ``sigma_next = 0``, lands on ``x0`` in every one of them (unless
-`EDMStochastic` is told to step straight in another time or scale).
+A solver has two methods, ``init(x) -> state`` and ``step(denoise, state, sigma, sigma_next, key) -> state``. A step
+calls ``denoise(x, sigma) -> x0`` one or more times.
 
-Each class declares its ``order``, how often a step evaluates (``evaluations``), and whether it has noise to add
-(``stochastic``; with ``eta`` or ``gamma`` at 0 it adds none).
+In ``x = x0 + sigma eps`` the probability flow ODE is ``dx / dsigma = (x - D(x, sigma)) / sigma`` (Karras et al. 2022,
+arXiv:2206.00364, eq. 1 with s = 1). Stochastic solvers add noise in a step, and remove the same amount in addition. The
+last step, to ``sigma_next = 0``, ends on ``x0`` for every solver, except `EDMStochastic` with a ``schedule`` or
+``variance_preserving``.
 
-**The same key, the same noise.** The stochastic ones solve ``dx = (1 + η) (D - x) dλ + sqrt(2 η) σ dW`` in
-``λ = -log σ``, and what a step to ``σ'`` adds is ``σ' sqrt(2 η) ∫ exp(-η (λ' - t)) dW``: a standard normal ``z`` times
-its standard deviation. All of them draw ``z`` from the step's key alike, and `jaxguide.sample` makes the steps' keys of
-the sample's: on the same grid, one key is one Brownian motion for every solver, so that samples differ by what the
-solvers do and not by chance. At ``η = 1`` they come together in proportion to the length of the steps. (With ``eta``
-between 0 and 1 `DDIM`, `EulerAncestral` and `DPMpp2SAncestral` take the SDE whose ``η`` is its square. `EDMStochastic`
-puts the same draws to another use: it adds noise before the step, as much as ``gamma`` says.)
+Each class has the attributes ``order``, ``evaluations`` (calls of the denoiser in a step), and ``stochastic`` (whether
+it can add noise; with ``eta`` or ``gamma`` at 0 it adds none).
+
+**The same key, the same noise.** The stochastic solvers solve ``dx = (1 + η) (D - x) dλ + sqrt(2 η) σ dW`` in
+``λ = -log σ``. The noise of a step to ``σ'`` is ``σ' sqrt(2 η) ∫ exp(-η (λ' - t)) dW``, which is a standard normal
+``z`` times its standard deviation. All solvers draw ``z`` from the step's key in the same way, and `jaxguide.sample`
+derives the steps' keys from the sample's key. So on the same grid, a key gives the same Brownian motion for every
+solver, and samples of one key differ only by the solvers. At ``η = 1`` their difference goes to 0 in proportion to the
+length of the steps.
+
+Two exceptions: with ``eta`` between 0 and 1, `DDIM`, `EulerAncestral` and `DPMpp2SAncestral` solve the SDE with
+``η = eta²``. `EDMStochastic` uses the same draws, but adds the noise before the step; ``gamma`` sets its amount.
 """
 
 from typing import Any
@@ -52,7 +56,8 @@ def solver(name: str, **options: Any) -> Solver:
   """Make a solver by name.
 
   Raises:
-    ValueError: for an unknown name (with the nearest), or an option that the solver does not have.
+    ValueError: for an unknown name (the message has the nearest one), an option that the solver does not have, or a
+      value out of range.
 
   >>> solver("ddim", eta=1.0)
   DDIM(eta=1.0)

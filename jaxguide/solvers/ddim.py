@@ -1,4 +1,4 @@
-"""DDIM, and Euler's method, which is its deterministic end; and the same under the name of its random one."""
+"""DDIM, Euler's method (DDIM with ``eta = 0``), and Euler ancestral (DDIM with a default ``eta`` of 1)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DDIM(Memoryless):
     \sigma_{up} = \eta \frac{\sigma'}{\sigma} \sqrt{\sigma^2 - \sigma'^2}
 
   Args:
-    eta: 0 deterministic, 1 as random as `DDPM`; in [0, 1].
+    eta: amount of noise in [0, 1]: 0 is deterministic, 1 has the noise of `DDPM`.
 
   >>> DDIM(eta=0.5).eta
   0.5
@@ -45,14 +45,14 @@ class DDIM(Memoryless):
 
 @struct.dataclass
 class EulerAncestral(Memoryless):
-  """Euler's method to a level below, and noise up to the next one: k-diffusion's ``sample_euler_ancestral``.
+  """Euler's method to a level below ``sigma_next``, then new noise: k-diffusion's ``sample_euler_ancestral``.
 
-  In ``x = x0 + sigma eps`` it is `DDIM` (Song et al. 2021, arXiv:2010.02502, eq. 12 and 16), with another default and a
-  factor on the noise; ``eta = 1`` is `DDPM` with its small variance.
+  In ``x = x0 + sigma eps`` it is `DDIM` (Song et al. 2021, arXiv:2010.02502, eq. 12 and 16) with another default and a
+  factor on the noise. ``eta = 1`` is `DDPM` with the small variance.
 
   Args:
-    eta: 0 Euler's method, 1 as random as `DDPM`; in [0, 1].
-    s_noise: factor on the noise that is added, at least 0.
+    eta: amount of noise in [0, 1]: 0 is Euler's method, 1 has the noise of `DDPM`.
+    s_noise: factor on the added noise, at least 0.
 
   >>> EulerAncestral().eta
   1.0
@@ -78,10 +78,10 @@ class EulerAncestral(Memoryless):
 
 @struct.dataclass
 class Euler(Memoryless):
-  """Euler's method on the probability flow: `DDIM` with ``eta = 0``, and no noise drawn.
+  """Euler's method on the probability flow: `DDIM` with ``eta = 0``. It draws no noise.
 
-  It is also DPM-Solver++ of first order, "1S" (Lu et al. 2022, arXiv:2211.01095, section 4.1): with
-  ``h = log(sigma / sigma')`` their ``(sigma' / sigma) x + (1 - e^{-h}) D`` is ``D + (sigma' / sigma) (x - D)``.
+  It is also first-order DPM-Solver++, "1S" (Lu et al. 2022, arXiv:2211.01095, section 4.1): with
+  ``h = log(sigma / sigma')`` their ``(sigma' / sigma) x + (1 - e^{-h}) D`` equals ``D + (sigma' / sigma) (x - D)``.
   """
 
   order: ClassVar[int] = 1

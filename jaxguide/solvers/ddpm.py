@@ -1,4 +1,4 @@
-"""Ancestral sampling, with the variances and the classifier guidance of the papers."""
+"""DDPM's ancestral sampling, with the papers' variances and their classifier guidance by a shift of the mean."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ class DDPM:
   .. math::
     x' \sim N(\mu + s \Sigma g,\; \Sigma), \quad \mu = D + \frac{\sigma'^2}{\sigma^2} (x - D)
 
-  With ``variance="small"`` and no classifier it is `DDIM` with ``eta = 1``. Guidance of the denoiser reaches the mean
-  through ``D``. Here a classifier can also shift the mean by ``s Σ g``, as Dhariwal & Nichol do it (2021,
-  arXiv:2105.05233, Algorithm 1); `jaxguide.classifier` is their Algorithm 2, the ε form. The two agree in the limit of
-  small steps. Where ``g``, the gradient of ``log p(y | x)``, is taken differs between the paper and its code:
+  With ``variance="small"`` and no classifier it is `DDIM` with ``eta = 1``. Guidance of the denoiser changes the mean
+  through ``D``. In addition, a classifier can shift the mean by ``s Σ g`` (Dhariwal & Nichol 2021, arXiv:2105.05233,
+  Algorithm 1). `jaxguide.classifier` is their Algorithm 2, the ε form. The two agree in the limit of small steps.
 
-  - ``gradient_at="x"``: at the sample before the step and its level, as in the released code; a classifier that
-    costs no more than one gradient a step in either.
+  ``g`` is the gradient of ``log p(y | x)``. The paper and its code compute it at different points. Both cost one
+  gradient a step:
+
+  - ``gradient_at="x"``: at the sample and the level before the step, as in the released code.
   - ``gradient_at="mean"``: at μ and the level after the step, as in the paper's derivation (eq. 5). In the last step,
-    which leaves no noise, the level before it.
+    whose level after the step is 0, the level before it is used.
 
   Args:
-    variance: Σ: ``small``, ``large`` or ``learned_range``; see `jaxguide.posterior.reverse_variance`. The last needs a
-      denoiser made with ``learned_variance=True``. OpenAI's models without a learned variance use ``large``.
+    variance: Σ: ``small``, ``large`` or ``learned_range``; see `jaxguide.posterior.reverse_variance`. ``learned_range``
+      needs a denoiser made with ``learned_variance=True``. OpenAI's models without a learned variance use ``large``.
     log_prob: a classifier, ``(x, sigma, cond) -> log p(cond | x; sigma)``, or None.
-    scale: s, the power γ in ``p(x) p(y|x)^γ``. 0 is unguided. A number, or a function of ``sigma`` (a pytree, as those
-      of `jaxguide.scales` are).
+    scale: s, the power γ in ``p(x) p(y|x)^γ``; 0 is unguided. A number, or a function of ``sigma`` that is a pytree,
+      such as those of `jaxguide.scales`.
     gradient_at: ``x`` or ``mean``.
 
   Raises:
-    ValueError: for an unknown variance or point (naming the nearest), or a scale that is not finite.
+    ValueError: for an unknown variance or point (the message has the nearest name), or a scale that is not finite.
 
   >>> DDPM(variance="large").variance
   'large'
@@ -61,7 +62,7 @@ class DDPM:
     checks.written(self, "scale", checks.finite)
 
   def init(self, x: Example) -> MultistepState:
-    """Start from ``x``, with no step behind."""
+    """Return the state before the first step."""
     return MultistepState(x, x, jnp.asarray(jnp.inf, x.dtype))
 
   def step(
@@ -77,11 +78,11 @@ class DDPM:
     last = sigma_next <= 0
     if self.log_prob is not None:
       if not isinstance(denoise, Conditioned):
-        raise TypeError("a mean shift needs the condition: run the solver in sample, or hand step a Conditioned")
+        raise TypeError("a mean shift needs the condition: use jaxguide.sample, or pass a Conditioned to step")
       if self.gradient_at == "mean":
         gradient = jax.grad(self.log_prob)(mean, jnp.where(last, sigma, sigma_next), denoise.cond)
       else:
-        # The papers' gradient is with respect to alpha x, and shifts alpha' x'.
+        # The paper's gradient is with respect to alpha x, and it shifts alpha' x'.
         gradient = jax.grad(self.log_prob)(x, sigma, denoise.cond)
         gradient *= jnp.sqrt((1 + sigma**2) / (1 + sigma_next**2))
       mean += scale_at(self.scale, sigma, x) * variance.value * gradient

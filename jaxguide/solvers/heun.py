@@ -15,7 +15,7 @@ from jaxguide.solvers.base import Denoise, Memoryless, State, move
 class Heun(Memoryless):
   """Heun's second-order method (Karras et al. 2022, arXiv:2206.00364, Algorithm 1).
 
-  Two evaluations a step, and one in the last, where the slope at ``sigma = 0`` is not defined.
+  A step has two evaluations. The last step has one, since the slope at ``sigma = 0`` is not defined.
   """
 
   order: ClassVar[int] = 2
@@ -26,11 +26,11 @@ class Heun(Memoryless):
     """Take one step."""
     del key
     x0 = denoise(state.x, sigma)
-    guess = move(state.x, x0, sigma, sigma_next)
+    x_euler = move(state.x, x0, sigma, sigma_next)
 
-    def correct(guess):
+    def correct(x_euler):
       slope = (state.x - x0) / sigma
-      slope_next = (guess - denoise(guess, sigma_next)) / sigma_next
+      slope_next = (x_euler - denoise(x_euler, sigma_next)) / sigma_next
       return state.x + (sigma_next - sigma) * (slope + slope_next) / 2
 
-    return State(jax.lax.cond(sigma_next > 0, correct, lambda guess: guess, guess), x0)
+    return State(jax.lax.cond(sigma_next > 0, correct, lambda x_euler: x_euler, x_euler), x0)
