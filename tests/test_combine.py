@@ -1,4 +1,4 @@
-"""Combine rules: against arrays of published guiders, and against what they have to be."""
+"""Combine rules, compared with arrays of published guiders and with their exact properties."""
 
 import pathlib
 
@@ -16,7 +16,7 @@ GUIDERS = np.load(pathlib.Path(__file__).parent / "data" / "guiders.npz")
 
 
 def other_form(rule):
-  """``base + scale Δ``, as the library writes projected guidance unless told otherwise; in the paper it is here."""
+  """``base + scale Δ``: the library's default form of projected guidance. jaxguide has the form of the paper."""
   return jax.tree_util.Partial(_other_form, rule)
 
 
@@ -24,8 +24,8 @@ def _other_form(rule, x0, x0_base, scale, x, sigma):
   return map_x0(lambda doubled: x0_base + scale * (doubled - x0), rule(x0, x0_base, 2.0, x, sigma))
 
 
-# case -> (input, conditional, base, rule, γ). The library's "original" formulation has γ - 1 for its scale. What the
-# library adds for layers that are skipped or perturbed is autoguidance.
+# case -> (input, conditional, base, rule, γ). In the library's "original" formulation the scale is γ - 1. Its guidance
+# by skipped or perturbed layers is autoguidance here.
 CASES = {
   "cfg-w0": (0, "cond", "uncond", linear, 0.0),
   "cfg-w1": (0, "cond", "uncond", linear, 1.0),
@@ -69,12 +69,12 @@ CASES = {
 
 
 def tolerance(case):
-  # The published arrays are in float32: one rounding error of theirs, or the tolerance that stands for all.
+  # The published arrays are in float32: a rounding error of that type, or the common tolerance if it is larger.
   return {"rtol": 1e-5, "atol": max(1e-6, 1.5 * float(GUIDERS.get(f"{case}/deviation", 0)))}
 
 
 def to_x0(case, prediction, x, sigma):
-  """The clean example behind a prediction of what the rule's paper has the network predict."""
+  """Convert a prediction in the variable of the rule's paper to x0."""
   if case.startswith("cfgzero"):
     return (x - sigma * prediction) / (1 + sigma)  # a flow's velocity
   if case.startswith("tcfg"):
@@ -83,7 +83,7 @@ def to_x0(case, prediction, x, sigma):
 
 
 def from_x0(case, x0, x, sigma):
-  """The way back."""
+  """Convert x0 to the variable of the rule's paper."""
   if case.startswith("cfgzero"):
     return (x - (1 + sigma) * x0) / sigma
   return (x - x0) / sigma if case.startswith("tcfg") else x0
@@ -93,10 +93,11 @@ def from_x0(case, x0, x, sigma):
 def test_published_guiders(case, float64):
   number, given, base, rule, scale = CASES[case]
   given, base = (jnp.float64(GUIDERS[f"in{number}/{name}"]) for name in (given, base))
-  # Where a rule in another variable is rescaled in x0, the two are one for x = 0: predictions are multiples of x0.
+  # The library rescales in the variable of the rule, jaxguide in x0. They agree for x = 0, where predictions are
+  # multiples of x0.
   x = 0 * given if "rescale" in case else jnp.asarray(np.random.default_rng(0).normal(size=given.shape))
   sigma = jnp.asarray(0.7)
-  # The library has channels first; no rule but one looks at the axes.
+  # The library has channels first; only frequency_decoupled depends on the axes.
   given, base, x = (np.moveaxis(image, 0, -1) for image in (given, base, x))
   x0 = rule(to_x0(case, given, x, sigma), to_x0(case, base, x, sigma), scale, x, sigma)
   x0, x = (jnp.moveaxis(image, -1, 0) for image in (x0, x))
@@ -108,7 +109,7 @@ INTERVAL = {f"cfg-interval-step{step}": step for step in (0, 1, 2, 5, 6, 7, 8, 9
 
 @pytest.mark.parametrize("case", INTERVAL)
 def test_published_interval(case, float64):
-  # From 0.15 to 0.75 of 10 steps: the library begins with step 1 and ends before step 7.
+  # From 0.15 to 0.75 of 10 steps: the library guides from step 1 to step 6.
   grid = np.asarray(jg.karras(10))
   predictions = jnp.stack([GUIDERS["in0/uncond"], GUIDERS["in0/cond"]])
   guidance = jg.interval(jg.classifier_free(0, 3.0), grid[7], grid[1])
@@ -117,7 +118,7 @@ def test_published_interval(case, float64):
   np.testing.assert_allclose(x0, GUIDERS[f"{case}/pred"], **tolerance(case))
 
 
-# case -> what is added to classifier-free guidance of 3 by a prediction with layers skipped or perturbed, at its scale
+# case -> the scale of the guidance by skipped or perturbed layers that is added to classifier-free guidance of 3
 BOTH = {"slg-both": 2.8, "pag-both": 3.0, "seg-both": 2.5}
 
 
@@ -131,7 +132,7 @@ def test_published_guiders_of_three_predictions(case, float64):
   np.testing.assert_allclose(x0, GUIDERS[f"{case}/pred"], **tolerance(case))
 
 
-REMEMBER = {
+MOMENTUM = {
   "apg-momentum-0.5": jg.classifier_free(0, 3.0, other_form(projected(0.0, 8.0, -0.5))),
   "apg-momentum-0.75": jg.classifier_free(0, 3.0, other_form(projected(0.0, 8.0, -0.75))),
   "apg-momentum0.5": jg.classifier_free(0, 3.0, other_form(projected(0.0, 8.0, 0.5))),
@@ -139,19 +140,19 @@ REMEMBER = {
 
 
 @pytest.mark.parametrize("solver", [jg.Euler(), jg.DPMpp2M(), jg.DDPM()], ids=str)
-@pytest.mark.parametrize("case", REMEMBER)
-def test_published_guiders_that_remember(case, solver):
+@pytest.mark.parametrize("case", MOMENTUM)
+def test_published_guiders_with_momentum(case, solver):
   grid = jnp.arange(6.0, -1.0, -1.0)
   predictions = jnp.stack([GUIDERS["seq/uncond"], GUIDERS["seq/cond"]])
   network = lambda x, sigma, cond: predictions[cond, 6 - sigma.astype(int)]  # noqa: E731
   shape = predictions.shape[2:]
   _, x0 = jg.sample(
-    REMEMBER[case](network), jax.random.key(0), shape, grid, solver, jnp.asarray(1), collect=lambda state: state.x0
+    MOMENTUM[case](network), jax.random.key(0), shape, grid, solver, jnp.asarray(1), collect=lambda state: state.x0
   )
   np.testing.assert_allclose(x0, GUIDERS[f"{case}/pred"], rtol=1e-5, atol=5e-6)
 
 
-# --- what must be one is one ----------------------------------------------------------------------
+# --- properties of the rules ----------------------------------------------------------------------
 
 RULES = {
   "linear": linear,
@@ -188,7 +189,7 @@ def test_scale_1_is_the_conditional(name, sigma, predictions, relative_error):
 
 @pytest.mark.parametrize("name", NEUTRAL)
 @pytest.mark.parametrize("scale", [-1.0, 0.0, 3.0])
-def test_switched_off_a_rule_is_linear(name, scale, predictions, relative_error):
+def test_rules_with_neutral_parameters_are_linear(name, scale, predictions, relative_error):
   x0, base, x = predictions
   wanted = linear(x0, base, scale, x, jnp.asarray(1.0))
   assert relative_error(x0_of(NEUTRAL[name](x0, base, scale, x, jnp.asarray(1.0))), wanted) < 1e-12
@@ -205,8 +206,8 @@ def test_autoguidance_takes_the_same_rules(name, random_mixture, float64, relati
     assert relative_error(x0_of(guided(x, sigma, label)), x0_of(wanted)) < 1e-13
 
 
-def test_zero_star_sets_a_flow_still(predictions, relative_error):
-  # In a flow's own variables, x_t = x / (1 + σ), an Euler step of zero velocity goes nowhere, from sigma_zero on.
+def test_zero_star_has_zero_velocity_above_sigma_zero(predictions, relative_error):
+  # In the variables of a flow, x_t = x / (1 + σ), an Euler step with zero velocity does not move.
   x0, _, x = predictions
   denoise = lambda x, sigma, cond: x0 * jnp.asarray(cond, x0.dtype)  # noqa: E731
   guided = jg.classifier_free(0, 4.0, zero_star(3.0))(denoise)
@@ -219,16 +220,16 @@ def test_zero_star_sets_a_flow_still(predictions, relative_error):
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("shape", [(), (1,), (2, 2)])
-def test_nothing_breaks_where_there_is_no_direction(name, shape, float64):
-  # Two equal predictions; predictions of 0; what a network says of an even image; examples of one number.
+def test_rules_are_finite_for_equal_and_zero_predictions(name, shape, float64):
+  # Equal predictions, predictions of 0, constant images, examples of one number.
   zero, one = jnp.zeros(shape), jnp.ones(shape)
   if name == "frequency_decoupled" and 1 in shape:
     pytest.skip("one number has no frequencies")
   total = lambda x0, base, scale, x: x0_of(RULES[name](x0, base, scale, x, jnp.asarray(0.5))).sum()  # noqa: E731
   gradient = jax.grad(total, (0, 1, 2, 3))
   for x0, base, x in ((zero, zero, zero), (one, one, one), (one, zero, one), (zero, one, zero), (one, one, zero)):
-    said = RULES[name](x0, base, 3.0, x, jnp.asarray(0.5)), gradient(x0, base, 3.0, x)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(said)), (x0, base, x)
+    outputs = RULES[name](x0, base, 3.0, x, jnp.asarray(0.5)), gradient(x0, base, 3.0, x)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(outputs)), (x0, base, x)
 
 
 def test_a_sweep_over_a_rules_numbers_is_one_program(predictions):
@@ -247,7 +248,7 @@ def test_a_rule_may_be_a_plain_function():
 
 
 @pytest.mark.parametrize(
-  ("make", "said"),
+  ("make", "message"),
   [
     (lambda: rescaled(1.1), "phi must be between 0 and 1"),
     (lambda: rescaled(np.nan), "phi must be finite"),
@@ -261,6 +262,6 @@ def test_a_rule_may_be_a_plain_function():
     (lambda: zero_star(-1.0), "sigma_zero must be above 0"),
   ],
 )
-def test_bad_numbers(make, said):
-  with pytest.raises(ValueError, match=said):
+def test_bad_numbers(make, message):
+  with pytest.raises(ValueError, match=message):
     make()

@@ -1,4 +1,4 @@
-"""Networks as denoisers and classifiers, and the conversions between what they say."""
+"""Networks as denoisers and classifiers, and the conversions between predictions."""
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,7 @@ EPS = scaling.eps(schedules.Cosine())
 def tiny():
   unet = jg.UNet(model_channels=32, num_res_blocks=1, channel_mult=(1,), attention_resolutions=(), num_classes=3)
   shapes = jax.eval_shape(unet.init, jax.random.key(0), jnp.zeros((1, 4, 4, 1)), jnp.zeros(1), jnp.zeros(1, int))
-  # Not the network's own initial values: blocks of a UNet end in zeros, with which nothing would depend on anything.
+  # Random values in place of the initial ones: blocks of a UNet end in zeros, so the output would not depend on inputs.
   rng = np.random.default_rng(0)
   return unet, jax.tree.map(lambda leaf: jnp.asarray(0.1 * rng.normal(size=leaf.shape), leaf.dtype), shapes)
 
@@ -25,25 +25,25 @@ def tiny():
 
 
 @pytest.mark.parametrize("sigma", [0.002, 0.3, 1.0, 80.0])
-def test_conversions_are_the_papers_and_inverse(sigma, float64, relative_error):
+def test_conversions_are_those_of_the_papers_and_invertible(sigma, float64, relative_error):
   x0, eps = np.random.default_rng(0).normal(size=(2, 5))
   x = x0 + sigma * eps
   alpha = 1 / np.sqrt(1 + sigma**2)
-  said = {
+  predictions = {
     "eps": eps,
     "score": -eps / sigma,
     "v": alpha * eps - sigma * alpha * x0,  # arXiv:2202.00512: alpha_t eps - sigma_t x
   }
-  for name, value in said.items():
+  for name, value in predictions.items():
     scale = max(1, np.abs(value).max())
-    there = getattr(denoisers, f"x0_to_{name}")(jnp.asarray(x), jnp.asarray(x0), sigma)
-    assert np.abs(there - value).max() / scale < 1e-11, name
+    converted = getattr(denoisers, f"x0_to_{name}")(jnp.asarray(x), jnp.asarray(x0), sigma)
+    assert np.abs(converted - value).max() / scale < 1e-11, name
     assert relative_error(getattr(denoisers, f"{name}_to_x0")(jnp.asarray(x), jnp.asarray(value), sigma), x0) < 1e-12
 
 
 @pytest.mark.parametrize("sigma", [0.05, 1.0, 20.0])
 def test_score_of_a_gaussian(sigma, float64, relative_error):
-  # x0 ~ N(m, v): x ~ N(m, v + sigma²), and E[x0 | x] by the textbook's conditional of a joint Gaussian.
+  # For x0 ~ N(m, v): x ~ N(m, v + sigma²), and E[x0 | x] is the conditional mean of a joint Gaussian.
   m, v = 0.7, 0.3
   x = jnp.linspace(-3.0, 3.0, 7)
   posterior_mean = (m / v + x / sigma**2) / (1 / v + 1 / sigma**2)
@@ -55,7 +55,7 @@ def test_score_of_a_gaussian(sigma, float64, relative_error):
 # --- networks -------------------------------------------------------------------------------------
 
 
-def test_the_network_sees_a_batch_of_one_with_its_condition():
+def test_the_network_receives_a_batch_of_one_with_its_condition():
   def apply(params, x, c_noise, cond):
     assert x.shape == (1, 2, 2, 3)
     assert c_noise.shape == (1,)
@@ -86,7 +86,7 @@ def test_vmap_is_the_network_on_a_batch(tiny):
   assert np.abs(got - other).max() > 1e-2
 
 
-def test_learned_variance_is_left_out():
+def test_learned_variance_is_dropped_by_default():
   def apply(params, x, c_noise, cond):
     return jnp.concatenate([0.1 * x, 100 + x], axis=-1)
 
@@ -105,12 +105,12 @@ def test_an_output_of_another_shape_is_refused(shape):
 
 @pytest.mark.parametrize("sigma_dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.bfloat16])
-def test_a_network_in_bfloat16_gives_back_the_type_of_x(x_dtype, sigma_dtype):
+def test_a_network_in_bfloat16_keeps_the_type_of_x(x_dtype, sigma_dtype):
   denoise = jg.NetworkDenoiser(jnp.ones(()), lambda p, x, t, y: (p.astype(x.dtype) * x).astype(jnp.bfloat16), EPS)
   x = jnp.ones((2, 2, 3), x_dtype)
   x0 = denoise(x, jnp.asarray(0.5, sigma_dtype), None)
   assert x0.dtype == x_dtype
-  # The skip connection is not rounded to the network's type: only what the network says is.
+  # Only the network's output is rounded to its type, the skip connection is not.
   np.testing.assert_allclose(
     x0.astype(np.float32), 1 - 0.5 * np.sqrt(0.8), atol=4e-3 if x_dtype == jnp.float32 else 2e-2
   )
@@ -180,7 +180,7 @@ def test_parameters_of_a_users_own_module_are_checked_too():
 
 
 @pytest.mark.parametrize("label", [-1, 4, 100])
-def test_a_label_outside_the_classes_is_refused_before_work(tiny, label):
+def test_a_label_outside_the_classes_is_refused_before_the_network_runs(tiny, label):
   calls = []
 
   class Counting(jg.UNet):
@@ -198,7 +198,7 @@ def test_a_label_outside_the_classes_is_refused_before_work(tiny, label):
   assert not calls
 
 
-def test_the_null_class_passes_where_the_network_has_one(tiny):
+def test_the_null_class_is_a_label_if_the_network_has_one(tiny):
   unet, params = tiny
   denoisers.check_cond(jg.NetworkDenoiser(params, unet.apply, EPS), jnp.array([0, 3]))
   published = jg.NetworkDenoiser(params, unet.clone(null_class=False).apply, EPS)
@@ -206,7 +206,7 @@ def test_the_null_class_passes_where_the_network_has_one(tiny):
     denoisers.check_cond(published, jnp.array([0, 3]))
 
 
-def test_a_condition_of_label_and_image():
+def test_a_condition_with_a_label_and_an_image():
   fields = {"model_channels": 8, "num_res_blocks": 1, "channel_mult": (1,), "attention_resolutions": ()}
   unet = jg.SuperResUNet(**fields, num_classes=3, null_class=False)
   x, low_res = jnp.ones((8, 8, 1)), jnp.ones((4, 4, 1))
@@ -220,7 +220,7 @@ def test_a_condition_of_label_and_image():
     jg.sample_batch(denoise, jax.random.key(0), {**many, "label": np.array([0, 3])}, **options)
 
 
-def test_a_classifier_looks_at_labels_too():
+def test_a_classifier_checks_labels_too():
   classifier = jg.Classifier(model_channels=32, out_channels=3, pool="adaptive")
   log_prob = jg.ClassifierLogProb({}, classifier.apply, EPS)
   guided = jg.classifier(log_prob, 1.0)(jg.ring(8).denoiser)

@@ -1,4 +1,4 @@
-"""Guidance by gradients and the maps of x0, against exact posteriors and the papers' forms written again in NumPy."""
+"""Guidance by gradients and clipping of x0, compared with exact posteriors and the papers' formulas in NumPy."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ SIGMAS = [0.05, 0.7, 6.0, 60.0]
 
 
 class Mixture:
-  """A mixture with NumPy: the denoised example, its Jacobian, and the gradient of the class of a clean example."""
+  """A mixture in NumPy: the denoised example, its Jacobian, and the gradient of the class log-probability."""
 
   def __init__(self, mixture):
     self.means, self.variances = (np.asarray(a).reshape(len(a), -1) for a in (mixture.means, mixture.variances))
@@ -69,7 +69,7 @@ def gaussian(seed, size):
 
 
 def posterior_mean(mean, covariance, x, sigma, matrix, y, std):
-  """``E[x0 | x, y]`` of a Gaussian prior, ``x = x0 + σ eps``, ``y = matrix x0 + std eps``, by stacking the two."""
+  """``E[x0 | x, y]`` for a Gaussian prior, ``x = x0 + σ eps`` and ``y = matrix x0 + std eps``."""
   size = len(mean)
   stacked = np.concatenate([np.eye(size), matrix])
   noise = np.concatenate([np.full(size, sigma**2), np.broadcast_to(np.square(std), len(y))])
@@ -99,7 +99,7 @@ def test_reconstruction_with_the_posteriors_covariance_is_exact(float64, relativ
 
 
 @pytest.mark.parametrize("operator", ["inpainting", "mean"])
-def test_a_measurement_that_knows_its_spread_is_exact(operator, float64, relative_error):
+def test_a_measurement_with_the_exact_spread_is_exact(operator, float64, relative_error):
   rng = np.random.default_rng(2)
   mean, std = rng.normal(size=6), 0.2
   if operator == "inpainting":  # unequal variances, unequal noise
@@ -111,7 +111,7 @@ def test_a_measurement_that_knows_its_spread_is_exact(operator, float64, relativ
     spread = lambda sigma: sigma * jnp.sqrt(0.8 / (0.8 + sigma**2) / 2)  # noqa: E731
   y = matrix @ rng.normal(size=6)
   denoise = lambda x, sigma, cond: mean + variance / (variance + sigma**2) * (x - mean)  # noqa: E731
-  # Without the spread it is another method, by as much as the spread outweighs the noise.
+  # With spread 0 the result differs if the spread is large relative to the noise.
   exact, point = (
     jax.jit(jg.reconstruction(jg.measurement(measure, std, spread), 1.0)(denoise)) for spread in (spread, 0.0)
   )
@@ -133,14 +133,14 @@ def test_reconstruction_is_forward_universal_guidance(mixture, clean, relative_e
     z = np.sqrt(alpha) * x
     eps = (z - np.sqrt(alpha) * model.denoise(x, sigma)) / np.sqrt(1 - alpha)
     z_0 = (z - np.sqrt(1 - alpha) * eps) / np.sqrt(alpha)
-    # By the chain rule; ẑ_0 is a function of x = z / sqrt(α).
+    # By the chain rule, since ẑ_0 is a function of x = z / sqrt(α).
     gradient = -model.jacobian(x, sigma).T @ model.class_gradient(z_0, label) / np.sqrt(alpha)
     eps += scale * np.sqrt(1 - alpha) * gradient
     wanted = (z - np.sqrt(1 - alpha) * eps) / np.sqrt(alpha)
     assert relative_error(guided(x, sigma, label), wanted) < 1e-12
 
 
-def test_reconstruction_with_the_noise_for_a_spread_is_that_of_video_diffusion(mixture, relative_error):
+def test_reconstruction_with_sigma_as_spread_is_that_of_video_diffusion_models(mixture, relative_error):
   rng, weight, model = np.random.default_rng(13), 2.0, Mixture(mixture)
   matrix, known = rng.normal(size=(2, 3)), rng.normal(size=2)
   log_prob = jg.measurement(Partial(jnp.matmul, jnp.asarray(matrix)), 1e-9, lambda sigma: sigma)
@@ -173,7 +173,7 @@ def test_dps_is_its_algorithm_1(eta, solver, mixture, given_noise, relative_erro
     if eta == 1:
       x_next = np.sqrt(alpha) * (1 - after) / (1 - bar) * x_i + np.sqrt(after) * (1 - alpha) / (1 - bar) * x_0
       x_next += np.sqrt((1 - after) / (1 - bar) * (1 - alpha)) * z
-    else:  # DDIM's step in place of DDPM's
+    else:  # a step of DDIM instead of DDPM
       x_next = np.sqrt(after) * x_0 + np.sqrt(1 - after) * (x_i - np.sqrt(bar) * x_0) / np.sqrt(1 - bar)
     off = y - matrix @ x_0
     gradient = -2 * model.jacobian(x, sigma).T @ matrix.T @ off / np.sqrt(bar)  # of ‖y - A x̂_0‖²
@@ -181,7 +181,7 @@ def test_dps_is_its_algorithm_1(eta, solver, mixture, given_noise, relative_erro
     wanted.append(x_i / np.sqrt(after))
 
   operator = Partial(jnp.matmul, jnp.asarray(matrix))
-  # ζ' is the paper's; the gradient of a square over its root is twice that of the root.
+  # zeta is the paper's ζ'. The gradient of a square divided by its root is twice the gradient of the root.
   guidance = jg.reconstruction(jg.distance(operator), jg.scales.dps(2 * zeta, sigmas, eta))
   guided = jg.chain(jg.unconditional(None), guidance)(mixture.denoiser)
   step = jax.jit(lambda *args: solver.step(lambda x, sigma: guided(x, sigma, jnp.asarray(y)), *args))
@@ -208,13 +208,13 @@ def test_the_network_runs_once_forwards(float64):
     assert seen == ["network"]
 
 
-def test_the_gradient_reaches_a_network_of_two_outputs():
-  # A learned variance goes by unchanged, and is no part of the gradient.
+def test_reconstruction_with_a_learned_variance():
+  # The learned variance does not change and is not part of the gradient.
   denoise = lambda x, sigma, cond: jg.Prediction(0.5 * x, 100 * x)  # noqa: E731
   guided = jg.reconstruction(lambda x0, sigma, cond: jnp.sum(x0), 2.0)(denoise)
-  said = guided(jnp.ones(2), jnp.asarray(3.0), None)
-  np.testing.assert_allclose(said.x0, 0.5 + 2 * 9 * 0.5)
-  np.testing.assert_array_equal(said.variance, 100)
+  prediction = guided(jnp.ones(2), jnp.asarray(3.0), None)
+  np.testing.assert_allclose(prediction.x0, 0.5 + 2 * 9 * 0.5)
+  np.testing.assert_array_equal(prediction.variance, 100)
 
 
 # --- measurements -----------------------------------------------------------------------------------
@@ -232,22 +232,22 @@ def test_a_measurement_is_a_density(float64):
 def test_the_distance_has_a_gradient_at_0(float64):
   log_prob, y = jg.distance(lambda x0: 2 * x0), jnp.array([2.0, 4.0])
   np.testing.assert_array_equal(jax.grad(log_prob)(y / 2, jnp.asarray(1.0), y), 0)
-  x0 = jnp.array([1.0, 3.0])  # 2 away in the second
+  x0 = jnp.array([1.0, 3.0])  # the second number of the residual is 2
   np.testing.assert_allclose(jax.grad(log_prob)(x0, jnp.asarray(1.0), y), [0.0, -2.0])
   np.testing.assert_array_equal(jax.jit(jax.hessian(log_prob))(y / 2, jnp.asarray(1.0), y), 0)
 
 
-def landed(xs, model):
-  """How many samples are near each mean, within three standard deviations."""
+def counts_near_means(xs, model):
+  """The number of samples within three and a half standard deviations of each mean."""
   far = np.linalg.norm(xs[:, None] - np.asarray(model.means), axis=-1)
   return np.bincount(far.argmin(1)[far.min(1) < 0.35], minlength=len(model.means))
 
 
-def test_inpainting_finds_the_modes_that_fit():
+def test_inpainting_samples_the_modes_that_fit_the_measurement():
   ring, known = jg.ring(8), Partial(jnp.multiply, jnp.array([1.0, 0.0]))
   grid = jg.karras(40)
   options = dict(shape=(2,), sigmas=grid, solver=jg.DDIM(1.0))
-  # One measurement for each sample: of the modes above and below, and of those at the right.
+  # One measurement for each sample: it fits the modes at the top and the bottom, or those at the right.
   ys = jnp.repeat(jnp.array([[0.0, 0.0], [1.0, 0.0]]), 64, 0)
   for guidance in (
     jg.reconstruction(jg.measurement(known, 0.1), 1.0),
@@ -255,12 +255,12 @@ def test_inpainting_finds_the_modes_that_fit():
   ):
     guided = jg.chain(jg.unconditional(None), guidance)(ring.denoiser)
     xs = jg.sample_batch(guided, jax.random.key(0), ys, **options)
-    first, second = landed(xs[:64], ring), landed(xs[64:], ring)
+    first, second = counts_near_means(xs[:64], ring), counts_near_means(xs[64:], ring)
     assert first[2] + first[6] >= 54
     assert min(first[2], first[6]) >= 16
     assert second[0] + second[1] + second[7] >= 48
-    # The bare model goes everywhere.
-    assert landed(jg.sample_batch(ring.denoiser, jax.random.key(0), 8, num=64, **options), ring).max() < 20
+    # The unguided model samples all modes.
+    assert counts_near_means(jg.sample_batch(ring.denoiser, jax.random.key(0), 8, num=64, **options), ring).max() < 20
 
 
 def test_a_label_and_a_measurement():
@@ -270,19 +270,19 @@ def test_a_label_and_a_measurement():
   options = dict(shape=(2,), sigmas=jg.karras(40), solver=jg.DDIM(1.0))
   xs = jg.sample_batch(guided, jax.random.key(0), cond, **options)
   assert np.linalg.norm(xs - np.asarray(ring.means)[np.arange(16) % 8], axis=1).max() < 0.4
-  # Labels are looked at where they are.
+  # The label inside the dictionary is checked.
   with pytest.raises(ValueError, match="label 9 is not one of"):
     jg.sample_batch(guided, jax.random.key(0), {**cond, "label": jnp.full(16, 9)}, **options)
 
 
-def test_classifier_free_guidance_of_a_part(mixture):
+def test_classifier_free_guidance_with_one_part_of_the_condition(mixture):
   x, at = noisy(5, 3, 0.7), jnp.asarray(0.7)
   inside = jg.classifier_free(3, 2.5)(mixture.denoiser)
   cond = {"label": jnp.asarray(1), "y": jnp.zeros(3)}
   np.testing.assert_array_equal(jg.given("label", inside)(x, at, cond), inside(x, at, jnp.asarray(1)))
 
 
-def test_an_unconditional_denoiser_is_not_asked_about_the_condition():
+def test_an_unconditional_denoiser_does_not_check_the_condition():
   ring = jg.ring(3)
   options = dict(shape=(2,), sigmas=jg.karras(3), solver=jg.Euler())
   guidance = jg.backward_guidance(jg.measurement(lambda x0: x0[0], 0.5), 0.01)
@@ -294,12 +294,12 @@ def test_an_unconditional_denoiser_is_not_asked_about_the_condition():
 
 
 @pytest.mark.parametrize(("cond", "message"), [({"label": 1}, "has 'label'"), (3, "is not a dictionary")])
-def test_a_part_that_is_missing(cond, message):
+def test_a_missing_part_of_the_condition_is_an_error(cond, message):
   with pytest.raises(ValueError, match=f"must be a dictionary with 'y', but it {message}"):
     jg.given("y", lambda x, sigma, cond: x)(jnp.ones(2), jnp.asarray(1.0), cond)
 
 
-def test_a_measurement_of_another_shape():
+def test_a_measurement_of_another_shape_is_an_error():
   for log_prob in (jg.measurement(lambda x0: x0[:1], 0.1), jg.distance(lambda x0: x0[:1])):
     with pytest.raises(ValueError, match=r"gives shape \(1,\), but the measurement has shape \(2,\)"):
       log_prob(jnp.ones(2), jnp.asarray(1.0), jnp.ones(2))
@@ -308,7 +308,7 @@ def test_a_measurement_of_another_shape():
 # --- backward guidance ------------------------------------------------------------------------------
 
 
-def test_backward_guidance_is_its_equations(mixture, clean, relative_error):
+def test_backward_guidance_is_the_papers_equations(mixture, clean, relative_error):
   label, steps, rate, model = 2, 4, 0.05, Mixture(mixture)
   guided = jax.jit(jg.chain(jg.unconditional(3), jg.backward_guidance(clean(mixture), rate, steps))(mixture.denoiser))
   for sigma in SIGMAS:
@@ -323,8 +323,9 @@ def test_backward_guidance_is_its_equations(mixture, clean, relative_error):
     assert np.abs(change).max() > 1e-6
 
 
-def test_backward_guidance_goes_where_a_measurement_says(float64):
-  guidance = jg.backward_guidance(jg.measurement(lambda x0: x0, 0.5), 0.25, steps=1)  # std² is the whole way
+def test_backward_guidance_moves_to_the_measurement(float64):
+  # A step of size std² reaches the measurement.
+  guidance = jg.backward_guidance(jg.measurement(lambda x0: x0, 0.5), 0.25, steps=1)
   y = jnp.array([1.0, -2.0])
   np.testing.assert_allclose(guidance(lambda x, sigma, cond: x)(jnp.zeros(2), jnp.asarray(1.0), y), y, rtol=1e-14)
 
@@ -347,7 +348,7 @@ def test_normalized_classifier_guidance_is_norm_based_guidance(mixture, relative
     score, gradient = overall @ gradients, own @ gradients - overall @ gradients
     score = score + 0.3 * np.linalg.norm(score) / np.linalg.norm(gradient) * gradient
     wanted = x + sigma**2 * score
-    # Of the scale inside the sign counts, and rounding does where it is small.
+    # Only the sign of the scale inside matters; a small scale has a larger rounding error.
     for scale, ratio, tolerance in ((1.0, 0.3, 1e-9), (1e4, 0.3, 1e-12), (-1e4, -0.3, 1e-12)):
       assert relative_error(guided(scale, ratio, x, jnp.asarray(sigma), label), wanted) < tolerance
 
@@ -368,7 +369,7 @@ def test_normalized_wraps_any_guidance(inside, mixture, clean):
   np.testing.assert_allclose(change / jnp.linalg.norm(change), (full - base) / jnp.linalg.norm(full - base), rtol=1e-9)
 
 
-def test_normalized_is_safe_where_there_is_nothing(float64):
+def test_normalized_has_finite_derivatives_without_change_or_noise(float64):
   null = jg.classifier(lambda x, sigma, cond: 0.0 * jnp.sum(x), 1.0)
   push = jg.classifier(lambda x, sigma, cond: jnp.sum(x), 1.0)
   half, same = (lambda x, sigma, cond: 0.5 * x), (lambda x, sigma, cond: x)
@@ -382,7 +383,7 @@ def test_normalized_is_safe_where_there_is_nothing(float64):
     np.testing.assert_array_equal(hessian, 0)
 
 
-def test_normalized_sees_the_smallest_gradient():
+def test_normalized_does_not_underflow():
   # In float32 the square of 1e-30 is 0.
   tiny = jg.classifier(lambda x, sigma, cond: 1e-30 * jnp.sum(x), 1.0)
   guided = jg.normalized(tiny, 0.5)(lambda x, sigma, cond: 0 * x)
@@ -401,7 +402,7 @@ def test_normalized_costs_nothing_where_the_evaluation_is_shared():
     assert products(guidance) == products(jg.normalized(guidance, 0.1)) == count
 
 
-# --- both kinds at once -----------------------------------------------------------------------------
+# --- both kinds in one chain ------------------------------------------------------------------------
 
 
 def test_classifier_free_and_classifier_guidance_add_up(mixture, relative_error):
@@ -449,7 +450,7 @@ def test_dynamic_thresholding_is_imagens(float64):
 def test_dynamic_thresholding_between_its_bounds_is_a_clip():
   x0 = 3 * np.random.default_rng(12).normal(size=(4, 4, 3)).astype(np.float32)
   np.testing.assert_allclose(thresholded(x0, 0.9, 1.5, 1.5), np.clip(x0, -1.5, 1.5))
-  # A few elements outside are clipped; the quantile is within.
+  # The few elements outside the bound are clipped, since the quantile is inside it.
   few = np.append(np.full(99, 0.5), 9.0).astype(np.float32)
   np.testing.assert_array_equal(thresholded(few, 0.95, 1.0, np.inf), np.clip(few, -1, 1))
 
@@ -462,7 +463,7 @@ def test_dynamic_thresholding_is_diffusers():
   for x, e, bar, after, wanted in zip(xs[:-1], eps, bars, [*bars[1:], 1.0], xs[1:], strict=True):
     x0 = (x - np.sqrt(1 - bar) * e) / np.sqrt(bar)
     got = np.asarray(guided(jnp.asarray(x0, jnp.float32), jnp.asarray(1.0), None))
-    # DDIM's step, whose eps is that of before.
+    # A step of DDIM with the eps of the x0 before thresholding.
     np.testing.assert_allclose(np.sqrt(after) * got + np.sqrt(1 - after) * e, wanted, rtol=0, atol=2e-6)
     s = np.quantile(np.abs(x0), 0.9, axis=1)
     kinds |= {*np.digitize(s, [1.0, 1.5])}
@@ -496,7 +497,7 @@ ANY = lambda x, sigma, cond: jnp.sum(x)  # noqa: E731
     (lambda: jg.scales.dps(1.0, jnp.array([1.0, 2.0, 0.0])), "sigmas must decrease"),
   ],
 )
-def test_bad_numbers_are_named(make, message):
+def test_bad_numbers_are_errors(make, message):
   with pytest.raises(ValueError, match=message):
     make()
 

@@ -1,4 +1,4 @@
-"""Guidance against exact mixtures, and against the papers' own forms written again in NumPy."""
+"""Guidance compared with exact mixtures, and with the papers' formulas written in NumPy."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ SCALES = [-1.0, 0.0, 0.3, 1.0, 2.5, 7.5]
 
 
 def noisy(mixture, seed, sigma):
-  """A point where noise of this level puts points."""
+  """A typical noisy example of this level."""
   rng = np.random.default_rng(seed)
   return jnp.asarray(rng.normal(size=mixture.means.shape[1:]) * np.sqrt(1 + sigma**2))
 
@@ -29,7 +29,7 @@ def mixture(request, random_mixture, float64, no_rank_promotion):
   return random_mixture(0, request.param)
 
 
-# --- what must be one is one ----------------------------------------------------------------------
+# --- equivalent methods ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sigma", SIGMAS)
@@ -94,7 +94,7 @@ def test_scale_0_is_unconditional_and_1_conditional(mixture):
 
 
 class VP:
-  """A mixture with NumPy, in the variance-preserving variables of both papers."""
+  """A mixture in NumPy, in the variance-preserving variables of both papers."""
 
   def __init__(self, mixture, sigma):
     self.means, self.variances = (np.asarray(a).reshape(7, -1) for a in (mixture.means, mixture.variances))
@@ -139,7 +139,7 @@ def test_the_three_forms_of_classifier_guidance_are_one(mixture, sigma, scale, r
   for form in (by_eps, by_score, by_x0):
     assert relative_error(ours, form) < 1e-12
 
-  # Without σ_t the ε-form is another method, and by far.
+  # Without σ_t the ε-form is a different method.
   dropped = vp.eps(x_t) - scale * gradient
   assert relative_error(ours, (x_t - vp.s * dropped) / vp.alpha) > 1e-3
 
@@ -177,7 +177,7 @@ def test_chain_applies_the_leftmost_innermost():
   assert float(jg.chain(jg.chain(plus, times), plus)(identity)(*AT)) == 31
 
 
-def test_chain_is_application(mixture):
+def test_chain_equals_nested_application(mixture):
   x, at, label = noisy(mixture, 4, 0.5), jnp.asarray(0.5), jnp.asarray(1)
   first, second = jg.classifier_free(3, 2.0), jg.classifier(mixture.log_prob, 0.7)
   for a, b in ((first, second), (second, first), (first, jg.clip_x0(0.3)), (jg.clip_x0(0.3), first)):
@@ -185,7 +185,7 @@ def test_chain_is_application(mixture):
     np.testing.assert_array_equal(chained, b(a(mixture.denoiser))(x, at, label))
 
 
-def test_clip_is_last_or_first():
+def test_clip_at_the_end_and_at_the_start_of_a_chain():
   denoise = lambda x, sigma, cond: x * jnp.asarray(cond, x.dtype)  # noqa: E731
   free, clip = jg.classifier_free(0, 3.0), jg.clip_x0(1.0)
   assert float(jg.chain(free, clip)(denoise)(*AT)) == 1  # 3 * 2, clipped
@@ -194,7 +194,7 @@ def test_clip_is_last_or_first():
   assert float(jg.clip_x0(5.0)(denoise)(*AT)) == 2
 
 
-def test_a_condition_of_many_leaves():
+def test_a_condition_with_several_leaves():
   cond = {"label": jnp.asarray(3.0), "text": jnp.arange(4.0)}
   null = {"label": 0, "text": np.zeros(4)}
   denoise = lambda x, sigma, c: x * c["label"] + c["text"].sum()  # noqa: E731
@@ -238,12 +238,12 @@ def test_compose_samples_with_conditions_of_each_sample():
 
 
 @pytest.mark.parametrize("cond", [1, np.array([1]), np.array([1, 2, 0])])
-def test_compose_counts_its_conditions(mixture, cond):
+def test_compose_needs_one_scale_for_each_condition(mixture, cond):
   with pytest.raises(ValueError, match="one scale for each condition"):
     jg.compose(3, jnp.array([1.0, 2.0]))(mixture.denoiser)(noisy(mixture, 0, 1.0), jnp.asarray(1.0), cond)
 
 
-def test_parallel_adds_up_what_each_changes(mixture, relative_error):
+def test_parallel_adds_the_changes_of_its_guidances(mixture, relative_error):
   x, sigma, label = noisy(mixture, 11, 0.7), jnp.asarray(0.7), jnp.asarray(1)
   weak = mixture.replace(variances=1.5 * mixture.variances)
   one, two = jg.classifier_free(3, 3.0), jg.autoguidance(weak.denoiser, 2.0)
@@ -251,14 +251,14 @@ def test_parallel_adds_up_what_each_changes(mixture, relative_error):
   changes = sum(guidance(mixture.denoiser)(x, sigma, label) - bare for guidance in (one, two))
   got = jg.parallel(one, two)(mixture.denoiser)(x, sigma, label)
   assert relative_error(got, bare + changes) < 1e-13
-  # As written by those who add a term: u + γ (c - u) + s (c - w).
+  # The form of papers that add a term: u + γ (c - u) + s (c - w).
   null = mixture.denoise(x, sigma, None)
   assert relative_error(got, null + 3 * (bare - null) + 1.0 * (bare - weak.denoise(x, sigma, label))) < 1e-12
   assert relative_error(jg.chain(one, two)(mixture.denoiser)(x, sigma, label), got) > 1e-3
   assert relative_error(jg.parallel()(mixture.denoiser)(x, sigma, label), bare) < 1e-15
 
 
-def test_parallel_shares_the_evaluation_that_all_need():
+def test_parallel_shares_the_evaluation_of_the_bare_denoiser():
   unet = jg.UNet(model_channels=32, num_res_blocks=1, num_classes=3, channel_mult=(1,), attention_resolutions=())
   x = jnp.zeros((8, 8, 1))
   params = unet.init(jax.random.key(0), x[None], jnp.zeros(1), jnp.zeros(1, int))
@@ -273,7 +273,7 @@ def test_parallel_shares_the_evaluation_that_all_need():
   assert flops(jg.parallel(away(3), away(2))(network)) / flops(network) < 3.1
 
 
-# --- what remembers --------------------------------------------------------------------------------
+# --- momentum -------------------------------------------------------------------------------------
 
 
 def test_momentum_is_carried_from_step_to_step(mixture, relative_error):
@@ -293,37 +293,37 @@ def test_momentum_is_carried_from_step_to_step(mixture, relative_error):
   assert relative_error(got, x) < 1e-12
   for other in (jg.projected(), jg.projected(momentum=0.0)):
     without = jg.classifier_free(3, gamma, other)(mixture.denoiser)
-    forgetful, _ = jg.sample(without, jax.random.key(0), shape, grid, jg.Euler(), label, x_init=start)
-    assert relative_error(forgetful, x) > 1e-6 or x.size == 1
+    x_without, _ = jg.sample(without, jax.random.key(0), shape, grid, jg.Euler(), label, x_init=start)
+    assert relative_error(x_without, x) > 1e-6 or x.size == 1
 
 
-def test_outside_an_interval_nothing_is_added_to_what_is_remembered():
+def test_outside_an_interval_the_momentum_does_not_change():
   network = lambda x, sigma, cond: 0 * x + cond * sigma  # noqa: E731
   rule = jg.projected(1.0, momentum=0.5)
   guided = jg.interval(jg.classifier_free(0.0, 2.0, rule), 0.0, 3.0)(network)
   grid = jnp.array([5.0, 4.0, 3.0, 2.0, 0.0])
   _, x0 = jg.sample(guided, jax.random.key(0), (1,), grid, jg.Euler(), 1.0, collect=lambda state: state.x0)
-  # 5 and 4 bare; 3 + (2 - 1) 3; then 2 + (2 + 0.5 · 3).
+  # x0 is bare at levels 5 and 4; at 3 it is 3 + (2 - 1) 3; at 2 it is 2 + (2 + 0.5 · 3).
   np.testing.assert_allclose(x0[:, 0], [5, 4, 6, 5.5], rtol=1e-6)
 
 
 @pytest.mark.parametrize("outer", [jg.classifier_free(3, 0.0), jg.compose(3, jnp.zeros(1))], ids=["cfg", "compose"])
-def test_what_remembers_is_not_asked_twice(outer, mixture):
-  # The null branch would be told what the conditional one remembers.
+def test_a_guidance_with_momentum_cannot_be_inside_a_batched_guidance(outer, mixture):
+  # The null prediction would use the momentum of the conditional one.
   inner = jg.classifier_free(3, 2.0, jg.projected(momentum=-0.5))
   cond = jnp.asarray(1) if "classifier_free" in str(outer.formula) else jnp.array([1])
   with pytest.raises(ValueError, match="put it last in the chain"):
     jg.chain(inner, outer)(mixture.denoiser)(noisy(mixture, 0, 1.0), jnp.asarray(1.0), cond)
 
 
-def test_a_memory_hidden_in_a_function_is_found(mixture):
+def test_momentum_inside_a_plain_function_is_an_error(mixture):
   guided = jg.classifier_free(3, 2.0, jg.projected(momentum=-0.5))(mixture.denoiser)
   shape = mixture.means.shape[1:]
-  with pytest.raises(ValueError, match="closes over it: wrap the function with jax.tree_util.Partial"):
+  with pytest.raises(ValueError, match=r"closes over it: wrap the function with jax\.tree_util\.Partial"):
     jg.sample(lambda *args: guided(*args), jax.random.key(0), shape, jg.karras(3), jg.Euler(), 1)  # noqa: PLW0108
 
 
-def test_one_memory_at_most(mixture):
+def test_at_most_one_guidance_has_momentum(mixture):
   twice = jg.chain(*2 * [jg.classifier_free(3, 2.0, jg.projected(momentum=-0.5))])(mixture.denoiser)
   with pytest.raises(ValueError, match="2 do: give momentum to one of them"):
     jg.sample(twice, jax.random.key(0), mixture.means.shape[1:], jg.karras(3), jg.Euler(), 1)
@@ -336,7 +336,7 @@ def test_interval_is_guided_inside_and_bare_outside(mixture):
   guidance = jg.classifier_free(3, 3.0)
   guided = jg.interval(guidance, 0.5, 2.0)(mixture.denoiser)
   x, label = noisy(mixture, 7, 1.0), jnp.asarray(1)
-  # The lower bound is outside, the upper inside.
+  # The lower bound is not in the interval, the upper bound is.
   for sigma, inside in ((0.1, False), (0.5, False), (0.500001, True), (1.0, True), (2.0, True), (2.000001, False)):
     at = jnp.asarray(sigma)
     wanted = guidance(mixture.denoiser)(x, at, label) if inside else mixture.denoise(x, at, label)
@@ -350,7 +350,7 @@ def test_interval_may_have_no_upper_bound(infinity):
 
 
 def watched(log_prob, seen):
-  """The classifier, with a record of the levels at which it is really run."""
+  """The classifier, with a record of the levels at which it runs."""
 
   def run(parameters, x, sigma, cond):
     jax.debug.callback(lambda sigma: seen.append(round(float(sigma), 4)), sigma)
@@ -359,7 +359,7 @@ def watched(log_prob, seen):
   return jax.tree_util.Partial(run, log_prob)
 
 
-def test_outside_the_interval_nothing_extra_is_run():
+def test_outside_the_interval_the_classifier_does_not_run():
   ring, seen = jg.ring(4), []
   guidance = jg.interval(jg.classifier(watched(ring.log_prob, seen), 2.0), 0.5, 4.0)
   grid = jnp.array([9.0, 4.0, 2.0, 0.75, 0.5, 0.25, 0.0])
@@ -367,7 +367,7 @@ def test_outside_the_interval_nothing_extra_is_run():
   jg.sample_batch(guidance(ring.denoiser), jax.random.key(0), 1, **options)
   jax.effects_barrier()
   assert set(seen) == {4.0, 2.0, 0.75}
-  # The counter counts: without the interval every level is seen.
+  # A check of this test: without the interval the classifier runs at every level.
   seen.clear()
   jg.sample_batch(guidance.parameters[0](ring.denoiser), jax.random.key(0), 1, **options)
   jax.effects_barrier()
@@ -383,7 +383,7 @@ def primitives(jaxpr):
 
 
 @pytest.mark.parametrize("solver_name", ["euler", "dpmpp_2m", "ddpm"])  # Heun has a branch of its own
-def test_interval_stays_a_branch_under_vmap_over_keys_and_labels(solver_name, all_solvers):
+def test_interval_is_a_branch_under_vmap_over_keys_and_labels(solver_name, all_solvers):
   ring = jg.ring(4)
 
   def batch(guidance, keys, labels, sigmas):
@@ -434,7 +434,7 @@ def test_null_cond_has_the_structure_of_cond(null):
 
 @pytest.mark.parametrize("null", [7, -1])
 @pytest.mark.parametrize("make", [lambda n: jg.classifier_free(n, 2.0), lambda n: jg.compose(n, jnp.ones(1))])
-def test_a_null_cond_is_one_that_the_denoiser_knows(make, null):
+def test_a_null_cond_is_one_of_the_denoisers_classes(make, null):
   guided, cond = make(null)(jg.ring(4).denoiser), np.array([[1]])
   cond = cond if "Composed" in type(guided).__name__ else cond[0]
   with pytest.raises(ValueError, match=f"label {null} is not one of the 4 classes"):
@@ -442,7 +442,7 @@ def test_a_null_cond_is_one_that_the_denoiser_knows(make, null):
 
 
 @pytest.mark.parametrize("null", [4.7, np.array([4]), "none"])
-def test_a_null_cond_is_of_the_kind_of_a_cond(null):
+def test_a_null_cond_has_the_shape_and_type_of_a_cond(null):
   with pytest.raises(ValueError, match="null_cond must"):
     jg.classifier_free(null, 2.0)(lambda x, sigma, cond: x)(*AT)
 
@@ -465,26 +465,26 @@ def test_guidance_is_a_function(make, guidance):
     make(guidance)
 
 
-def test_a_rule_that_was_not_made_is_told(mixture):
+def test_a_rule_maker_in_place_of_a_rule_is_an_error(mixture):
   with pytest.raises(TypeError, match=r"got the function that makes one: call it, frequency_decoupled\(...\)"):
     jg.classifier_free(3, 2.0, jg.frequency_decoupled)(mixture.denoiser)
 
 
-def test_a_weak_models_variance_is_left_out_in_an_interval_too(mixture):
+def test_an_interval_drops_the_learned_variance_of_a_weak_model(mixture):
   bare = mixture.denoiser
   weak = lambda x, sigma, cond: jg.Prediction(bare(x, sigma, cond), x)  # noqa: E731
   guided = jg.interval(jg.autoguidance(weak, 2.0), 0.1, 2.0)(bare)
   assert guided(noisy(mixture, 0, 1.0), jnp.asarray(1.0), jnp.asarray(1)).shape == mixture.means.shape[1:]
 
 
-def test_no_condition_at_all_says_so():
+def test_guidance_without_a_condition_is_an_error():
   with pytest.raises(ValueError, match="cond"):
     jg.classifier_free(None, 2.0)(lambda x, sigma, cond: x)(AT[0], AT[1], None)
 
 
-def test_rules_of_one_kind_are_one_program(make_guidance, random_mixture):
+def test_rules_of_one_kind_have_one_tree_structure(make_guidance, random_mixture):
   mixture = random_mixture(0, (2,))
-  # Same structure, whatever the numbers: the ground on which nothing compiles twice.
+  # The structure does not depend on the numbers, so other numbers do not compile again.
   one, two = (jax.tree.structure(make_guidance(mixture, scale)) for scale in (1.0, 2.0))
   assert one == two
   assert isinstance(make_guidance(mixture, 1.0), Rule)
@@ -493,25 +493,25 @@ def test_rules_of_one_kind_are_one_program(make_guidance, random_mixture):
 # --- a learned variance ---------------------------------------------------------------------------
 
 
-def test_guidance_never_touches_a_learned_variance(make_guidance, random_mixture, float64):
+def test_guidance_does_not_change_a_learned_variance(make_guidance, random_mixture, float64):
   mixture = random_mixture(0, (2,))
-  # What each evaluation says of the variance tells its condition: the one for the sample's own has to come out.
+  # The learned variance of each evaluation is its condition; guidance must return that of the sample's own condition.
   bare = mixture.denoiser
   learned = lambda x, sigma, cond: jg.Prediction(bare(x, sigma, cond), x * 0 + jnp.asarray(cond, x.dtype))  # noqa: E731
   x, guidance = noisy(mixture, 0, 1.0), make_guidance(mixture, 3.0)
   for sigma in (0.1, 1.0):  # outside and inside the interval
     args = x, jnp.asarray(sigma), jnp.asarray(1)
-    said = guidance(learned)(*args)
-    np.testing.assert_allclose(said.x0, x0_of(guidance(bare)(*args)), rtol=1e-14)
-    # The unconditional denoiser was asked without the condition.
+    prediction = guidance(learned)(*args)
+    np.testing.assert_allclose(prediction.x0, x0_of(guidance(bare)(*args)), rtol=1e-14)
+    # The unconditional denoiser has the null class as its condition.
     unconditional = len(guidance.parameters) == 1 and "unconditional" in str(guidance.parameters[0])
-    np.testing.assert_array_equal(said.variance, np.full(2, mixture.num_classes if unconditional else 1))
+    np.testing.assert_array_equal(prediction.variance, np.full(2, mixture.num_classes if unconditional else 1))
 
 
-# --- what it costs --------------------------------------------------------------------------------
+# --- cost -----------------------------------------------------------------------------------------
 
-# Evaluations of the network, of which each is one pass, as README's table has them; with those of two guidances where
-# there are two, and none of a weak network that is another.
+# Evaluations of the network in each guided evaluation, as in README's table. The evaluations of two guidances in a
+# chain are added. The evaluations of a separate weak network do not count.
 PASSES = {
   "classifier_free": 2,
   "classifier": 1,

@@ -1,6 +1,6 @@
-"""OpenAI's process: its tables, trajectories, posterior and losses, against arrays that its own code made.
+"""OpenAI's process: tables, trajectories, posterior and losses, compared with arrays from OpenAI's code.
 
-The data come from an exact mixture put in the network's place, so that no weights are needed; see tests/data/README.md.
+The arrays were made with an exact mixture as the network, so no weights are needed; see tests/data/README.md.
 """
 
 import functools
@@ -18,7 +18,7 @@ from jaxguide._core.typing import x0_of
 from jaxguide.solvers import Conditioned
 
 DATA = Path(__file__).parent / "data" / "guided_diffusion"
-# As users compile: the tests' own quick ways round otherwise.
+# The compiler options of users: the options that make the tests fast round differently.
 AS_USERS = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 CASES = json.loads((DATA / "cases.json").read_text())
 TRAJECTORIES = ["sampler_ring2d", "cfg_ring2d", "sampler_img48", "cfg_img48"]
@@ -42,14 +42,14 @@ def deep(per_example):
 
 
 def network(params, x_vp, c_noise, cond):
-  """The exact mixture as a network: what it sees is scaled and told the time as OpenAI's are.
+  """The exact mixture as a network, with the input scaling and the time input of OpenAI's networks.
 
-  ``params``: the mixture, the levels of the table, the steps for one unit of told time, what is predicted, and whether
-  the variance is learned.
+  ``params``: the mixture, the levels of the table, the number of steps in one unit of the time input, the prediction,
+  and whether the variance is learned.
   """
   mixture, sigmas, per_unit, prediction, learned = params
   dtype = x_vp.dtype
-  # In double precision where that is on, as the arrays were made.
+  # In double precision if it is enabled, as for the published arrays.
   x_vp, c_noise, sigmas = (array.astype(float) for array in (x_vp, c_noise, sigmas))
   step = c_noise * per_unit
   sigma = sigmas[jnp.round(step).astype(int)]
@@ -65,12 +65,12 @@ def network(params, x_vp, c_noise, cond):
 
 @functools.cache
 def network_of_kind(*kind):
-  """`network` by what changes its program; programs are told apart by it."""
+  """`network` for one prediction and one kind of variance; each kind is another compiled program."""
   return lambda params, *inputs: network((*params, *kind), *inputs)
 
 
 class Network:
-  """`network` with its unlearned parameters."""
+  """`network` with its parameters."""
 
   def __init__(self, name, schedule, steps, prediction="eps", learned=False, rescale=False):
     self.mixture, self.table = mixture(name), schedules.table(schedule, steps)
@@ -146,7 +146,7 @@ def test_trajectories(name, case, given_noise, float64):
     np.testing.assert_allclose(got, wanted, rtol=0, atol=max(1e-5, 10 * deviation))
 
 
-def test_ddim_upwards_inverts(given_noise):
+def test_ddim_inversion(given_noise):
   data, net = arrays("gd_pure"), network_of("gd_pure", "linear", 1000)
   wanted = data["ddim_reverse/linear-ddim25/xs"]
   sigmas = jnp.asarray(net.table.respaced("ddim25").sigmas, jnp.float32)
@@ -156,7 +156,7 @@ def test_ddim_upwards_inverts(given_noise):
   for i in range(len(sigmas) - 1):
     x = step(x, sigmas[i], sigmas[i + 1])
     np.testing.assert_allclose(x / jnp.sqrt(1 + sigmas[i + 1] ** 2), wanted[i + 1], atol=2e-5)
-  # From the last level they go on to pure noise.
+  # After the last level the published array has the predicted noise.
   np.testing.assert_allclose((x - denoise(x, sigmas[-1])) / sigmas[-1], wanted[-1], atol=2e-5)
 
 
@@ -175,7 +175,7 @@ def test_schedule_arrays(key, float64):
   alpha, alpha_below = (1 / np.sqrt(1 + level**2) for level in (sigma, below))
   got["posterior_variance"] = alpha_below**2 * variance.value
   got["posterior_log_variance_clipped"] = variance.log + 2 * np.log(alpha_below)
-  # The mean is linear: its coefficients are what it gives for x0 = 1, x_t = 0 and the other way round.
+  # The mean is linear: its coefficients are its values for x0 = 1, x_t = 0 and for x0 = 0, x_t = 1.
   got["posterior_mean_coef1"] = alpha_below * posterior.posterior_mean(0.0, 1.0, sigma, below)
   got["posterior_mean_coef2"] = alpha_below * posterior.posterior_mean(1 / alpha, 0.0, sigma, below)
   checked = 0
@@ -208,7 +208,7 @@ def point(request):
 
 
 class Point:
-  """The levels at which the arrays of one configuration were made."""
+  """The noise levels and examples of the arrays of one configuration."""
 
   def __init__(self, config):
     self.config = config
@@ -228,7 +228,7 @@ class Point:
     return (level[:, 0, 0, 0] for level in (self.sigma, self.below, self.above))
 
   def expect(self, key, got, atol=0.0):
-    """To 1e-5 of 1 and of an example's largest value, and what the reference's own rounding makes."""
+    """Compare with a published array, to 1e-5 of 1 plus the example's largest value, plus ``atol``."""
     wanted = np.asarray(self.data[f"{self.config}/{key}"])
     if np.ndim(got) == 4 and wanted.ndim == 1:
       assert got.shape[1:] == (1, 1, 1)
@@ -240,7 +240,7 @@ class Point:
 
 
 def from_eps(point):
-  """How far x0 is known where it is x - sigma eps in float32: the published numbers are made so."""
+  """The rounding error of x0 = x - sigma eps in float32, the formula of the published arrays."""
   return 4 * np.finfo(np.float32).eps * np.asarray(point.sigma)[:, 0, 0, 0]
 
 
@@ -259,7 +259,7 @@ def test_closed_forms(point):
   point.expect("q_posterior/log_variance_clipped", variance.log + 2 * jnp.log(point.alpha_below))
   point.expect("predict_xstart_from_eps", denoisers.eps_to_x0(x, data["eps_rand"], sigma))
   point.expect("predict_eps_from_xstart", denoisers.x0_to_eps(x, point.x0, sigma))
-  # The posterior's mean solved for x0.
+  # The posterior mean, solved for x0.
   share = (point.below / sigma) ** 2
   point.expect("predict_xstart_from_xprev", (x_below - share * x) / (1 - share))
   point.expect(
@@ -277,24 +277,26 @@ def test_steps(point, kind, clip):
   wanted = {key.removeprefix(f"{point.config}/{pre}") for key in point.data if key.startswith(f"{point.config}/{pre}")}
   guided = jg.chain(jg.unconditional(null), *[jg.clip_x0()] * clip)(net.denoiser)
   sigma, below, above = point.levels()
-  said = jax.vmap(guided, (0, 0, None))(point.x, sigma, 0)
-  x0, learned = x0_of(said), said.variance if kind == "learned_range" else None
+  prediction = jax.vmap(guided, (0, 0, None))(point.x, sigma, 0)
+  x0, learned = x0_of(prediction), prediction.variance if kind == "learned_range" else None
   mean = posterior.posterior_mean(point.x, x0, point.sigma, point.below)
   variance = posterior.reverse_variance(kind, point.sigma, point.below, point.above, learned)
-  unsure = from_eps(point)
-  small = (1 - np.square(point.below / point.sigma))[:, 0, 0, 0] * unsure
+  x0_error = from_eps(point)
+  mean_error = (1 - np.square(point.below / point.sigma))[:, 0, 0, 0] * x0_error
   got = {
-    "pred_xstart": (x0, unsure),
-    "p_mean": (point.alpha_below * mean, small),
+    "pred_xstart": (x0, x0_error),
+    "p_mean": (point.alpha_below * mean, mean_error),
     "variance": (point.alpha_below**2 * variance.value, 0),
     "log_variance": (variance.log + 2 * jnp.log(point.alpha_below), 0),
     "vb_terms_bpd": (
-      jax.vmap(functools.partial(variational.vb_bits, variance=kind))(point.x0, point.x, said, sigma, below, above),
+      jax.vmap(functools.partial(variational.vb_bits, variance=kind))(
+        point.x0, point.x, prediction, sigma, below, above
+      ),
       0,
     ),
   }
   if "condition_mean" in wanted:
-    # One step without its noise is the shifted mean.
+    # A step without noise gives the shifted mean.
     def shifted(x, y, *levels):
       solver = jg.DDPM(kind, log_prob, 1.5)
       state = solver.init(x)._replace(sigma=levels[2])
@@ -303,11 +305,14 @@ def test_steps(point, kind, clip):
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(jax.random, "normal", lambda key, shape, dtype: key)
       stepped = jax.vmap(shifted)(point.x, point.data["y"], sigma, below, above)
-    got["condition_mean"] = (point.alpha_below * stepped, small)
+    got["condition_mean"] = (point.alpha_below * stepped, mean_error)
   if "condition_score_mean" in wanted:
     x0 = jax.vmap(lambda *args: x0_of(jg.classifier(log_prob, 1.5)(guided)(*args)))(point.x, sigma, point.data["y"])
     mean = posterior.posterior_mean(point.x, x0, point.sigma, point.below)
-    got |= {"condition_score_pred_xstart": (x0, unsure), "condition_score_mean": (point.alpha_below * mean, small)}
+    got |= {
+      "condition_score_pred_xstart": (x0, x0_error),
+      "condition_score_mean": (point.alpha_below * mean, mean_error),
+    }
   assert wanted <= set(got)
   for key in wanted:
     point.expect(pre + key, *got[key])

@@ -1,4 +1,4 @@
-"""Losses, against the papers' algorithms written again in NumPy on the same draws, and against what they should do."""
+"""Losses, compared with the papers' algorithms in NumPy on the same random numbers, and their properties."""
 
 import chex
 import jax
@@ -19,7 +19,7 @@ def data(seed=0, num=NUM):
 
 
 def network(params, x, c_noise, cond):
-  """Not linear, and with every input in it."""
+  """A nonlinear function of all inputs."""
   return jnp.tanh(params * x + 0.1 * cond.reshape(-1, 1, 1, 1).astype(x.dtype)) + 1e-3 * c_noise.reshape(-1, 1, 1, 1)
 
 
@@ -31,7 +31,7 @@ def draws(key, num=NUM):
   return drop_key, np.asarray(u), np.asarray(jax.random.normal(normal_key, (num, *SHAPE), float))
 
 
-def test_the_classifier_free_paper_to_the_letter(float64):
+def test_the_loss_of_the_classifier_free_paper(float64):
   x, c = data()
   key, p_uncond, null = jax.random.key(3), 0.4, 5
   drop_key, u, eps = draws(key)
@@ -43,7 +43,7 @@ def test_the_classifier_free_paper_to_the_letter(float64):
   lam = (-2 * np.log(np.tan(a * u + b))).reshape(-1, 1, 1, 1)  # λ ~ p(λ)
   alpha, sigma = np.sqrt(1 / (1 + np.exp(-lam))), np.sqrt(1 - 1 / (1 + np.exp(-lam)))
   z = alpha * x + sigma * eps  # z_λ = α x + σ ε
-  # The network is told λ as a time: of the cosine schedule, whose ᾱ(t) we invert here ourselves.
+  # The network's time input is that of λ in the cosine schedule, here by numerical inversion of ᾱ(t).
   bar = lambda t: np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2  # noqa: E731
   t = np.linspace(0, 1, 400_001)
   time = 1000 * np.interp(-1 / (1 + np.exp(-lam)), -bar(t), t)
@@ -65,7 +65,8 @@ def test_every_prediction_and_weight_is_a_weighted_loss_of_x0(prediction, weight
   _, u, eps = draws(key)
   sigma = np.exp(-1.2 + 1.2 * stats.norm.ppf(u))
   alpha = 1 / np.sqrt(1 + sigma**2)
-  # What each convention sees, how its answer becomes x0, and the weight of |x0 - D|² that its own squared error is.
+  # For each convention: the factor of its input, the conversion of its output to x0, and the weight of |x0 - D|² that
+  # its own squared error has.
   total = np.sqrt(sigma**2 + 0.25)
   seen, to_x0, own = {
     "eps": (alpha, lambda x, f: x - w(sigma) * f, sigma**-2.0),
@@ -99,7 +100,7 @@ def w(per_example):
 
 @pytest.mark.parametrize("prediction", scaling.PREDICTIONS)
 def test_the_exact_denoiser_minimises_the_loss(prediction):
-  # Data N(m, v): the best x0 is affine in x with coefficients that are functions of sigma; those are perturbed.
+  # For data N(m, v) the optimal x0 is affine in x with coefficients that depend on sigma. The test perturbs them.
   m, v, num = 0.4, 0.3, 4000
   make = scaling.scaling(prediction, schedules.Linear(), 1000.0)
   levels = schedules.LogNormal(-0.5, 1.0)
@@ -110,7 +111,7 @@ def test_the_exact_denoiser_minimises_the_loss(prediction):
 
     def loss(off):
       def exact(params, scaled, c_noise, cond):
-        # The network inverts what it was told: the levels of this call, which it can know from the key.
+        # The network needs the levels of this call; it computes them from the key.
         _, noise_key = jax.random.split(key)
         sigma = levels.quantile(losses.stratified_uniform(jax.random.split(noise_key)[0], num))
         c_skip, c_out, c_in, _ = (c[:, None] for c in make(sigma))
@@ -127,7 +128,7 @@ def test_the_exact_denoiser_minimises_the_loss(prediction):
   keys = jax.random.split(jax.random.key(5), 8)
   best = [loss_and_gradient(jnp.zeros(2), key) for key in keys]
   gradients = np.array([g for _, g in best])
-  # Zero within what eight independent gradients say of their mean.
+  # The mean of eight independent gradients is zero within its standard error.
   error = gradients.std(0, ddof=1) / np.sqrt(8)
   assert (np.abs(gradients.mean(0)) < 5 * error + 1e-4).all()
   assert (np.abs(gradients) < 0.1).all()
@@ -136,7 +137,7 @@ def test_the_exact_denoiser_minimises_the_loss(prediction):
       assert loss_and_gradient(jnp.array(off), key)[0] > lowest
 
 
-def test_add_noise_adds_what_it_says():
+def test_add_noise_adds_normal_noise_of_its_level():
   x0 = jnp.ones((2000, 3))
   x, sigma = losses.add_noise(jax.random.key(0), x0, schedules.LogNormal())
   z = np.asarray((x - x0) / sigma[:, None])
@@ -148,10 +149,10 @@ def test_add_noise_adds_what_it_says():
 
 
 @pytest.mark.parametrize("num", [1, 2, 7, 1000])
-def test_each_part_is_drawn_from_once(num):
+def test_each_of_the_strata_is_drawn_from_once(num):
   u = np.asarray(losses.stratified_uniform(jax.random.key(num), num), np.float64)
   assert ((u > 0) & (u < 1)).all()
-  # A draw may round up onto the edge of the next part.
+  # Rounding can move a number to the edge of the next part.
   np.testing.assert_array_equal(np.sort(np.floor(u * num - 1e-4 * (u * num % 1 < 1e-4))), np.arange(num))
 
 
@@ -168,12 +169,12 @@ def test_stratified_draws_are_uniform_and_in_random_order():
     (schedules.LogNormal(-1.0, 1.5), np.log, stats.norm(-1.0, 1.5)),
     (schedules.Linear(), lambda s: np.log1p(s**2), None),  # log(1 + σ²) = ∫beta, a quadratic in t
     (schedules.LogSNR(-10.0, 15.0), lambda s: -2 * np.log(s), stats.uniform(-10.0, 25.0)),
-    # λ = -2 log tan(θ), θ uniform: a hyperbolic secant distribution, as section 4 of the guidance paper says.
+    # λ = -2 log tan(θ) with uniform θ has a hyperbolic secant distribution (section 4 of the guidance paper).
     (schedules.LogSNRCosine(), lambda s: -np.log(s), stats.hypsecant()),
   ],
 )
 def test_noise_levels_have_their_distribution(levels, to_known, known):
-  # Independent draws, one call for each: within a call they are stratified, and a test would call them too good.
+  # One call for each draw: the draws of one call are stratified, so they are not independent.
   keys = jax.random.split(jax.random.key(0), 2000)
   draw = jax.jit(jax.vmap(lambda key: losses.add_noise(key, jnp.zeros((4, 1)), levels)[1][0]))
   value = to_known(np.asarray(draw(keys), np.float64))
@@ -182,19 +183,19 @@ def test_noise_levels_have_their_distribution(levels, to_known, known):
   assert stats.kstest(value, known.cdf).pvalue > 1e-3
 
 
-def test_conditions_are_dropped_as_often_as_asked():
+def test_conditions_are_dropped_with_probability_p_uncond():
   cond = {"label": jnp.full(5000, 3), "text": jnp.ones((5000, 4))}
   null = {"label": 7, "text": jnp.zeros(4)}
   for p_uncond in (0.0, 0.1, 0.5, 1.0):
     dropped = losses.drop_cond(jax.random.key(1), cond, null, p_uncond)
     gone = np.asarray(dropped["label"]) == 7
     assert abs(gone.mean() - p_uncond) <= 4 * np.sqrt(p_uncond * (1 - p_uncond) / 5000)
-    # All of a row or nothing of it.
+    # All leaves of a row are dropped together.
     np.testing.assert_array_equal(dropped["text"], np.where(gone[:, None], 0.0, np.ones((5000, 4))))
     assert dropped["label"].dtype == cond["label"].dtype
 
 
-# --- the classifier's -----------------------------------------------------------------------------
+# --- the loss of the classifier -------------------------------------------------------------------
 
 
 def test_classifier_loss_is_a_cross_entropy(float64):
@@ -257,7 +258,7 @@ def test_p_uncond_is_a_probability(p_uncond):
 
 
 @pytest.mark.parametrize(("cond", "null"), [(None, 3), (jnp.zeros(4, int), None), (None, None)])
-def test_dropping_needs_something_to_drop(cond, null):
+def test_p_uncond_above_0_needs_cond_and_null_cond(cond, null):
   with pytest.raises(ValueError, match="p_uncond above 0 needs"):
     jg.denoising_loss(
       jnp.asarray(0.1), plain, jax.random.key(0), jnp.ones((4, 2)), cond, null_cond=null, p_uncond=0.1, **OPTIONS
@@ -266,7 +267,7 @@ def test_dropping_needs_something_to_drop(cond, null):
 
 def test_a_network_of_another_shape_is_refused():
   doubled = lambda params, x, c_noise, cond: jnp.concatenate([x, x], -1)  # noqa: E731
-  with pytest.raises(ValueError, match="with a learned variance, use jaxguide.variational.variational_loss"):
+  with pytest.raises(ValueError, match=r"with a learned variance, use jaxguide\.variational\.variational_loss"):
     jg.denoising_loss(jnp.asarray(0.1), doubled, jax.random.key(0), jnp.ones((4, 2)), **OPTIONS)
 
 
@@ -276,8 +277,8 @@ def test_a_network_in_bfloat16_has_a_loss_in_float32():
   assert loss.dtype == jnp.float32
 
 
-def test_shapes_and_types_are_checked_under_test():
-  # An annotation that is not a string of jaxtyping's is no check at all, and nothing else would say so.
+def test_annotated_shapes_and_types_are_checked_in_tests():
+  # Guards against annotations that jaxtyping silently ignores.
   from jaxtyping import TypeCheckError
 
   with pytest.raises(TypeCheckError):

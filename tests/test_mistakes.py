@@ -1,4 +1,4 @@
-"""Mistakes that people make get an error that says what was wrong and what to do."""
+"""Errors for common mistakes: the message states what is wrong and what to do."""
 
 import chex
 import jax
@@ -17,8 +17,8 @@ GRID = jg.karras(3, 0.05, 10.0)
 
 
 @pytest.fixture(autouse=True)
-def as_users_have_it(monkeypatch):
-  """Without the checks of types that the tests add."""
+def without_type_checks(monkeypatch):
+  """Disable the type checks that the tests add, since users do not have them."""
   monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
@@ -60,7 +60,7 @@ def test_mistakes_in_drawing(changes, kind, message):
 @pytest.mark.parametrize(
   ("changes", "kind", "message"), [row for row in MISTAKES if {"denoise", "solver", "shape"} & set(row[0])]
 )
-def test_mistakes_inside_ones_own_jit(changes, kind, message):
+def test_mistakes_inside_a_users_jit(changes, kind, message):
   args = {"denoise": RING.denoiser, "solver": jg.Euler(), "shape": (2,)} | changes
   with pytest.raises(kind, match=message):
     jax.jit(lambda key: jg.sample(args["denoise"], key, args["shape"], GRID, args["solver"], 1))(jax.random.key(0))
@@ -83,14 +83,14 @@ def test_x_init_may_be_a_list_and_starts_each_sample():
   np.testing.assert_allclose(draw(x_init=starts[0]), np.stack([made[0]] * 3), atol=1e-5)
 
 
-def test_sample_batch_inside_jit_says_where_to_call_it():
+def test_sample_batch_inside_jit_is_an_error():
   with pytest.raises(TypeError, match=r"cannot run inside jit.*jax\.vmap of jaxguide\.sample"):
     jax.jit(lambda scale: draw(denoise=jg.classifier_free(4, scale)(RING.denoiser)))(2.0)
   with pytest.raises(TypeError, match="cannot run inside jit"):
     jax.jit(draw)()
 
 
-def test_a_guidance_of_a_guidance():
+def test_a_guidance_in_place_of_a_denoiser_is_an_error():
   for wrong in (lambda: jg.classifier_free(4, 2.0)(jg.clip_x0()), lambda: jg.chain(jg.clip_x0())(jg.clip_x0())):
     with pytest.raises(TypeError, match="got a guidance"):
       wrong()
@@ -103,14 +103,14 @@ def test_a_guidance_of_a_guidance():
 
 @pytest.mark.parametrize("schedule", ["linear", schedules.Cosine, None, 3.0])
 @pytest.mark.parametrize("make", [scaling.eps, scaling.x0, scaling.v])
-def test_a_schedule_by_name_in_scaling(make, schedule):
+def test_a_name_in_place_of_a_schedule_is_an_error(make, schedule):
   with pytest.raises(TypeError, match=r"schedule must be a noise schedule.*schedules\.schedule"):
     make(schedule)
   with pytest.raises(TypeError, match="table must be a schedule of discrete steps"):
     scaling.iddpm(schedule)
 
 
-def test_flow_says_which_time():
+def test_flow_needs_a_time_scale():
   for make in (scaling.flow, lambda: scaling.scaling("flow", schedules.Cosine())):
     with pytest.raises(TypeError, match=r"time_scale: 1\.0 .* 1000\.0"):
       make()
@@ -118,20 +118,20 @@ def test_flow_says_which_time():
 
 
 @pytest.mark.parametrize("logits", [(1, 3, 3), (1,), (1, 2, 2, 3)])
-def test_logits_of_the_wrong_shape(logits):
+def test_logits_of_the_wrong_shape_are_an_error(logits):
   log_prob = jg.ClassifierLogProb(jnp.ones(1), lambda params, x, t: jnp.zeros(logits), scaling.edm())
   with pytest.raises(ValueError, match=r"logits of shape \(n, classes\)"):
     log_prob(jnp.zeros(2), jnp.float32(1.0), 1)
 
 
 @pytest.mark.parametrize("label", [np.array([1, 0]), 1.0])
-def test_a_classifier_is_asked_about_one_label(label):
+def test_a_classifier_needs_one_label(label):
   log_prob = jg.ClassifierLogProb(jnp.ones(1), lambda params, x, t: jnp.zeros((1, 3)), scaling.edm())
   with pytest.raises(ValueError, match="one whole number as the label"):
     log_prob(jnp.zeros(2), jnp.float32(1.0), label)
 
 
-def test_a_module_with_functions_as_params():
+def test_functions_inside_params_are_an_error():
   params = {"weight": jnp.ones(2), "activation": jax.nn.relu}
   denoise = jg.NetworkDenoiser(params, lambda params, x, t, y: params["weight"] * x, scaling.edm())
   with pytest.raises(TypeError, match=r"pytree of arrays.*equinox\.partition"):
@@ -161,7 +161,7 @@ OUT_OF_REACH = {
 
 
 @pytest.mark.parametrize("make", OUT_OF_REACH.values(), ids=OUT_OF_REACH)
-def test_more_steps_than_can_be_meant(make):
+def test_too_many_steps_are_an_error(make):
   with pytest.raises(ValueError, match="steps must be a whole number from 1 to 1000000"):
     make()
 
@@ -181,24 +181,24 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
-def test_values_that_were_accepted_and_mean_nothing(make, message):
+def test_values_without_a_meaning_are_refused(make, message):
   with pytest.raises(ValueError, match=message):
     make()
 
 
-def test_lists_serve_as_arrays_in_metrics():
+def test_metrics_accept_lists():
   images, labels = np.array([0, 255, 51, 51], np.uint8).reshape(4, 1, 1, 1), [0, 0, 1, 1]
   assert evaluation.diversity(images, labels) == 0.5
   a = [[-1.0], [1.0]]
   np.testing.assert_allclose(evaluation.frechet_distance(a, a), 0, atol=1e-12)
 
 
-# --- up the noise and down again ------------------------------------------------------------------
+# --- inversion ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", [(jg.Heun(), 200), (jg.Euler(), 4000)], ids=["heun", "euler"])
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_inversion_leads_back(steps, scale):
+def test_inversion_is_undone_by_sampling(steps, scale):
   solver, number = steps
   guided, grid = jg.classifier_free(4, scale)(RING.denoiser), jg.karras(number, 0.02, 20.0)
   x0 = jnp.array([[0.9, 0.2], [1.2, -0.1], [0.7, 0.3]])
@@ -210,13 +210,13 @@ def test_inversion_leads_back(steps, scale):
   there, back = jax.jit(jax.vmap(there_and_back))(x0)
   chex.assert_tree_all_finite((there, back))
   assert np.abs(np.asarray(there)).max() > 1
-  # The last step of a sample lands on what the denoiser says at the last level, which is not x0 itself.
+  # The last step of `sample` gives the denoiser's output at the last level above 0, which is not exactly x0.
   expected = jax.vmap(lambda x: guided(x, grid[-2], 0))(x0)
   np.testing.assert_allclose(back, expected, atol=1e-3)
 
 
-def test_inversion_of_a_gaussian_is_its_flow():
-  # dx/dσ = σ (x - m) / (v + σ²), so that (x - m) grows with sqrt(v + σ²).
+def test_inversion_of_a_gaussian_is_its_exact_flow():
+  # dx/dσ = σ (x - m) / (v + σ²), so x - m is proportional to sqrt(v + σ²).
   mean, variance = np.array([1.0, -2.0]), 0.25
   one = jg.gaussian_mixture(mean[None], np.full((1, 2), variance), [0])
   grid = jg.karras(200, 0.01, 30.0)
@@ -228,7 +228,7 @@ def test_inversion_of_a_gaussian_is_its_flow():
 
 
 @pytest.mark.parametrize("solver", [jg.DDIM(), jg.DDPM(), jg.DPMpp2M(), "euler"], ids=str)
-def test_inversion_needs_a_solver_without_noise_or_memory(solver):
+def test_inversion_needs_a_one_step_solver_without_noise(solver):
   with pytest.raises((ValueError, TypeError), match="solver"):
     jg.sampling.invert(RING.denoiser, jnp.zeros(2), GRID, solver, 0)
 
@@ -247,7 +247,7 @@ def test_the_flow_schedule_is_its_path(shift):
   assert float(schedule.sigma(1.0)) == 1e4
 
 
-def test_a_walk_along_a_flow_compiles_once():
+def test_a_sweep_over_shifts_compiles_once():
   @jax.jit
   @chex.assert_max_traces(1)
   def walk(grid, key):

@@ -1,4 +1,4 @@
-"""The oracle against oracles that are not ours: SciPy's densities, quadrature, Bayes' rule, automatic derivatives."""
+"""Gaussian mixtures, compared with SciPy's densities, quadrature, Bayes' rule and automatic derivatives."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def density(x, sigma, cond):
 
 @pytest.mark.parametrize("cond", [None, 0, 1, 2, 3])
 @pytest.mark.parametrize("sigma", [0.01, 0.5, 5.0])
-def test_density_is_scipys(line, sigma, cond):
+def test_density_equals_that_of_scipy(line, sigma, cond):
   for x in np.linspace(-3, 4, 5):
     got = line.log_density(jnp.array([x]), jnp.asarray(sigma), cond)
     np.testing.assert_allclose(got, np.log(density(x, sigma, cond)), rtol=1e-9, atol=1e-9)
@@ -52,7 +52,7 @@ def test_denoiser_is_the_posterior_mean_by_quadrature(line, sigma, cond):
 
 @pytest.mark.parametrize("shape", [(), (3,), (4, 2, 1)])
 @pytest.mark.parametrize("sigma", [0.02, 0.7, 40.0])
-def test_tweedie(random_mixture, shape, sigma, float64, relative_error):
+def test_the_denoiser_follows_from_the_score_by_tweedies_formula(random_mixture, shape, sigma, float64, relative_error):
   mixture = random_mixture(0, shape)
   x = jnp.asarray(np.random.default_rng(1).normal(size=shape) * (1 + sigma))
   for cond in (None, 0, 2):
@@ -78,7 +78,7 @@ def test_log_prob_far_from_everything_stays_finite():
     assert np.isfinite(jax.grad(ring.log_prob)(x, sigma, 3)).all()
 
 
-def test_the_pytrees_are_the_methods(line):
+def test_the_pytrees_equal_the_methods(line):
   x, sigma = jnp.array([0.2]), jnp.asarray(0.4)
   leaves, treedef = jax.tree.flatten((line.denoiser, line.log_prob))
   denoiser, log_prob = jax.tree.unflatten(treedef, leaves)
@@ -88,7 +88,7 @@ def test_the_pytrees_are_the_methods(line):
 
 
 @pytest.mark.parametrize("cond", [None, 0, 1])
-def test_samples_have_the_distribution(line, cond):
+def test_samples_have_the_mixtures_distribution(line, cond):
   keys = jax.random.split(jax.random.key(0), 5000)
   draws = np.asarray(jax.vmap(lambda key: line.sample(key, cond))(keys))[:, 0]
   cdf = lambda x: np.interp(x, *_cumulative(cond))  # noqa: E731
@@ -102,7 +102,7 @@ def _cumulative(cond):
   return x, integrate.cumulative_trapezoid(density(x, 0.0, cond), x, initial=0)
 
 
-def test_image_samples_have_the_moments(random_mixture, float64):
+def test_image_samples_have_the_mixtures_moments(random_mixture, float64):
   mixture = random_mixture(3, (2, 2, 1))
   draws = np.asarray(jax.vmap(lambda key: mixture.sample(key, 2))(jax.random.split(jax.random.key(1), 20000)))
   weights = np.exp(mixture.log_weights) * (np.asarray(mixture.classes) == 2)
@@ -129,8 +129,8 @@ def test_variances_broadcast(variances):
   np.testing.assert_array_equal(mixture.variances, np.full((3, 2, 2), 0.5))
 
 
-def test_variances_of_one_number_each_go_with_the_components():
-  # Three components in three dimensions: (3,) could be read either way.
+def test_variances_with_one_number_each_belong_to_the_components():
+  # With three components in three dimensions, shape (3,) is ambiguous.
   mixture = jg.gaussian_mixture(np.zeros((3, 3)), [0.1, 0.2, 0.3], [0, 1, 2])
   np.testing.assert_allclose(mixture.variances[:, 0], [0.1, 0.2, 0.3], rtol=1e-6)
   np.testing.assert_allclose(mixture.variances[1], [0.2] * 3, rtol=1e-6)
@@ -155,9 +155,9 @@ def test_variances_of_one_number_each_go_with_the_components():
     ({"variances": np.ones((3, 5))}, "do not fit"),
   ],
 )
-def test_what_is_no_mixture_is_refused(change, message):
+def test_bad_mixtures_are_refused(change, message):
   args = {"means": np.zeros((3, 2)), "variances": 1.0, "classes": [0, 1, 2], **change}
-  # As arrays: a list of floats is no list of labels where types are checked at run time.
+  # As arrays, because the run-time type checks of the tests refuse a list of floats as labels.
   with pytest.raises(ValueError, match=message):
     jg.gaussian_mixture(**{name: np.asarray(value) for name, value in args.items()})
 

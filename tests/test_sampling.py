@@ -1,4 +1,4 @@
-"""The structure of sampling, over every guidance and solver: traces, constants, batches, devices, memory, gradients."""
+"""Properties of sampling for all guidances and solvers: traces, constants, batches, devices, memory, gradients."""
 
 import functools
 import logging
@@ -16,7 +16,7 @@ from jaxguide import scaling, schedules
 
 SHAPE = (2,)
 GRID = jg.karras(4, 0.05, 10.0)
-KINDS = ("ddim_half", "ddpm", "heun", "dpmpp_2m", "unipc_2", "edm_churn")  # a solver of each kind
+KINDS = ("ddim_half", "ddpm", "heun", "dpmpp_2m", "unipc_2", "edm_churn")  # one solver of each kind
 
 
 def draw(guided, key, label, sigmas, solver):
@@ -53,17 +53,17 @@ def image_network():
 
 
 def counted(denoiser, traces):
-  """The denoiser, with a record of its traces; as a user wraps one of their own."""
+  """Wrap the denoiser as a user would, with a record of its traces."""
 
   def run(denoiser, x, sigma, cond):
     traces.append(1)
     return denoiser(x, sigma, cond)
 
-  return Partial(_Same(run), denoiser)
+  return Partial(_AlwaysEqual(run), denoiser)
 
 
-class _Same:
-  """Functions that are equal to each other, so that only what jaxguide does can cause a second trace."""
+class _AlwaysEqual:
+  """A function equal to all others of this class, so that only jaxguide's code can cause a second trace."""
 
   def __init__(self, run):
     self.run = run
@@ -75,7 +75,7 @@ class _Same:
     return 0
 
   def __eq__(self, other):
-    return isinstance(other, _Same)
+    return isinstance(other, _AlwaysEqual)
 
 
 def test_a_sweep_is_one_trace_of_the_users_jit(pair, random_mixture, no_rank_promotion):
@@ -90,18 +90,18 @@ def test_a_sweep_is_one_trace_of_the_users_jit(pair, random_mixture, no_rank_pro
     mixture = random_mixture(seed, SHAPE)  # other weights
     guided = make_guidance(mixture, scale)(counted(mixture.denoiser, traces))
     grid = jg.karras(4, 0.02 + 0.01 * seed, 10.0 + seed)
-    # What a call does before it compiles.
+    # Tracing is the part of a call before compilation.
     traced = images.trace(guided, solver, grid, jax.random.key(seed), jnp.asarray(label))
     if seed == 0:
       first = len(traces)
   assert len(compiled) == 1
   assert len(traces) == first
-  # The weights, the scale and the levels came as arguments: nothing above a number is baked into the program.
+  # The weights, the scale and the levels are arguments: no constant of the program has more than one element.
   assert all(size <= 1 for size in constants(traced.jaxpr))
 
 
 def constants(closed):
-  """Sizes of all arrays baked into a closed jaxpr or into one inside it."""
+  """Sizes of all constants of a closed jaxpr and of those inside it."""
   yield from (np.size(const) for const in closed.consts)
   for equation in closed.jaxpr.eqns:
     for value in jax.tree.leaves(equation.params, is_leaf=lambda v: isinstance(v, ClosedJaxpr)):
@@ -109,9 +109,9 @@ def constants(closed):
         yield from constants(value)
 
 
-def test_a_solver_sees_a_guidance_as_a_function(solver, all_guidances, random_mixture):
-  # The ground on which not every guidance meets every solver: nothing but calls reaches from the one to the other.
-  class Veiled:
+def test_a_solver_uses_a_guided_denoiser_as_a_function_only(solver, all_guidances, random_mixture):
+  # A solver only calls the guided denoiser. So the other tests need not combine every guidance with every solver.
+  class Wrapping:
     init = staticmethod(solver.init)
 
     def step(self, denoise, *args):
@@ -122,30 +122,30 @@ def test_a_solver_sees_a_guidance_as_a_function(solver, all_guidances, random_mi
     guided = all_guidances[name](mixture, 2.0)(mixture.denoiser)
     programs = [
       jax.make_jaxpr(lambda guided, key, s=s: draw(guided, key, 1, GRID, s))(guided, jax.random.key(0))
-      for s in (solver, Veiled())
+      for s in (solver, Wrapping())
     ]
-    seen, veiled = (re.sub("0x[0-9a-f]+", "", str(program)) for program in programs)
-    assert seen == veiled, name
+    direct, wrapped = (re.sub("0x[0-9a-f]+", "", str(program)) for program in programs)
+    assert direct == wrapped, name
 
 
-def test_a_sweep_compiles_once_and_no_sample_knows_its_batch(pair, random_mixture, no_rank_promotion, caplog):
+def test_a_sweep_compiles_once_and_samples_ignore_their_batch(pair, random_mixture, no_rank_promotion, caplog):
   make_guidance, solver = pair
   made = []
   labels, key = np.arange(7) % 3, jax.random.key(0)
-  # What JAX itself says it compiles: a trace may be found again in a cache while the program is not.
+  # Counts JAX's log messages: a trace can be in a cache while the compiled program is not.
   with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
     for seed, (scale, label) in enumerate([(2.0, labels), (1.0, labels[::-1].copy()), (3, 2)]):
       mixture = random_mixture(seed, SHAPE)
       guided = make_guidance(mixture, scale)(mixture.denoiser)
       grid = jg.karras(4, 0.05 + 0.01 * seed, 10.0 + seed)
-      # 7 in micro-batches of 4: the second is short, and no other program.
+      # 7 samples in micro-batches of 4: the second is short, which must not compile another program.
       options = dict(shape=SHAPE, sigmas=grid, solver=solver, start=seed, batch_size=4, num=7)
       made.append(jg.sample_batch(guided, jax.random.key(seed), label, **options))
       if seed:
         assert not compilations(caplog)
       caplog.clear()
       if not seed:
-        # The same program for the samples from the third on: each is now elsewhere, among others.
+        # The same program for the samples from index 3: each has another position and other neighbours in its batch.
         shifted = jg.sample_batch(guided, key, np.arange(3, 10) % 3, **options | {"start": 3})
         assert not compilations(caplog)
   first = made[0]
@@ -160,12 +160,12 @@ def test_a_sample_is_the_same_alone(name, all_guidances, model):
   options = dict(shape=SHAPE, sigmas=GRID, solver=jg.DPMpp2M())
   whole = jg.sample_batch(guided, key, labels, batch_size=4, **options)
   keys = jg.sample_keys(key, 7)
-  for i in (1, 3, 5):  # each label, in the first and in the second micro-batch
+  for i in (1, 3, 5):  # all labels, and both micro-batches
     close(alone(guided, keys[i], jnp.asarray(labels[i]), GRID, options["solver"]), whole[i])
   close(alone(guided, jg.sample_keys(key, 1, start=6)[0], jnp.asarray(labels[6]), GRID, options["solver"]), whole[6])
 
 
-# XLA may sum in another order in another shape of batch, and sampling amplifies the rounding.
+# XLA can sum in another order for another batch size, and sampling amplifies the rounding error.
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 alone = jax.jit(draw)
 
@@ -174,14 +174,14 @@ def compilations(caplog):
   return [record for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
 
 
-def test_compilations_are_heard_of(model, caplog):
-  # As a guard of the test above: another number of steps is another program.
+def test_compilations_are_counted(model, caplog):
+  # A check of the test above: another number of steps is another program.
   with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
     jg.sample_batch(model.denoiser, jax.random.key(0), 1, num=1, shape=SHAPE, sigmas=jg.karras(9), solver=jg.Euler())
   assert compilations(caplog)
 
 
-def test_eta_is_no_reason_to_compile(model):
+def test_another_eta_does_not_compile_again(model):
   compiled = []
 
   @jax.jit
@@ -195,12 +195,12 @@ def test_eta_is_no_reason_to_compile(model):
 
 
 def test_the_search_for_constants_finds_one(model):
-  # As a guard of the test above: a method of the mixture bakes it in, under a scan.
+  # A check of the tests with `constants`: a method of the mixture makes it a constant inside a scan.
   jaxpr = jax.make_jaxpr(lambda key: draw(model.denoise, key, 1, GRID, jg.Euler()))(jax.random.key(0))
   assert max(constants(jaxpr)) > 1
 
 
-def test_weights_of_a_network_are_no_constants(image_network):
+def test_weights_of_a_network_are_not_constants(image_network):
   params, apply, _ = image_network
 
   def image(denoise, key, label):
@@ -212,10 +212,10 @@ def test_weights_of_a_network_are_no_constants(image_network):
   assert not weights & set(constants(jaxpr))
 
 
-# --- sample i is sample i -------------------------------------------------------------------------
+# --- sample i does not depend on its batch --------------------------------------------------------
 
 
-def test_a_sample_does_not_know_where_it_is_made(model):
+def test_a_sample_does_not_depend_on_batches_and_devices(model):
   guided = jg.interval(jg.classifier_free(3, 2.0), 0.2, 5.0)(model.denoiser)
   labels = np.arange(16) % 3
   key, devices = jax.random.key(7), jax.devices()
@@ -235,7 +235,7 @@ def test_a_network_gives_the_same_on_any_number_of_devices(image_network):
   params, apply, _ = image_network
   denoise = jg.classifier_free(3, 2.0)(jg.NetworkDenoiser(params, apply, scaling.v(schedules.Cosine())))
   labels = np.arange(6) % 3
-  # By the documented recipe, with nothing of `sample_batch`.
+  # The same samples by `jax.vmap` of `sample`, without `sample_batch`.
   keys = jg.sample_keys(jax.random.key(0), 6)
   one = lambda key, y: jg.sample(denoise, key, (4, 4, 2), GRID, jg.DDPM(), y)[0]  # noqa: E731
   wanted = jax.jit(jax.vmap(one))(keys, labels)
@@ -244,7 +244,7 @@ def test_a_network_gives_the_same_on_any_number_of_devices(image_network):
     close(jg.sample_batch(denoise, jax.random.key(0), labels, **options), wanted)
 
 
-def test_vmap_is_a_loop(model):
+def test_vmap_equals_a_loop(model):
   guided, solver = jg.interval(jg.classifier_free(3, 2.0), 0.2, 5.0)(model.denoiser), jg.DDPM()
   keys, labels = jg.sample_keys(jax.random.key(3), 4), jnp.array([0, 1, 2, 1])
   one = jax.jit(lambda key, label: draw(guided, key, label, GRID, solver))
@@ -253,13 +253,13 @@ def test_vmap_is_a_loop(model):
   np.testing.assert_allclose(vmapped, looped, rtol=1e-5, atol=1e-5)
 
 
-def test_raw_keys_are_typed_keys(model):
+def test_raw_keys_give_the_same_samples_as_typed_keys(model):
   options = dict(num=3, shape=SHAPE, sigmas=GRID, solver=jg.DDPM())
   typed = jg.sample_batch(model.denoiser, jax.random.key(5), 1, **options)
   np.testing.assert_array_equal(jg.sample_batch(model.denoiser, jax.random.PRNGKey(5), 1, **options), typed)
 
 
-def test_start_continues(model):
+def test_start_continues_an_earlier_call(model):
   options = dict(shape=SHAPE, sigmas=GRID, solver=jg.DDPM())
   key = jax.random.key(0)
   whole = jg.sample_batch(model.denoiser, key, 1, num=9, **options)
@@ -282,7 +282,7 @@ def test_conditions_of_any_structure():
 
 @pytest.mark.parametrize("name", ["euler", "dpmpp_3m_sde", "edm_churn"])
 def test_memory_does_not_grow_with_the_steps(name, all_solvers, model):
-  # The loop is one for all; of the solvers' states these are the smallest, the largest and one of two evaluations.
+  # All solvers share the loop. These three have the smallest state, the largest state and two evaluations a step.
   solver = all_solvers[name]
   keys, labels = jg.sample_keys(jax.random.key(0), 64), jnp.zeros(64, int)
 
@@ -295,7 +295,7 @@ def test_memory_does_not_grow_with_the_steps(name, all_solvers, model):
     return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
 
   growth = temporary(1000) - temporary(10)
-  # The grid itself is sliced into levels and steps; the samples, 512 bytes a step, are not kept.
+  # Only the grid and its slices grow with the steps. A history of the samples would take 512 bytes a step.
   assert growth < 990 * 20
   if isinstance(solver, jg.Euler):
     assert temporary(1000, lambda state: state.x) - temporary(10, lambda state: state.x) > 990 * 512
@@ -328,14 +328,14 @@ def test_gradients_of_guidance_match_finite_differences(make_guidance, random_mi
     scale, shift, sigma, x = at[0], at[1], at[2], at[3:]
     moved = mixture.replace(means=mixture.means + shift)
     guided = make_guidance(moved, scale)(moved.denoiser)(x, sigma, jnp.asarray(1))
-    return getattr(guided, "x0", guided) @ jnp.array([1.0, 0.3])  # One that remembers says more than x0.
+    return getattr(guided, "x0", guided) @ jnp.array([1.0, 0.3])  # A guidance with momentum gives a Prediction.
 
   gradient = check_gradient(total, jnp.array([1.7, 0.02, 0.8, 0.5, -0.9]))
   assert (np.abs(gradient) > 1e-5).all()
 
 
 def check_gradient(function, at, number=None, step=1e-5):
-  """Compare the gradient in the first ``number`` elements with central differences; give the gradient."""
+  """Compare the gradient in the first ``number`` elements with central differences, and return the gradient."""
   both = jax.jit(jax.value_and_grad(function))
   gradient = both(at)[1]
   assert np.isfinite(gradient).all()
@@ -353,7 +353,7 @@ def test_gradients_of_solvers_match_finite_differences(solver, random_mixture, f
     moved = mixture.replace(means=mixture.means + shift)
     return draw(moved.denoiser, jax.random.key(2), 1, grid, solver).sum()
 
-  # The last level is 0 and stays there; its gradient is only finite.
+  # The last level must be 0, so only its gradient's finiteness is checked.
   gradient = check_gradient(total, jnp.array([0.02, 3.0, 1.0, 0.3, 0.0]), 4)
   assert (np.abs(gradient[:4]) > 1e-5).all()
 
@@ -363,10 +363,10 @@ def test_the_gradient_in_eta_matches_finite_differences(random_mixture, float64)
   check_gradient(lambda eta: draw(denoiser, jax.random.key(2), 1, grid, jg.DDIM(eta[0])).sum(), jnp.array([0.5]))
 
 
-# --- what else `sample` does ----------------------------------------------------------------------
+# --- other options of `sample` --------------------------------------------------------------------
 
 
-def test_collect_stacks_what_it_is_asked_for(solver, model):
+def test_collect_stacks_its_outputs(solver, model):
   x, history = jg.sample(
     model.denoiser, jax.random.key(0), SHAPE, GRID, solver, 1, lambda s: {"x": s.x, "x0": s.x0, "sum": s.x.sum()}
   )
@@ -390,15 +390,15 @@ def test_x_init_replaces_the_starting_noise(model):
     jg.sample(model.denoiser, key, SHAPE, grid, jg.Euler(), 1, x_init=jnp.zeros(3))
 
 
-def test_noise_is_added_to_a_clean_start():
+def test_add_noise_adds_each_samples_noise_to_the_start():
   key, image = jax.random.key(3), np.array([7.0, -5.0], np.float32)
-  keep = Partial(lambda x, sigma, cond: x)  # What it starts from stays as it is.
+  keep = Partial(lambda x, sigma, cond: x)  # With this denoiser the sample is its start.
   grid = np.array([4.0, 1.0, 0.0])
   options = dict(shape=SHAPE, sigmas=grid, solver=jg.Euler(), num=3)
   noise = jg.sample_batch(keep, key, **options)
   close(jg.sample_batch(keep, key, **options, x_init=image, add_noise=True), image + noise)
   close(jg.sample_batch(keep, key, **options, x_init=image), [image] * 3)
-  # As a function of the samples' numbers, in a micro-batch of any size.
+  # x_init as an array, and as a function of the positions, in micro-batches.
   images = np.arange(6, dtype=np.float32).reshape(3, 2)
   for x_init in (images, lambda rows: images[rows]):
     close(jg.sample_batch(keep, key, **options, x_init=x_init, add_noise=True, batch_size=2), images + noise)
@@ -426,13 +426,13 @@ def test_the_noises_of_steps_and_start_are_independent():
     return xs[:3, 0]
 
   xs = np.asarray(jax.vmap(noises)(jg.sample_keys(jax.random.key(0), 4000)))
-  # With x0 = 0: x' = (σ'/σ)² x + noise, which the previous x says nothing of.
+  # With x0 = 0 a step is x' = (σ'/σ)² x + noise, and the noise is independent of x.
   fresh = np.stack([xs[:, 0], xs[:, 1] - xs[:, 0] / 4, xs[:, 2] - xs[:, 1] / 4], axis=1)
   correlation = np.corrcoef(fresh.T)
   assert np.abs(correlation - np.eye(3)).max() < 0.07
 
 
-def test_progress_hears_of_every_sample(model):
+def test_progress_receives_the_size_of_each_micro_batch(model):
   made = []
   jg.sample_batch(
     model.denoiser, jax.random.key(0), 1, num=10, shape=SHAPE, sigmas=GRID, solver=jg.Euler(), batch_size=4,
@@ -441,7 +441,7 @@ def test_progress_hears_of_every_sample(model):
   assert made == [4, 4, 2]
 
 
-def test_the_levels_type_is_the_samples(solver, model):
+def test_samples_have_the_type_of_the_levels(solver, model):
   dtype = jnp.bfloat16
   half = jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, model)
   grid = jg.karras(4, 0.05, 10.0).astype(dtype)
@@ -482,14 +482,14 @@ def batch(**changes):
     ([np.inf, 1.0, 0.0], r"sigmas\[0\] is not"),
   ],
 )
-def test_a_grid_that_is_none_is_refused(grid, message):
+def test_a_bad_grid_is_refused(grid, message):
   with pytest.raises(ValueError, match=message):
     batch(sigmas=np.asarray(grid))
   with pytest.raises(ValueError, match=message):
     jg.sample(RING.denoiser, jax.random.key(0), SHAPE, jnp.asarray(grid), jg.Euler(), 1)
 
 
-def test_a_grid_of_whole_numbers_is_one():
+def test_a_grid_may_be_whole_numbers():
   x, _ = jg.sample(RING.denoiser, jax.random.key(0), SHAPE, np.array([3, 1, 0]), jg.Euler(), 1)
   wanted, _ = jg.sample(RING.denoiser, jax.random.key(0), SHAPE, np.array([3.0, 1.0, 0.0]), jg.Euler(), 1)
   np.testing.assert_allclose(x, wanted, rtol=1e-6)
@@ -523,7 +523,7 @@ def test_labels_are_whole_numbers():
     batch(cond=np.array([0.0, 1.0]))
 
 
-def test_functions_that_are_no_pytrees_are_refused():
+def test_functions_that_are_not_pytrees_are_refused():
   array = jnp.ones(2)
 
   def closure(x, sigma, cond):
@@ -534,7 +534,7 @@ def test_functions_that_are_no_pytrees_are_refused():
       batch(denoise=denoise)
 
 
-def test_a_users_own_function_goes_through_partial():
+def test_a_users_own_function_works_as_a_partial():
   denoise = Partial(lambda mean, x, sigma, cond: mean + 0 * x, jnp.array([2.0, 3.0]))
   np.testing.assert_allclose(batch(denoise=denoise), [[2.0, 3.0]] * 2)
 
@@ -548,7 +548,7 @@ def test_samples_that_are_not_finite_are_named():
   grid = jnp.array([8.0, 4.0, 1.5, 0.5, 0.0])
   with pytest.raises(FloatingPointError, match=r"sample 3 first at step 2 of 4, sigma 1\.5"):
     batch(denoise=denoise, cond=labels, num=None, sigmas=grid)
-  # In a later micro-batch, of a later call.
+  # The same with one sample in each micro-batch, and with another start.
   with pytest.raises(FloatingPointError, match="sample 103 first at step 2"):
     batch(denoise=denoise, cond=labels, num=None, sigmas=grid, start=100, batch_size=1, devices=jax.devices()[:1])
 

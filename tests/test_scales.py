@@ -1,4 +1,4 @@
-"""Scales that change with the noise: against the papers' formulas, written again in NumPy."""
+"""Scales that change with the noise level, compared with the papers' formulas in NumPy."""
 
 import chex
 import jax
@@ -17,7 +17,7 @@ def at_times(scale, schedule=None):
   return np.array([scale(jnp.asarray(schedule.sigma(t))) for t in TIMES])
 
 
-# Wang et al., arXiv:2404.13040: a function of t that multiplies w = γ - 1.
+# Wang et al., arXiv:2404.13040: functions of t that multiply w = γ - 1.
 PUBLISHED = {
   "linear": (scales.linear, {}, lambda t: 2 * (1 - t)),
   "raised cosine": (scales.raised_cosine, {}, lambda t: np.cos(np.pi * t) + 1),
@@ -39,7 +39,7 @@ def test_the_clamped_schedule_has_a_floor(float64):
   np.testing.assert_allclose(got, np.maximum(2.0, 1 + 4 * (1 - TIMES)), atol=1e-9)
 
 
-def test_linear_and_cosine_have_the_scale_for_their_mean(float64):
+def test_the_mean_of_linear_and_raised_cosine_is_the_scale(float64):
   times = (np.arange(1000) + 0.5) / 1000
   for make in (scales.linear, scales.raised_cosine):
     scale = jax.vmap(make(2.5, schedules.Cosine()))(schedules.Cosine().sigma(times))
@@ -53,7 +53,7 @@ def test_the_time_of_a_table_is_a_fraction_of_its_steps():
 
 
 @pytest.mark.parametrize("make", [scales.linear, scales.raised_cosine, scales.powered_cosine])
-def test_beyond_its_schedule_a_scale_stays(make):
+def test_a_scale_is_constant_outside_its_schedule(make):
   scale = make(3.0, schedules.LogSNR(-5.0, 9.0))
   for inside, beyond in ((np.exp(2.5), 1e4), (np.exp(-4.5), 1e-6)):
     np.testing.assert_allclose(scale(jnp.asarray(beyond)), scale(jnp.asarray(inside)), rtol=1e-5)
@@ -75,7 +75,7 @@ def test_a_sweep_over_schedules_numbers_is_one_program(random_mixture):
   assert len(np.unique(made, axis=0)) == 3
 
 
-def test_whatever_takes_a_scale_takes_a_function(random_mixture, float64, relative_error):
+def test_every_scale_can_be_a_function_of_sigma(random_mixture, float64, relative_error):
   m = random_mixture(0, (2,))
   x, sigma, label = jnp.ones(2), jnp.asarray(0.7), jnp.asarray(1)
   double = lambda sigma: 2 * sigma  # noqa: E731
@@ -95,7 +95,7 @@ def test_whatever_takes_a_scale_takes_a_function(random_mixture, float64, relati
   assert relative_error(step(double), step(0.0)) > 1e-3
 
 
-def test_scales_of_samples_by_vmap(random_mixture):
+def test_vmap_over_scales(random_mixture):
   mixture, keys = random_mixture(0, (2,)), jg.sample_keys(jax.random.key(0), 3)
 
   def one(key, scale):
@@ -111,7 +111,7 @@ def test_scales_of_samples_by_vmap(random_mixture):
 
 
 def algorithm_2(denoise, x, sigmas, lam, label):
-  """Chung et al., arXiv:2406.08070, Algorithm 2, in its own variables: DDIM with the unconditional noise put back."""
+  """Chung et al., arXiv:2406.08070, Algorithm 2, in the paper's variables: DDIM that adds the unconditional noise."""
   alpha_bar = 1 / (1 + np.asarray(sigmas) ** 2)
   x_t = np.sqrt(alpha_bar[0]) * np.asarray(x)
   for sigma, ab, ab_next in zip(sigmas[:-1], alpha_bar[:-1], alpha_bar[1:], strict=True):
@@ -135,14 +135,14 @@ def test_cfg_pp_is_algorithm_2(lam, random_mixture, float64, relative_error):
   for solver in (jg.Euler(), jg.DDIM(0.0)):
     got, _ = jg.sample(guided, jax.random.key(0), (2,), grid, solver, 1, x_init=start)
     assert relative_error(got, wanted) < 1e-12
-  # With its own noise put back it would be another method.
+  # With the guided noise in its place it would be another method.
   plain, _ = jg.sample(jg.classifier_free(3, lam)(mixture.denoiser), jax.random.key(0), (2,), grid, jg.Euler(), 1)
   assert relative_error(plain, wanted) > 1e-3
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_cfg_pp_with_noise_keeps_the_unconditional_noise(eta, random_mixture, given_noise, float64, relative_error):
-  # One step of DDIM(η), whose direction back is ε_∅.
+  # One step of DDIM(η) that adds the unconditional noise ε_∅.
   m, grid = random_mixture(0, (2,)), np.array([3.0, 1.0, 0.5, 0.0])
   x, z, label = jnp.array([2.0, -1.0]), jnp.array([0.2, 0.7]), jnp.asarray(1)
   guided = jg.classifier_free(3, scales.cfg_pp(0.6, grid, eta))(m.denoiser)
@@ -154,7 +154,7 @@ def test_cfg_pp_with_noise_keeps_the_unconditional_noise(eta, random_mixture, gi
   assert relative_error(got, wanted) < 1e-12
 
 
-def test_scales_on_a_grid_take_short_floats():
+def test_scales_on_a_grid_take_bfloat16():
   grid = jg.karras(6)
   for make in (scales.cfg_pp, scales.dps):
     scale = make(0.5, grid)
@@ -167,7 +167,7 @@ def test_scales_on_a_grid_take_short_floats():
 
 
 @pytest.mark.parametrize(
-  ("make", "said"),
+  ("make", "message"),
   [
     (lambda: scales.linear(np.nan, schedules.Cosine()), "scale must be finite"),
     (lambda: scales.linear(2.0, schedules.Cosine(), floor=np.inf), "floor must be finite"),
@@ -176,6 +176,6 @@ def test_scales_on_a_grid_take_short_floats():
     (lambda: scales.cfg_pp(0.5, np.array([2.0, 1.0, 0.0]), eta=2.0), "eta must be between 0 and 1"),
   ],
 )
-def test_bad_numbers(make, said):
-  with pytest.raises(ValueError, match=said):
+def test_bad_numbers(make, message):
+  with pytest.raises(ValueError, match=message):
     make()

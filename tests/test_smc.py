@@ -1,4 +1,4 @@
-"""The tempered density, by quadrature and in closed form, against what guidance and its correction make of it."""
+"""Samples of the tempered density, compared with quadrature and closed forms, with and without the correction."""
 
 import functools
 import itertools
@@ -16,7 +16,7 @@ from jaxguide import smc
 GRID = jg.karras(6, 0.05, 20.0)
 
 
-# A line: two classes, one on both sides of the other.
+# A mixture on a line with two classes; class 0 is on both sides of class 1.
 MEANS, VARIANCES, WEIGHTS = (-0.5, 0.3, 1.5), (0.3, 0.2, 0.2), (0.35, 0.5, 0.15)
 
 
@@ -27,7 +27,7 @@ def line():
 
 @pytest.fixture
 def plane():
-  """Two classes in the plane, across each other."""
+  """Two classes in the plane, arranged as a cross."""
   means = np.array([[-1.0, 0.0], [1.0, 0.3], [0.0, 0.8], [0.2, -0.9]])
   return jg.gaussian_mixture(means, [0.2, 0.25, 0.15, 0.3], [0, 0, 1, 1], [0.3, 0.2, 0.3, 0.2])
 
@@ -42,10 +42,10 @@ def walk(denoise, key, sigmas, solver, cond=0, *, num, shape):
   return jax.vmap(lambda key: jg.sample(denoise, key, shape, sigmas, solver, cond)[0])(jg.sample_keys(key, num))
 
 
-# --- the truth ------------------------------------------------------------------------------------
+# --- exact results --------------------------------------------------------------------------------
 
 
-def test_the_tempered_density_is_scipys(line):
+def test_the_tempered_density_equals_that_of_scipy(line):
   x = np.linspace(-3, 3, 7)
   density = jax.jit(jax.vmap(line.tempered_log_density, (0, None, None, None)))
   for sigma in (0.0, 0.7):
@@ -58,7 +58,7 @@ def test_the_tempered_density_is_scipys(line):
 
 
 @pytest.mark.parametrize("powers", [(-1.0, 2.0), (0.3, 0.7), (-2.5, 2.0, 1.5)])
-def test_the_rate_is_what_the_heat_equation_leaves(random_mixture, powers, float64):
+def test_the_rate_follows_from_the_heat_equation(random_mixture, powers, float64):
   mixture, label = random_mixture(0, (3,)), jnp.asarray(1)
   conds = (3, 1, 0)[: len(powers)]
   target = smc.product([jg.unconditional(cond)(mixture.denoiser) for cond in conds], powers)
@@ -76,12 +76,12 @@ def test_the_rate_is_what_the_heat_equation_leaves(random_mixture, powers, float
   for sigma in (0.1, 1.0, 10.0):
     moved, score, walked = derivatives(x, sigma**2)
     x0, rate = target.evaluate(x, jnp.asarray(sigma), label)
-    # With falling σ², of which d(σ²) = 2 σ² d(log σ).
+    # d(σ²) = 2 σ² d(log σ).
     np.testing.assert_allclose(rate / (2 * sigma**2), walked - moved, rtol=1e-7, atol=1e-12)
     np.testing.assert_allclose(x0, x + sigma**2 * score, rtol=1e-9)
 
 
-def test_the_two_ways_of_guidance_are_one_target(random_mixture, float64, relative_error):
+def test_both_kinds_of_guidance_have_the_same_target(random_mixture, float64, relative_error):
   mixture = random_mixture(0, (2, 2, 1))
   x, sigma, scale = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 1))), jnp.asarray(0.7), 3.0
   free = smc.tempered(mixture.denoiser, 3, scale)
@@ -121,7 +121,7 @@ def test_the_product_of_gaussians_is_a_gaussian(solver_name, all_solvers):
   target = smc.product([Partial(gaussian, tuple(pair)) for pair in np.stack([means, variances], 1)], powers)
   x, population = draw(
     target, jax.random.key(0), jg.karras(150, 0.02, 80.0), all_solvers[solver_name], num=20000, shape=(1,),
-    # Copies would stay copies without noise.
+    # Without noise copies stay equal, so the deterministic solver resamples at the end only.
     threshold=0.0 if solver_name == "dpmpp_2m" else 0.5,
   )  # fmt: skip
   mean, variance, log_integral = exact(0.0)
@@ -154,34 +154,34 @@ def total_variation(x, mass, edges):
     ("plane", jg.DPMpp2MSDE(eta=2.0), 120, [np.linspace(-3, 3, 17)] * 2),
   ],
 )
-def test_it_samples_what_guidance_does_not(name, solver, steps, edges, request):
+def test_it_samples_the_tempered_density_and_guidance_does_not(name, solver, steps, edges, request):
   mixture, num = request.getfixturevalue(name), 50_000
   at, options = (jax.random.key(0), jg.karras(steps, 0.02, 40.0), solver), {"num": num, "shape": (len(edges),)}
   compiled = draw._cache_size()
   for scale in (2.0, 4.0):
     mass = masses(mixture, scale, edges)
-    # As many samples of the truth itself would show this much, in the mean.
+    # The expected total variation of the same number of exact samples.
     assert np.sqrt(mass / (2 * np.pi * num)).sum() < 0.015
     target = jg.tempered(mixture.denoiser, 2, scale)
     x, population = draw(target, *at, **options)
     assert total_variation(x, mass, edges) < 0.03
     assert total_variation(walk(target, *at, **options), mass, edges) > 0.06
     assert population.ess.min() > 0.2 * num
-    # The scale is no reason to compile.
+    # Another scale does not compile again.
     assert draw._cache_size() == compiled + 1
 
 
 # --- the algorithm --------------------------------------------------------------------------------
 
 
-def test_the_loop_is_numpys(line, float64):
+def test_the_loop_equals_a_loop_in_numpy(line, float64):
   num, grid, key = 32, np.array(jg.karras(8, 0.1, 10.0), float), jax.random.key(3)
   solver, scale, threshold = jg.DDIM(1.0), 3.0, 0.9
   x_ours, population = draw(
     jg.tempered(line.denoiser, 2, scale), key, jnp.asarray(grid), solver, num=num, shape=(1,), threshold=threshold
   )
 
-  # Written anew: the same random numbers, scores of the densities, weights in σ² with the trapezoid rule in log σ.
+  # A second implementation: the same random numbers, scores of the densities, weights in σ², trapezoid rule in log σ.
   scores = jax.jit(jax.vmap(jax.grad(line.log_density), (0, None, None)))
   normal = jax.jit(jax.vmap(lambda key: jax.random.normal(key, (1,), float)))
   starts, steps = jax.vmap(jax.random.split, out_axes=1)(jg.sample_keys(key, num))
@@ -220,14 +220,14 @@ def test_the_loop_is_numpys(line, float64):
 
 
 @pytest.mark.parametrize("solver_name", ["dpmpp_2m_sde", "heun", "edm_churn"])
-def test_without_a_power_it_is_plain_sampling(line, solver_name, all_solvers):
+def test_at_scales_0_and_1_it_is_plain_sampling(line, solver_name, all_solvers):
   solver, options = all_solvers[solver_name], {"num": 100, "shape": (1,)}
   for scale, cond in ((0.0, 2), (1.0, 0)):
     x, population = draw(jg.tempered(line.denoiser, 2, scale), jax.random.key(1), GRID, solver, **options)
     np.testing.assert_array_equal(population.ess, np.full(6, 100.0))
     np.testing.assert_array_equal(population.resampled, [False] * 5 + [True])
     assert population.log_normalizer == 0
-    # In the same order, too.
+    # The particles are also in the same order.
     wanted = walk(line.denoiser, jax.random.key(1), GRID, solver, cond, **options)
     np.testing.assert_allclose(x, wanted, rtol=1e-4, atol=1e-5)
 
@@ -243,7 +243,7 @@ def test_the_effective_sample_size_falls_and_recovers(plane):
   assert (ess[after + 1] > ess[after]).all()
   assert (ess >= 1).all()
   assert (ess < 2000 + 0.01).all()
-  # What has common ancestors was parted again.
+  # The noise has separated the copies again.
   assert len(np.unique(np.asarray(x), axis=0)) > 1500
 
 
@@ -262,22 +262,22 @@ def test_systematic_resampling_is_unbiased():
 
 
 @pytest.mark.parametrize("num", [1, 7, 50_000])
-def test_equal_weights_change_nothing(num):
+def test_equal_weights_give_each_particle_one_copy(num):
   for log_weight in (0.0, -300.0, 5.3):
     for seed in range(20):
       ancestors = smc.resample(jax.random.key(seed), jnp.full(num, log_weight))
       np.testing.assert_array_equal(ancestors, np.arange(num))
 
 
-def test_weights_of_any_size():
-  # Far beyond what exp can hold.
+def test_weights_beyond_the_range_of_exp():
+  # exp of these numbers overflows or underflows.
   log_weights = jnp.array([-5000.0, 3000.0, 3000.0, -jnp.inf])
   np.testing.assert_array_equal(smc.resample(jax.random.key(0), log_weights), [1, 1, 2, 2])
   np.testing.assert_allclose(smc.effective_sample_size(log_weights), 2)
   np.testing.assert_allclose(smc.log_mean_exp(log_weights), 3000 - np.log(2))
 
 
-# --- its structure --------------------------------------------------------------------------------
+# --- cost, memory, batches and errors -------------------------------------------------------------
 
 
 def network(weights, x, sigma, cond):
@@ -303,11 +303,11 @@ def test_memory_does_not_grow_with_the_steps(line):
     analysis = program.memory_analysis()
     return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
 
-  # The grid, its parts and the record of the weights; not the particles, 3,200 bytes a step.
+  # Only the grid and the record of the weights grow with the steps. The particles would take 3,200 bytes a step.
   assert temporary(500) - temporary(10) < 490 * 40
 
 
-def test_conditions_and_powers_in_a_batch(random_mixture, no_rank_promotion):
+def test_vmap_over_conditions_and_powers(random_mixture, no_rank_promotion):
   mixture = random_mixture(0, (2, 1))
 
   def one(key, scale, label):
@@ -325,7 +325,7 @@ def test_conditions_and_powers_in_a_batch(random_mixture, no_rank_promotion):
     np.testing.assert_allclose(population.ess[i], population_alone.ess, rtol=1e-4)
 
 
-def test_a_learned_variance_reaches_the_solver(line):
+def test_the_solver_receives_a_learned_variance(line):
   def learned(denoiser, x, sigma, cond):
     return jg.Prediction(denoiser(x, sigma, cond), 0 * x - 0.5)
 
@@ -334,15 +334,15 @@ def test_a_learned_variance_reaches_the_solver(line):
   np.testing.assert_allclose(x, walk(denoise, jax.random.key(1), GRID, solver, **options), rtol=1e-4, atol=1e-5)
 
 
-def test_the_levels_type_is_the_particles(line, float64):
+def test_particles_have_the_type_of_the_levels(line, float64):
   grid = GRID.astype(jnp.float32)
   x, population = draw(jg.tempered(line.denoiser, 2, 2.0), jax.random.key(1), grid, jg.DDPM(), num=8, shape=(1,))
   assert x.dtype == population.ess.dtype == population.log_normalizer.dtype == jnp.float32
 
 
-def test_what_is_not_finite_is_not_hidden(line):
+def test_particles_are_nan_if_a_weight_is_not_finite(line):
   def broken(denoiser, x, sigma, cond):
-    # For some particles, and for one level.
+    # NaN for some particles at one level.
     return jnp.where((x > 1) & (sigma < 5) & (sigma > 1), jnp.nan, denoiser(x, sigma, cond))
 
   target = jg.tempered(Partial(broken, line.denoiser), 2, 2.0)
@@ -361,13 +361,13 @@ def test_what_is_not_finite_is_not_hidden(line):
     ({"solver": jg.DDPM(log_prob=jg.ring(2).log_prob)}, "the solver's own classifier"),
   ],
 )
-def test_what_cannot_be_drawn_is_refused(line, change, message):
+def test_bad_arguments_are_refused(line, change, message):
   given = {"num_particles": 4, "sigmas": GRID, "solver": jg.DDPM(), "cond": 0, "shape": (1,), **change}
   with pytest.raises(ValueError, match=message):
     jg.sample_product(jg.tempered(line.denoiser, 2, 2.0), jax.random.key(0), **given)
 
 
-def test_powers_that_are_none_are_refused():
+def test_bad_powers_are_refused():
   one = lambda x, sigma, cond: x  # noqa: E731
   with pytest.raises(ValueError, match="one power for each denoiser, got 1 for 2"):
     smc.product((one, one), (1.0,))
@@ -381,14 +381,14 @@ def test_powers_that_are_none_are_refused():
 
 
 @pytest.mark.parametrize(
-  ("make", "error", "said"),
+  ("make", "error", "message"),
   [
     (lambda ring: (smc.tempered(ring.denoiser, 9, 2.0), jg.DDPM()), ValueError, "label 9 is not one of the 4 classes"),
     (lambda ring: (smc.tempered(ring.denoiser, 4, 2.0), jg.DPMpp2MSDE(s_noise=1.5)), ValueError, "s_noise must be 1"),
     (lambda ring: (jg.classifier_free(4, 2.0)(ring.denoiser), jg.DDPM()), TypeError, "target"),
   ],
 )
-def test_what_the_weights_would_not_know_of_is_refused(make, error, said):
+def test_bad_targets_and_solvers_are_refused(make, error, message):
   target, solver = make(jg.ring(4))
-  with pytest.raises(error, match=said):
+  with pytest.raises(error, match=message):
     smc.sample_product(target, jax.random.key(0), 10, (2,), jg.karras(3), solver, cond=1)
