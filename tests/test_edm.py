@@ -1,6 +1,6 @@
-"""EDM and EDM2: the arrays of the published samplers, preconditionings and losses, and the sampler's own mathematics.
+"""EDM and EDM2: arrays of the published samplers, preconditionings and losses, and properties of our sampler.
 
-Where the arrays come from is told in `data/README.md`.
+`data/README.md` describes the origin of the arrays.
 """
 
 import functools
@@ -38,12 +38,12 @@ def wide(per_example):
 
 CHURN = {"s_min": 0.05, "s_max": 50.0, "s_noise": 1.003}
 VP_CHURN = {"s_min": 0.01, "s_max": 20.0, "s_noise": 1.005}
-# Of table 1 in arXiv:2206.00364: the least and the largest level of each time step discretization.
+# From table 1 in arXiv:2206.00364: the smallest and the largest level of each discretization of time.
 ENDS = {"vp": (0.0103, 152.17), "ve": (0.02, 100.0), "iddpm": (0.002, 81.0), "edm": (0.002, 80.0)}
 
 
 def edm(case):
-  """Give the grid and the solver of one of EDM's cases."""
+  """Return the grid and the solver of one of EDM's cases."""
   if case == "abl-edm-alpha0.5":
     return schedules.karras(12), jg.EDMStochastic(alpha=0.5)
   if case.startswith("edm-"):
@@ -69,34 +69,34 @@ def edm(case):
 
 
 def edm2(case):
-  """The same of one of EDM2's."""
+  """Return the grid and the solver of one of EDM2's cases."""
   return schedules.karras(32), jg.EDMStochastic.from_churn(40 * case.endswith("churn"), 32, **CHURN)
 
 
 def walk(denoise, solver, x, sigmas, noise):
-  """Give x before each step, and after the last; and what the denoiser was called on."""
+  """Return x before each step and after the last, and the examples and levels that the denoiser was called with."""
   calls = []
 
-  def told(x, sigma):
+  def recording(x, sigma):
     calls.append((x, sigma))
     return denoise(x, sigma)
 
   state, xs = solver.init(x), [x]
-  with jax.disable_jit():  # so that every call is seen, also those inside a branch
+  with jax.disable_jit():  # so that all calls are recorded, also those inside a lax.cond
     for step in zip(sigmas[:-1], sigmas[1:], noise, strict=True):
-      state = solver.step(told, state, *step)
+      state = solver.step(recording, state, *step)
       xs.append(state.x)
-  return np.stack(xs), *(np.stack(told) for told in zip(*calls, strict=True))
+  return np.stack(xs), *(np.stack(values) for values in zip(*calls, strict=True))
 
 
 def in_float32_too(cases):
-  """Cases with a precision: the published EDM sampler computes in float64, ours in the type of the grid."""
+  """Pairs of a case and a precision. The published EDM sampler computes in float64, ours in the type of the grid."""
   return [(case, "float64") for case in cases] + [(case, "float32") for case in cases if "image" in case]
 
 
 @pytest.fixture
 def precision(request):
-  """One of the two."""
+  """Compute in float64 if the parameter says so, and return the parameter."""
   with jax.enable_x64(request.param == "float64"):
     yield request.param
 
@@ -109,17 +109,17 @@ def test_edms_samplers(case, given_noise, precision):
   labels = labels if name.endswith("cond") else np.full(len(labels), model.num_classes)
   x, noise = (jnp.asarray(data[f"{where}/{key}"], sigmas.dtype) for key in ("latents", "noise"))
   denoise = lambda x, sigma: jax.vmap(model.denoise, (0, None, 0))(x, sigma, labels)  # noqa: E731
-  xs, _, told = walk(denoise, solver, x * sigmas[0], sigmas, noise[: len(sigmas) - 1])
-  if solver.variance_preserving:  # there the published state is x_t
+  xs, _, levels = walk(denoise, solver, x * sigmas[0], sigmas, noise[: len(sigmas) - 1])
+  if solver.variance_preserving:  # the published state is x_t
     xs = xs * wide(1 / np.sqrt(1 + np.asarray(sigmas) ** 2))[..., None]
   wanted, deviation = data[f"{case}/xs"], data[f"{case}/deviation"]
-  # The published code rounds the cosine table's betas to float32, which moves its least levels by 5e-4.
+  # The published code rounds the cosine table's betas to float32, which changes its smallest levels by 5e-4.
   table = "iddpm" in name
-  if precision == "float64" and not table:  # down to the rounding in which the arrays are kept
+  if precision == "float64" and not table:  # up to the rounding of the stored arrays
     np.testing.assert_allclose(xs, wanted, rtol=1e-7, atol=1e-7)
   np.testing.assert_allclose(xs, wanted, rtol=0, atol=max(1e-5, 10 * deviation))
   np.testing.assert_allclose(
-    told, data[f"{case}/sigmas"], rtol=1e-3 if table else 1e-10 if precision == "float64" else 1e-5
+    levels, data[f"{case}/sigmas"], rtol=1e-3 if table else 1e-10 if precision == "float64" else 1e-5
   )
 
 
@@ -128,11 +128,11 @@ def test_edm2s_sampler_with_guidance(case, given_noise, precision):
   data, (where, name) = arrays("edm2_samplers"), case.split("/")
   model, weak = (mixture(data, f"{where}/{which}") for which in ("mixture", "weak"))
   sigmas, solver = edm2(name)
-  poor = jg.unconditional(model.num_classes)(model.denoiser) if "cfg" in name else weak.denoiser
+  reference = jg.unconditional(model.num_classes)(model.denoiser) if "cfg" in name else weak.denoiser
   scale = {"churn": 1.5, "f64": 1.5}.get(name.split("-")[1]) or float(name.split("-w")[1])
-  guided = jg.autoguidance(poor, scale)(model.denoiser)
+  guided = jg.autoguidance(reference, scale)(model.denoiser)
   denoise = lambda x, sigma: jax.vmap(guided, (0, None, 0))(x, sigma, data[f"{where}/labels"])  # noqa: E731
-  # Noise was drawn only where it is added.
+  # The published sampler draws noise only in steps that add it.
   raised = (sigmas[:-1] >= CHURN["s_min"]) & (sigmas[:-1] <= CHURN["s_max"])
   noise = (
     jnp.zeros((32, *data[f"{where}/latents"].shape), sigmas.dtype)
@@ -140,24 +140,25 @@ def test_edm2s_sampler_with_guidance(case, given_noise, precision):
     .set(jnp.asarray(data[f"{where}/noise"], sigmas.dtype))
   )
   x = jnp.asarray(data[f"{where}/latents"], sigmas.dtype) * sigmas[0]
-  xs, seen, told = walk(denoise, solver, x, sigmas, noise)
-  # Two calls a step but the last: the published trajectory is what the first of each saw, and the result.
+  xs, inputs, levels = walk(denoise, solver, x, sigmas, noise)
+  # Each step but the last calls the denoiser twice. The published trajectory has the input of the first call of each
+  # step, and the result.
   wanted, deviation = data[f"{case}/xs"], data[f"{case}/deviation"]
   sampler_deviation = data[f"{case}/sampler_deviation"]
-  # Theirs is in float32, its grid too, and so away from the exact one.
+  # The published sampler and its grid are in float32, and therefore not exact.
   tolerance = max(1e-5, 10 * deviation, 2 * sampler_deviation)
-  np.testing.assert_allclose(np.append(seen[::2], xs[-1:], axis=0), wanted, rtol=0, atol=tolerance)
+  np.testing.assert_allclose(np.append(inputs[::2], xs[-1:], axis=0), wanted, rtol=0, atol=tolerance)
   np.testing.assert_allclose(xs[-1], wanted[-1], rtol=0, atol=2e-6)
-  np.testing.assert_allclose(told, data[f"{case}/sigmas"], rtol=2e-6)
+  np.testing.assert_allclose(levels, data[f"{case}/sigmas"], rtol=2e-6)
 
 
-# --- the sampler's mathematics --------------------------------------------------------------------
+# --- properties of the sampler --------------------------------------------------------------------
 
 MEANS, VARIANCES = np.array([[-0.8], [1.1]]), np.array([0.3, 0.1])
 
 
-def below(x, sigma):
-  """The part of a mixture in one dimension that lies below x, which the flow keeps."""
+def cdf(x, sigma):
+  """The distribution function of a noisy mixture in one dimension. It is constant along the flow."""
   return stats.norm.cdf(x, MEANS[:, 0], np.sqrt(VARIANCES + sigma**2)).mean()
 
 
@@ -177,7 +178,7 @@ PATHS = {
 def test_every_path_converges_at_its_order(path, given_noise, float64):
   solver, high, low, start = PATHS[path], 5.0, 0.4, 3.0
   model = jg.gaussian_mixture(MEANS, VARIANCES, [0, 1])
-  exact = optimize.brentq(lambda x: below(x, low) - below(start, high), -5, 5, xtol=1e-13)
+  exact = optimize.brentq(lambda x: cdf(x, low) - cdf(start, high), -5, 5, xtol=1e-13)
   counts, errors = [40, 80, 160, 320], []
   for n in counts:
     sigmas = jnp.asarray(np.geomspace(high, low, n + 1))
@@ -205,26 +206,26 @@ def test_without_churn_it_is_heun(float64, random_mixture):
 def test_noise_is_added_between_the_bounds_only(given_noise, float64):
   solver = jg.EDMStochastic(gamma=0.2, s_min=1.0, s_max=3.0, s_noise=1.5, alpha=None)
   for sigma, raised in ((0.9, False), (1.0, True), (3.0, True), (3.1, False)):
-    seen = []
+    calls = []
     solver.step(
-      lambda x, sigma: seen.append((x, sigma)) or x, solver.init(jnp.asarray(2.0)), jnp.asarray(sigma),  # noqa: B023
+      lambda x, sigma: calls.append((x, sigma)) or x, solver.init(jnp.asarray(2.0)), jnp.asarray(sigma),  # noqa: B023
       jnp.asarray(0.5), jnp.asarray(0.7),
     )  # fmt: skip
     hat = 1.2 * sigma if raised else sigma
-    np.testing.assert_allclose(seen[0], (2.0 + 1.5 * 0.7 * np.sqrt(hat**2 - sigma**2), hat), rtol=1e-14)
+    np.testing.assert_allclose(calls[0], (2.0 + 1.5 * 0.7 * np.sqrt(hat**2 - sigma**2), hat), rtol=1e-14)
 
 
-def test_a_level_may_rise_above_the_schedules_end(given_noise, float64):
-  # Time goes on beyond 1, or the level that the denoiser is told would not be that of the noise.
+def test_churn_may_raise_the_level_above_the_schedules_largest(given_noise, float64):
+  # The time may exceed 1. If it were clipped, the level passed to the denoiser would not be that of the noise.
   solver = jg.EDMStochastic(gamma=0.4, schedule=schedules.Linear(), variance_preserving=True)
-  seen = []
+  calls = []
   top = schedules.Linear().sigma(1.0)
-  solver.step(lambda x, sigma: seen.append(sigma) or x, solver.init(top), top, top / 2, jnp.asarray(1.0))
-  np.testing.assert_allclose(seen[0], 1.4 * top, rtol=1e-12)
+  solver.step(lambda x, sigma: calls.append(sigma) or x, solver.init(top), top, top / 2, jnp.asarray(1.0))
+  np.testing.assert_allclose(calls[0], 1.4 * top, rtol=1e-12)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.1])
-def test_gradients_in_the_solver_are_finite(gamma, random_mixture, float64):
+def test_gradients_with_respect_to_the_solver_are_finite(gamma, random_mixture, float64):
   solver = jg.EDMStochastic(gamma, alpha=0.7, schedule=schedules.Linear(), variance_preserving=True)
   model = random_mixture(0, (2,)).denoiser
   draw = jax.jit(lambda solver: jg.sample(model, jax.random.key(0), (2,), jg.karras(6), solver, 1)[0].sum())
@@ -235,7 +236,7 @@ def test_gradients_in_the_solver_are_finite(gamma, random_mixture, float64):
     np.testing.assert_allclose(getattr(gradient, name), (up - down) / 2e-5, rtol=1e-5, atol=1e-8)
 
 
-def test_churn_is_spread_over_the_steps_up_to_a_bound():
+def test_churn_is_divided_by_the_number_of_steps_up_to_a_bound():
   assert jg.EDMStochastic.from_churn(40, num_steps=256).gamma == 40 / 256
   assert jg.EDMStochastic.from_churn(40, num_steps=18).gamma == np.sqrt(2) - 1
   np.testing.assert_allclose(jax.jit(lambda churn: jg.EDMStochastic.from_churn(churn, 8).gamma)(2.0), 0.25)
@@ -282,15 +283,15 @@ def test_preconditionings(name):
   data = arrays("edm_losses")
   for key, value in SCALINGS[name]()(data["precond/sigma_grid"])._asdict().items():
     wanted = data[f"precond/{name}/{key}"]
-    # float32 leaves the published time of VP few digits at small noise, where it cancels.
+    # At small noise the published time of VP has few digits in float32, by cancellation.
     np.testing.assert_allclose(value, wanted, rtol=1e-6, atol=1e-3 if (name, key) == ("VP", "c_noise") else 0)
 
 
 def test_iddpms_table():
   data = arrays("edm_losses")
-  levels = data["precond/iDDPM/u"][::-1]  # rising, from 0
+  levels = data["precond/iDDPM/u"][::-1]  # increasing, from 0
   ours = schedules.table("cosine", 1000)
-  # Theirs is a recursion in float32: good to 5e-4 at the least levels.
+  # The published levels are a recursion in float32. The smallest ones have errors of up to 5e-4.
   np.testing.assert_allclose(np.append(0, ours.sigmas), levels, rtol=5e-4)
   np.testing.assert_allclose(ours.sigmas[100:], levels[101:], rtol=1e-5)
   theirs, grid = schedules.Table(jnp.asarray(levels[1:])), data["precond/sigma_grid"]
@@ -309,11 +310,11 @@ LOSSES = {
 
 
 def quantiles(data, draws):
-  """The published draws as what our noise levels take: the fraction of levels that are lower."""
+  """Convert the published draws to the fraction of levels that are lower, the argument of ``quantile``."""
   drawn = data[draws.split()[0]].astype(np.float64).ravel()
   if "rnd_normal" in draws:
     return jnp.asarray(stats.norm.cdf(drawn))
-  return jnp.asarray(1 - drawn if "down" in draws else drawn)  # VP's time falls with its draw
+  return jnp.asarray(1 - drawn if "down" in draws else drawn)  # VP's time decreases with its draw
 
 
 @pytest.fixture
@@ -328,7 +329,7 @@ def given_draws(monkeypatch):
 
 
 def perfect(model, scale, to_sigma, log_variance=None):
-  """A network that answers as the mixture's denoiser does, in the variables of a scaling."""
+  """A network whose denoiser, with the given scaling, is the mixture's exact denoiser."""
 
   def apply(params, x, c_noise, cond):
     sigma = to_sigma(c_noise)
@@ -351,9 +352,9 @@ def test_edms_losses(name, cond, float64, given_draws):
   u = quantiles(data, draws)
   sigma = levels.quantile(u)
   np.testing.assert_allclose(sigma, data[f"{case}/sigma"].ravel(), rtol=1e-5)
-  answer = jax.vmap(model.denoise)(jnp.asarray(x0 + wide(sigma) * noise), sigma, labels)
+  prediction = jax.vmap(model.denoise)(jnp.asarray(x0 + wide(sigma) * noise), sigma, labels)
   wanted = data[f"{case}/loss"]
-  np.testing.assert_allclose(wide(weight(sigma)) * (answer - x0) ** 2, wanted, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(wide(weight(sigma)) * (prediction - x0) ** 2, wanted, rtol=1e-4, atol=1e-5)
 
   given_draws(u, noise)
   scale = scaling.edm()
@@ -381,7 +382,7 @@ def test_edm2s_loss(float64, given_draws):
 
 
 def test_the_best_log_variance_is_that_of_the_weighted_error():
-  # e^u = E λ |D - x0|², for a denoiser that says 0 of data that are N(0, 1), at one level.
+  # e^u = E λ |D - x0|² for a denoiser that predicts 0, data that are N(0, 1), and one noise level.
   def loss(u):
     return jg.uncertainty_loss(
       u, lambda params, x, c_noise, cond: (jnp.zeros_like(x), jnp.full(len(x), params)), jax.random.key(0),

@@ -1,6 +1,6 @@
-"""k-diffusion's and diffusers' samplers: their published trajectories, step by step.
+"""Trajectories of k-diffusion's and diffusers' samplers, compared step by step.
 
-Where the arrays come from is told in `data/README.md`.
+`data/README.md` describes the origin of the arrays.
 """
 
 import functools
@@ -21,16 +21,16 @@ def arrays():
 
 
 def cases(*names):
-  """Give the cases of these names, as ``LIBRARY/MIXTURE/NAME``."""
-  every = [key.removesuffix("/xs") for key in arrays() if key.endswith("/xs")]
-  return [case for case in every if case.split("/")[-1].partition("@")[0] in names]
+  """Return the cases of these names, as ``LIBRARY/MIXTURE/NAME``."""
+  all_cases = [key.removesuffix("/xs") for key in arrays() if key.endswith("/xs")]
+  return [case for case in all_cases if name_of(case) in names]
 
 
 def name_of(case):
   return case.split("/")[-1].partition("@")[0]
 
 
-# Where the terminal SNR is 0 the level is infinite, and a walk starts from a large one in its stead.
+# A terminal SNR of 0 is an infinite level. Sampling starts from a large level instead.
 INFINITE = 1e6
 
 
@@ -43,17 +43,17 @@ def grid(case):
 
 
 def bounded(x0):
-  """Bound x0 by its own 90 % quantile, at most 1.5 (Saharia et al., arXiv:2205.11487, section 2.3)."""
+  """Dynamic thresholding by the 90 % quantile of x0, from 1 to 1.5 (Saharia et al., arXiv:2205.11487, section 2.3)."""
   bound = jnp.clip(jnp.quantile(jnp.abs(x0), 0.9), 1, 1.5)
   return jnp.clip(x0, -bound, bound) / bound
 
 
 def guided(case):
-  """Give the guided mixture of a case: unconditional, conditional (scale 1) or guided."""
+  """Return the denoiser of a case: unconditional, conditional (scale 1) or guided."""
   data, where = arrays(), case.rpartition("/")[0]
   model = jg.gaussian_mixture(*(data[f"{where}/mixture/{key}"] for key in ("means", "variances", "classes", "weights")))
-  made = jg.classifier_free(model.num_classes, jnp.asarray(data[f"{case}/scale"]))(model.denoiser)
-  return jg.clip_x0()(made) if name_of(case) in CLIPPED else made
+  denoise = jg.classifier_free(model.num_classes, jnp.asarray(data[f"{case}/scale"]))(model.denoiser)
+  return jg.clip_x0()(denoise) if name_of(case) in CLIPPED else denoise
 
 
 def batch(guided, labels, finish=lambda x0: x0):
@@ -61,7 +61,7 @@ def batch(guided, labels, finish=lambda x0: x0):
 
 
 def denoiser(case, bounds=True):
-  """Give ``(x, sigma) -> x0`` of a batch, bounded where the case is."""
+  """Return ``(x, sigma) -> x0`` for a batch, with dynamic thresholding if the case has it."""
   labels = arrays()[f"{case.rpartition('/')[0]}/labels"]
   return batch(guided(case), labels, *[bounded] * (bounds and case in BOUNDED))
 
@@ -71,37 +71,37 @@ def plain(denoise, t, level):
 
 
 def with_learned_range(denoise, t, level):
-  """Add what the published case's network says of its variance."""
+  """Add the learned variance that the network of the published case predicts."""
 
-  def told(x, sigma):
+  def predict(x, sigma):
     x_t = x / jnp.sqrt(1 + sigma**2)
     return jg.Prediction(denoise(x, sigma), jnp.tanh(0.7 * x_t + 0.3 * jnp.sin(2 * jnp.pi * t / 1000) - 0.1))
 
-  return told
+  return predict
 
 
 def with_eps_of(denoise, t, level):
-  """Let the network see ``x_t``, but another level than its own: the nearest whole step's."""
+  """Pass ``x_t`` to the network with another level than its own: the level of the nearest whole step."""
 
-  def told(x, sigma):
-    x_seen = x * jnp.sqrt((1 + level**2) / (1 + sigma**2))
-    return x - sigma / level * (x_seen - denoise(x_seen, level))
+  def predict(x, sigma):
+    x_at_level = x * jnp.sqrt((1 + level**2) / (1 + sigma**2))
+    return x - sigma / level * (x_at_level - denoise(x_at_level, level))
 
-  return told
+  return predict
 
 
 def scale_of(case, sigmas):
-  """What a case's states are to be divided by: diffusers holds most in ``sqrt(alpha_bar) x``."""
+  """The factors of a case's states: most states of diffusers are ``sqrt(alpha_bar) x``."""
   library, _, name = case.split("/")
-  held_scaled = library == "diffusers" and not name.startswith(("euler", "heun"))
-  return 1 / np.sqrt(1 + sigmas**2) if held_scaled else np.ones_like(sigmas)
+  scaled = library == "diffusers" and not name.startswith(("euler", "heun"))
+  return 1 / np.sqrt(1 + sigmas**2) if scaled else np.ones_like(sigmas)
 
 
 def wide(per_step):
   return np.reshape(per_step, (-1, 1, 1, 1, 1))
 
 
-# As users compile: the tests' own quick ways round otherwise.
+# XLA's defaults, as users have them. The tests' faster settings round differently.
 AS_USERS = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 
 
@@ -118,7 +118,7 @@ def states(solver, guided, labels, x, inputs, finish, network):
 
 
 def walk(case, solver):
-  """Give our states over the steps of a case, in the case's own variables."""
+  """Return the states of our solver over the steps of a case, in the variables of the case."""
   data, sigmas = arrays(), grid(case)
   scale, count = scale_of(case, sigmas), len(sigmas) - 1
   network = with_learned_range if name_of(case) == "ddpm-learned_range" else plain
@@ -128,18 +128,19 @@ def walk(case, solver):
   start, labels = jnp.asarray(data[f"{case}/xs"][0] / scale[0]), data[f"{case.rpartition('/')[0]}/labels"]
   finish = (bounded,) if case in BOUNDED else ()
   xs = np.array(states(solver, guided(case), labels, start, inputs, finish, network))
-  if "-churn" in case:  # k-diffusion shows a step's start after its noise
+  if "-churn" in case:  # k-diffusion's states are the starts of steps after the noise is added
     gamma = np.where((sigmas >= solver.s_min) & (sigmas <= solver.s_max), solver.gamma, 0)[1:-1]
     xs[:-1] += wide(solver.s_noise * np.sqrt(gamma * (2 + gamma)) * sigmas[1:-1]) * noise_of(case)[1:]
   return xs * wide(scale[1:])
 
 
 def noise_of(case):
-  """Give each step's noise; with both draws where it has two."""
+  """Return the noise of each step, or both draws if a step has two."""
   sigmas, drawn = grid(case), arrays()[f"{case.rpartition('/')[0]}/noise"]
   if name_of(case) != "dpmpp_sde":
     return drawn[: len(sigmas) - 1]
-  # Published: independent ones, to half-way and over the step. The second of ours is what makes the first of them.
+  # The published draws are the noises to the midpoint and over the whole step. Our second draw is computed such that
+  # our noise to the midpoint equals the published one.
   half, whole = drawn[0:28:2], drawn[1:28:2]
   shared = wide(1 / (1 + sigmas[:-2] / sigmas[1:-1]))
   pairs = np.stack([whole, (half - np.sqrt(shared) * whole) / np.sqrt(1 - shared)], 1)
@@ -187,7 +188,7 @@ SOLVERS = {
   for name in " ".join(names).split()
 }  # fmt: skip
 CLIPPED = {"ddim-clipped-out", "ddim-eta1-clip", "ddpm-fixed_small_log", "ddpm-fixed_large", "ddpm-learned_range"}
-SAME = [case for case in cases(*SOLVERS) if case != "diffusers/ring/euler-churn"]
+REPRODUCED = [case for case in cases(*SOLVERS) if case != "diffusers/ring/euler-churn"]
 CURVED = {
   "dpmpp_3m_sde": jg.DPMpp3MSDE(),
   "dpmpp_3m_sde-cond": jg.DPMpp3MSDE(),
@@ -201,36 +202,38 @@ CURVED = {
 }
 LOWERED = cases("unipc-o3", "unipc-o3-bh2", "unipc-o3-karras-w3")
 BOUNDED = ["diffusers/ring/ddim-thresholding"]
-KEPT = ["diffusers/ring/ddim-linspace", *BOUNDED]
+KEEP_EPS = ["diffusers/ring/ddim-linspace", *BOUNDED]
 
 
 def test_every_case_is_compared():
-  told = [*SAME, *cases(*CURVED), *LOWERED, *KEPT, "diffusers/ring/euler-churn"]
-  assert sorted(told) == sorted(key.removesuffix("/xs") for key in arrays() if key.endswith("/xs"))
-  counts = [sum(case.startswith(library) for case in part) for part in (SAME, told) for library in ("kd", "di")]
+  compared = [*REPRODUCED, *cases(*CURVED), *LOWERED, *KEEP_EPS, "diffusers/ring/euler-churn"]
+  assert sorted(compared) == sorted(key.removesuffix("/xs") for key in arrays() if key.endswith("/xs"))
+  counts = [
+    sum(case.startswith(library) for case in part) for part in (REPRODUCED, compared) for library in ("kd", "di")
+  ]
   assert counts == [27, 66, 32, 78]  # as data/README.md says
 
 
-@pytest.mark.parametrize("case", SAME)
+@pytest.mark.parametrize("case", REPRODUCED)
 def test_published_trajectories(case, given_noise):
   compare(case, walk(case, SOLVERS[name_of(case)]))
 
 
-# --- what differs, and why --------------------------------------------------------------------------
+# --- trajectories that differ, and the reasons ------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", LOWERED)
-def test_unipc_3_but_for_the_end(case, given_noise):
-  # diffusers, which knows how many steps are left, lowers the order of the last but one too.
+def test_unipc_3_is_the_same_up_to_the_last_two_steps(case, given_noise):
+  # diffusers knows the number of steps that are left, and lowers the order of the last but one step too.
   xs = walk(case, jg.UniPC(3))
   compare(case, xs, -2)
   with pytest.raises(AssertionError, match="Not equal"):
     compare(case, xs)
 
 
-@pytest.mark.parametrize("case", KEPT)
-def test_ddim_that_keeps_eps(case, given_noise):
-  # diffusers' DDIM steps by T // n also where its steps lie otherwise, and keeps the eps of before x0 is bounded.
+@pytest.mark.parametrize("case", KEEP_EPS)
+def test_diffusers_ddim_with_a_fixed_stride_and_eps_before_thresholding(case, given_noise):
+  # diffusers' DDIM uses the stride T // n for every spacing, and uses the eps from before the thresholding of x0.
   data, alpha_bar = arrays(), jg.schedules.table("linear", 1000).alpha_bar
   with jax.enable_x64(True):
     denoise, x_t, xs = denoiser(case, bounds=False), data[f"{case}/xs"][0].astype(float), []
@@ -245,8 +248,8 @@ def test_ddim_that_keeps_eps(case, given_noise):
     compare(case, walk(case, jg.DDIM()))
 
 
-def test_eulers_churn_in_diffusers_is_seen_by_no_network(given_noise):
-  # It adds the noise to x, but to what the network says of it before: the slope is that of another point and level.
+def test_eulers_churn_in_diffusers_evaluates_the_network_before_the_noise(given_noise):
+  # It adds noise to x after the evaluation of the network: the slope belongs to the point and level before the noise.
   case, s_min, s_max, s_noise = "diffusers/ring/euler-churn", 0.05, 50.0, 1.003
   sigmas, gamma = grid(case).astype(float), 10 / 20
   with jax.enable_x64(True):
@@ -260,7 +263,7 @@ def test_eulers_churn_in_diffusers_is_seen_by_no_network(given_noise):
 
 
 def third_order(denoise, x, sigmas, noise, eta, s_noise, curvature=1.0, line="exact", constant=0.5):
-  """DPM-Solver++(3M) and its SDE form in float64, as k-diffusion writes it; which has half of the curvature."""
+  """DPM-Solver++(3M) and its SDE form in float64, in k-diffusion's form. k-diffusion has ``curvature=0.5``."""
   xs, past, steps = [], [], []
   for sigma, below, z in zip(sigmas[:-1], sigmas[1:], noise, strict=True):
     x0 = np.asarray(denoise(jnp.asarray(x), sigma))
@@ -286,13 +289,13 @@ def third_order(denoise, x, sigmas, noise, eta, s_noise, curvature=1.0, line="ex
 
 
 @pytest.mark.parametrize("case", cases(*CURVED))
-def test_3m_with_all_of_the_curvature(case, given_noise):
+def test_3m_with_the_whole_curvature(case, given_noise):
   solver, sigmas = CURVED[name_of(case)], grid(case).astype(float)
   scale = scale_of(case, sigmas)
   published = {"curvature": 0.5}
-  if case.startswith("diffusers"):  # its second step is 2M's with the midpoint
+  if case.startswith("diffusers"):  # the second step is that of 2M with the midpoint rule
     published["line"] = "midpoint"
-  if "sde-dpmpp" in case:  # a sign that does not cancel: the curvature stays as the steps become small
+  if "sde-dpmpp" in case:  # a sign error: the term of the curvature does not vanish for small steps
     published["constant"] = -0.5
   with jax.enable_x64(True):
     args = (
@@ -336,7 +339,7 @@ def test_spacings_of_a_table(case, spacing):
 
 
 def test_a_table_that_ends_without_signal():
-  # Lin et al., arXiv:2305.08891, Algorithm 1, but for the last beta of 1, whose level would be infinite.
+  # Lin et al., arXiv:2305.08891, Algorithm 1, except for the last beta of 1, whose level would be infinite.
   root = np.sqrt(np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2))
   alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
   betas = 1 - alpha_bar / np.append(1, alpha_bar[:-1])
@@ -351,8 +354,8 @@ def test_a_table_that_ends_without_signal():
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("count", [1, 7, 20, 300, 999, 1000])
-def test_spacings_are_the_written_ones(count, spacing):
-  # Lin et al., arXiv:2305.08891, table 2, counted from 0.
+def test_spacings_are_those_of_the_paper(count, spacing):
+  # Lin et al., arXiv:2305.08891, table 2, with steps counted from 0.
   table = jg.schedules.table("linear", 1000)
   wanted = {
     "leading": np.arange(0, count) * (1000 // count),

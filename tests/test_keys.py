@@ -1,4 +1,4 @@
-"""Sample i depends on the key, i and its label alone, whatever the kind of the key and however large i is."""
+"""Sample i depends on the key, i and its label alone, for every generator of the key and every size of i."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ RING = jg.ring(4)
 
 @pytest.fixture(autouse=True)
 def as_users_have_it(monkeypatch):
-  """Without the checks of types that the tests add."""
+  """Switch off the run-time type checks, which only the tests have."""
   monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
@@ -23,7 +23,7 @@ KINDS = ["rbg", "unsafe_rbg", "threefry2x32"]
 
 
 @pytest.mark.parametrize("impl", KINDS)
-def test_a_sample_does_not_know_its_batch_whatever_the_key(impl):
+def test_a_sample_does_not_depend_on_its_batch(impl):
   key, labels = jax.random.key(3, impl=impl), np.array([0, 1, 2, 3, 1])
   whole = jg.sample_batch(RING.denoiser, key, labels, **OPTIONS)
   assert len(np.unique(whole.round(4), axis=0)) == 5
@@ -34,14 +34,14 @@ def test_a_sample_does_not_know_its_batch_whatever_the_key(impl):
 
 
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
-def test_vmap_over_keys_of_other_kinds_is_a_loop(impl):
+def test_vmap_over_keys_of_other_generators_gives_the_same_as_a_loop(impl):
   several = jax.random.split(jax.random.key(3, impl=impl), 3)
-  one = jax.jit(lambda key: jg.sample(RING.denoiser, key, (2,), OPTIONS["sigmas"], OPTIONS["solver"], 1)[0])
-  np.testing.assert_allclose(jax.vmap(one)(several), jnp.stack([one(key) for key in several]), atol=1e-5)
+  draw = jax.jit(lambda key: jg.sample(RING.denoiser, key, (2,), OPTIONS["sigmas"], OPTIONS["solver"], 1)[0])
+  np.testing.assert_allclose(jax.vmap(draw)(several), jnp.stack([draw(key) for key in several]), atol=1e-5)
 
 
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
-def test_particles_of_other_kinds_of_keys_start_alike(impl):
+def test_particles_do_not_depend_on_their_number_with_keys_of_other_generators(impl):
   target = smc.tempered(RING.denoiser, 4, 1.0)
   starts = [
     smc.sample_product(target, jax.random.key(1, impl=impl), num, (2,), OPTIONS["sigmas"], jg.Euler(), 1)[0]
@@ -53,11 +53,11 @@ def test_particles_of_other_kinds_of_keys_start_alike(impl):
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
 def test_every_word_of_a_key_counts(impl):
   data = jax.random.key_data(jax.random.key(5, impl=impl))
-  made = set()
+  words = set()
   for word in range(5):
     changed = data if word == 4 else data.at[word].add(np.uint32(1))
-    made.add(tuple(jax.random.key_data(keys.threefry(jax.random.wrap_key_data(changed, impl=impl))).tolist()))
-  assert len(made) == 5
+    words.add(tuple(jax.random.key_data(keys.threefry(jax.random.wrap_key_data(changed, impl=impl))).tolist()))
+  assert len(words) == 5
 
 
 def test_threefry_keys_stay_as_they_are():
@@ -67,7 +67,7 @@ def test_threefry_keys_stay_as_they_are():
 
 
 @pytest.mark.parametrize("bad", [0, 3.0, None, "seed", np.zeros(3, np.uint32), np.zeros(2, np.int32), np.uint32(3)])
-def test_what_is_no_key_is_refused(bad):
+def test_values_that_are_not_keys_are_refused(bad):
   draws = (
     lambda: jg.sample_batch(RING.denoiser, bad, 1, num=2, **OPTIONS),
     lambda: jg.sample_keys(bad, 2),
@@ -78,12 +78,12 @@ def test_what_is_no_key_is_refused(bad):
       draw()
 
 
-def test_several_keys_are_no_key():
+def test_an_array_of_keys_is_refused():
   with pytest.raises(ValueError, match=r"one random key, got keys of shape \(3,\)"):
     jg.sample_batch(RING.denoiser, jax.random.split(jax.random.key(0), 3), 1, num=3, **OPTIONS)
 
 
-def test_an_index_is_all_of_its_digits():
+def test_large_indices_are_not_truncated():
   key = jax.random.key(0)
   far = jg.sample_batch(RING.denoiser, key, 1, num=2, start=2**31 + 5, **OPTIONS)
   keys_far = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.array([2**31 + 5, 2**31 + 6], np.uint32))

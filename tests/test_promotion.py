@@ -1,4 +1,4 @@
-"""Everything runs under JAX's strict dtype promotion, and where a promotion of ranks is an error."""
+"""Everything runs under JAX's strict dtype promotion, and with rank promotion as an error."""
 
 import jax
 import jax.numpy as jnp
@@ -70,14 +70,14 @@ def test_every_solver(solver, random_mixture):
 @pytest.mark.parametrize("schedule", [*schedules.SCHEDULES, "table"])
 @pytest.mark.parametrize("prediction", scaling.PREDICTIONS)
 def test_every_prediction_and_schedule(prediction, schedule):
-  made = schedules.table("linear", 100) if schedule == "table" else schedules.schedule(schedule)
-  scaled = scaling.scaling(prediction, made, 1.0)
+  levels = schedules.table("linear", 100) if schedule == "table" else schedules.schedule(schedule)
+  scaled = scaling.scaling(prediction, levels, 1.0)
   network = lambda params, x, t, y: params * x + t.astype(x.dtype)[:, None]  # noqa: E731
   denoise = jg.NetworkDenoiser(jnp.ones(()), network, scaled)
   assert draw(jg.classifier_free(3, 2.0)(denoise), jg.Heun()).shape == (2,)
   losses = traced(
     lambda key: jg.denoising_loss(
-      jnp.ones(()), network, key, jnp.zeros((4, 2)), jnp.zeros(4, jnp.int32), scaling=scaled, noise_levels=made,
+      jnp.ones(()), network, key, jnp.zeros((4, 2)), jnp.zeros(4, jnp.int32), scaling=scaled, noise_levels=levels,
       null_cond=3, p_uncond=0.1,
     ),
     jax.random.key(0),

@@ -1,4 +1,4 @@
-"""Records of runs, and the keys and fingerprints of what they are made of."""
+"""Records of runs, fingerprints of data, and keys of seeds."""
 
 import dataclasses
 import json
@@ -30,19 +30,19 @@ DEFAULT = {"model": records.defaults(Model), "training": records.defaults(Traini
 
 
 def written(**parts):
-  """A record as it comes back from its file."""
+  """A record as it is read from its file."""
   return json.loads(json.dumps(records.record(**parts)))
 
 
 def test_equal_runs_have_equal_records():
-  wanted = records.record(model=Model(4, shape=[8, 8]), training=Training(5, scale=1))
-  assert records.differences(written(model=Model(4), training=Training(5)), wanted, DEFAULT) == []
+  requested = records.record(model=Model(4, shape=[8, 8]), training=Training(5, scale=1))
+  assert records.differences(written(model=Model(4), training=Training(5)), requested, DEFAULT) == []
 
 
 def test_each_field_that_differs_is_named_with_both_values():
-  held = written(model=Model(4, scale=2.0), training=Training(5), data={"name": "a"})
-  wanted = records.record(model=Model(8, scale=2.0), training=Training(5, scale=3.0, loss="kl"), data={"name": "b"})
-  assert records.differences(held, wanted, DEFAULT) == [
+  stored = written(model=Model(4, scale=2.0), training=Training(5), data={"name": "a"})
+  requested = records.record(model=Model(8, scale=2.0), training=Training(5, scale=3.0, loss="kl"), data={"name": "b"})
+  assert records.differences(stored, requested, DEFAULT) == [
     "model.width is 4 there, and 8 here",
     "training.scale is 1.0 there, and 3.0 here",
     "training.loss is None there, and 'kl' here",
@@ -50,16 +50,16 @@ def test_each_field_that_differs_is_named_with_both_values():
   ]
 
 
-def test_a_record_older_than_a_field_has_its_default():
-  held = written(model=Model(4), training=Training(5))
+def test_a_field_that_an_old_record_does_not_have_has_its_default():
+  stored = written(model=Model(4), training=Training(5))
   for part, name in (("training", "loss"), ("training", "scale"), ("model", "shape")):
-    del held[part][name]
-  assert records.differences(held, records.record(model=Model(4), training=Training(5)), DEFAULT) == []
-  wanted = records.record(model=Model(4), training=Training(5, loss="kl"))
-  assert records.differences(held, wanted, DEFAULT) == ["training.loss is None there, and 'kl' here"]
-  del held["model"]["width"]
-  wanted = records.record(model=Model(4), training=Training(5))
-  assert records.differences(held, wanted, DEFAULT) == ["model.width is absent there, and 4 here"]
+    del stored[part][name]
+  assert records.differences(stored, records.record(model=Model(4), training=Training(5)), DEFAULT) == []
+  requested = records.record(model=Model(4), training=Training(5, loss="kl"))
+  assert records.differences(stored, requested, DEFAULT) == ["training.loss is None there, and 'kl' here"]
+  del stored["model"]["width"]
+  requested = records.record(model=Model(4), training=Training(5))
+  assert records.differences(stored, requested, DEFAULT) == ["model.width is absent there, and 4 here"]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_record_older_than_a_field_has_its_default():
   ],
   ids=range(9),
 )
-def test_a_file_that_holds_no_record(tmp_path, content, message):
+def test_a_damaged_file_is_refused(tmp_path, content, message):
   (tmp_path / "record.json").write_bytes(content)
   with pytest.raises(ValueError, match=message) as error:
     records.read(tmp_path / "record.json")
@@ -85,7 +85,7 @@ def test_a_file_that_holds_no_record(tmp_path, content, message):
   assert len(str(error.value)) < 500
 
 
-def test_a_file_that_is_too_large_or_none(tmp_path, monkeypatch):
+def test_a_file_that_is_too_large_or_missing_or_a_folder(tmp_path, monkeypatch):
   monkeypatch.setattr(records, "LARGEST", 10)
   (tmp_path / "a").write_text('{"a":    1}')
   with pytest.raises(ValueError, match="larger than 10 bytes"):
@@ -99,7 +99,7 @@ def test_a_file_that_is_too_large_or_none(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("version", [None, 0, -1, "1", 1.0, True, [], 2, 10**30])
-def test_versions_that_are_not_known(version):
+def test_unknown_versions_are_refused(version):
   with pytest.raises(ValueError, match="the record has version"):
     records.check_version({"version": version})
   records.check_version({"version": 1})
@@ -108,7 +108,7 @@ def test_versions_that_are_not_known(version):
 # --- fingerprints ---------------------------------------------------------------------------------
 
 
-def test_a_fingerprint_is_of_what_the_data_are():
+def test_a_fingerprint_depends_on_the_data_and_not_on_their_name_or_layout():
   rng = np.random.default_rng(0)
   pixels, labels = rng.integers(0, 256, (6, 4, 2, 1)).astype(np.uint8), np.arange(6, dtype=np.int32) % 2
   mine = Images(pixels, labels, 2, "mine").fingerprint
@@ -133,18 +133,18 @@ def test_a_fingerprint_is_of_what_the_data_are():
 SEEDS = [0, 1, 7, 2**31, 2**32 - 1, 2**32, 2**32 + 7, 2**63, 2**64 - 1]
 
 
-def test_a_key_is_of_all_digits_and_as_jax_makes_it():
-  made = [tuple(jax.random.key_data(keys.seed_key(seed)).tolist()) for seed in SEEDS]
-  assert len({*made}) == len(SEEDS)
-  for seed, data in zip(SEEDS, made, strict=True):
+def test_a_seeds_key_uses_all_64_bits_and_is_jaxs():
+  words = [tuple(jax.random.key_data(keys.seed_key(seed)).tolist()) for seed in SEEDS]
+  assert len({*words}) == len(SEEDS)
+  for seed, data in zip(SEEDS, words, strict=True):
     if seed < 2**32:
       assert tuple(jax.random.key_data(jax.random.key(seed)).tolist()) == data
-    if seed < 2**63:  # With 64-bit types JAX takes as many digits.
+    if seed < 2**63:  # With 64-bit types JAX uses all bits too.
       with jax.enable_x64(True):
         assert tuple(jax.random.key_data(jax.random.key(seed)).tolist()) == data
 
 
-def test_a_key_does_not_depend_on_the_default_kind():
+def test_a_seeds_key_does_not_depend_on_the_default_generator():
   key = keys.seed_key(5)
   with jax.default_prng_impl("rbg"):
     other = jax.jit(lambda: keys.seed_key(5))()
@@ -153,20 +153,20 @@ def test_a_key_does_not_depend_on_the_default_kind():
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 2**70, 0.5, True, None, "7"])
-def test_what_is_no_seed(seed):
-  # By the check alone: the tests look at types before that.
+def test_values_that_are_not_seeds_are_refused(seed):
+  # Without the run-time type checks of the tests, which would raise first.
   with pytest.raises(ValueError, match=r"seed must be a whole number from 0 to 18446744073709551615 \(2\*\*64 - 1\)"):
     keys.check_seed.__wrapped__("seed", seed)
 
 
 def orders(seed, epochs=4):
-  """Which of 40 images come in each epoch, in order."""
+  """The order of 40 images in each epoch."""
   images = Images(np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1), np.zeros(40, np.int32), 1, "mine")
   source = batches(images, 40, seed)
   return [tuple(next(source)[0].ravel().tolist()) for _ in range(epochs)]
 
 
-def test_batches_are_of_all_digits_of_the_seed():
+def test_batches_depend_on_all_bits_of_the_seed():
   assert len({order for seed in SEEDS for order in orders(seed)}) == 4 * len(SEEDS)
   wanted = [tuple(np.random.default_rng((7, epoch)).permutation(40).tolist()) for epoch in range(4)]
   assert orders(7) == wanted

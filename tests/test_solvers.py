@@ -1,4 +1,4 @@
-"""Solvers: their order of convergence, the papers' steps written again in NumPy, and the distribution they sample."""
+"""Solvers: their order of convergence, the papers' steps in NumPy, and the distribution that they sample."""
 
 import functools
 from pathlib import Path
@@ -29,7 +29,7 @@ def exact_x0(x, sigma):
 
 
 def walk(solver, denoise, x, sigmas, keys, n):
-  """Take the first ``n`` steps of a grid, which need not end in 0 as a sampler's does: one program for every ``n``."""
+  """Take the first ``n`` steps of a grid, which need not end in 0. One compiled program serves every ``n``."""
 
   def step(state, inputs):
     i, *inputs = inputs
@@ -39,7 +39,7 @@ def walk(solver, denoise, x, sigmas, keys, n):
 
 
 def is_random(solver):
-  """Whether a step looks at its key."""
+  """Whether the result of a step depends on its key."""
   denoise = lambda x, sigma: 0.5 * x  # noqa: E731
   steps = [
     solver.step(denoise, solver.init(jnp.ones(2)), jnp.asarray(2.0), jnp.asarray(1.0), jax.random.key(i)).x
@@ -48,7 +48,7 @@ def is_random(solver):
   return not np.array_equal(*steps)
 
 
-def slope(counts, errors):
+def order_of(counts, errors):
   return -np.polyfit(np.log(counts), np.log(errors), 1)[0]
 
 
@@ -57,7 +57,7 @@ def smooth_grid(steps, high, low):
 
 
 def uneven_grid(steps, high, low):
-  """Every second step is twice as long: a multistep method that forgets it loses its order."""
+  """Every second step is twice as long. A multistep method that ignores the lengths loses its order on this grid."""
   lengths = np.where(np.arange(steps) % 2, 2.0, 1.0)
   return high * (low / high) ** np.append(0, np.cumsum(lengths) / lengths.sum())
 
@@ -66,22 +66,22 @@ FINE = np.array([128, 256, 512, 1024]), 500.0, 0.4
 
 
 def padded(grid, steps, high, low, longest):
-  """A grid of that many steps, as long as the longest."""
+  """A grid of ``steps`` steps, filled up with ``low`` to ``longest`` steps."""
   return jnp.asarray(np.append(grid(steps, high, low), np.full(longest - steps, low)))
 
 
 @functools.cache
 def exact_flow(x, high, low):
-  """Where the probability flow takes ``x``."""
-  right = lambda sigma, x: (x - exact_x0(x, sigma)) / sigma  # noqa: E731
-  return solve_ivp(right, (high, low), x, "DOP853", rtol=1e-13, atol=1e-14).y[:, -1]
+  """The end of the probability flow from ``x`` at level ``high`` to level ``low``."""
+  derivative = lambda sigma, x: (x - exact_x0(x, sigma)) / sigma  # noqa: E731
+  return solve_ivp(derivative, (high, low), x, "DOP853", rtol=1e-13, atol=1e-14).y[:, -1]
 
 
 # --- order ----------------------------------------------------------------------------------------
 
 
 def errors_of_the_flow(solver, x, counts, high, low):
-  """The errors after that many steps, for both grids."""
+  """The errors at the end for each number of steps in ``counts``, for both grids."""
   model, longest = mixture(), max(counts)
   program = jax.jit(lambda *args: walk(solver, model.denoise, jnp.asarray(x), *args))
   keys, wanted = jax.random.split(jax.random.key(0), longest), exact_flow(tuple(x), high, low)
@@ -91,17 +91,18 @@ def errors_of_the_flow(solver, x, counts, high, low):
 
 def test_deterministic_solvers_converge_at_their_order(solver, float64):
   if is_random(solver):
-    pytest.skip("random: its order is that of the distribution, below")
-  # A multistep method of third order begins with less, which shows unless x0 hardly changes where it begins.
+    pytest.skip("stochastic: its order is tested by the variance, below")
+  # The first steps of a third-order multistep method have a lower order. Their error is small only if x0 hardly changes
+  # there, so that the grid must start at a high level.
   counts, high, low = (np.array([32, 64, 128, 256]), 5.0, 0.4) if solver.order < 3 else FINE
   for errors in errors_of_the_flow(solver, np.array([0.8, -0.6]) * high, counts, high, low):
-    assert abs(slope(counts, errors) - solver.order) < 0.1
+    assert abs(order_of(counts, errors) - solver.order) < 0.1
     assert errors[-1] < 0.05
 
 
 def test_the_variance_of_a_gaussian_converges_at_the_order(solver, given_noise, float64):
-  # Data of one Gaussian make every step affine in the start and in the noises, so that the mean and the variance of
-  # what comes out are known exactly, from derivatives: no sampling error hides the solver's.
+  # For Gaussian data every step is affine in the start and in the noises. So the mean and the variance of the samples
+  # follow exactly from derivatives, without sampling errors.
   m, v = 0.7, 0.3
   counts, high, low = (np.array([256, 512, 1024, 2048]), 6.0, 0.3) if solver.order < 3 else FINE
 
@@ -121,19 +122,19 @@ def test_the_variance_of_a_gaussian_converges_at_the_order(solver, given_noise, 
       variance = by_start**2 * (v + high**2) + (by_noise**2).sum()
       np.testing.assert_allclose(mean, m, rtol=1e-12)
       errors.append(abs(variance - (v + low**2)))
-    assert abs(slope(counts, errors) - solver.order) < 0.1, grid
+    assert abs(order_of(counts, errors) - solver.order) < 0.1, grid
     assert errors[-1] < 0.05 * (v + low**2)
 
 
 def test_unipc_3_is_of_fourth_order(float64):
-  # Its own test: its errors fall to the rounding soon, and there is no variance between them to be seen.
+  # A separate test: the errors reach the rounding errors with few steps, and the solver has no noise.
   counts = [256, 512, 1024]
   for errors in errors_of_the_flow(jg.UniPC(3), np.array([40.0, -30.0]), counts, 50.0, 0.4):
-    assert abs(slope(counts, errors) - jg.UniPC(3).order) < 0.1
+    assert abs(order_of(counts, errors) - jg.UniPC(3).order) < 0.1
 
 
 @pytest.mark.parametrize("make", [jg.EulerAncestral, jg.DPMpp2SAncestral, jg.DPMpp2SSDE, jg.DPMpp2MSDE, jg.DPMpp3MSDE])
-def test_gradients_in_the_noise_are_finite(make, float64):
+def test_gradients_with_respect_to_eta_are_finite(make, float64):
   def end(solver):
     return jg.sample(mixture().denoiser, jax.random.key(0), (2,), jg.karras(5), solver, 1)[0].sum()
 
@@ -177,7 +178,7 @@ def ddpm_step(request, float64):
 
 
 def one_step(solver, x_t, x0, z, alpha_bar, alpha_bar_before):
-  """A step of ours, in and out of the papers' variables."""
+  """Take a step of our solver, with input and output in the papers' variables."""
   sigma, sigma_next = (np.sqrt((1 - a) / a) for a in (alpha_bar, alpha_bar_before))
   state = solver.init(jnp.asarray(x_t / np.sqrt(alpha_bar)))
   state = solver.step(lambda x, s: jnp.asarray(x0), state, jnp.asarray(sigma), jnp.asarray(sigma_next), jnp.asarray(z))
@@ -273,7 +274,7 @@ def test_a_family_ends_in_its_members(one, other, float64):
 
 @pytest.mark.parametrize("ratio", [0.5, 1e-2, 1e-4])
 def test_ddim_1_is_ddpm_over_long_steps_in_float32(ratio, given_noise):
-  # What is left of eps is sigma'² / sigma, the small difference of two large numbers if written as in the paper.
+  # The remaining factor of eps is sigma'² / sigma. In the paper's form it is a small difference of two large numbers.
   x, z = np.random.default_rng(0).normal(size=(2, 6)).astype(np.float32)
   args = lambda x0: x0, jnp.asarray(1.0), jnp.asarray(ratio, jnp.float32), jnp.asarray(z)
   states = [s.step(lambda x, sigma: 0 * x, s.init(jnp.asarray(x)), *args[1:]).x for s in (jg.DDIM(1.0), jg.DDPM())]
@@ -304,27 +305,27 @@ def test_a_step_evaluates_as_often_as_declared(solver):
   assert len(calls) == solver.evaluations
 
 
-def test_a_step_looks_at_its_key_if_declared():
+def test_a_step_depends_on_its_key_if_declared_stochastic():
   for cls in jg.solvers.SOLVERS.values():
-    # Two have no noise unless asked for it.
+    # Two solvers have no noise by default.
     options = {jg.DDIM: {"eta": 1.0}, jg.EDMStochastic: {"gamma": 0.1}}.get(cls, {})
     assert is_random(cls(**options)) == cls.stochastic, cls
 
 
 def test_the_documentation_lists_what_solvers_declare(all_solvers):
-  readme = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
-  table = readme.partition("## Solvers\n")[2].partition("\n## ")[0]
-  told = {}
+  document = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+  table = document.partition("## Solvers\n")[2].partition("\n## ")[0]
+  documented = {}
   for row in table.splitlines():
     if row.startswith("| `") and not row.startswith("| `--"):
       name, cls, order, evaluations, noise, _ = (cell.strip(" `") for cell in row.strip("|").split("|"))
-      told[name] = cls.partition("(")[0], int(order), int(evaluations), not noise.startswith("no")
+      documented[name] = cls.partition("(")[0], int(order), int(evaluations), not noise.startswith("no")
   wanted = {}
   for name in jg.solvers.SOLVERS:
     solver = jg.solvers.solver(name)
     wanted[name] = type(solver).__name__, solver.order, solver.evaluations, solver.stochastic
-  assert told == wanted
-  # And all of them go through the tests of every solver.
+  assert documented == wanted
+  # All of them are in the table of conftest.py, so that the tests of every solver run for them.
   assert {type(solver) for solver in all_solvers.values()} == set(jg.solvers.SOLVERS.values())
 
 
@@ -348,7 +349,7 @@ def test_eta_lies_between_0_and_1(eta):
 
 
 def ancestral(eta):
-  """What is left of eps and how much noise is added, by Song et al., arXiv:2010.02502, eq. 12 and 16."""
+  """The remaining factor of eps, and the std of the added noise, by Song et al., arXiv:2010.02502, eq. 12 and 16."""
 
   def parts(sigma, below):
     up = eta * below / sigma * np.sqrt(sigma**2 - below**2)
@@ -366,12 +367,12 @@ def sde(eta):
 
 
 def large(sigma, below):
-  """DDPM's with beta for its variance, in ``x = x_t / alpha``."""
+  """The same for DDPM with beta as the variance, in ``x = x_t / alpha``."""
   return (below / sigma) ** 2, np.sqrt((sigma**2 - below**2) / (1 + sigma**2) * (1 + below**2))
 
 
 def churn(gamma):
-  """The noise of Karras et al., arXiv:2206.00364, Algorithm 2, which the step down shrinks as it does all the rest."""
+  """The same for Karras et al., arXiv:2206.00364, Algorithm 2: the step down shrinks the noise added before it."""
   return lambda sigma, below: (below / sigma / (1 + gamma), below / (1 + gamma) * np.sqrt(gamma * (2 + gamma)))
 
 
@@ -392,24 +393,25 @@ NOISY = [
 
 
 def test_one_key_is_one_noise_for_every_solver(float64):
-  # Where x0 is known, a step can be read backwards: what is left of its result is the noise that it drew.
+  # If x0 is known, the noise that a step drew can be computed from its result.
   x0, key = jnp.array([0.3, -1.0, 2.0]), jax.random.key(3)
   sigmas = np.asarray(jg.karras(6, 0.05, 10.0))
   start_key, step_key = jax.random.split(key)
   start = sigmas[0] * jax.random.normal(start_key, (3,))
   wanted = [jax.random.normal(jax.random.fold_in(step_key, i), (3,)) for i in range(5)]
   for solver, parts in NOISY:
-    made = jg.sample(lambda x, sigma, cond: x0, key, (3,), sigmas, solver, collect=lambda state: state.x)[1]
-    kept, up = parts(sigmas[:-2, None], sigmas[1:-1, None])
-    before = np.stack([start, *made[:-2]])
-    noise = (made[:-1] - x0[None] - kept * (before - np.asarray(x0))) / up
+    xs = jg.sample(lambda x, sigma, cond: x0, key, (3,), sigmas, solver, collect=lambda state: state.x)[1]
+    factor, up = parts(sigmas[:-2, None], sigmas[1:-1, None])
+    before = np.stack([start, *xs[:-2]])
+    noise = (xs[:-1] - x0[None] - factor * (before - np.asarray(x0))) / up
     np.testing.assert_allclose(noise, wanted, rtol=1e-9, atol=1e-9, err_msg=str(solver))
   assert {type(solver) for solver, _ in NOISY} == {cls for cls in jg.solvers.SOLVERS.values() if cls.stochastic}
 
 
 @pytest.mark.slow
-def test_samples_of_one_key_come_together():
-  # Strongly, path by path, in proportion to the length of the steps; the exact path is the same for all.
+def test_samples_of_one_key_converge_to_each_other():
+  # The exact path is the same for all solvers. The difference of two solvers on one path falls in proportion to the
+  # length of the steps.
   model = mixture().denoiser
   keys, others = (jg.sample_keys(jax.random.key(seed), 100) for seed in (0, 1))
 
@@ -417,87 +419,87 @@ def test_samples_of_one_key_come_together():
     grid = jg.log_snr_uniform(steps, 0.01, 40.0)
     return np.asarray(jax.jit(jax.vmap(lambda key: jg.sample(model, key, (2,), grid, solver, 3)[0]))(keys))
 
-  def apart(a, b):
+  def rms_difference(a, b):
     return np.sqrt(((a - b) ** 2).sum(1).mean())
 
   solvers = [jg.DDIM(1.0), jg.DPMpp2SAncestral(), jg.DPMpp2SSDE(), jg.DPMpp3MSDE()]
-  one = {steps: ends(jg.DPMpp2MSDE(), steps, keys) for steps in (40, 160)}
-  chance = apart(one[160], ends(jg.DPMpp2MSDE(), 160, others))
+  reference = {steps: ends(jg.DPMpp2MSDE(), steps, keys) for steps in (40, 160)}
+  of_other_keys = rms_difference(reference[160], ends(jg.DPMpp2MSDE(), 160, others))
   for solver in solvers:
-    coarse, fine = (apart(one[steps], ends(solver, steps, keys)) for steps in one)
-    assert fine < 0.04 * chance, solver
+    coarse, fine = (rms_difference(reference[steps], ends(solver, steps, keys)) for steps in reference)
+    assert fine < 0.04 * of_other_keys, solver
     assert fine < coarse / 3, solver
 
 
 @pytest.mark.parametrize("eta", [1e-6, 0.4, 1.0])
-def test_the_noise_half_way_is_of_the_same_motion(eta, given_noise, float64):
-  # What a step adds is proportional to the integral of exp(-eta (end - t)) dW, here a sum over short times.
+def test_the_noise_at_the_midpoint_belongs_to_the_same_brownian_motion(eta, given_noise, float64):
+  # The noise of a step is proportional to the integral of exp(-eta (end - t)) dW, here a sum over short intervals.
   h, n = 1.3, 20000
   t = (np.arange(n) + 0.5) * h / n
   to_half, whole = np.exp(-eta * (h / 2 - t)) * (t < h / 2), np.exp(-eta * (h - t))
   correlation = (to_half @ whole) / np.sqrt((to_half @ to_half) * (whole @ whole))
-  seen = []
+  inputs = []
 
   def denoise(x, sigma):
-    seen.append(x)
+    inputs.append(x)
     return 0 * x
 
-  # The step's own draw in one coordinate, the second in the other, and nothing else.
+  # The step's first draw is (1, 0) and its second draw is (0, 1), so that the result shows the weight of each.
   key, solver = jnp.eye(2), jg.DPMpp2SSDE(eta)
   with jax.disable_jit():
     state = solver.step(denoise, solver.init(jnp.zeros(2)), jnp.exp(h), jnp.asarray(1.0), key)
-  half = seen[1] / np.linalg.norm(seen[1])
+  half = inputs[1] / np.linalg.norm(inputs[1])
   np.testing.assert_allclose(half, [correlation, np.sqrt(1 - correlation**2)], rtol=1e-6)
   np.testing.assert_allclose(state.x / np.linalg.norm(state.x), [1.0, 0.0])
 
 
-# --- what they sample -----------------------------------------------------------------------------
+# --- the distribution of samples ------------------------------------------------------------------
 
 
 NUM = 3000
 
 
-def four():
+def four_components():
   means = [[-1.0, 0.0], [1.0, 0.3], [0.2, 1.0], [0.0, -0.5]]
   return jg.gaussian_mixture(means, [0.1, 0.2, 0.2, 0.1], [0, 0, 1, 1], [0.6, 0.4, 0.5, 0.5])
 
 
 @functools.cache
 def exact_draws():
-  return np.asarray(jax.vmap(lambda key: four().sample(key, 0))(jax.random.split(jax.random.key(2), NUM)))
+  return np.asarray(jax.vmap(lambda key: four_components().sample(key, 0))(jax.random.split(jax.random.key(2), NUM)))
 
 
 def pvalues(solver, scale, steps):
   """Two-sample tests of guided samples of class 0 against exact draws, along each axis and the diagonal."""
-  guided = jg.classifier_free(2, scale)(four().denoiser)
-  made = jg.sample_batch(
+  guided = jg.classifier_free(2, scale)(four_components().denoiser)
+  samples = jg.sample_batch(
     guided, jax.random.key(1), 0, num=NUM, shape=(2,), sigmas=jg.karras(steps, 0.01, 40.0), solver=solver
   )
   directions = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, -1.0]])
-  return [stats.ks_2samp(made @ d, exact_draws() @ d).pvalue for d in directions]
+  return [stats.ks_2samp(samples @ d, exact_draws() @ d).pvalue for d in directions]
 
 
 def test_at_scale_1_solvers_sample_the_conditional(solver):
   steps = 160 if solver.order == 1 else 40
   assert min(pvalues(solver, 1.0, steps)) > 1e-3
-  # The same test, the same program, another scale: sharper than the conditional, and seen to be.
+  # At another scale, with the same program, samples are sharper than the conditional, and the test detects it.
   assert min(pvalues(solver, 3.0, steps)) < 1e-9
 
 
-def test_solvers_are_told_apart_by_their_class():
-  # Equal structures of two solvers would let one run the other's compiled program.
+def test_two_classes_of_solvers_have_different_tree_structures():
+  # With equal structures, jit would run the program that it compiled for the other solver.
   structures = [jax.tree.structure(solver) for solver in (jg.Euler(), jg.DDPM(), jg.Heun(), jg.DPMpp2M())]
   assert all((a == b) == (i == j) for i, a in enumerate(structures) for j, b in enumerate(structures))
 
 
-# --- DDPM as published: tests/test_guided_diffusion.py has its arrays; here what they do not hold -----
+# --- DDPM: tests that the published arrays of tests/test_guided_diffusion.py do not cover --------------
 
 
-def classifier_bend(x, sigma, cond):
+def quadratic_log_prob(x, sigma, cond):
   return -0.5 * ((x - cond) ** 2).sum() / (1 + sigma**2)
 
 
-def exact_bend(x, sigma, cond):
+def its_gradient(x, sigma, cond):
   return (cond - x) / (1 + sigma**2)
 
 
@@ -512,9 +514,9 @@ def test_the_mean_shift_at_the_mean_is_the_papers(given_noise, float64):
   mu = (
     alpha_below * beta / (1 - alpha**2) * x0 + alpha / alpha_below * (1 - alpha_below**2) / (1 - alpha**2) * alpha * x
   )
-  g = exact_bend(mu / alpha_below, below, y) / alpha_below
+  g = its_gradient(mu / alpha_below, below, y) / alpha_below
   wanted = (mu + s * variance * g + np.sqrt(variance) * z) / alpha_below
-  solver = jg.DDPM("small", classifier_bend, s, gradient_at="mean")
+  solver = jg.DDPM("small", quadratic_log_prob, s, gradient_at="mean")
   conditioned = jg.solvers.Conditioned(lambda x, sigma, cond: jnp.asarray(x0), y)
   got = solver.step(conditioned, solver.init(jnp.asarray(x)), jnp.asarray(sigma), jnp.asarray(below), jnp.asarray(z)).x
   np.testing.assert_allclose(got, wanted, rtol=1e-12)
@@ -528,19 +530,20 @@ def test_the_two_points_of_the_gradient_agree_in_small_steps(float64):
     grid = jg.respaced(jg.schedules.table("linear", 1000), steps)
     return jg.sample(jg.unconditional(3)(model.denoiser), jax.random.key(0), (2,), grid, solver, 1)[0]
 
-  # Not the same numbers, and nearer with each refinement; the last steps make the difference of one sample small.
-  apart = [float(jnp.abs(end("x", steps) - end("mean", steps)).max()) for steps in (20, 100, 500)]
-  assert apart[0] > 1e-6
-  assert apart[2] < apart[0] / 5
+  # The numbers differ, and the difference falls with the number of steps. It is small already with few steps, because
+  # the last steps reduce the difference of two samples.
+  differences = [float(jnp.abs(end("x", steps) - end("mean", steps)).max()) for steps in (20, 100, 500)]
+  assert differences[0] > 1e-6
+  assert differences[2] < differences[0] / 5
 
 
-def test_a_learned_range_needs_one():
+def test_a_learned_range_needs_a_learned_variance():
   with pytest.raises(ValueError, match="learned_variance=True"):
     jg.sample(mixture().denoiser, jax.random.key(0), (2,), jg.karras(3), jg.DDPM("learned_range"), 1)
 
 
 def test_a_mean_shift_needs_the_condition():
-  solver = jg.DDPM(log_prob=classifier_bend)
+  solver = jg.DDPM(log_prob=quadratic_log_prob)
   with pytest.raises(TypeError, match="Conditioned"):
     solver.step(lambda x, sigma: x, solver.init(jnp.ones(2)), jnp.asarray(1.0), jnp.asarray(0.5), jax.random.key(0))
 
