@@ -78,7 +78,7 @@ def _same_sharding(null: Array, cond: Array) -> tuple[Array, Array]:
 
 
 def shard_like(value: Array, like: Array) -> Array:
-  """Give a value the sharding of another, if mesh axes are Explicit. ``jnp.where`` needs it there for its choices."""
+  """Give ``value`` the sharding of ``like`` if mesh axes are Explicit. ``jnp.where`` requires it there."""
   meshes = jax.sharding.get_abstract_mesh(), jax.typeof(like).sharding.mesh
   if any(jax.sharding.AxisType.Explicit in mesh.axis_types for mesh in meshes):
     nothing = (like != like) & False  # noqa: PLR0124, all False, with the shape and the sharding of like

@@ -36,7 +36,7 @@ def parse(text: str) -> Spec:
     if not (option and value):
       raise ValueError(f"{text!r} must be written NAME:option=value,option=value; {part!r} is not option=value")
     if option in options:
-      raise ValueError(f"{text!r} gives {option} twice")
+      raise ValueError(f"{text!r} has the option {option} twice")
     options[option] = value
   return Spec(name, options)
 

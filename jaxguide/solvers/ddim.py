@@ -45,7 +45,7 @@ class DDIM(Memoryless):
 
 @struct.dataclass
 class EulerAncestral(Memoryless):
-  """Euler's method to a level below ``sigma_next``, then new noise: k-diffusion's ``sample_euler_ancestral``.
+  """Euler's method to a level below the next one, then new noise: k-diffusion's ``sample_euler_ancestral``.
 
   In ``x = x0 + sigma eps`` it is `DDIM` (Song et al. 2021, arXiv:2010.02502, eq. 12 and 16) with another default and a
   factor on the noise. ``eta = 1`` is `DDPM` with the small variance.

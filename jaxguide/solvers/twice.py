@@ -69,7 +69,7 @@ class DPMpp2S(Memoryless):
 
 @struct.dataclass
 class DPMpp2SAncestral(Memoryless):
-  r"""`DPMpp2S` to a level below ``sigma_next``, then new noise: k-diffusion's ``sample_dpmpp_2s_ancestral``.
+  r"""`DPMpp2S` to a level below the next one, then new noise: k-diffusion's ``sample_dpmpp_2s_ancestral``.
 
   The level below and the noise are those of `EulerAncestral`. ``order`` is the order at which the variance converges
   for Gaussian data.
