@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 from jaxguide import cli, data, evaluation
 from jaxguide.evaluation import demo, digits
@@ -134,7 +135,7 @@ def test_run_again_it_reuses_what_it_trained_and_gives_the_same(ran, rows, out):
 def test_another_seed_draws_other_samples(ran, rows, out, monkeypatch):
   before = samples(out, rows[0])[0]
   monkeypatch.setattr(demo, "SCALES", {"cfg": (0.0,), "classifier": ()})
-  seen = [images for *_, images, _ in demo._sweep(*_sweep_inputs(out), 1, lambda n: None)]
+  seen = [images for *_, images, _ in demo._sweep(*_sweep_inputs(out), 1, tqdm(disable=True))]
   assert (seen[0] != before).any()
 
 

@@ -159,11 +159,13 @@ def test_evaluate_measures_samples_as_the_metrics_do(judge, digits):
     method="cfg",
     scale=2.0,
     n=500,
-    accuracy=judge.accuracy(images, labels),
-    frechet_distance=evaluation.frechet_distance(
-      evaluation.pixel_features(images), evaluation.pixel_features(reference)
-    ),
-    diversity=evaluation.diversity(images, labels),
+    figures={
+      "accuracy": judge.accuracy(images, labels),
+      "frechet_distance": evaluation.frechet_distance(
+        evaluation.pixel_features(images), evaluation.pixel_features(reference)
+      ),
+      "diversity": evaluation.diversity(images, labels),
+    },
     samples_per_second=125.0,
   )
   inputs = {"judge": judge, "reference_images": reference}
@@ -173,11 +175,15 @@ def test_evaluate_measures_samples_as_the_metrics_do(judge, digits):
     evaluation.evaluate("cfg", float("inf"), images, labels, seconds=1, **inputs)
 
 
+def figures(accuracy, frechet_distance, diversity):
+  return {"accuracy": accuracy, "frechet_distance": frechet_distance, "diversity": diversity}
+
+
 @pytest.fixture
 def rows():
   scales = (4.0, 0.0, 1.0)  # out of order: the report sorts them
-  cfg = [Row("cfg", s, 500, 0.5 + s / 8, 0.3 + (s - 1) ** 2, 2 - s / 10, 100 / 3) for s in scales]
-  other = [Row('odd, "<b>"', s, 400, 0.9, 1.5 - s / 8, 1.5, 12345.6) for s in scales]
+  cfg = [Row("cfg", s, 500, figures(0.5 + s / 8, 0.3 + (s - 1) ** 2, 2 - s / 10), 100 / 3) for s in scales]
+  other = [Row('odd, "<b>"', s, 400, figures(0.9, 1.5 - s / 8, 1.5), 12345.6) for s in scales]
   return cfg + other
 
 
@@ -236,7 +242,7 @@ def png(gray):
   return file.getvalue()
 
 
-REAL = Measures(n=450, accuracy=0.987, frechet_distance=0.0625, diversity=2.125)
+REAL = Measures(450, figures(0.987, 0.0625, 2.125))
 
 
 @pytest.fixture
@@ -278,16 +284,16 @@ def test_report_says_what_the_rows_say(rows, grids, tmp_path):
 
   said = text(rows)
   assert (
-    "With classifier-free guidance the Fréchet distance is least at scale 1 (0.300) and judged accuracy greatest "
-    "at scale 4 (1.000); diversity is 2.000 at scale 0 and 1.600 at scale 4."
+    "With classifier-free guidance, judged accuracy is highest at scale 4 (1.000); Fréchet distance on pixels is "
+    "lowest at scale 1 (0.300); diversity within a class is 2.000 at scale 0 and 1.600 at scale 4."
   ) in said
-  assert "greatest at scales 0, 1 and 4 (0.900)" in said
-  assert "distance of 0.062 to the training split, a judged accuracy of 0.987 and a diversity of 2.125" in said
-  assert "400, 500 a row here; 450 in the real test split" in said
-  assert "98.7% of the time" in said
-  better = [replace(r, frechet_distance=0.01) if r.scale == 4 else r for r in rows]
-  assert "least at scale 4 (0.010)" in text(better)
-  assert "least at scale 1" not in text(better)
+  assert "highest at scales 0, 1 and 4 (0.900)" in said
+  assert "For the real test split, judged accuracy is 0.987; Fréchet distance on pixels is 0.062; diversity" in said
+  assert "here 400, 500 per row" in said
+  assert "On the real test split its accuracy is 98.7%" in said
+  better = [replace(r, figures={**r.figures, "frechet_distance": 0.01}) if r.scale == 4 else r for r in rows]
+  assert "lowest at scale 4 (0.010)" in text(better)
+  assert "lowest at scale 1" not in text(better)
 
 
 def test_report_escapes_what_it_is_given(rows, grids, tmp_path):
@@ -314,16 +320,16 @@ def test_plot_shows_every_row_and_the_real_data(rows, monkeypatch):
   from matplotlib.figure import Figure
   from PIL import Image
 
-  figures = []
+  drawn = []
   save = Figure.savefig
-  monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1])
+  monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))[1])
   image = Image.open(io.BytesIO(evaluation.fidelity_plot(rows, REAL)))
   assert image.format == "PNG"
   assert min(image.size) > 800
-  (figure,) = figures
-  accuracy, frechet, spread, plane = figure.axes
+  (figure,) = drawn
+  accuracy, frechet, diversity, plane = figure.axes
   by_scale = sorted((r for r in rows if r.method == "cfg"), key=lambda r: r.scale)
-  for axes, column in ((accuracy, "accuracy"), (frechet, "frechet_distance"), (spread, "diversity")):
+  for axes, column in ((accuracy, "accuracy"), (frechet, "frechet_distance"), (diversity, "diversity")):
     real, line, _ = axes.lines
     assert set(real.get_ydata()) == {getattr(REAL, column)}
     np.testing.assert_array_equal(line.get_xdata(), [0, 1, 4])
@@ -334,6 +340,52 @@ def test_plot_shows_every_row_and_the_real_data(rows, monkeypatch):
   assert evaluation.fidelity_plot(rows[:1])[:4] == b"\x89PNG"
   with pytest.raises(ValueError, match="there are no rows"):
     evaluation.fidelity_plot([])
+
+
+def test_a_new_measure_is_an_entry(rows, grids, digits, judge, tmp_path, monkeypatch):
+  """It appears in the measures, in the CSV file, in the table, in the plot and in the report."""
+  from matplotlib.figure import Figure
+
+  brightness = evaluation.Measure(
+    lambda evidence: float(evidence.images.mean()), "brightness", "The mean pixel: {real:.0f}.", high=255.0
+  )
+  monkeypatch.setitem(evaluation.MEASURES, "brightness", brightness)
+  (reference, _), (images, labels) = digits
+  real = evaluation.measure(images, labels, judge, reference)
+  assert real.brightness == images.mean()
+  assert list(evaluation.measure(images, labels, judge, reference, names=["brightness"]).figures) == ["brightness"]
+  more = [replace(row, figures={**row.figures, "brightness": 60 + row.scale}) for row in rows]
+  evaluation.write_csv(tmp_path / "t.csv", more)
+  assert (tmp_path / "t.csv").read_text().startswith("method,scale,n,accuracy,frechet_distance,diversity,brightness,")
+  assert evaluation.read_csv(tmp_path / "t.csv") == more
+  assert evaluation.table(more).splitlines()[0].split()[-2:] == ["brightness", "samples/s"]
+  drawn = []
+  monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self))
+  evaluation.fidelity_plot(more, real)
+  assert [axes.get_title() for axes in drawn[0].axes][3:] == [
+    "brightness",
+    "fidelity against diversity, points labelled by γ",
+  ]
+  page = write(tmp_path / "r.html", more, grids, real=real)
+  assert "<th>brightness</th>" in page
+  assert f"The mean pixel: {images.mean():.0f}." in page
+  for value in (-1.0, 256.0, float("nan")):
+    with pytest.raises(ValueError, match="brightness must be"):
+      replace(more[0], figures={**more[0].figures, "brightness": value})
+
+
+def test_files_may_have_some_of_the_measures(rows, tmp_path):
+  fewer = [replace(row, figures={"diversity": row.diversity}) for row in rows]
+  evaluation.write_csv(tmp_path / "t.csv", fewer)
+  assert evaluation.read_csv(tmp_path / "t.csv") == fewer
+  assert evaluation.fidelity_plot(fewer)[:4] == b"\x89PNG"
+  with pytest.raises(ValueError, match="all rows must have the same measures"):
+    evaluation.write_csv(tmp_path / "t.csv", [*rows, *fewer])
+  (tmp_path / "t.csv").write_text("method,scale,n,acuracy,samples_per_second\n")
+  with pytest.raises(ValueError, match="did you mean 'accuracy'"):
+    evaluation.read_csv(tmp_path / "t.csv")
+  with pytest.raises(AttributeError, match="there is no measure 'accuracy'"):
+    fewer[0].accuracy
 
 
 def test_importing_evaluation_loads_nothing_heavy():

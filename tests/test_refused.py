@@ -390,7 +390,7 @@ def test_tables_that_are_none(tmp_path):
   with pytest.raises(OSError, match="is not a regular file"):
     evaluation.read_csv(tmp_path / "fifo")
   assert data.settings_of(tmp_path / "fifo") is None
-  row = evaluation.Row("cfg", 2.0, 500, 0.99, 0.4, 1.5, 812.0)
+  row = evaluation.Row("cfg", 2.0, 500, {"accuracy": 0.99, "frechet_distance": 0.4, "diversity": 1.5}, 812.0)
   evaluation.write_csv(tmp_path / "excel.csv", [row])
   (tmp_path / "excel.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "excel.csv").read_bytes())
   assert evaluation.read_csv(tmp_path / "excel.csv") == [row]
@@ -398,13 +398,13 @@ def test_tables_that_are_none(tmp_path):
 
 @pytest.mark.parametrize("cell", ["nan", "-0.1", "1.5"])
 def test_figures_outside_their_range(tmp_path, cell):
-  row = evaluation.Row("cfg", 2.0, 500, 0.99, 0.4, 1.5, 812.0)
+  row = evaluation.Row("cfg", 2.0, 500, {"accuracy": 0.99, "frechet_distance": 0.4, "diversity": 1.5}, 812.0)
   evaluation.write_csv(tmp_path / "t.csv", [row])
   (tmp_path / "t.csv").write_text((tmp_path / "t.csv").read_text().replace("0.99", cell))
   with pytest.raises(ValueError, match=r"line 2 of .*accuracy must be"):
     evaluation.read_csv(tmp_path / "t.csv")
   with pytest.raises(ValueError, match="accuracy must be"):
-    dataclasses.replace(row, accuracy=float(cell))
+    dataclasses.replace(row, figures={"accuracy": float(cell)})
 
 
 def test_numbers_that_are_several():

@@ -58,10 +58,8 @@ def demo(
 
   result = program.run(out, retrain=retrain, seed=seed, overwrite=overwrite, progress=progress)
   print(evaluation.table(result.rows))
-  print(
-    f"\nThe judge is right about {result.real.accuracy:.1%} of real test digits; their Fréchet distance is "
-    f"{result.real.frechet_distance:.3f}, their diversity {result.real.diversity:.3f}."
-  )
+  figures = (f"{evaluation.MEASURES[name].title} {value:.3f}" for name, value in result.real.figures.items())
+  print(f"\nReal test digits for comparison: {', '.join(figures)}.")
   print(f"The report is {result.report}: open it in a browser.")
 
 

@@ -6,13 +6,18 @@ matplotlib and Jinja are imported by the functions that need them, so that impor
 
 from jaxguide.evaluation.features import pixel_features
 from jaxguide.evaluation.judge import Judge
+from jaxguide.evaluation.measures import MEASURES, Evidence, Figures, Measure, Measures, measure
 from jaxguide.evaluation.metrics import diversity, frechet_distance
 from jaxguide.evaluation.report import TITLES, fidelity_plot, write_report
-from jaxguide.evaluation.sweep import Measures, Row, evaluate, measure, read_csv, table, write_csv
+from jaxguide.evaluation.sweep import Row, evaluate, read_csv, table, write_csv
 
 __all__ = [
+  "MEASURES",
   "TITLES",
+  "Evidence",
+  "Figures",
   "Judge",
+  "Measure",
   "Measures",
   "Row",
   "diversity",

@@ -1,6 +1,6 @@
-"""The demo: digits, trained, guided both ways over a range of scales, judged, and reported.
+"""The demo: it trains on digits, samples with both kinds of guidance at several scales, measures, and reports.
 
-It is also the shape of a study of one's own: train (`jaxguide.training`), sample over scales, measure and report
+A study of your own has the same steps: train (`jaxguide.training`), sample over scales, measure and report
 (`jaxguide.evaluation`).
 """
 
@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,12 +26,18 @@ NUM = 500
 STEPS = 16
 BATCH = 100
 SCALES = {"cfg": (0.0, 1.0, 2.0, 4.0, 8.0), "classifier": (0.0, 1.0, 2.0, 5.0, 10.0)}
-# The digits' levels of grey are 1/8 apart, so finer noise than this cannot be seen.
+# The grey levels of the digits are 1/8 apart. Finer noise than this cannot be seen.
 SIGMA_MIN, SIGMA_MAX = 0.01, 80.0
 
 
 class Result(NamedTuple):
-  """What the demo made."""
+  """The result of the demo.
+
+  Args:
+    rows: the measures of each method at each scale.
+    real: the measures of the real test split.
+    report: the report's file.
+  """
 
   rows: list[evaluation.Row]
   real: evaluation.Measures
@@ -39,7 +45,7 @@ class Result(NamedTuple):
 
 
 def train(out: PathLike, *, retrain: bool = False, progress: bool = True) -> tuple[training.Model, training.Model]:
-  """Train the denoiser and the classifier on digits, or load what was trained before.
+  """Train the denoiser and the classifier on digits, or load them if they were trained before.
 
   Args:
     out: the models are ``out/denoiser`` and ``out/classifier``.
@@ -60,7 +66,7 @@ def train(out: PathLike, *, retrain: bool = False, progress: bool = True) -> tup
 def guidances(denoiser: training.Model, classifier: training.Model) -> dict[str, Callable[[float], Guidance]]:
   """Give the two methods that the demo compares, each as ``scale -> Guidance``.
 
-  Both meet in the same unconditional denoiser at scale 0: classifier guidance is that of an unconditional model.
+  The classifier guides the unconditional model. So both methods are the same at scale 0.
   """
   null = denoiser.null_cond
   return {
@@ -113,8 +119,7 @@ def run(
   rows, grids = [], {}
   methods = guidances(denoiser, classifier)
   with tqdm(total=NUM * sum(map(len, SCALES.values())), desc="sampling", unit="sample", disable=not progress) as bar:
-    for method, scale, images, seconds in _sweep(denoiser.denoiser, methods, labels, seed, bar.update):
-      bar.set_postfix(method=method, scale=scale, refresh=False)
+    for method, scale, images, seconds in _sweep(denoiser.denoiser, methods, labels, seed, bar):
       rows.append(
         evaluation.evaluate(
           method, scale, images, labels, seconds=seconds, judge=judge, reference_images=train_split.images
@@ -152,9 +157,9 @@ def _sweep(
   methods: dict[str, Callable[[float], Guidance]],
   labels: np.ndarray,
   seed: int,
-  update: Callable[[int], object],
+  bar: Any,
 ) -> Iterator[tuple[str, float, np.ndarray, float]]:
-  """Give (method, scale, images, seconds) for each scale of each method."""
+  """Sample, and give (method, scale, images, seconds) for each scale of each method."""
   key = keys.seed_key(seed)
   draw = functools.partial(
     sampling.sample_batch,
@@ -165,9 +170,10 @@ def _sweep(
     batch_size=BATCH,
   )
   for method, guide in methods.items():
-    # Compile outside the clock: one micro-batch does it for every scale.
+    # Compile before the clock starts. One micro-batch compiles the program of every scale.
     draw(guide(0.0)(denoiser), cond=labels[:BATCH])
     for scale in SCALES[method]:
+      bar.set_postfix(method=method, scale=scale)
       began = time.perf_counter()
-      x = draw(guide(scale)(denoiser), cond=labels, progress=update)
+      x = draw(guide(scale)(denoiser), cond=labels, progress=bar.update)
       yield method, scale, data.to_uint8(x), time.perf_counter() - began

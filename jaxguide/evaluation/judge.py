@@ -1,4 +1,4 @@
-"""A judge of samples that never guides."""
+"""A judge: a classifier that tells the class of a sample and never guides."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +10,10 @@ from jaxguide.evaluation.features import check_images, check_labelled, pixel_fea
 
 @dataclass(frozen=True)
 class Judge:
-  """A support vector machine on raw pixels, which says what class a sample shows.
+  """A support vector machine on raw pixels that predicts the class of a sample.
 
-  It judges whether samples are of the class that was asked for. It never guides: a classifier that steered the sampler
-  would also approve of samples that merely fool it. Make one with `Judge.fit`.
+  It tells whether samples have the class that they were sampled for. It must not guide: a classifier that guides also
+  accepts samples that merely fool it. Make one with `Judge.fit`.
 
   Attributes:
     machine: the fitted ``sklearn.svm.SVC``.
@@ -25,9 +25,10 @@ class Judge:
 
   @classmethod
   def fit(cls, images: np.ndarray, labels: np.ndarray) -> "Judge":
-    """Fit a judge on real images; the result depends on nothing but them.
+    """Fit a judge on real images. The result depends on the images and labels alone.
 
-    The time grows with the square of the number of images: a moment for the digits, minutes for tens of thousands.
+    The time grows with the square of the number of images: less than a second for the digits, minutes for tens of
+    thousands.
 
     Args:
       images: uint8 of shape (n, height, width, channels), the training split.

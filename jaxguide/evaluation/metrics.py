@@ -1,7 +1,7 @@
-"""How well samples match the real data (Fréchet distance), their labels (`Judge`) and each other (diversity).
+"""Metrics on raw pixels: the Fréchet distance to real data, and the diversity within a class.
 
-All three look at raw pixels. That suits small images such as the 8 x 8 digits, needs no downloaded network, and is why
-none of these figures compares with one computed on Inception features.
+Raw pixels suit small images such as the 8 x 8 digits, and need no downloaded network. The values cannot be compared
+with those on Inception features.
 """
 
 import numpy as np
@@ -59,8 +59,8 @@ def frechet_distance(features_a: npt.ArrayLike, features_b: npt.ArrayLike) -> fl
   # With M = S_a^(1/2) S_b^(1/2), tr (S_a S_b)^(1/2) = tr (M M^T)^(1/2) is the sum of M's singular values. They come
   # without squaring M: where a covariance is singular, the root of a rounding error of 1e-17 would be 3e-9.
   cross = np.linalg.svd(root_a @ root_b, compute_uv=False).sum()
-  spread = (root_a**2).sum() + (root_b**2).sum() - 2 * cross
-  distance = float(((mean_a - mean_b) ** 2).sum() + spread)
+  covariance_part = (root_a**2).sum() + (root_b**2).sum() - 2 * cross
+  distance = float(((mean_a - mean_b) ** 2).sum() + covariance_part)
   if not np.isfinite(distance):
     raise ValueError("the features are too large: their squares are beyond float64")
   return max(0.0, distance)
@@ -71,8 +71,7 @@ def diversity(images: npt.ArrayLike, labels: npt.ArrayLike) -> float:
 
   For each class it takes the mean Euclidean distance, on pixels in [0, 1], over all pairs of samples for which that
   class was asked; the result is the mean over the classes. Classes with a single sample have no pair and do not count.
-  It is 0 where every class has collapsed onto one image, and says nothing of whether the samples are any good: read it
-  beside fidelity.
+  It is 0 if all samples of every class are the same image. It does not measure quality: read it beside fidelity.
 
   Args:
     images: uint8 of shape (n, height, width, channels).

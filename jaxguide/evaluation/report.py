@@ -2,16 +2,21 @@
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from jaxguide._core.files import write_atomically
-from jaxguide.evaluation.sweep import Measures, Row, formatted
+from jaxguide.evaluation.measures import MEASURES, Measures
+from jaxguide.evaluation.sweep import Row, columns, formatted
 
 TITLES = {"cfg": "classifier-free guidance", "classifier": "classifier guidance"}
-"""What people call a method; one that is not here goes by its own name."""
+"""The titles of methods. A method without a title is shown by its name."""
+
+PLANE = ("diversity", "frechet_distance")
+"""The measures of the panel of fidelity against diversity: across and up."""
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; the markers do it in black and white.
 _STYLES = (
@@ -22,12 +27,6 @@ _STYLES = (
   ("#E69F00", "v"),
   ("#56B4E9", "P"),
 )
-
-_COLUMNS = {
-  "accuracy": "judged accuracy (higher is better)",
-  "frechet_distance": "Fréchet distance on pixels (lower is better)",
-  "diversity": "diversity within a class",
-}
 
 
 def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -43,8 +42,8 @@ def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def fidelity_plot(rows: Sequence[Row], real: Measures | None = None) -> bytes:
   """Plot fidelity against diversity over the scale.
 
-  Three panels show judged accuracy, Fréchet distance and diversity by scale, on an axis that is linear up to 1 and
-  logarithmic beyond. The fourth sets Fréchet distance against diversity, each point labelled by its scale.
+  Each measure has a panel over the scale, on an axis that is linear up to 1 and logarithmic beyond. The last panel has
+  the Fréchet distance over diversity, if both were measured; each point is labelled by its scale.
 
   Args:
     rows: of any number of methods and scales, in any order.
@@ -57,80 +56,94 @@ def fidelity_plot(rows: Sequence[Row], real: Measures | None = None) -> bytes:
     ValueError: if there are no rows.
   """
   from matplotlib.figure import Figure
+  from matplotlib.lines import Line2D
 
-  groups = _by_method(rows)
+  groups, names = _by_method(rows), columns(rows)
   scales = sorted({row.scale for row in rows})
-  figure = Figure(figsize=(10, 8), dpi=150)
+  has_plane = set(PLANE) <= set(names)
+  panels = len(names) + has_plane
+  figure = Figure(figsize=(10, 4 * math.ceil(panels / 2)), dpi=150)
   figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
-  *by_scale, plane = figure.subplots(2, 2).flat
-  for axes, (column, label) in zip(by_scale, _COLUMNS.items(), strict=True):
+  every_axes = list(figure.subplots(math.ceil(panels / 2), min(2, panels), squeeze=False).flat)
+  for unused in every_axes[panels:]:
+    unused.remove()
+  by_scale, plane = every_axes[: len(names)], every_axes[len(names)] if has_plane else None
+  for axes, name in zip(by_scale, names, strict=True):
     axes.set_xscale("symlog", base=2, linthresh=1)
     axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
     axes.set_xticks([], minor=True)
-    axes.set(xlabel="guidance scale γ", title=label)
-    if real:
-      axes.axhline(getattr(real, column), color="0.4", linestyle="--", linewidth=1.2, zorder=1)
-  plane.set(
-    xlabel=_COLUMNS["diversity"],
-    ylabel="Fréchet distance",
-    title="fidelity against diversity, points labelled by γ",
-  )
-  reference = {"color": "0.4", "marker": "*", "markersize": 13, "linestyle": "--"}
-  handles = []
-  if real:
-    plane.plot(real.diversity, real.frechet_distance, **reference)
-    handles += plane.plot([], [], **reference, label="real test split")
-
+    axes.set(xlabel="guidance scale γ", title=MEASURES[name].heading)
+    if real and name in real.figures:
+      axes.axhline(real.figures[name], color="0.4", linestyle="--", linewidth=1.2, zorder=1)
+  reference: dict[str, Any] = {"color": "0.4", "marker": "*", "markersize": 13, "linestyle": "--"}
+  handles = [Line2D([], [], **reference, label="real test split")] if real else []
   for i, (method, group) in enumerate(groups.items()):
     color, marker = _STYLES[i % len(_STYLES)]
     style: dict[str, Any] = {"color": color, "marker": marker, "linewidth": 1.8, "markersize": 6}
-    for axes, column in zip(by_scale, _COLUMNS, strict=True):
-      axes.plot([row.scale for row in group], [getattr(row, column) for row in group], **style)
-    plane.plot([row.diversity for row in group], [row.frechet_distance for row in group], **style)
-    # The curves often run together, so that every other method's labels stand on the other side.
-    side = 1 if i % 2 == 0 else -1
-    for row in group:
-      plane.annotate(
-        f"{row.scale:g}",
-        (row.diversity, row.frechet_distance),
-        xytext=(6 * side, 6 * side),
-        textcoords="offset points",
-        ha="left" if side > 0 else "right",
-        va="bottom" if side > 0 else "top",
-        color=color,
-        fontsize=9,
-      )
-    handles += plane.plot([], [], label=TITLES.get(method, method), **style)
+    for axes, name in zip(by_scale, names, strict=True):
+      axes.plot([row.scale for row in group], [row.figures[name] for row in group], **style)
+    if plane:
+      # The curves often lie close together, so the labels of every second method are on the other side.
+      _draw_plane(plane, group, style, side=1 if i % 2 == 0 else -1)
+    handles.append(Line2D([], [], label=TITLES.get(method, method), **style))
+  if plane:
+    across, up = PLANE
+    plane.set(
+      xlabel=MEASURES[across].title,
+      ylabel=MEASURES[up].title,
+      title="fidelity against diversity, points labelled by γ",
+    )
+    if real and set(PLANE) <= set(real.figures):
+      plane.plot(real.figures[across], real.figures[up], **reference)
 
-  for axes in (*by_scale, plane):
+  for axes in every_axes[:panels]:
     axes.title.set_fontsize(11)
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.1)
-  plane.margins(0.1)
+  if plane:
+    plane.margins(0.1)
   figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
   png = io.BytesIO()
   figure.savefig(png, format="png", metadata={"Software": None})
   return png.getvalue()
 
 
-def _extreme(group: Sequence[Row], column: str, best: float) -> str:
-  """Say where a column takes its best value: "scale 2 (0.981)", "scales 2 and 4 (1.000)"."""
-  at = [f"{row.scale:g}" for row in group if getattr(row, column) == best]
-  where = f"scales {', '.join(at[:-1])} and {at[-1]}" if len(at) > 1 else f"scale {at[0]}"
-  return f"{where} ({best:.3f})"
+def _draw_plane(axes: Any, group: Sequence[Row], style: dict[str, Any], side: int) -> None:
+  """Draw a method in the plane of diversity and distance, each point labelled by its scale."""
+  across, up = PLANE
+  axes.plot([row.figures[across] for row in group], [row.figures[up] for row in group], **style)
+  for row in group:
+    axes.annotate(
+      f"{row.scale:g}",
+      (row.figures[across], row.figures[up]),
+      xytext=(6 * side, 6 * side),
+      textcoords="offset points",
+      ha="left" if side > 0 else "right",
+      va="bottom" if side > 0 else "top",
+      color=style["color"],
+      fontsize=9,
+    )
 
 
 def _finding(method: str, group: Sequence[Row]) -> str:
-  """Say in one sentence what one method's rows, by increasing scale, show."""
-  accuracy = _extreme(group, "accuracy", max(row.accuracy for row in group))
-  frechet = _extreme(group, "frechet_distance", min(row.frechet_distance for row in group))
-  trend = " and ".join(f"{row.diversity:.3f} at scale {row.scale:g}" for row in dict.fromkeys((group[0], group[-1])))
-  return (
-    f"With {TITLES.get(method, method)} the Fréchet distance is least at {frechet} and judged accuracy "
-    f"greatest at {accuracy}; diversity is {trend}."
-  )
+  """Say in one sentence what the rows of one method show. The rows are sorted by scale."""
+  parts = [_of_measure(group, name) for name in columns(group)]
+  return f"With {TITLES.get(method, method)}, {'; '.join(parts)}."
+
+
+def _of_measure(group: Sequence[Row], name: str) -> str:
+  """Say where a measure is best, or between which values it changes if no direction is better."""
+  title, values = MEASURES[name].title, [row.figures[name] for row in group]
+  better = MEASURES[name].better
+  if better is None:
+    ends = dict.fromkeys((group[0], group[-1]))
+    return f"{title} is " + " and ".join(f"{row.figures[name]:.3f} at scale {row.scale:g}" for row in ends)
+  superlative, best = ("highest", max(values)) if better == "higher" else ("lowest", min(values))
+  at = [f"{row.scale:g}" for row in group if row.figures[name] == best]
+  where = f"scales {', '.join(at[:-1])} and {at[-1]}" if len(at) > 1 else f"scale {at[0]}"
+  return f"{title} is {superlative} at {where} ({best:.3f})"
 
 
 def _data_uri(what: str, png: bytes) -> str:
@@ -180,8 +193,15 @@ def write_report(
   template = jinja2.Environment(
     autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
   ).from_string(resources.files(__package__).joinpath("report.html.jinja").read_text("utf-8"))
+  names = columns(rows)
+  counts = ", ".join(str(n) for n in sorted({row.n for row in rows}))
   page = template.render(
     title=title,
+    names=names,
+    measures=MEASURES,
+    descriptions={
+      name: MEASURES[name].description.format(real=real.figures.get(name, math.nan), counts=counts) for name in names
+    },
     facts=facts,
     findings=[_finding(method, group) for method, group in groups.items()],
     plot=_data_uri("plot", plot),
@@ -199,6 +219,5 @@ def write_report(
       for method, group in groups.items()
       if any((method, row.scale) in grids for row in group)
     ],
-    counts=sorted({row.n for row in rows}),
   )
   write_atomically(path, page.encode())

@@ -2,47 +2,31 @@
 
 import csv
 import io
-from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jaxguide._core import checks
 from jaxguide._core.files import check_readable, write_atomically
-from jaxguide.evaluation.features import pixel_features
 from jaxguide.evaluation.judge import Judge
-from jaxguide.evaluation.metrics import diversity, frechet_distance
+from jaxguide.evaluation.measures import MEASURES, Figures, measure
 
-
-@dataclass(frozen=True)
-class Measures:
-  """What is measured on any set of labelled images, sampled or real.
-
-  Attributes:
-    n: how many images there were.
-    accuracy: the share, in [0, 1], that the judge takes for the class that was asked for.
-    frechet_distance: from the reference images, on pixels in [0, 1].
-    diversity: the mean distance between two samples of one class, on pixels in [0, 1].
-  """
-
-  n: int
-  accuracy: float
-  frechet_distance: float
-  diversity: float
+BEFORE, AFTER = ["method", "scale", "n"], ["samples_per_second"]
+"""The columns of the CSV file before and after the measures."""
 
 
 @dataclass(frozen=True)
 class Row:
-  """The measures of one method at one scale; its fields are the columns of the CSV file.
+  """The measures of one method at one scale: a line of the CSV file. Each measure is an attribute: ``row.accuracy``.
 
-  Attributes:
+  Args:
     method: the guidance method, such as ``"cfg"`` or ``"classifier"``.
     scale: the power gamma in ``p(x) p(y|x)^gamma``: 0 is unconditional, 1 conditional.
-    n: how many samples were drawn.
-    accuracy: see `Measures`.
-    frechet_distance: see `Measures`.
-    diversity: see `Measures`.
+    n: number of samples.
+    figures: values of measures by name; see `jaxguide.evaluation.measures.MEASURES`.
     samples_per_second: of wall-clock time.
 
   Raises:
@@ -52,40 +36,20 @@ class Row:
   method: str
   scale: float
   n: int
-  accuracy: float
-  frechet_distance: float
-  diversity: float
+  figures: Mapping[str, float]
   samples_per_second: float
 
   def __post_init__(self):
     checks.finite("scale", self.scale)
     checks.at_least("n", self.n, 1)
-    checks.in_range("accuracy", self.accuracy, 0, 1)
-    for name in ("frechet_distance", "diversity"):
-      checks.in_range(name, getattr(self, name), 0)
+    if not isinstance(self.figures, Figures):
+      object.__setattr__(self, "figures", Figures(self.figures))
     checks.above("samples_per_second", checks.finite("samples_per_second", self.samples_per_second), 0)
 
-
-def measure(images: np.ndarray, labels: np.ndarray, judge: Judge, reference_images: np.ndarray) -> Measures:
-  """Measure labelled images against a judge and a reference set.
-
-  The real data's own figures, which samples can be held to, are those of its test split against its training split.
-
-  Args:
-    images: uint8 of shape (n, height, width, channels), n at least 2, with two of one class.
-    labels: int of shape (n,), the classes that were asked for.
-    judge: fitted on images of that height, width and channels.
-    reference_images: uint8 of shape (m, height, width, channels), m at least 2.
-
-  Raises:
-    ValueError: as the metrics do, where images or labels are not of that type and shape.
-  """
-  return Measures(
-    n=len(images),
-    accuracy=judge.accuracy(images, labels),
-    frechet_distance=frechet_distance(pixel_features(images), pixel_features(reference_images)),
-    diversity=diversity(images, labels),
-  )
+  def __getattr__(self, name: str) -> Any:
+    if name.startswith("__") or "figures" not in self.__dict__:
+      raise AttributeError(name)
+    return getattr(self.__dict__["figures"], name)
 
 
 def evaluate(
@@ -116,36 +80,45 @@ def evaluate(
   if not checks.finite("seconds", seconds) > 0:
     raise ValueError(f"seconds must be more than 0, got {seconds}")
   measures = measure(images, labels, judge, reference_images)
-  return Row(
-    method=method,
-    scale=scale,
-    **asdict(measures),
-    samples_per_second=measures.n / float(seconds),
-  )
+  return Row(method, scale, measures.n, measures.figures, measures.n / float(seconds))
+
+
+def columns(rows: Sequence[Row]) -> list[str]:
+  """Give the names of the measures that rows have.
+
+  Raises:
+    ValueError: if the rows have different measures.
+  """
+  names = list(dict.fromkeys(tuple(row.figures) for row in rows))
+  if len(names) > 1:
+    raise ValueError(f"all rows must have the same measures, got {names[0]} and {names[1]}")
+  return list(names[0]) if names else list(MEASURES)
 
 
 def write_csv(path: str | Path, rows: Sequence[Row]) -> None:
-  """Write rows, under a header, atomically. Numbers keep every digit.
+  """Write rows to a CSV file, atomically. Numbers keep all their digits.
 
   Raises:
-    OSError: if the place cannot be written.
+    ValueError: if the rows have different measures.
+    OSError: if the file cannot be written.
   """
+  names = columns(rows)
   text = io.StringIO(newline="")
   writer = csv.writer(text, lineterminator="\n")
-  writer.writerow([field.name for field in fields(Row)])
-  writer.writerows(astuple(row) for row in rows)
+  writer.writerow([*BEFORE, *names, *AFTER])
+  writer.writerows(
+    [row.method, row.scale, row.n, *(row.figures[name] for name in names), row.samples_per_second] for row in rows
+  )
   write_atomically(path, text.getvalue().encode())
 
 
 def read_csv(path: str | Path) -> list[Row]:
-  """Read back what `write_csv` wrote.
+  """Read a CSV file that `write_csv` wrote. It may have any of the measures of `MEASURES`.
 
   Raises:
     OSError: if the file cannot be read.
-    ValueError: if its header is not a `Row`'s fields, or a line does not hold their values.
+    ValueError: if its header or a line is not that of a sweep, or a value is out of range.
   """
-  names = [field.name for field in fields(Row)]
-  rows = []
   check_readable(path)
   try:
     with open(path, newline="", encoding="utf-8-sig") as file:
@@ -154,43 +127,45 @@ def read_csv(path: str | Path) -> list[Row]:
   except (UnicodeDecodeError, csv.Error) as error:
     raise ValueError(f"{path} is no table of a sweep: {error}") from error
   header = lines[0][1] if lines else []
-  if header != names:
-    raise ValueError(
-      f"{path} is no table of a sweep: its first line must be {','.join(names)!r}, got {','.join(header)!r}"
-    )
+  if header[: len(BEFORE)] != BEFORE or header[-len(AFTER) :] != AFTER:
+    expected = ",".join([*BEFORE, *MEASURES, *AFTER])
+    raise ValueError(f"{path} is no table of a sweep: its first line must be {expected!r}, got {','.join(header)!r}")
+  names = header[len(BEFORE) : -len(AFTER)]
+  for name in names:
+    checks.lookup(f"measure in {path}", name, MEASURES)
+  rows = []
   for number, cells in lines[1:]:
     try:
-      method, scale, n, accuracy, frechet, spread, speed = cells
-      row = Row(method, float(scale), int(n), float(accuracy), float(frechet), float(spread), float(speed))
+      method, scale, n, *values, speed = cells
+      figures = dict(zip(names, map(float, values), strict=True))
+      rows.append(Row(method, float(scale), int(n), figures, float(speed)))
     except ValueError as error:
-      raise ValueError(f"line {number} of {path} must hold {', '.join(names)}; got {cells} ({error})") from error
-    rows.append(row)
+      raise ValueError(f"line {number} of {path} must hold {', '.join(header)}; got {cells} ({error})") from error
   return rows
 
 
 def formatted(row: Row) -> tuple[str, ...]:
-  """Give the cells of a row as people read them, in the order of `Row`'s fields."""
+  """Give the cells of a row as text: method, scale, number of samples, measures, speed."""
+  speed = row.samples_per_second
   return (
     row.method,
     f"{row.scale:g}",
     str(row.n),
-    f"{row.accuracy:.3f}",
-    f"{row.frechet_distance:.3f}",
-    f"{row.diversity:.3f}",
-    f"{row.samples_per_second:.3g}" if row.samples_per_second < 100 else f"{row.samples_per_second:.0f}",
+    *(f"{value:.3f}" for value in row.figures.values()),
+    f"{speed:.3g}" if speed < 100 else f"{speed:.0f}",
   )
 
 
 def table(rows: Sequence[Row]) -> str:
   """Lay rows out as plain text, for a terminal.
 
-  >>> row = Row("cfg", 2.0, 500, 0.99, 0.41234, 1.5, 812.3)
+  >>> row = Row("cfg", 2.0, 500, {"accuracy": 0.99, "frechet_distance": 0.41234, "diversity": 1.5}, 812.3)
   >>> lines = table([row]).splitlines()
   >>> lines[1].split()
   ['cfg', '2', '500', '0.990', '0.412', '1.500', '812']
   """
   lines = [
-    ("method", "scale", "n", "accuracy", "Fréchet", "diversity", "samples/s"),
+    ("method", "scale", "n", *(name.replace("_", " ") for name in columns(rows)), "samples/s"),
     *map(formatted, rows),
   ]
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
