@@ -280,7 +280,7 @@ def test_records_of_older_versions_are_read(run, whole):
 @pytest.mark.parametrize(
   ("content", "message"),
   [
-    ("", r"training\.json does not tell how the model was trained .*torn.*retrain it, or choose another folder"),
+    ("", r"training\.json does not tell how the model was trained .*damaged.*retrain it, or choose another folder"),
     ("[]", "does not tell how"),
     ('{"version": 2}', "use a newer one"),
     ('{"version": 1}', r"model\.network is absent there"),

@@ -164,11 +164,11 @@ def test_a_network_too_large_for_any_machine_is_refused_by_its_shapes():
     ("[" * 100_000, "nested too deeply"),
     ('{"network": ' + '{"a":' * 5000 + "1" + "}" * 5001, "nested too deeply"),
     ("[]", "is not a JSON object"),
-    ("", "torn"),
-    ('{"network": "unet"', "torn"),
+    ("", "damaged"),
+    ('{"network": "unet"', "damaged"),
     ('{"network": "unet", "network": "classifier"}', "has the field 'network' twice"),
     ('{"scale": NaN}', "NaN is not a number of JSON"),
-    ('{"num_classes": ' + "9" * 5000 + "}", "torn"),
+    ('{"num_classes": ' + "9" * 5000 + "}", "damaged"),
     ('{"network": "unet"}', "fields"),
     (json.dumps({**UNET, "colour": "red"}), "colour"),
   ],
@@ -184,7 +184,7 @@ def test_a_config_that_is_none(tmp_path, text, message):
 
 def test_a_config_that_is_no_file(tmp_path):
   (tmp_path / "config.json").mkdir()
-  with pytest.raises(ValueError, match=r"config\.json is torn \(it is not a regular file\)"):
+  with pytest.raises(ValueError, match=r"config\.json is damaged \(it is not a regular file\)"):
     training.load(tmp_path)
   (tmp_path / "file").touch()
   with pytest.raises(FileNotFoundError, match="there is no model in"):

@@ -65,15 +65,15 @@ def test_a_field_that_an_old_record_does_not_have_has_its_default():
 @pytest.mark.parametrize(
   ("content", "message"),
   [
-    (b"", "is torn"),
-    (b'{"version": 1', "is torn"),
-    (b"\xff{}", "is torn"),
+    (b"", "is damaged"),
+    (b'{"version": 1', "is damaged"),
+    (b"\xff{}", "is damaged"),
     (b"[1]", "it is not a JSON object"),
     (b"null", "it is not a JSON object"),
     (b'{"a": {"b": 1, "b": 2}}', "it has the field 'b' twice"),
     (b'{"a": Infinity}', "Infinity is not a number of JSON"),
     (b"[" * 200_000, "nested too deeply"),
-    (b'{"a": ' + b"1" * 10_000 + b"}", "is torn"),
+    (b'{"a": ' + b"1" * 10_000 + b"}", "is damaged"),
   ],
   ids=range(9),
 )

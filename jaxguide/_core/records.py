@@ -53,9 +53,9 @@ def read(path: PathLike) -> dict[str, Any]:
   except NotADirectoryError:
     raise FileNotFoundError(f"there is no {path}") from None
   except RecursionError:
-    raise ValueError(f"{path} is torn (it is nested too deeply)") from None
+    raise ValueError(f"{path} is damaged (it is nested too deeply)") from None
   except ValueError as error:
-    raise ValueError(f"{path} is torn ({error})") from error
+    raise ValueError(f"{path} is damaged ({error})") from error
   return value
 
 

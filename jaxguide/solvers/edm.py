@@ -33,7 +33,7 @@ class EDMStochastic(Memoryless):
   fraction ``α`` of the step. The last step uses only the first slope. With ``gamma = 0`` and the other defaults it is
   `Heun`.
 
-  The paper's ``S_churn`` is divided by the number of steps of the grid, which a solver does not know: see `from_churn`.
+  The paper's ``S_churn`` is divided by the number of steps of the grid: see `from_churn`.
 
   Args:
     gamma: relative increase of the noise level before a step, in [0, √2 - 1].
