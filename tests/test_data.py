@@ -18,7 +18,7 @@ from jaxguide._core import files
 
 
 class ColourSquares(tfds.core.GeneratorBasedBuilder):
-  """Stands for the catalogue: registered under its name, images kept as PNG, an id beside them."""
+  """A dataset like those of the catalogue: registered by name, images stored as PNG, with an additional id."""
 
   VERSION = tfds.core.Version("1.0.0")
   fail = False
@@ -50,7 +50,7 @@ class NoLabels(ColourSquares):
 
 
 class ArraySquares(ColourSquares):
-  """Images given as arrays, which TFDS encodes with TensorFlow, as MNIST's and CIFAR-10's are."""
+  """Images given as arrays, like those of MNIST and CIFAR-10; TFDS needs TensorFlow to encode them."""
 
   def _generate_examples(self, n):
     for i in range(n):
@@ -66,7 +66,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def copied(data_dir, tmp_path):
-  """A data_dir of one's own, and the prepared digits in it."""
+  """A copy of data_dir for one test, and the folder of the prepared digits in it."""
   shutil.copytree(data_dir, tmp_path / "tfds")
   return tmp_path / "tfds", tmp_path / "tfds" / "jaxguide_digits" / "1.0.0"
 
@@ -94,7 +94,7 @@ def test_digits_are_scikit_learns(data_dir):
   def rows(images, labels):
     return sorted((label, image.tobytes()) for label, image in zip(labels, images, strict=True))
 
-  # The same multiset, so nothing is lost, repeated, or in both splits.
+  # Compare as multisets: no image is lost, repeated, or in both splits.
   original = load_digits()
   scaled = np.rint(original.images * 255 / 16).astype(np.uint8)
   both = rows(np.concatenate([train.images, test.images]), np.concatenate([train.labels, test.labels]))
@@ -132,7 +132,7 @@ def test_a_catalogue_dataset(tmp_path):
     ("../mnist", "TFDS cannot open dataset '../mnist'"),
   ],
 )
-def test_datasets_that_are_none(name, message, tmp_path):
+def test_invalid_datasets(name, message, tmp_path):
   with pytest.raises(ValueError, match=message):
     data.load(name, data_dir=tmp_path)
   assert not os.listdir(tmp_path)
@@ -150,7 +150,7 @@ def test_data_dir_that_cannot_be_written(tmp_path):
 
 
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
-  monkeypatch.setitem(sys.modules, "tensorflow", None)  # whether or not it is installed
+  monkeypatch.setitem(sys.modules, "tensorflow", None)  # as if it were not installed
   with pytest.raises(ImportError, match=r"'array_squares' needs .*tensorflow.*pip install"):
     data.load("array_squares", data_dir=tmp_path)
 
@@ -160,12 +160,12 @@ def test_interrupted_preparation_leaves_nothing_broken(tmp_path, monkeypatch):
   with pytest.raises(KeyboardInterrupt):
     data.load("colour_squares", data_dir=tmp_path)
   monkeypatch.setattr(ColourSquares, "fail", False)
-  # What a killed process would have left besides.
+  # A killed process would also have left this folder.
   (tmp_path / "colour_squares" / "incomplete.ABCDEF_1.0.0").mkdir(parents=True)
   assert len(data.load("colour_squares", data_dir=tmp_path)) == 6
 
 
-def test_losing_the_race_to_prepare(tmp_path, monkeypatch):
+def test_another_process_prepares_the_dataset_first(tmp_path, monkeypatch):
   generate = ColourSquares._generate_examples
 
   def slow(self, n):
@@ -210,7 +210,7 @@ def test_damaged_directories(name, damage, copied):
     ({"labels": np.array([0, -1], np.int32)}, "label -1 is not one of the 3 classes"),
   ],
 )
-def test_images_that_are_none(change, message):
+def test_invalid_images(change, message):
   fields = {"images": np.zeros((2, 4, 4, 1), np.uint8), "labels": np.zeros(2, np.int32)}
   data.Images(**fields, num_classes=3, name="made")
   with pytest.raises(ValueError, match=message):
@@ -221,7 +221,7 @@ def test_images_that_are_none(change, message):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 10, 23])
-def test_batches_deal_each_epoch_whole(batch_size):
+def test_batches_contain_every_image_once_per_epoch(batch_size):
   images = make_images(10)
   count = 3 * 10  # batches, that is 3 * batch_size epochs
   drawn = list(islice(data.batches(images, batch_size, seed=1), count))
@@ -243,12 +243,12 @@ def test_batches_resume(batch_size, start):
     np.testing.assert_array_equal(labels, others)
 
 
-def test_batches_depend_on_the_seed_and_start_far_at_no_cost():
+def test_batches_depend_on_the_seed_and_skip_to_a_late_start_quickly():
   images = make_images(100)
   first = next(data.batches(images, 100, seed=0))[1]
   assert (first == next(data.batches(images, 100, seed=0))[1]).all()
   assert (first != next(data.batches(images, 100, seed=1))[1]).any()
-  next(data.batches(images, 100, seed=0, start=10**12))  # replaying would take for ever
+  next(data.batches(images, 100, seed=0, start=10**12))  # to compute all earlier batches would take too long
 
 
 @pytest.mark.parametrize("bad", [{"batch_size": 0}, {"seed": -1}, {"start": -1}])
@@ -276,7 +276,7 @@ def test_to_uint8_rounds_and_clips():
   assert data.to_uint8(jnp.array([-1, 1], jnp.bfloat16)).tolist() == [0, 255]
 
 
-def test_what_pixels_cannot_be():
+def test_invalid_pixels():
   with pytest.raises(ValueError, match="1 NaN"):
     data.to_uint8(np.array([0.0, np.nan]))
   with pytest.raises(ValueError, match="takes floats"):
@@ -288,7 +288,7 @@ def test_what_pixels_cannot_be():
 # -- files
 
 
-def test_npz_is_the_evaluators_and_comes_back(tmp_path):
+def test_npz_has_the_evaluators_format_and_round_trips(tmp_path):
   images = make_images(5)
   path = tmp_path / "new" / "folder" / "samples"  # no suffix is added
   data.save_npz(path, images.images, images.labels)
@@ -319,7 +319,7 @@ def test_npz_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
   assert len(data.load_npz(path)[0]) == 5
 
 
-def test_npz_refuses_what_it_cannot_hold(tmp_path):
+def test_npz_refuses_invalid_images_and_labels(tmp_path):
   images = make_images(5)
   with pytest.raises(ValueError, match="uint8"):
     data.save_npz(tmp_path / "a.npz", data.from_uint8(images.images), images.labels)
@@ -374,7 +374,7 @@ def test_check_writable(tmp_path):
       data.save_png(path, make_images(2).images)
 
 
-def test_check_writable_asks_for_permission(tmp_path, monkeypatch):
+def test_check_writable_checks_permissions(tmp_path, monkeypatch):
   monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
   with pytest.raises(OSError, match="no permission"):
     files.check_writable(tmp_path / "samples.npz")
@@ -442,14 +442,14 @@ def test_public_names():
   assert data.sources.load is data.load
 
 
-def test_junk_is_no_npz_and_gets_no_advice_to_unpickle(tmp_path):
+def test_the_error_for_an_invalid_npz_does_not_recommend_pickle(tmp_path):
   (tmp_path / "junk.npz").write_bytes(b"junk")
   with pytest.raises(ValueError, match="it holds no arrays") as error:
     data.load_npz(tmp_path / "junk.npz")
   assert "pickle" not in str(error.value)
 
 
-def test_labels_may_be_missing_where_none_are_needed(tmp_path):
+def test_labels_may_be_missing_if_none_are_required(tmp_path):
   images = np.zeros((2, 4, 4, 1), np.uint8)
   data.save_npz(tmp_path / "s.npz", images)
   assert data.load_npz(tmp_path / "s.npz", labelled=False)[1] is None

@@ -1,4 +1,4 @@
-"""Power-function means against EDM2's arrays (see `data/README.md`) and against the integrals that define them."""
+"""Power-function means against EDM2's arrays (see `data/README.md`) and against the defining integrals."""
 
 from pathlib import Path
 
@@ -52,16 +52,16 @@ def test_posthoc_coefficients(published):
 
 
 def test_a_mean_made_after_training_is_near_the_one_kept_during_it():
-  # Parameters on a random walk; two widths are kept, and a third is made of eight snapshots of them.
+  # The parameters are a random walk. A mean of a third width is computed from eight snapshots of two widths.
   rng = np.random.default_rng(0)
   walk = np.cumsum(rng.normal(size=(800, 3)), axis=0).astype(np.float32)
-  kept, other = training.PowerFunctionEMA((0.05, 0.1)), training.PowerFunctionEMA((0.08,))
+  tracked, other = training.PowerFunctionEMA((0.05, 0.1)), training.PowerFunctionEMA((0.08,))
 
   @jax.jit
   def run(walk):
     def step(carry, inputs):
       t, params = inputs
-      carry = kept.update(carry[0], params, t, 1), other.update(carry[1], params, t, 1)
+      carry = tracked.update(carry[0], params, t, 1), other.update(carry[1], params, t, 1)
       return carry, carry
 
     start = (walk[0], walk[0]), (walk[0],)
@@ -85,7 +85,7 @@ def test_the_weight_of_a_step(published, float64):
     np.testing.assert_allclose(1 - ema.step_weight(float(std), t, delta), beta, atol=1e-14)
 
 
-def test_the_weight_keeps_its_digits_late_in_the_training():
+def test_the_weight_is_accurate_late_in_the_training():
   with jax.enable_x64(True):
     exact = float(ema.step_weight(0.1, 2e9, 2048.0))
   np.testing.assert_allclose(ema.step_weight(0.1, jnp.asarray(2e9), 2048), exact, rtol=1e-6)
@@ -104,7 +104,7 @@ def test_tracking(published):
 
 
 @pytest.mark.parametrize("std", [0.0, -0.1, 0.3, np.nan])
-def test_widths_that_no_profile_has(std):
+def test_invalid_widths(std):
   with pytest.raises(ValueError, match="std must be above 0 and at most 1/√12"):
     ema.std_to_exponent(std)
   with pytest.raises(ValueError, match="std must be"):
@@ -114,7 +114,7 @@ def test_widths_that_no_profile_has(std):
 def test_snapshots_that_cannot_be_combined():
   with pytest.raises(ValueError, match="two of the snapshots have the same time and std"):
     ema.posthoc_coefficients(Profiles([1, 2, 1], 0.1), Profiles(2, 0.1))
-  with pytest.raises(ValueError, match="the last snapshot is of time 2: nothing is known of time 3"):
+  with pytest.raises(ValueError, match="wanted times must not be after the last snapshot's, 2, got 3"):
     ema.posthoc_coefficients(Profiles([1, 2], 0.1), Profiles(3, 0.1))
   with pytest.raises(ValueError, match="zip"):
     ema.weighted_sum([{"w": np.ones(1)}], [0.5, 0.5])

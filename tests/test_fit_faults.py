@@ -1,4 +1,4 @@
-"""What `fit` meets: damaged checkpoints, other data, numbers that are not finite, a second run, a full disk."""
+"""`fit` with damaged checkpoints, other data, values that are not finite, a second process, and a full disk."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ from jaxguide.models import folders as model
 from jaxguide.training import ModelConfig, TrainingConfig, loop, step
 
 pytestmark = [
-  # Orbax leaves readers open where it fails.
+  # Orbax leaves files open when it fails.
   pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
@@ -48,9 +48,10 @@ def compiled():
 
 
 def runs(compiled, patch):
-  """Give ``(folder, stop=None, poison=None, value=inf)``: train, with one step for all that is compiled once.
+  """Return ``fit(folder, stop=None, poison=None, value=inf)``, a training that shares one compiled step.
 
-  ``stop`` kills the run in that step; ``poison`` gives parameters a value in it, which its loss does not tell.
+  The run is killed in step ``stop``. In step ``poison``, ``value`` is written to a parameter, after the loss of
+  this step was computed.
   """
   compiled_step, first = compiled
   patch.setattr(loop, "CHUNK", 2)
@@ -79,9 +80,9 @@ def run(compiled, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def made(compiled, tmp_path_factory):
-  """The model of an unbroken run; and its folder, and that of a run that was killed in step 5."""
-  folder = tmp_path_factory.mktemp("made")
+def trained_folders(compiled, tmp_path_factory):
+  """The model of an uninterrupted run; and a folder with its folder `whole`, and `broken` of a run killed in step 5."""
+  folder = tmp_path_factory.mktemp("trained")
   with pytest.MonkeyPatch.context() as patch:
     run = runs(compiled, patch)
     trained = run(folder / "whole")
@@ -91,15 +92,15 @@ def made(compiled, tmp_path_factory):
 
 
 @pytest.fixture
-def whole(made, tmp_path):
-  """The model of an unbroken run, and a copy of its folder."""
-  return made[0], shutil.copytree(made[1] / "whole", tmp_path / "whole")
+def whole(trained_folders, tmp_path):
+  """The model of an uninterrupted run, and a copy of its folder."""
+  return trained_folders[0], shutil.copytree(trained_folders[1] / "whole", tmp_path / "whole")
 
 
 @pytest.fixture
-def broken(made, tmp_path):
+def broken(trained_folders, tmp_path):
   """A copy of the folder of a run that was killed in step 5, with the checkpoints of steps 2 and 4."""
-  folder = shutil.copytree(made[1] / "broken", tmp_path / "broken")
+  folder = shutil.copytree(trained_folders[1] / "broken", tmp_path / "broken")
   assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["2", "4"]
   return folder
 
@@ -126,7 +127,7 @@ def cut(path):
 
 
 def replace_an_array(step):
-  """Write other numbers in place of an array of the state: what only a checksum tells."""
+  """Replace an array of the state, which only a checksum detects."""
   import orbax.checkpoint as ocp
 
   with ocp.StandardCheckpointer() as checkpointer:
@@ -139,36 +140,38 @@ def replace_an_array(step):
   ("damage", "named"),
   [
     (replace_an_array, "mu/params/out_2/bias does not match its checksum"),
-    (lambda step: cut(largest(step / "state")), "torn"),
-    (lambda step: largest(step / "state").unlink(), "torn"),
-    (lambda step: cut(step / "checksums" / "metadata"), "torn"),
-    (lambda step: shutil.rmtree(step / "checksums"), "torn"),
+    (lambda step: cut(largest(step / "state")), "damaged"),
+    (lambda step: largest(step / "state").unlink(), "damaged"),
+    (lambda step: cut(step / "checksums" / "metadata"), "damaged"),
+    (lambda step: shutil.rmtree(step / "checksums"), "damaged"),
   ],
   ids=["array", "cut", "missing", "checksums cut", "checksums missing"],
 )
-def test_where_the_last_checkpoint_is_torn_it_goes_on_from_the_one_before(run, whole, broken, damage, named, capfd):
+def test_training_continues_from_the_checkpoint_before_a_damaged_one(run, whole, broken, damage, named, capfd):
   damage(broken / "checkpoints" / "4")
-  with pytest.warns(UserWarning, match=r"checkpoint of step 4 in .*broken/checkpoints is torn .*from step 2") as said:
+  with pytest.warns(
+    UserWarning, match=r"checkpoint of step 4 in .*broken/checkpoints is damaged .*from step 2"
+  ) as warned:
     resumed = run(broken)
-  assert named in str(said[0].message)
+  assert named in str(warned[0].message)
   assert same_bits(resumed.params, whole[0].params)
   assert "Traceback" not in capfd.readouterr().err
 
 
-def test_where_no_checkpoint_is_whole_the_last_is_named(run, broken):
+def test_if_all_checkpoints_are_damaged_the_last_is_named(run, broken):
   for number in (2, 4):
     replace_an_array(broken / "checkpoints" / str(number))
   with pytest.raises(
-    ValueError, match=r"step 4 in .* is torn \(.*out_2/bias does not match.*no other is whole: retrain"
+    ValueError, match=r"step 4 in .* is damaged \(.*out_2/bias does not match.*there is no undamaged one: retrain"
   ):
     run(broken)
   assert (broken / "checkpoints" / "2").is_dir()
 
 
-def test_a_checkpoint_under_the_name_of_another_step_is_torn(run, whole, broken):
+def test_a_checkpoint_with_the_name_of_another_step_is_damaged(run, whole, broken):
   shutil.rmtree(broken / "checkpoints" / "4")
   shutil.copytree(broken / "checkpoints" / "2", broken / "checkpoints" / "4")
-  with pytest.warns(UserWarning, match="it is one of step 2"):
+  with pytest.warns(UserWarning, match="it contains the state of step 2"):
     assert same_bits(run(broken).params, whole[0].params)
 
 
@@ -189,7 +192,7 @@ def test_damaged_checkpoints_change_nothing(run, whole, broken, tmp_path):
 
 
 @pytest.mark.parametrize("step", [3, 5])
-def test_what_is_not_finite_is_not_kept(run, whole, tmp_path, step):
+def test_a_state_that_is_not_finite_is_not_saved(run, whole, tmp_path, step):
   message = rf"params/params/out_2/kernel is not finite after step {step}; the checkpoint of step {step - 1} is kept"
   with pytest.raises(FloatingPointError, match=message):
     run(tmp_path / "run", poison=step)
@@ -199,8 +202,8 @@ def test_what_is_not_finite_is_not_kept(run, whole, tmp_path, step):
 
 
 @pytest.mark.parametrize(("step", "message"), [(3, "at step 4; the checkpoint of step 4"), (5, "after step 5; the")])
-def test_parameters_that_no_sample_can_be_drawn_with_are_not_kept(run, tmp_path, step, message):
-  # They are numbers still, and only the loss after the step tells.
+def test_parameters_whose_loss_is_not_finite_are_not_saved(run, tmp_path, step, message):
+  # These parameters are finite, but the loss of the next step is not.
   with pytest.raises(FloatingPointError, match=rf"the loss is not finite {message} .*Try a lower learning_rate"):
     run(tmp_path, poison=step, value=1e38)
   with pytest.raises(FileNotFoundError):
@@ -208,7 +211,7 @@ def test_parameters_that_no_sample_can_be_drawn_with_are_not_kept(run, tmp_path,
 
 
 @pytest.mark.slow
-def test_one_step_at_a_rate_beyond_all_numbers(tmp_path):
+def test_one_step_with_a_huge_learning_rate(tmp_path):
   how = TrainingConfig(steps=1, batch_size=3, learning_rate=1e38)
   with pytest.raises(FloatingPointError, match=r"loss is not finite after step 0; there was no checkpoint yet.*lower"):
     training.fit(UNET, how, IMAGES, tmp_path, progress=False)
@@ -216,7 +219,7 @@ def test_one_step_at_a_rate_beyond_all_numbers(tmp_path):
     training.load(tmp_path)
 
 
-def test_a_run_that_failed_does_not_block_its_correction(run, tmp_path):
+def test_a_failed_run_can_be_repeated_with_other_settings(run, tmp_path):
   with pytest.raises(FloatingPointError, match="there was no checkpoint yet"):
     run(tmp_path, poison=1, how=dataclasses.replace(HOW, learning_rate=10.0))
   run(tmp_path)
@@ -231,7 +234,7 @@ def images(pixels=PIXELS, labels=IMAGES.labels, name="mine"):
 
 
 @pytest.mark.parametrize("begun", ["whole", "broken"])
-def test_other_data_of_one_name_are_told(run, request, begun):
+def test_other_data_are_noticed(run, request, begun):
   folder = request.getfixturevalue(begun)
   folder = folder[1] if begun == "whole" else folder
   before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
@@ -241,7 +244,7 @@ def test_other_data_of_one_name_are_told(run, request, begun):
     (images(PIXELS[:7], IMAGES.labels[:7]), "data.number is 8 there, and 7 here"),
     (images(name="yours"), "data.name is 'mine' there, and 'yours' here"),
   ):
-    with pytest.raises(ValueError, match="configured otherwise: retrain it, or choose another folder") as error:
+    with pytest.raises(ValueError, match="with other settings: retrain it, or choose another folder") as error:
       run(folder, images=other)
     assert named in str(error.value)
   assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*") if path != folder) == before
@@ -257,18 +260,18 @@ def test_each_setting_that_differs_is_named(run, whole):
   assert "model.fields.dropout is 0.0 there, and 0.5 here" in str(error.value)
 
 
-def test_a_default_that_is_spelled_out_differs_in_nothing(whole):
+def test_explicit_defaults_equal_implicit_ones(whole):
   spelled = dataclasses.replace(UNET, fields={**UNET.fields, "dropout": 0.0, "dtype": jnp.float32, "null_class": True})
   assert same_bits(training.fit(spelled, HOW, IMAGES, whole[1]).params, whole[0].params)
 
 
 def test_records_of_older_versions_are_read(run, whole):
   path = whole[1] / "training.json"
-  held = json.loads(path.read_text())
-  del held["training"]["matmul_precision"], held["model"]["low_res_shape"], held["model"]["variance"]
-  path.write_text(json.dumps(held))
+  stored = json.loads(path.read_text())
+  del stored["training"]["matmul_precision"], stored["model"]["low_res_shape"], stored["model"]["variance"]
+  path.write_text(json.dumps(stored))
   assert same_bits(run(whole[1]).params, whole[0].params)
-  flat = {"data": "mine", **held["model"], **held["training"]}
+  flat = {"data": "mine", **stored["model"], **stored["training"]}
   path.write_text(json.dumps(flat, indent=2))
   assert same_bits(run(whole[1]).params, whole[0].params)
   with pytest.raises(ValueError, match=r"training\.seed is 0 there, and 1 here"):
@@ -280,17 +283,20 @@ def test_records_of_older_versions_are_read(run, whole):
 @pytest.mark.parametrize(
   ("content", "message"),
   [
-    ("", r"training\.json does not tell how the model was trained .*damaged.*retrain it, or choose another folder"),
-    ("[]", "does not tell how"),
+    (
+      "",
+      r"training\.json is not a valid record of the model's training .*damaged.*retrain it, or choose another folder",
+    ),
+    ("[]", "is not a valid record"),
     ('{"version": 2}', "use a newer one"),
     ('{"version": 1}', r"model\.network is absent there"),
     ('{"version": 1, "model": [], "training": 5, "data": null}', "training is 5 there"),
-    ("{}", "does not tell how|absent there"),
-    (None, r"no training\.json that tells how it was trained: retrain it, or choose another folder"),
+    ("{}", "is not a valid record|absent there"),
+    (None, r"no training\.json with the settings of its training: retrain it, or choose another folder"),
   ],
   ids=range(7),
 )
-def test_a_record_that_tells_nothing(run, whole, content, message):
+def test_invalid_records(run, whole, content, message):
   path = whole[1] / "training.json"
   path.unlink() if content is None else path.write_text(content)
   with pytest.raises(ValueError, match=message):
@@ -298,18 +304,18 @@ def test_a_record_that_tells_nothing(run, whole, content, message):
   assert training.load(whole[1]).config == UNET
 
 
-def test_a_model_that_was_put_there_is_not_taken_for_the_one_that_was_trained(run, whole, broken):
+def test_a_model_that_was_saved_without_training_is_not_accepted(run, whole, broken):
   other = jax.tree.map(jnp.zeros_like, whole[0].params)
   training.save(whole[1], training.Model(UNET, other))
-  with pytest.raises(ValueError, match=r"holds a model, but no training\.json"):
+  with pytest.raises(ValueError, match=r"contains a model, but no training\.json"):
     run(whole[1])
-  with pytest.raises(ValueError, match="holds an unfinished training: finish it"):
+  with pytest.raises(ValueError, match="contains an unfinished training: finish it"):
     training.save(broken, training.Model(UNET, other))
   assert same_bits(run(whole[1], retrain=True).params, whole[0].params)
   run(broken)
 
 
-def test_a_model_stays_until_another_is_whole(run, whole):
+def test_a_model_stays_until_its_retraining_is_complete(run, whole):
   folder, how = whole[1], dataclasses.replace(HOW, seed=7)
   with pytest.raises(FloatingPointError):
     run(folder, retrain=True, how=how, poison=3)
@@ -317,7 +323,7 @@ def test_a_model_stays_until_another_is_whole(run, whole):
   with pytest.raises(KeyboardInterrupt):
     run(folder, retrain=True, how=how, stop=3)
   assert same_bits(run(folder).params, whole[0].params)
-  again = run(folder, how=how)  # It goes on.
+  again = run(folder, how=how)  # The retraining continues.
   assert not same_bits(again.params, whole[0].params)
   assert same_bits(run(folder, how=how).params, again.params)
   assert same_bits(training.load(folder).params, again.params)
@@ -325,11 +331,11 @@ def test_a_model_stays_until_another_is_whole(run, whole):
 
 
 @pytest.mark.parametrize("change", range(4))
-def test_a_model_that_is_killed_while_it_replaces_another(run, whole, monkeypatch, change):
+def test_a_run_that_is_killed_while_it_replaces_a_model(run, whole, monkeypatch, change):
   folder, how = whole[1], dataclasses.replace(HOW, seed=7)
   replace, moved = Path.replace, []
 
-  def deadly(path, target):
+  def replace_or_die(path, target):
     if path.parent.name == "retraining" and not path.name.startswith("."):
       if len(moved) == change:
         raise KeyboardInterrupt
@@ -337,7 +343,7 @@ def test_a_model_that_is_killed_while_it_replaces_another(run, whole, monkeypatc
     return replace(path, target)
 
   with monkeypatch.context() as patch:
-    patch.setattr(Path, "replace", deadly)
+    patch.setattr(Path, "replace", replace_or_die)
     with pytest.raises(KeyboardInterrupt):
       run(folder, retrain=True, how=how)
   again = run(folder, how=how)
@@ -347,18 +353,20 @@ def test_a_model_that_is_killed_while_it_replaces_another(run, whole, monkeypatc
   assert not (folder / "retraining").exists()
 
 
-def test_checkpoints_go_before_what_tells_how_they_were_made(broken, monkeypatch):
-  gone = []
-  monkeypatch.setattr(shutil, "rmtree", lambda path, **_: gone.append((path.name, (broken / "training.json").exists())))
+def test_checkpoints_are_removed_before_their_record(broken, monkeypatch):
+  removed = []
+  monkeypatch.setattr(
+    shutil, "rmtree", lambda path, **_: removed.append((path.name, (broken / "training.json").exists()))
+  )
   model.remove(broken)
-  assert gone == [("checkpoints", True)]
+  assert removed == [("checkpoints", True)]
   assert not (broken / "training.json").exists()
 
 
 # --- another run, and a full disk -----------------------------------------------------------------
 
 
-def test_a_folder_that_is_in_use(run, whole):
+def test_a_folder_in_use(run, whole):
   folder = whole[1]
   with lock(folder / ".lock", folder):
     for use in (lambda: run(folder), lambda: run(folder, retrain=True), lambda: training.save(folder, whole[0])):
@@ -369,7 +377,7 @@ def test_a_folder_that_is_in_use(run, whole):
   assert not (folder / ".lock").exists()
 
 
-def test_what_a_killed_run_left_behind_is_removed(run, whole, broken):
+def test_incomplete_files_of_a_killed_run_are_removed(run, whole, broken):
   (broken / ".0123.part").touch()
   shutil.copytree(broken / "checkpoints" / "4", broken / "checkpoints" / "6.orbax-checkpoint-tmp")
   shutil.copytree(broken / "checkpoints" / "4" / "state", broken / "params.orbax-checkpoint-tmp")
@@ -403,7 +411,7 @@ training.fit({UNET!r}, TrainingConfig(steps=10**6, batch_size=3), images, {str(t
 
 @pytest.fixture
 def small_files():
-  """``with small_files():`` no file of more than 20,000 bytes can be written, as on a disk that is full."""
+  """Inside ``with small_files():`` no file can grow beyond 20,000 bytes, as on a full disk."""
 
   class Limit:
     def __enter__(self):
@@ -416,18 +424,24 @@ def small_files():
   return Limit
 
 
-def test_a_full_disk_is_one_error_and_loses_nothing(run, whole, broken, small_files):
-  with small_files(), pytest.raises(OSError, match=r"cannot write .*broken/params: File too large; make room") as error:
+def test_a_full_disk_gives_one_error_and_nothing_is_lost(run, whole, broken, small_files):
+  with (
+    small_files(),
+    pytest.raises(OSError, match=r"cannot write .*broken/params: File too large; free some space") as error,
+  ):
     run(broken)
   assert "\n" not in str(error.value)
   shutil.rmtree(broken / "checkpoints" / "4")
-  with small_files(), pytest.raises(OSError, match=r"cannot write .*broken/checkpoints/4: File too large; make room"):
+  with (
+    small_files(),
+    pytest.raises(OSError, match=r"cannot write .*broken/checkpoints/4: File too large; free some space"),
+  ):
     run(broken)
   assert sorted(path.name for path in (broken / "checkpoints").iterdir()) == ["2"]
   assert same_bits(run(broken).params, whole[0].params)
 
 
-def test_a_disk_with_too_little_room_is_told_beforehand(run, whole, broken, monkeypatch, capfd):
+def test_too_little_disk_space_is_noticed_before_writing(run, whole, broken, monkeypatch, capfd):
   with monkeypatch.context() as patch:
     patch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10**6))
     with pytest.raises(
@@ -452,7 +466,7 @@ def test_a_disk_with_too_little_room_is_told_beforehand(run, whole, broken, monk
   ],
   ids=range(5),
 )
-def test_arguments_of_other_kinds(tmp_path, monkeypatch, given, message):
+def test_arguments_of_wrong_types(tmp_path, monkeypatch, given, message):
   monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
   arguments = {"model": UNET, "training": HOW, "images": IMAGES, "folder": tmp_path / "folder", **given}
   with pytest.raises(TypeError, match=message):
@@ -461,16 +475,16 @@ def test_arguments_of_other_kinds(tmp_path, monkeypatch, given, message):
 
 
 @pytest.mark.parametrize("precision", ["default", "high", "highest"])
-def test_products_have_the_precision_that_was_asked_for(compiled, precision):
+def test_products_have_the_configured_precision(compiled, precision):
   how = dataclasses.replace(HOW, matmul_precision=precision)
-  with jax.default_matmul_precision("bfloat16"):  # What is configured elsewhere does not matter.
+  with jax.default_matmul_precision("bfloat16"):  # This outer setting has no effect.
     program = jax.make_jaxpr(step.train_step(UNET, how))(compiled[1], PIXELS[:3], IMAGES.labels[:3])
-  said = re.findall(r"precision=(.*)", str(program))
+  precisions = re.findall(r"precision=(.*)", str(program))
   name = f"Precision.{precision.upper()}"
-  assert {*said} == {f"({name}, {name})"}
+  assert {*precisions} == {f"({name}, {name})"}
 
 
-def test_a_run_is_of_all_digits_of_its_seed_and_of_no_default(monkeypatch):
+def test_a_run_depends_on_the_whole_seed_and_not_on_jaxs_defaults(monkeypatch):
   monkeypatch.setattr(step, "init_params", lambda config, key: {"w": jax.random.normal(key, (4,))})
   loss = lambda params, key, x0, labels: (params["w"] @ jax.random.normal(key, (4,)), {})  # noqa: E731
   monkeypatch.setattr(step, "objective", lambda *_: loss)

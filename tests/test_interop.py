@@ -1,4 +1,4 @@
-"""Weights in and out: published networks through their files, every name and shape, and what is not weights."""
+"""Import and export of weights: published networks, all names and shapes, and invalid files."""
 
 import functools
 import json
@@ -48,7 +48,7 @@ def same_bits(ours, theirs):
 
 
 def config(network="classifier", shape=(8, 8, 3), num_classes=10, **fields):
-  """A small network of OpenAI's process."""
+  """A small network with OpenAI's diffusion process."""
   rest = {"low_res_shape": (4, 4, shape[-1])} if network == "super_res_unet" else {}
   fields = {"model_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 1), "num_head_channels": 16, **fields}
   return ModelConfig(network, fields, shape, num_classes, "eps", "linear", 1000, **rest)
@@ -57,7 +57,7 @@ def config(network="classifier", shape=(8, 8, 3), num_classes=10, **fields):
 # --- published networks, through files -----------------------------------------------------------------
 
 
-# What names and shapes do not tell; tests/data/README.md says where the arrays come from.
+# Options that names and shapes do not determine. tests/data/README.md describes the origin of the arrays.
 PUBLISHED = {
   "unet_blocks_resample": {"num_head_channels": 8},
   "unet_mean_resample": {"num_heads": 2, "num_heads_upsample": 4},
@@ -73,7 +73,7 @@ def nhwc(array):
 
 
 def assert_close(value, wanted, deviation):
-  """Within 5 times what float32 costs the published code itself, or 2e-5 of the largest value."""
+  """Check within 5 times the published code's own float32 error, or 2e-5 of the largest value."""
   np.testing.assert_allclose(value, wanted, rtol=0, atol=max(5 * float(deviation), 2e-5 * float(abs(wanted).max())))
 
 
@@ -115,12 +115,12 @@ B1 = {"num_head_channels": 16, "use_new_attention_order": False, **PROCESS}
 def test_a_published_file_gives_its_numbers(tmp_path):
   openai.import_model(DATA / "classifier_b1.safetensors", tmp_path, **B1)
   model = training.load(tmp_path)
-  assert model.config.image_shape == (16, 16, 3)  # by the positions of its pool
+  assert model.config.image_shape == (16, 16, 3)  # determined by the positional embedding of its pool
   with np.load(DATA / "classifier_b1.npz") as file:
     arrays = {key: nhwc(value) for key, value in file.items()}
   x, t, y = (arrays[key] for key in "xty")
   gradient, logits = quick_jit(jax.grad(log_probability(model, t, y), has_aux=True))(x)
-  # The deviations of the published code from float64, as recorded with the arrays.
+  # The published code's own deviations from float64, recorded with the arrays.
   assert_close(logits, arrays["logits"], 2.6e-6)
   assert_close(jax.nn.log_softmax(logits)[jnp.arange(len(y)), y], arrays["log_probs_selected"], 2.6e-6)
   for scale in (1, 4, 10):
@@ -140,7 +140,7 @@ with lzma.open(DATA / "adm_shapes.json.xz") as file:
   OFFICIAL = {model: {name: tuple(shape) for name, shape in found.items()} for model, found in json.load(file).items()}
 
 
-# Parameters and tensors, counted in the published code's own networks.
+# Numbers of parameters and tensors in the published code's networks.
 TOTALS = {
   "64x64_diffusion": (295904454, 541),
   "128x128_diffusion": (421529606, 493),
@@ -157,18 +157,18 @@ TOTALS = {
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_every_parameter_of_a_published_model_has_its_place(name):
+def test_names_and_shapes_of_published_models(name):
   found = openai.shapes(openai.PRESETS[name])
   assert found == OFFICIAL[name]
   parameters, tensors = TOTALS[name]
   assert (sum(map(math.prod, found.values())), len(found)) == (parameters, tensors)
-  # And back: names and shapes tell which of the models it is, or that it is one of those with one structure.
+  # Conversely, names and shapes identify the model, or the group of models with the same structure.
   like = alike(structure(OFFICIAL[name]))
   lsun = ["lsun_bedroom", "lsun_cat", "lsun_horse", "lsun_horse_nodropout"]
   assert like == [name, *(lsun if name.endswith("uncond") else [])]
 
 
-def test_presets_say_what_the_readme_says():
+def test_presets_agree_with_the_readme_of_guided_diffusion():
   presets = openai.PRESETS
   assert presets.keys() - OFFICIAL.keys() == {"lsun_bedroom", "lsun_cat", "lsun_horse", "lsun_horse_nodropout"}
   for name, preset in presets.items():
@@ -193,7 +193,7 @@ def test_presets_say_what_the_readme_says():
 
 LSUN = ("bedroom", "cat", "horse")
 
-# --- there and back ------------------------------------------------------------------------------------
+# --- import and export ------------------------------------------------------------------------------------
 
 NETWORKS = {
   "unet": config("unet", null_class=False),
@@ -235,8 +235,8 @@ def test_layers_that_the_published_arrays_do_not_hold():
   ]
 
 
-def open_questions(network):
-  """What has to be told of a network beside its weights."""
+def open_options(network):
+  """Options that `infer` needs for a network."""
   module = network.module
   heads = "num_heads" if module.num_head_channels == -1 else "num_head_channels"
   return {
@@ -248,7 +248,7 @@ def open_questions(network):
 
 
 @pytest.mark.parametrize("name", sorted(NETWORKS.keys() - {"rematerialised"}))
-def test_names_and_shapes_tell_the_rest(name):
+def test_infer_finds_the_configuration(name):
   network, more = NETWORKS[name], {}
   if name == "super resolution":
     more["low_res_size"] = 4
@@ -256,7 +256,7 @@ def test_names_and_shapes_tell_the_rest(name):
     more["null_class"] = True
   if network.module.num_head_channels == -1:
     more["num_heads_upsample"] = 4
-  found = openai.infer(openai.shapes(network), **open_questions(network), **more)
+  found = openai.infer(openai.shapes(network), **open_options(network), **more)
   for field in ("network", "image_shape", "low_res_shape", "num_classes", "prediction", "schedule", "diffusion_steps"):
     assert getattr(found, field) == getattr(network, field), field
   different = {
@@ -264,7 +264,7 @@ def test_names_and_shapes_tell_the_rest(name):
     for field, value in vars(network.module).items()
     if not field.startswith("_") and getattr(found.module, field) != value
   }
-  if name == "spatial_v2":  # of one level, so that nothing is resampled
+  if name == "spatial_v2":  # one level, without resampling
     different.pop("resblock_updown")
   if found.network != "classifier":
     channels = network.image_shape[-1]
@@ -274,30 +274,30 @@ def test_names_and_shapes_tell_the_rest(name):
   assert not different
 
 
-def test_what_can_be_read_in_two_ways_is_asked():
-  # Blocks alike without attention: three of one level, or two levels of one with a residual block that resamples.
+def test_ambiguous_names_and_shapes_need_an_option():
+  # Equal blocks without attention: one level of three, or two levels of one with a residual block that resamples.
   twofold = config(num_classes=10, attention_resolutions=(), pool="adaptive")
-  shapes, told = openai.shapes(twofold), open_questions(twofold)
-  with pytest.raises(ValueError, match=r"give num_res_blocks \(residual blocks a level\)$"):
-    openai.infer(shapes, **told)
-  assert openai.infer(shapes, **told, num_res_blocks=1).module.channel_mult == (1, 1)
-  assert openai.infer(shapes, **told, num_res_blocks=3).module.channel_mult == (1,)
-  with pytest.raises(ValueError, match="num_res_blocks is 3 or 1, not 2"):
-    openai.infer(shapes, **told, num_res_blocks=2)
-  # Six channels in and six out: of images with six, or with three and a learned variance beside a small image.
+  shapes, options = openai.shapes(twofold), open_options(twofold)
+  with pytest.raises(ValueError, match=r"give num_res_blocks \(residual blocks per level\)$"):
+    openai.infer(shapes, **options)
+  assert openai.infer(shapes, **options, num_res_blocks=1).module.channel_mult == (1, 1)
+  assert openai.infer(shapes, **options, num_res_blocks=3).module.channel_mult == (1,)
+  with pytest.raises(ValueError, match="num_res_blocks must be 3 or 1 according to names and shapes, got 2"):
+    openai.infer(shapes, **options, num_res_blocks=2)
+  # Six input and six output channels: images of six channels, or an upsampler of three with a learned variance.
   upsampler = config("super_res_unet", out_channels=6, null_class=False)
-  shapes, told = openai.shapes(upsampler), open_questions(upsampler)
+  shapes, options = openai.shapes(upsampler), open_options(upsampler)
   with pytest.raises(ValueError, match=r"give network \(unet or super_res_unet"):
-    openai.infer(shapes, **told)
-  assert openai.infer(shapes, **told, network="unet").image_shape == (8, 8, 6)
-  assert openai.infer(shapes, **told, low_res_size=4).low_res_shape == (4, 4, 3)
+    openai.infer(shapes, **options)
+  assert openai.infer(shapes, **options, network="unet").image_shape == (8, 8, 6)
+  assert openai.infer(shapes, **options, low_res_size=4).low_res_shape == (4, 4, 3)
 
 
-def test_what_is_not_told_is_asked_at_once():
-  with pytest.raises(ValueError, match="do not tell everything") as error:
+def test_all_missing_options_are_listed_together():
+  with pytest.raises(ValueError, match="do not determine the whole configuration") as error:
     openai.infer(OFFICIAL["64_256_upsampler"], low_res_size=64, noise_schedule="linear")
-  asked = re.findall(r"(\w+) \(", str(error.value))
-  assert asked == ["num_heads", "use_new_attention_order", "image_size", "diffusion_steps"]
+  listed = re.findall(r"(\w+) \(", str(error.value))
+  assert listed == ["num_heads", "use_new_attention_order", "image_size", "diffusion_steps"]
   assert str(error.value).endswith("a preset: 64_256_upsampler")
 
 
@@ -308,20 +308,20 @@ def test_what_is_not_told_is_asked_at_once():
     ({"num_heads": 2}, "num_heads cannot be chosen for this classifier"),
     ({"variance": "large"}, "variance cannot be chosen for this classifier"),
     ({"num_head_channels": 0}, "num_head_channels must be a whole number of at least 1, got 0"),
-    ({"num_head_channels": -1}, "give num_head_channels (channels of an attention head)"),
+    ({"num_head_channels": -1}, "give num_head_channels (channels per attention head)"),
     ({"scale": math.nan}, "scale must be finite, got nan"),
-    ({"image_size": 32}, "the pool by attention is for images of side 8, not 32"),
+    ({"image_size": 32}, "the attention pool is for images of side 8, got image_size 32"),
     ({"noise_schedule": "cosin"}, "unknown schedule of discrete steps 'cosin': did you mean 'cosine'?"),
   ],
 )
-def test_options_that_do_not_suit(more, message):
+def test_invalid_options(more, message):
   with pytest.raises(ValueError, match=re.escape(message)):
-    openai.infer(openai.shapes(NETWORKS["attention"]), **{**open_questions(NETWORKS["attention"]), **more})
+    openai.infer(openai.shapes(NETWORKS["attention"]), **{**open_options(NETWORKS["attention"]), **more})
 
 
 def test_continuous_time_and_x0():
-  told = {**open_questions(NETWORKS["unet"]), "diffusion_steps": 0, "noise_schedule": "sigmoid", "prediction": "x0"}
-  found = openai.infer(openai.shapes(NETWORKS["unet"]), **told)
+  options = {**open_options(NETWORKS["unet"]), "diffusion_steps": 0, "noise_schedule": "sigmoid", "prediction": "x0"}
+  found = openai.infer(openai.shapes(NETWORKS["unet"]), **options)
   assert (found.diffusion_steps, found.schedule, found.prediction) == (None, "sigmoid", "x0")
 
 
@@ -329,12 +329,12 @@ def test_continuous_time_and_x0():
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
-def test_other_precisions_are_cast_and_said(dtype, tmp_path):
+def test_other_precisions_are_cast_and_reported(dtype, tmp_path):
   network = NETWORKS["attention"]
   stored = {name: array.astype(dtype) for name, array in random_state_dict(network).items()}
   save_file(stored, tmp_path / "half.safetensors")
-  told = {name: value for name, value in open_questions(network).items() if name != "image_size"}
-  imported = openai.import_model(tmp_path / "half.safetensors", tmp_path / "model", **told)
+  options = {name: value for name, value in open_options(network).items() if name != "image_size"}
+  imported = openai.import_model(tmp_path / "half.safetensors", tmp_path / "model", **options)
   assert str(imported).endswith(f"in {len(stored)} tensors of {np.dtype(dtype).name}, cast to float32")
   wanted = openai.to_params({name: array.astype(np.float32) for name, array in stored.items()}, network)
   same_bits(training.load(tmp_path / "model").params, wanted)
@@ -353,7 +353,7 @@ FIRST = "input_blocks.0.0.weight"
 BROKEN = {
   "another architecture": (
     {"conv1.weight": np.ones((8, 3, 7, 7), np.float32), "fc.bias": np.ones(10, np.float32)},
-    "of another architecture than guided-diffusion's: there is no time_embed.0.weight, but conv1.weight, fc.bias",
+    "incomplete, or not a network of guided-diffusion: there is no time_embed.0.weight among conv1.weight, fc.bias",
   ),
   "a name is missing": (
     {name: array for name, array in GOOD.items() if name != "middle_block.0.in_layers.0.bias"},
@@ -361,7 +361,7 @@ BROKEN = {
   ),
   "a name that tells the structure is missing": (
     {name: array for name, array in GOOD.items() if name != "input_blocks.3.0.in_layers.2.weight"},
-    "not whole, or of another architecture than guided-diffusion's: there is no input_blocks.3.0.in_layers.2.weight",
+    "incomplete, or not a network of guided-diffusion: there is no input_blocks.3.0.in_layers.2.weight among",
   ),
   "names are missing and unknown": (
     {name.replace("middle_block.2", "middle_block.9"): array for name, array in GOOD.items()},
@@ -374,9 +374,9 @@ BROKEN = {
   ),
   "axes are missing": (
     {**GOOD, FIRST: np.ones((32, 27), np.float32)},
-    f"of another architecture than guided-diffusion's: {FIRST} has shape (32, 27), and not 4 axes",
+    f"not a network of guided-diffusion: {FIRST} has shape (32, 27), expected 4 axes",
   ),
-  "not finite": ({**GOOD, FIRST: np.full_like(GOOD[FIRST], np.nan)}, f"{FIRST} holds numbers that are not finite"),
+  "not finite": ({**GOOD, FIRST: np.full_like(GOOD[FIRST], np.nan)}, f"{FIRST} contains numbers that are not finite"),
   "whole numbers": (
     {**GOOD, FIRST: np.ones(GOOD[FIRST].shape, np.int32)},
     f"{FIRST} in {{file}} is I32; weights must be one of float32",
@@ -386,13 +386,13 @@ BROKEN = {
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
-  """Run ``import-adm`` on a file; see that it is refused in one sentence, and that nothing is written."""
+  """Run ``import-adm`` on a file; check that it fails with a one-line error and writes nothing."""
 
   def refused(file, *options, out=tmp_path / "new" / "model"):
     before = sorted(tmp_path.rglob("*"))
-    told = ["--num-head-channels", "16", "--no-use-new-attention-order", "--noise-schedule", "linear"]
-    told = options or [*told, "--diffusion-steps", "1000"]
-    monkeypatch.setattr(sys, "argv", ["jaxguide", "import-adm", str(file), "--out", str(out), *map(str, told)])
+    arguments = ["--num-head-channels", "16", "--no-use-new-attention-order", "--noise-schedule", "linear"]
+    arguments = options or [*arguments, "--diffusion-steps", "1000"]
+    monkeypatch.setattr(sys, "argv", ["jaxguide", "import-adm", str(file), "--out", str(out), *map(str, arguments)])
     with pytest.raises(SystemExit) as exit:
       cli.main()
     printed, errors = capsys.readouterr()
@@ -420,7 +420,7 @@ def test_a_truncated_file_is_refused(keep, refused, tmp_path):
   assert f"{file} is truncated or not a safetensors file" in refused(file)
 
 
-def test_a_preset_that_does_not_fit_or_is_not_known(refused):
+def test_a_preset_that_does_not_fit_or_is_unknown(refused):
   file = DATA / "classifier_b1.safetensors"
   error = refused(file, "--preset", "256x256_classifier")
   assert (
@@ -430,7 +430,7 @@ def test_a_preset_that_does_not_fit_or_is_not_known(refused):
     file, "--preset", "64x64_clasifier"
   )
   both = refused(file, "--preset", "64x64_classifier", "--num-head-channels", 16)
-  assert "a preset tells all there is to know: leave out num_head_channels" in both
+  assert "a preset is a complete configuration: leave out num_head_channels" in both
 
 
 def test_a_preset_of_the_same_names_and_other_shapes(refused, tmp_path):
@@ -447,13 +447,13 @@ HALVED = ModelConfig(
 )
 
 
-def test_heads_that_do_not_part_the_channels(refused):
-  told = ["--no-use-new-attention-order", "--noise-schedule", "linear", "--diffusion-steps", 1000]
-  error = refused(DATA / "classifier_b1.safetensors", *told, "--num-head-channels", 24)
+def test_heads_that_do_not_divide_the_channels(refused):
+  options = ["--no-use-new-attention-order", "--noise-schedule", "linear", "--diffusion-steps", 1000]
+  error = refused(DATA / "classifier_b1.safetensors", *options, "--num-head-channels", 24)
   assert "num_head_channels 24 must divide the 32 channels that attend" in error
 
 
-def test_an_output_that_holds_something(refused, tmp_path):
+def test_an_output_folder_that_is_not_empty(refused, tmp_path):
   file = DATA / "classifier_b1.safetensors"
   (tmp_path / "held").mkdir()
   (tmp_path / "held" / "notes.txt").touch()
@@ -461,7 +461,7 @@ def test_an_output_that_holds_something(refused, tmp_path):
   assert "notes.txt is not a folder" in refused(file, out=tmp_path / "held" / "notes.txt")
 
 
-def test_files_that_are_not_there_or_of_another_kind(refused, tmp_path):
+def test_missing_files_and_unknown_extensions(refused, tmp_path):
   assert "there is no file" in refused(tmp_path / "missing.safetensors")
   assert "there is no file" in refused(DATA.with_suffix(".pt"))
   (tmp_path / "weights.ckpt").touch()
@@ -474,7 +474,7 @@ def test_pt_without_torch(refused, monkeypatch):
 
 
 class Code:
-  """Pickled, a call that leaves a mark."""
+  """An object that creates a folder when it is unpickled."""
 
   def __init__(self, mark):
     self.mark = mark
@@ -488,11 +488,9 @@ class Code:
 def test_code_in_a_pt_is_refused_and_not_run(torch, refused, tmp_path, zipped):
   file, mark = tmp_path / "weights.pt", tmp_path / "mark"
   torch.save({"weight": torch.ones(2), "more": Code(mark)}, file, _use_new_zipfile_serialization=zipped)
-  assert f"carries code or objects besides weights ({os.mkdir.__module__}.mkdir); nothing of it was run" in refused(
-    file
-  )
+  assert f"contains code or objects besides weights ({os.mkdir.__module__}.mkdir); no code was run" in refused(file)
   assert not mark.exists()
-  torch.load(file, weights_only=False)  # what it would have done
+  torch.load(file, weights_only=False)  # without the safe mode the code runs
   assert mark.exists()
 
 
@@ -505,14 +503,14 @@ def test_a_truncated_pt_is_refused(torch, refused, tmp_path, keep):
 
 
 @pytest.mark.torch
-def test_a_pt_that_holds_something_else(torch, refused, tmp_path):
+def test_a_pt_that_contains_something_else(torch, refused, tmp_path):
   file = tmp_path / "weights.pt"
   torch.save([torch.ones(2)], file)
-  assert "must hold a state dict, but holds list" in refused(file)
+  assert "must contain a state dict, got list" in refused(file)
   torch.save({"model": {"weight": torch.ones(2)}}, file)
-  assert "must hold a state dict of tensors, but 'model' is of type dict" in refused(file)
+  assert "must contain a state dict of tensors, but 'model' is of type dict" in refused(file)
   torch.save(torch.nn.Linear(2, 2), file)
-  assert "carries code or objects besides weights (torch.nn.modules.linear.Linear)" in refused(file)
+  assert "contains code or objects besides weights (torch.nn.modules.linear.Linear)" in refused(file)
 
 
 # --- PyTorch's files -----------------------------------------------------------------------------------
@@ -579,7 +577,7 @@ def test_commands(run, tmp_path, monkeypatch, capsys):
   assert "Note" not in printed
   same_bits(load_file(exported), load_file(DATA / "classifier_b1.safetensors"))
 
-  # What is there is kept, unless it may be replaced.
+  # An existing file is kept unless --overwrite is given.
   exported.write_bytes(b"something else")
   monkeypatch.setattr(sys, "argv", ["jaxguide", "export-adm", str(tmp_path / "model"), "--out", str(exported)])
   with pytest.raises(SystemExit) as exit:
@@ -600,7 +598,7 @@ def test_a_preset_by_command(run, monkeypatch, tmp_path):
   assert "recommended scale is 1; 10 with 256x256_diffusion_uncond" in printed
 
 
-def test_export_says_what_the_reference_has_not(run, tmp_path):
+def test_export_notes_differences_to_guided_diffusion(run, tmp_path):
   trained = ModelConfig(
     "unet", {"model_channels": 16, "num_res_blocks": 1}, image_shape=(8, 8, 1), num_classes=10
   )  # predicts v in continuous time, has a null class, and normalises in 16 groups
@@ -609,17 +607,17 @@ def test_export_says_what_the_reference_has_not(run, tmp_path):
   printed = run("export-adm", tmp_path / "model", "--out", tmp_path / "out.safetensors")
   assert "UNetModel(image_size=8, in_channels=1, model_channels=16, out_channels=1," in printed
   assert "num_classes=11" in printed
-  assert "trained on v on the continuous cosine schedule" in printed
-  assert "class 10 stands for none" in printed
-  assert "32 groups, which 16 channels cannot be parted into" in printed
+  assert "the network predicts v on the continuous cosine schedule" in printed
+  assert "class 10 is the null class" in printed
+  assert "32 groups, which do not divide 16 channels" in printed
   assert "Its process" not in printed
 
 
-def test_export_of_what_is_no_model(tmp_path):
+def test_export_errors(tmp_path):
   with pytest.raises(FileNotFoundError, match="there is no model"):
     openai.export_model(tmp_path, tmp_path / "out.safetensors")
   with pytest.raises(ValueError, match="unknown extension of a state dict"):
     openai.export_model(tmp_path, tmp_path / "out.bin")
   params = openai.to_params(GOOD, NETWORKS["attention"])
-  with pytest.raises(ValueError, match=r"the parameters do not fit Classifier: params/.* is of shape None, expected"):
+  with pytest.raises(ValueError, match=r"the parameters do not fit Classifier: params/.* has shape None, expected"):
     openai.to_state_dict(params, NETWORKS["adaptive"])

@@ -1,4 +1,4 @@
-"""Networks and guided sampling under meshes of Explicit axes, which `jax.make_mesh` has, as under Auto ones."""
+"""Networks and guided sampling under meshes with Explicit axes (the default of `jax.make_mesh`) and Auto axes."""
 
 import contextlib
 
@@ -33,7 +33,7 @@ def random_params(name):
 
 MESHES = {
   "explicit": (AxisType.Explicit, (4,), ("batch",)),
-  "carried": (AxisType.Explicit, (4,), ("batch",)),  # by the arrays alone: the program is not told of it
+  "carried": (AxisType.Explicit, (4,), ("batch",)),  # only the arrays have the mesh; no mesh is set
   "two axes": (AxisType.Explicit, (2, 2), ("batch", "model")),
   "auto": (AxisType.Auto, (4,), ("batch",)),
 }
@@ -47,7 +47,7 @@ def mesh(request):
 
 @pytest.fixture
 def within(request, mesh):
-  """What a program runs in."""
+  """The context that a program runs in."""
   return contextlib.nullcontext if request.node.callspec.params["mesh"] == "carried" else lambda: jax.set_mesh(mesh)
 
 
@@ -125,12 +125,12 @@ def test_parameters_are_drawn_as_without_a_mesh(name, mesh, within):
   draw = NETWORKS[name].init
   shapes = jax.eval_shape(draw, jax.random.key(0), *inputs(name))
   with within():
-    made = jax.jit(draw).trace(jax.random.key(0), *spread(mesh, inputs(name))).out_info
-  chex.assert_trees_all_equal_shapes_and_dtypes(made, shapes)
+    drawn = jax.jit(draw).trace(jax.random.key(0), *spread(mesh, inputs(name))).out_info
+  chex.assert_trees_all_equal_shapes_and_dtypes(drawn, shapes)
 
 
 def test_axes_fit_in_every_program(mesh, within):
-  """Where axes do not fit, it is an error of tracing; what the programs give is for the slow tests."""
+  """Mismatched axes are errors at trace time, so tracing is enough here. The slow tests check the results."""
   with within():
     params = jax.device_put({name: random_params(name) for name in NETWORKS}, NamedSharding(mesh, PartitionSpec()))
     keys, x, labels = spread(mesh, (jax.random.split(jax.random.key(0), 4), X, Y % 3))

@@ -1,4 +1,4 @@
-"""Configurations: each field is checked for type and range before anything is built, and is plain data afterwards."""
+"""Configurations: each field is checked for type and range, and is converted to plain data."""
 
 import dataclasses
 import json
@@ -25,9 +25,9 @@ FIELDS = {
 }
 UNET = {"network": "unet", "fields": FIELDS, "image_shape": (4, 4, 1), "num_classes": 2}
 
-# None of them is a value of any field.
+# Values that are invalid for every field.
 ALIEN = [{"a": {}}, [[1]], [None], ["a"], b"x", 1 + 2j, object(), [[[[]]]], "nonsense", float("nan")]
-# Values that are right for some fields; for these they are wrong.
+# Values that are valid for some fields, but not for the field they are listed under.
 WRONG = {
   "network": [None, 1, []],
   "fields": [None, [], 1, "x", {"name": "x"}, {"parent": None}],
@@ -94,7 +94,7 @@ def test_the_tables_have_every_field():
 
 @pytest.fixture
 def as_users_run_it(monkeypatch):
-  """Without the types of arguments being checked on the way in, which the tests turn on."""
+  """Turn off the checks of argument types, which only the tests turn on."""
   monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
@@ -125,7 +125,7 @@ def test_a_training_field_of_another_type_or_range_is_named(name):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.dtype(jnp.bfloat16), jnp.zeros(1, jnp.bfloat16).dtype, "bfloat16"])
-def test_a_type_is_kept_by_its_name(dtype):
+def test_a_dtype_is_stored_by_its_name(dtype):
   config = ModelConfig(**{**UNET, "fields": {**FIELDS, "dtype": dtype}})
   assert json.loads(json.dumps(dataclasses.asdict(config)))["fields"]["dtype"] == "bfloat16"
   assert jnp.dtype(config.module.dtype) == jnp.bfloat16
@@ -148,13 +148,13 @@ def test_published_networks_pass(name):
   assert ModelConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
-def test_a_network_too_large_for_any_machine_is_refused_by_its_shapes():
+def test_a_network_that_is_too_large_is_refused():
   config = ModelConfig("unet", {**FIELDS, "model_channels": 2**16}, (4, 4, 1), 2)
   with pytest.raises(
-    ValueError, match=r"would have [\d,]+ parameters, and may have 17,179,869,184: make model_channels"
+    ValueError, match=r"would have [\d,]+ parameters, but at most 17,179,869,184 are allowed: reduce model_channels"
   ):
     model.shapes(config)
-  large = ModelConfig("unet", {**FIELDS, "model_channels": 2**13}, (4, 4, 1), 2)  # It has 6 billion.
+  large = ModelConfig("unet", {**FIELDS, "model_channels": 2**13}, (4, 4, 1), 2)  # It has 6 billion parameters.
   assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.shapes(large))) > 5e9
 
 
@@ -174,7 +174,7 @@ def test_a_network_too_large_for_any_machine_is_refused_by_its_shapes():
   ],
   ids=range(10),
 )
-def test_a_config_that_is_none(tmp_path, text, message):
+def test_invalid_config_files(tmp_path, text, message):
   (tmp_path / "config.json").write_text(text)
   with pytest.raises(ValueError, match="does not describe a model") as error:
     training.load(tmp_path)
@@ -182,7 +182,7 @@ def test_a_config_that_is_none(tmp_path, text, message):
   assert len(str(error.value)) < 700
 
 
-def test_a_config_that_is_no_file(tmp_path):
+def test_a_config_that_is_not_a_file(tmp_path):
   (tmp_path / "config.json").mkdir()
   with pytest.raises(ValueError, match=r"config\.json is damaged \(it is not a regular file\)"):
     training.load(tmp_path)

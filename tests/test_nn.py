@@ -1,4 +1,4 @@
-"""The networks: against published arrays, against NumPy, and by what they promise."""
+"""The networks: against published arrays, against NumPy, and their documented properties."""
 
 import contextlib
 import functools
@@ -29,7 +29,7 @@ from jaxguide.nn.layers import (
 
 DATA = Path(__file__).parent / "data"
 
-# Most of these tests' time is XLA's, optimising programs that run once.
+# XLA's optimisations would take most of the time of these tests, for programs that run once.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="other backends use JAX's own rules")
@@ -41,7 +41,7 @@ def rng():
 
 
 def random_params(module, *args, seed=0):
-  """Parameters none of which is 0 or 1, as those of a new network are: a zero would hide whatever comes before it."""
+  """Random parameters. A new network has zeros and ones, and a zero would hide errors in the layers before it."""
   rng = np.random.default_rng(seed)
 
   def draw(path, leaf):
@@ -55,7 +55,7 @@ def random_params(module, *args, seed=0):
 
 
 def equations(jaxpr):
-  """Every equation of a jaxpr, those of the jaxprs inside it too."""
+  """Every equation of a jaxpr, including those of nested jaxprs."""
   for equation in getattr(jaxpr, "eqns", ()):
     yield equation
     for value in equation.params.values():
@@ -160,12 +160,12 @@ def load(name):
 
 def carry(weights, shapes):
   """Rename published weights, and turn them from PyTorch's layout (out, in, space) to Flax's (space, in, out)."""
-  left = {name.replace(".", "_"): weight.astype(np.float32) for name, weight in weights.items()}
+  remaining = {name.replace(".", "_"): weight.astype(np.float32) for name, weight in weights.items()}
 
   def place(path, leaf):
     *module, kind = (part.key for part in path[1:])
     kind = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(kind, kind)
-    weight = left.pop("_".join([*module, kind]))
+    weight = remaining.pop("_".join([*module, kind]))
     if path[-1].key == "kernel":
       weight = np.moveaxis(weight, (1, 0), (-2, -1))
       weight = weight.reshape(weight.shape[-len(leaf.shape) :])  # a 1x1 convolution is a dense layer here
@@ -175,12 +175,12 @@ def carry(weights, shapes):
     return jnp.asarray(weight)
 
   params = jax.tree_util.tree_map_with_path(place, shapes)
-  assert not left, f"weights without a place: {sorted(left)}"
+  assert not remaining, f"weights that are no parameters: {sorted(remaining)}"
   return params
 
 
 def assert_close_to_published(value, wanted, deviation):
-  """Within 5 times what float32 costs the published code itself, or 2e-5 of the largest value."""
+  """Check within 5 times the published code's own float32 error, or 2e-5 of the largest value."""
   np.testing.assert_allclose(value, wanted, rtol=0, atol=max(5 * float(deviation), 2e-5 * float(abs(wanted).max())))
 
 
@@ -254,7 +254,7 @@ def test_classifier_has_as_many_parameters_as_the_released_model(name):
 
 
 def reference_convolve(x, kernel, stride=1):
-  """JAX's own, with JAX's own rules."""
+  """JAX's own convolution with JAX's own gradients."""
   padding = [(side // 2, side // 2) for side in kernel.shape[:2]]
   return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
@@ -273,7 +273,8 @@ def loop_convolve(x, kernel, stride):
 
 CONVOLUTIONS = [
   pytest.param((2, *sides, 3), (*kernel, 3, 4), stride, id=f"{sides}-{kernel}-{stride}")
-  # The second smaller than the kernel, as the coarsest level of a small image is; the third one that has a row more.
+  # The second is smaller than the kernel, like the coarsest level of a small image. The third has enough rows that the
+  # forward pass avoids YNNPACK.
   for sides in [(7, 6), (2, 1), (17, 6)]
   for kernel in [(1, 1), (3, 3), (5, 5), (3, 1)]
   for stride in (1, 2)
@@ -322,7 +323,7 @@ def test_convolve_in_lower_precision(rng, dtype, epsilon, stride):
   x, kernel = (rng.normal(size=shape).astype(dtype) for shape in [(2, 7, 8, 3), (3, 3, 3, 4)])
   out, back = jax.vjp(lambda x, kernel: convolve(x, kernel, stride), jnp.asarray(x), jnp.asarray(kernel))
   cotangent = jnp.asarray(rng.normal(size=out.shape), dtype)
-  # The same numbers in float64, so that what is left is the rounding of sums.
+  # The same numbers in float64, so that the remaining difference is the rounding of sums.
   with jax.enable_x64(True):
     exact, exact_back = jax.vjp(
       lambda x, kernel: reference_convolve(x, kernel, stride), x.astype(np.float64), kernel.astype(np.float64)
@@ -355,7 +356,7 @@ def test_convolve_vmaps(rng, axes, stride):
 
 @on_cpu
 def test_vmap_over_images_folds_into_the_batch():
-  # A convolution with groups, which vmap could make of it instead, misses the fast path.
+  # vmap could use a grouped convolution instead, which misses the fast path.
   jaxpr = jax.make_jaxpr(jax.vmap(convolve, (0, None)))(jnp.ones((4, 2, 8, 8, 3)), jnp.ones((3, 3, 3, 5)))
   shapes = [e.invars[0].aval.shape for e in equations(jaxpr.jaxpr) if e.primitive.name == "jaxguide_convolve"]
   assert shapes == [(8, 8, 8, 3)]
@@ -387,15 +388,15 @@ def test_gradients_inside_a_loop_keep_the_forward_layout():
   lowered = jax.jit(descend).lower(jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 4, 4)))
   written = re.findall(r"stablehlo\.convolution.*dim_numbers = (\[.*?->\[.*?\]),", lowered.as_text())
   assert set(written) == {"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]", "[b, 0, f]x[0, i, o]->[b, 0, f]"}
-  # Two forward, two input gradients and two kernel gradients (along rows), none of which XLA has turned round again.
+  # Two forward, two input gradients and two kernel gradients (along rows), whose layout XLA has not changed again.
   compiled = re.findall(r" convolution\(.*dim_labels=(\w+->\w+)", lowered.compile().as_text())
   assert set(compiled) == {"b01f_01io->b01f", "b0f_0io->b0f"}
   assert len(compiled) >= 5
 
 
 @on_cpu
-def test_large_images_keep_out_of_the_library_that_keeps_to_one_core():
-  """What XLA gives to YNNPACK it wraps into a computation of its own; see `jaxguide.nn.convolution`."""
+def test_large_images_avoid_the_library_that_uses_one_core_only():
+  """XLA puts the operations for YNNPACK into separate computations; see `jaxguide.nn.convolution`."""
 
   def gradients(x, kernel):
     return jax.value_and_grad(lambda *args: jnp.sin(convolve(*args)).sum(), (0, 1))(x, kernel)
@@ -407,7 +408,7 @@ def test_large_images_keep_out_of_the_library_that_keeps_to_one_core():
 
 
 @on_cpu
-def test_a_kernel_is_turned_round_for_large_images_only():
+def test_a_kernel_is_flipped_for_large_images_only():
   def lowered(x_shape):
     gradient = jax.grad(lambda x: jnp.sin(convolve(x, jnp.ones((3, 3, 8, 32)))).sum())
     return jax.jit(gradient).lower(jnp.ones(x_shape)).as_text()
@@ -463,12 +464,12 @@ def test_group_norm(rng, channels, groups):
 def test_group_norm_of_vectors(rng):
   x = rng.normal(size=(3, 64)).astype(np.float32)
   out = GroupNorm().apply({"params": {"scale": np.ones(64), "bias": np.zeros(64)}}, jnp.asarray(x))
-  # Two channels a group, and no pixels: the sign of their difference, but for epsilon.
+  # Two channels per group and no pixels: up to epsilon, the result is the sign of their difference.
   np.testing.assert_allclose(out, numpy_group_norm(x, 1, 0, 32), rtol=0, atol=2e-5)
 
 
 def test_group_norm_keeps_its_digits_far_from_zero(rng):
-  # In float32 the mean square of these is 1e6 to 7 digits: the difference of squares would be all rounding.
+  # In float32 the mean square of these is 1e6 to 7 digits: a difference of squares would be rounding error only.
   x = (1000 + rng.normal(size=(2, 16, 16, 32))).astype(np.float32)
   out = GroupNorm().apply({"params": {"scale": np.ones(32), "bias": np.zeros(32)}}, jnp.asarray(x))
   np.testing.assert_allclose(out, numpy_group_norm(x, 1, 0, 32), rtol=0, atol=3e-4)
@@ -509,13 +510,13 @@ def test_timestep_embedding(features):
   angles = t[:, None] * np.exp(-np.log(10000) * np.arange(half) / half)
   wanted = np.concatenate([np.cos(angles), np.sin(angles), np.zeros((6, features % 2))], axis=1)
   out = timestep_embedding(jnp.asarray(t, jnp.float32), features)
-  # An angle of 999 is known to 6e-5 in float32, and the frequency's rounding is of that size too.
+  # In float32 an angle of 999 has an error of 6e-5, and the rounding of the frequency adds a similar error.
   np.testing.assert_allclose(out, wanted, rtol=0, atol=2e-4)
   np.testing.assert_allclose(out[:3], wanted[:3], rtol=0, atol=1e-6)
 
 
 def numpy_attention(qkv, heads, new_order):
-  """One head at a time, by the words: (qkv, head, channel), or (head, qkv, channel)."""
+  """Compute one head at a time, with the layout (qkv, head, channel) or (head, qkv, channel)."""
   qkv = np.asarray(qkv, np.float64)
   width = qkv.shape[-1] // 3 // heads
   out = []
@@ -532,14 +533,14 @@ def numpy_attention(qkv, heads, new_order):
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("size", [1, 30])
 def test_attend(rng, heads, new_order, size):
-  # At size 30 exponentials of the logits overflow, unless their largest is taken away first.
+  # At size 30 the exponentials of the logits overflow unless the largest logit is subtracted first.
   qkv = (size * rng.normal(size=(2, 7, 36))).astype(np.float32)
   wanted = numpy_attention(qkv, heads, new_order)
   np.testing.assert_allclose(attend(jnp.asarray(qkv), heads, new_order), wanted, rtol=0, atol=5e-5 * abs(wanted).max())
 
 
 def test_attention_of_many_pixels(rng):
-  """On a CPU its heads take turns; the gradient is that of the formula written out."""
+  """On a CPU, heads are processed one by one; the gradient is that of the explicit formula."""
   qkv = jnp.asarray(rng.normal(size=(2, 784, 24)), jnp.float32)
   np.testing.assert_allclose(attend(qkv, 2, True), numpy_attention(qkv, 2, True), rtol=0, atol=1e-5)
 
@@ -607,7 +608,7 @@ def test_networks_take_any_image(sides, channels):
   y = jnp.array([0, 10])
   out, params = jax.eval_shape(UNet(**SMALL).init_with_output, jax.random.key(0), x, t)
   assert out.shape == x.shape
-  # The network is convolutional: what was made for one size of image takes another.
+  # The network is convolutional: parameters for one image size work for another.
   bigger = jnp.zeros((2, 2 * sides[0], 2 * sides[1], channels))
   assert jax.eval_shape(UNet(**SMALL).apply, params, bigger, t).shape == bigger.shape
   twice = UNet(**SMALL, num_classes=10, out_channels=2 * channels)
@@ -619,7 +620,7 @@ def test_networks_take_any_image(sides, channels):
 
 
 def test_spatial_v2_pool():
-  """No published array has it: here are its last layers in NumPy, on the means of blocks that the network reports."""
+  """No published arrays use this pool: compare its last layers with NumPy, on the captured outputs of the blocks."""
   x, t = batch()
   classifier = Classifier(**SMALL, out_channels=5, pool="spatial_v2")
   params = random_params(classifier, x, t)
@@ -634,7 +635,7 @@ def test_spatial_v2_pool():
   np.testing.assert_allclose(out, h, rtol=0, atol=1e-4)
 
 
-def test_a_new_unet_gives_zero():
+def test_the_output_of_a_new_unet_is_zero():
   x, t = batch()
   out, params = quick_jit(UNet(**ONE_LEVEL).init_with_output)(jax.random.key(0), x, t)
   assert out.shape == x.shape
@@ -648,7 +649,7 @@ def test_a_new_unet_gives_zero():
       assert leaf.std() > 0, name
 
 
-def test_every_argument_matters():
+def test_the_output_depends_on_every_argument():
   x, t = batch(3)
   y = jnp.array([0, 1, 10])
   unet = UNet(**SMALL, num_classes=10)
@@ -657,7 +658,7 @@ def test_every_argument_matters():
   out = apply(params, x, t, y)
   for other in [(x[::-1], t, y), (x, t + 1, y), (x, t + 0.5, y), (x, t, y.at[2].set(2))]:
     assert abs(apply(params, *other) - out).max() > 1e-3
-  # Examples do not see one another.
+  # Examples do not influence each other.
   np.testing.assert_allclose(apply(params, x, t, y.at[2].set(2))[:2], out[:2], rtol=0, atol=1e-5)
 
 
@@ -686,7 +687,9 @@ def test_bfloat16():
   out, wanted = (quick_jit(module.apply)(params, x, t, y) for module in (unet, exact))
   assert out.dtype == jnp.float32
   error = jnp.linalg.norm(out - wanted) / jnp.linalg.norm(wanted)
-  assert 1e-4 < error < 0.02  # bfloat16 rounds to 2**-9, in some 20 layers; and it is bfloat16, not float32
+  assert (
+    1e-4 < error < 0.02
+  )  # bfloat16 rounds to 2**-9 in about 20 layers; the lower bound shows that float32 was not used
   assert jax.eval_shape(unet.apply, params, x.astype(jnp.bfloat16), t, y).dtype == jnp.bfloat16
   assert jax.eval_shape(exact.apply, params, x.astype(jnp.bfloat16), t, y).dtype == jnp.bfloat16
 
@@ -702,7 +705,7 @@ def test_bfloat16():
   convolutions = types("jaxguide_convolve", "conv_general_dilated")
   assert convolutions[:-1] == [jnp.bfloat16] * (len(convolutions) - 1)
   assert convolutions[-1] == jnp.float32
-  # The time embedding's; and on a CPU, two of each normalisation, which give a channel what its group has.
+  # Two in the time embedding; on a CPU also two per normalisation, which repeat each group's value for its channels.
   spread = 2 * len(types("rsqrt")) if jax.default_backend() == "cpu" else 0
   assert types("dot_general").count(jnp.float32) == 2 + spread
 
@@ -752,7 +755,7 @@ def test_use_checkpoint_changes_nothing_but_memory():
     return sum("remat" in name or name == "checkpoint" for name in used)
 
   module = UNet(**fields, use_checkpoint=True)
-  # Beside normalisation, which always is: residual and attention blocks.
+  # Normalisation always uses jax.checkpoint. The difference is the number of residual and attention blocks.
   assert remats(module) - remats(UNet(**fields)) == 5 + 4
   wanted = run(UNet(**fields))
   close = 1e-4 * max(float(abs(leaf).max()) for leaf in jax.tree.leaves(wanted[1]))
@@ -760,7 +763,7 @@ def test_use_checkpoint_changes_nothing_but_memory():
 
 
 def test_cudnn_attention(monkeypatch, request):
-  """It is there where it is asked for: in the program for a GPU, batched, forward and backward, and nowhere else."""
+  """cuDNN's kernel is used if requested, in programs for a GPU, batched, forward and backward; never otherwise."""
   fields = {**SMALL, "num_head_channels": 16, "dtype": "bfloat16"}
   x, t = batch()
   params = random_params(UNet(**fields), x, t)
@@ -772,21 +775,21 @@ def test_cudnn_attention(monkeypatch, request):
 
   request.addfinalizer(jax.clear_caches)
   promotion = contextlib.ExitStack()
-  promotion.enter_context(jax.numpy_dtype_promotion("standard"))  # JAX's attention for a GPU does not do without.
+  promotion.enter_context(jax.numpy_dtype_promotion("standard"))  # JAX's attention for a GPU needs it.
   request.addfinalizer(promotion.close)
 
   def program(platform, **more):
-    jax.clear_caches()  # What is traced is kept for one backend; a process has but one.
+    jax.clear_caches()  # JAX caches traces, and assumes one default backend per process.
     monkeypatch.setattr(jax, "default_backend", lambda: {"cuda": "gpu"}.get(platform, platform))
     traced = jax.jit(functools.partial(gradient, **more)).trace(params, x, t)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     return set(re.findall(r"cudnn\$(\w+)", text))
 
-  # JAX asks the card before it lowers for it.
-  asks = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
-  monkeypatch.setattr(asks, "check_cudnn_version", lambda: 91000)
-  monkeypatch.setattr(asks, "check_compute_capability", lambda _: True)
-  monkeypatch.setattr(asks, "is_cuda_compute_capability_equal", lambda _: False)
+  # JAX queries the GPU before it lowers; there is none here.
+  cudnn = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+  monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+  monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
+  monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False)
   assert program("cuda", cudnn_attention=True) == {"fmhaSoftmax", "fmhaSoftmaxBackward"}
   assert not program("cuda")
   assert not program("tpu", cudnn_attention=True)
@@ -828,7 +831,7 @@ def test_fields_may_be_lists():
   ],
 )
 @pytest.mark.parametrize("module", [UNet, Classifier])
-def test_sides_that_do_not_halve(module, fields, sides, message):
+def test_sides_that_cannot_be_halved(module, fields, sides, message):
   x, t = batch(2, *sides)
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(module(**SMALL, **fields).init, jax.random.key(0), x, t)
@@ -845,7 +848,7 @@ def test_wrong_shapes(module):
       jax.eval_shape(init, jax.random.key(0), x, wrong)
 
 
-def test_labels_given_or_not():
+def test_missing_and_unexpected_labels():
   x, t = batch()
   y = jnp.array([0, 1])
   with pytest.raises(ValueError, match="num_classes=10 was given no labels"):
@@ -876,7 +879,7 @@ def test_heads_that_do_not_divide():
 
 
 def test_gradients_inside_shard_map(rng):
-  # JAX's own rules have to take over there: the primitive's would be refused, or summed over the devices unasked.
+  # Inside shard_map JAX's own rules must be used: the primitive's would raise an error, or sum over the devices.
   from jax.sharding import Mesh, PartitionSpec
 
   mesh, parts = Mesh(np.asarray(jax.devices()[:4]), ("d",)), PartitionSpec("d")
@@ -889,7 +892,7 @@ def test_gradients_inside_shard_map(rng):
   np.testing.assert_allclose(sharded(x, kernel), gradient(x, kernel), rtol=1e-4, atol=1e-4)
 
 
-def test_attention_is_at_half_the_sides_where_there_is_a_half():
+def test_the_default_attention_is_at_half_the_sides_if_there_are_two_levels():
   assert UNet().attention_resolutions == (2,)
   assert UNet(channel_mult=(1,)).attention_resolutions == ()
 
@@ -907,7 +910,7 @@ def test_fields_out_of_range(fields, message):
     UNet(**fields)
 
 
-def test_inputs_that_would_be_broadcast_or_cast_in_silence():
+def test_inputs_that_would_silently_be_broadcast_or_cast():
   unet = UNet(num_classes=3)
   x, t = jnp.zeros((2, 8, 8, 1)), jnp.zeros(2)
   for y, message in (
@@ -925,7 +928,7 @@ def test_inputs_that_would_be_broadcast_or_cast_in_silence():
 
 
 def bilinear(images, height, width):
-  """Interpolate each axis by its definition: pixels have their values at their centres, and edges go on outwards."""
+  """Interpolate each axis by the definition: a pixel's value is at its centre, and edge pixels extend outwards."""
   for axis, size in ((1, height), (2, width)):
     old = images.shape[axis]
     centres = np.clip((np.arange(size) + 0.5) * old / size - 0.5, 0, old - 1)
@@ -937,7 +940,7 @@ def bilinear(images, height, width):
 
 
 @pytest.mark.parametrize("low_sides", [(4, 4), (2, 3), (8, 6), (1, 1)])
-def test_super_resolution_sees_the_enlarged_image_beside_the_noisy_one(rng, low_sides):
+def test_super_resolution_concatenates_the_enlarged_image(rng, low_sides):
   x, t = batch(2, 8, 6)
   low = rng.normal(size=(2, *low_sides, 3)).astype(np.float32)
   fields = {**SMALL, "num_classes": 5, "out_channels": 3}
@@ -947,7 +950,7 @@ def test_super_resolution_sees_the_enlarged_image_beside_the_noisy_one(rng, low_
   wanted = quick_jit(UNet(**fields).apply)(params, beside, t, cond["label"])
   got = quick_jit(SuperResUNet(**fields).apply)(params, x, t, cond)
   np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * abs(wanted).max())
-  # As many channels as the image unless told otherwise, and not as the network takes.
+  # By default there are as many output channels as the image has, and not as many as the first layer takes.
   left_out = SuperResUNet(**{**fields, "out_channels": None})
   assert jax.eval_shape(left_out.apply, params, x, t, cond).shape == x.shape
 
@@ -965,7 +968,7 @@ def test_super_resolution_sees_the_enlarged_image_beside_the_noisy_one(rng, low_
     (lambda low: {"low_res": low, "label": jnp.array([0, 1])}, "num_classes=None was given unexpected labels"),
   ],
 )
-def test_a_condition_that_is_none_of_super_resolution(change, message):
+def test_invalid_conditions_of_super_resolution(change, message):
   x, t = batch()
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(SuperResUNet(**SMALL).init, jax.random.key(0), x, t, change(jnp.zeros((2, 4, 4, 3))))

@@ -1,4 +1,4 @@
-"""Networks made worse on purpose: against the attention block written anew in NumPy, and by what they promise."""
+"""Perturbed networks: the attention block against NumPy, and documented properties."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from jaxguide.models.importers.openai import constructor
 from jaxguide.nn.layers import AttentionBlock
 from jaxguide.training import ModelConfig
 
-# Most of these tests' time is XLA's, optimising programs that run once.
+# XLA's optimisations would take most of the time of these tests, for programs that run once.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 MIDDLE = "middle_block_1"
@@ -27,7 +27,7 @@ V = scaling.v(schedules.Cosine())
 
 
 def random_params(module, *args, seed=0):
-  """Parameters none of which is 0 or 1, as those of a new network are: with zeros, no block would add anything."""
+  """Random parameters. A new network has zeros, with which no residual block would change its input."""
   rng = np.random.default_rng(seed)
 
   def draw(leaf):
@@ -107,7 +107,7 @@ def attention_block(params, x, heads, new_order, perturbation):
   return out
 
 
-# Widths whose kernel is one pixel, fits, is cut off at one side and at both, and no kernel.
+# Widths with a kernel of one pixel, one that fits, one cut off along one side, one cut off along both, and no kernel.
 @pytest.mark.parametrize(("sides", "new_order"), [((6, 4), False), ((6, 4), True), ((1, 7), True)])
 @pytest.mark.parametrize(
   ("kind", "width"), [("identity", math.inf), *(("smooth", width) for width in (0.1, 0.5, 0.8, 20, math.inf))]
@@ -120,7 +120,7 @@ def test_attention_agrees_with_numpy(kind, width, sides, new_order):
   assert error(quick_jit(block.apply)(params, x), attention_block(params, x, 3, new_order, perturbation)) < 2e-6
 
 
-def test_a_blur_is_something_else_than_the_mean_and_than_nothing():
+def test_a_blur_differs_from_the_mean_and_from_no_blur():
   x, _ = batch(1, 6, 4, 8)
   block = AttentionBlock(2)
   params = random_params(block, x)
@@ -143,7 +143,7 @@ def dots(perturbation):
 
 
 def shapes_of_dots(jaxpr):
-  """Those over pixels: the normalisation's are not."""
+  """Shapes of matrix products over pixels; those of the normalisation have no pixel axis."""
   for equation in jaxpr.eqns:
     if equation.primitive.name == "dot_general" and len(shape := equation.outvars[0].aval.shape) > 2:
       yield shape
@@ -152,12 +152,12 @@ def shapes_of_dots(jaxpr):
         yield from shapes_of_dots(value.jaxpr)
 
 
-def test_what_is_left_out_is_not_computed():
+def test_perturbed_attention_skips_unneeded_products():
   plain, mean = dots(None), dots(Perturbation("smooth"))
-  assert len(plain) == 4  # queries, keys and values; their weights; what these give; the projection
+  assert len(plain) == 4  # queries, keys and values; attention weights; weighted values; projection
   assert max(map(np.prod, plain)) == 2 * 32 * 32
   assert len(mean) == 4
-  assert max(map(np.prod, mean)) == 32 * 3 * 8  # one query's weights are fewer than the queries, keys and values
+  assert max(map(np.prod, mean)) == 32 * 3 * 8  # the weights of one query are fewer than the queries, keys and values
   assert len(dots(Perturbation("identity"))) == 2
   assert len(dots(Perturbation("skip"))) == 0
 
@@ -189,7 +189,7 @@ BLOCKS = {
 }
 
 
-# Attention; a block that resamples; one that changes the channels; all at once.
+# An attention block; a block that resamples; a block that changes the channels; all blocks together.
 @pytest.mark.parametrize(
   "blocks", [(MIDDLE,), ("input_blocks_2_0",), ("output_blocks_1_0",), tuple(BLOCKS)], ids=lambda blocks: blocks[-1]
 )
@@ -228,7 +228,7 @@ def test_only_the_named_block_is_perturbed(small):
 
 
 @pytest.mark.parametrize("kind", ["identity", "smooth"])
-def test_a_single_pixel_has_nothing_to_attend_to_but_itself(kind):
+def test_perturbed_attention_of_a_single_pixel_changes_nothing(kind):
   unet = jg.UNet(**ONE_LEVEL)
   x, t = batch(2, 1, 1, 3)
   params = random_params(unet, x, t)
@@ -275,11 +275,11 @@ def test_super_resolution_can_be_perturbed():
 
 def denoiser(small, seed=0):
   unet, _, x, t = small
-  # A new module, equal to the others by value only.
+  # A new module, which is equal to the others by value.
   return jg.NetworkDenoiser(random_params(unet, x, t, seed=seed), jg.UNet(**SMALL).apply, V, learned_variance=False)
 
 
-def test_the_weak_denoiser_shares_parameters_and_all_but_the_network(small):
+def test_the_weak_denoiser_differs_in_the_network_alone(small):
   good = denoiser(small)
   weak = jg.perturbed(good, Perturbation())
   assert all(a is b for a, b in zip(jax.tree.leaves(good), jax.tree.leaves(weak), strict=True))
@@ -309,7 +309,7 @@ def test_a_sweep_is_one_program_and_scale_one_is_unguided(small, caplog):
   assert np.isfinite(other).all()
 
 
-# --- What cannot be ---
+# --- Errors ---
 
 
 @pytest.mark.parametrize(
@@ -322,15 +322,15 @@ def test_a_sweep_is_one_program_and_scale_one_is_unguided(small, caplog):
     (("skip", (MIDDLE,), 2.0), "only the perturbation 'smooth' has a width: leave it out for 'skip', got 2.0"),
   ],
 )
-def test_perturbations_that_mean_nothing(arguments, message):
+def test_invalid_perturbations(arguments, message):
   with pytest.raises(ValueError, match=message):
     Perturbation(*arguments)
 
 
-def test_a_perturbation_is_a_value():
-  one, two = Perturbation("smooth", ["a"], 1), Perturbation("smooth", "a", 1.0)
-  assert one == two
-  assert hash(one) == hash(two)
+def test_perturbations_are_compared_and_hashed_by_value():
+  listed, single = Perturbation("smooth", ["a"], 1), Perturbation("smooth", "a", 1.0)
+  assert listed == single
+  assert hash(listed) == hash(single)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_a_perturbation_is_a_value():
     ("skip", "out_2", "unknown residual or attention block 'out_2'.*middle_block_0, middle_block_1, middle_block_2"),
   ],
 )
-def test_blocks_that_are_not_there(small, kind, name, message):
+def test_blocks_that_do_not_exist(small, kind, name, message):
   unet, params, x, t = small
   perturbation = Perturbation(kind, [name])
   with pytest.raises(ValueError, match=message):
@@ -368,5 +368,5 @@ def test_denoisers_that_cannot_be_perturbed(apply, what):
     jg.perturbed(jg.NetworkDenoiser({}, apply, V), Perturbation())
 
 
-def test_a_perturbation_is_no_argument_of_the_published_networks():
+def test_exported_constructors_have_no_perturbation():
   assert "perturbation" not in constructor(ModelConfig("unet", {}, (8, 8, 1), None))

@@ -1,4 +1,4 @@
-"""Models whose files have changed since they were saved: none is loaded in silence as another one."""
+"""Models whose files were changed or damaged after they were saved: each change is noticed or has no effect."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from jaxguide.models import folders as model
 from jaxguide.training import ModelConfig
 
 pytestmark = [
-  # Orbax leaves readers open where it fails.
+  # Orbax leaves files open when it fails.
   pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
@@ -32,7 +32,7 @@ CONFIG = ModelConfig(
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-  """A model with random parameters, and its folder; tests that change the folder work on a copy."""
+  """A model with random parameters, and its folder. Tests that change the folder copy it first."""
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), model.shapes(CONFIG))
   folder = tmp_path_factory.mktemp("rot") / "model"
@@ -53,23 +53,23 @@ def same_bits(ours, theirs):
 
 
 def save_params(folder, params):
-  """Replace the parameters of a model, and nothing else."""
+  """Replace the parameters in a model's folder, without updating checksums."""
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(folder / "params", params, force=True)
 
 
-def test_what_is_saved_is_loaded(saved):
+def test_a_saved_model_is_loaded_unchanged(saved):
   loaded = training.load(saved[1])
   assert same_bits(loaded.params, saved[0])
   assert loaded.config == CONFIG
-  held = json.loads((saved[1] / "checksums.json").read_text())["params"]["params/out_2/bias"]
+  stored = json.loads((saved[1] / "checksums.json").read_text())["params"]["params/out_2/bias"]
   bias = saved[0]["params"]["out_2"]["bias"]
-  assert held == {"dtype": "float32", "shape": [1], "crc32": f"{zlib.crc32(bias.tobytes()):08x}"}
+  assert stored == {"dtype": "float32", "shape": [1], "crc32": f"{zlib.crc32(bias.tobytes()):08x}"}
 
 
-def test_the_array_that_changed_is_named(saved, copy):
+def test_a_changed_array_is_named(saved, copy):
   params = jax.tree.map(np.copy, saved[0])
-  params["params"]["middle_block_0"]["in_layers_2"]["kernel"][0, 0, 0, 0] *= 1 + 2**-23  # its last bit
+  params["params"]["middle_block_0"]["in_layers_2"]["kernel"][0, 0, 0, 0] *= 1 + 2**-23  # change its last bit
   save_params(copy, params)
   with pytest.raises(
     ValueError, match=r"params/middle_block_0/in_layers_2/kernel does not match its checksum"
@@ -92,18 +92,18 @@ def test_the_array_that_changed_is_named(saved, copy):
   ],
   ids=lambda change: next(iter(change)),
 )
-def test_a_config_that_was_edited_is_named(saved, copy, change):
-  held = json.loads((copy / "config.json").read_text())
-  (copy / "config.json").write_text(json.dumps(held))  # Another layout says the same.
+def test_an_edited_config_is_noticed(saved, copy, change):
+  stored = json.loads((copy / "config.json").read_text())
+  (copy / "config.json").write_text(json.dumps(stored))  # Whitespace does not matter.
   assert training.load(copy).config == CONFIG
-  (copy / "config.json").write_text(json.dumps({**held, **change}))
+  (copy / "config.json").write_text(json.dumps({**stored, **change}))
   with pytest.raises(ValueError, match=r"copy/config\.json was changed after it was saved.*verify=False and save it"):
     training.load(copy)
 
 
-def test_an_edit_that_was_meant_is_saved_again(saved, copy):
-  held = json.loads((copy / "config.json").read_text())
-  (copy / "config.json").write_text(json.dumps({**held, "prediction": "eps"}))
+def test_an_intended_edit_can_be_saved_again(saved, copy):
+  stored = json.loads((copy / "config.json").read_text())
+  (copy / "config.json").write_text(json.dumps({**stored, "prediction": "eps"}))
   training.save(copy, training.load(copy, verify=False))
   assert training.load(copy).config == dataclasses.replace(CONFIG, prediction="eps")
 
@@ -111,22 +111,22 @@ def test_an_edit_that_was_meant_is_saved_again(saved, copy):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (None, r"has lost its checksums\.json, or was saved before there were any: .*verify=False and save it again"),
-    (lambda held: held[: len(held) // 2], r"checksums\.json is torn"),
-    (lambda held: "[]", "is not a JSON object"),
-    (lambda held: '{"version": 1}', "holds no checksums"),
-    (lambda held: held.replace('"version": 1', '"version": 2'), "use a newer one"),
-    (lambda held: held.replace("out_2/bias", "out_9/bias"), "out_2/bias"),
-    (lambda held: held.replace('"dtype": "float32"', '"dtype": "float3"'), "float3"),
-    (lambda held: held.replace('"dtype": "float32"', '"dtype": "float16"'), "torn or not this model's"),
-    (lambda held: held.replace('"crc32": "', '"crc32": "0'), "does not match its checksum"),
+    (None, r"has no checksums\.json, so its parameters cannot be verified.*verify=False and save it again"),
+    (lambda stored: stored[: len(stored) // 2], r"checksums\.json is damaged or belongs to another model"),
+    (lambda stored: "[]", "is not a JSON object"),
+    (lambda stored: '{"version": 1}', "contains no checksums"),
+    (lambda stored: stored.replace('"version": 1', '"version": 2'), "use a newer one"),
+    (lambda stored: stored.replace("out_2/bias", "out_9/bias"), "out_2/bias"),
+    (lambda stored: stored.replace('"dtype": "float32"', '"dtype": "float3"'), "float3"),
+    (lambda stored: stored.replace('"dtype": "float32"', '"dtype": "float16"'), "damaged or belong to another model"),
+    (lambda stored: stored.replace('"crc32": "', '"crc32": "0'), "does not match its checksum"),
   ],
   ids=range(9),
 )
-def test_checksums_that_are_none(copy, change, message):
+def test_invalid_checksum_files(copy, change, message):
   path = copy / "checksums.json"
-  held = path.read_text()
-  path.unlink() if change is None else path.write_text(change(held))
+  stored = path.read_text()
+  path.unlink() if change is None else path.write_text(change(stored))
   with pytest.raises(ValueError, match=message) as error:
     training.load(copy)
   assert str(copy) in str(error.value)
@@ -134,7 +134,7 @@ def test_checksums_that_are_none(copy, change, message):
 
 
 def damage(folder, rng):
-  """Flip a bit of a file, cut it, or remove it; the largest, which hold the arrays, as often as all others."""
+  """Flip a bit of a file, cut it, or remove it. Half of the time it is the largest file, which has the arrays."""
   files = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
   path = rng.choice([files[-1], rng.choice(files)])
   content, kind = bytearray(path.read_bytes()), rng.choice(["flip", "flip", "cut", "remove"])
@@ -148,31 +148,31 @@ def damage(folder, rng):
 
 
 @pytest.mark.parametrize("seeds", [range(8), pytest.param(range(8, 88), marks=pytest.mark.slow)], ids=["8", "80"])
-def test_a_damaged_file_is_noticed_or_does_no_harm(saved, tmp_path, seeds, capfd):
-  said = []
+def test_a_damaged_file_is_noticed_or_has_no_effect(saved, tmp_path, seeds, capfd):
+  messages = []
   for seed in seeds:
     folder = shutil.copytree(saved[1], tmp_path / str(seed))
     damage(folder, random.Random(seed))
     try:
       loaded = training.load(folder)
     except (ValueError, FileNotFoundError) as error:
-      said.append(str(error).replace(str(folder), "FOLDER"))
+      messages.append(str(error).replace(str(folder), "FOLDER"))
     else:
       assert same_bits(loaded.params, saved[0])
       assert loaded.config == CONFIG
-  assert said
-  assert all("FOLDER" in text and len(text) < 700 for text in said)
+  assert messages
+  assert all("FOLDER" in text and len(text) < 700 for text in messages)
   assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_other_types_come_back_as_they_were(saved, tmp_path, dtype):
+def test_other_dtypes_are_loaded_unchanged(saved, tmp_path, dtype):
   params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), saved[0])
   training.save(tmp_path, training.Model(CONFIG, params))
   assert same_bits(training.load(tmp_path).params, params)
 
 
-def test_checksums_tell_arrays_apart():
+def test_different_arrays_have_different_checksums():
   zeros = np.zeros((2, 3), np.float32)
   flipped = zeros.copy()
   flipped.view(np.uint8)[1, 5] ^= 1

@@ -40,16 +40,16 @@ LEARNED = ModelConfig(
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
-  """A configuration's step is one program in all tests, and not one for each call of `fit`; so is its first state."""
+  """Compile the step and the initial state of a configuration once for all tests, and not in each call of `fit`."""
 
   def remembered(make):
-    made = {}
+    cache = {}
 
     def make_once(*args):
-      if (name := repr(args)) not in made:
-        made[name] = make(*args)
-      # A state's arrays are given up to the first step: each call has its own.
-      return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, made[name])
+      if (name := repr(args)) not in cache:
+        cache[name] = make(*args)
+      # The buffers of a state are donated to the first step, so each call gets a copy.
+      return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, cache[name])
 
     return make_once
 
@@ -61,7 +61,7 @@ def compiled_once():
 
 @pytest.fixture(scope="module")
 def images():
-  """Two classes that anyone can tell apart: bright on top, bright below."""
+  """Two classes that are easy to distinguish: bright at the top, bright at the bottom."""
   rng = np.random.default_rng(0)
   labels = np.arange(40, dtype=np.int32) % 2
   pixels = rng.integers(0, 60, (40, 4, 4, 1)).astype(np.uint8)
@@ -72,13 +72,13 @@ def images():
 
 @pytest.fixture(scope="module")
 def trained(images, tmp_path_factory):
-  """A model of one step, and the folder that it is in; tests that change the folder work on a copy."""
+  """A model trained for one step, and its folder. Tests that change the folder copy it first."""
   folder = tmp_path_factory.mktemp("trained") / "model"
-  # Three examples do not divide over the four devices of the tests, and one device compiles in half the time.
+  # Three examples cannot be distributed over the four devices of the tests, and one device compiles in half the time.
   return training.fit(UNET, TrainingConfig(steps=1, batch_size=3), images, folder, progress=False), folder
 
 
-# One program for all that takes more than a step; with a batch of 3, for the same reason.
+# One configuration for all tests with more than one step; the batch size is 3 for the same reason.
 LONG = TrainingConfig(steps=50, batch_size=3, save_every=20, ema_decay=0.15)
 
 
@@ -90,7 +90,9 @@ def leaves_equal(a, b):
 def test_both_networks_learn(images, tmp_path):
   config = TrainingConfig(steps=60, batch_size=16, learning_rate=5e-3, warmup=5, ema_decay=0.9)
   denoiser = training.fit(UNET, config, images, tmp_path / "denoiser", progress=False)
-  config = dataclasses.replace(config, batch_size=15)  # The first is spread over the devices, and this is on one.
+  config = dataclasses.replace(
+    config, batch_size=15
+  )  # The first training runs on all devices, this one on a single device.
   classifier = training.fit(CLASSIFIER, config, images, tmp_path / "classifier", progress=False)
   x0 = jnp.asarray(images.images[:8] / 127.5 - 1, jnp.float32)
   log_prob = jax.vmap(classifier.log_prob, (0, None, 0))(x0, jnp.asarray(0.1), jnp.asarray(images.labels[:8]))
@@ -100,7 +102,7 @@ def test_both_networks_learn(images, tmp_path):
   assert jnp.square(seen - x0).mean() < 0.5 * jnp.square(noisy - x0).mean()
 
 
-def test_a_killed_run_ends_where_an_unbroken_one_does(images, tmp_path, monkeypatch):
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(images, tmp_path, monkeypatch):
   config = LONG
   whole = training.fit(UNET, config, images, tmp_path / "whole", progress=False)
 
@@ -120,11 +122,11 @@ def test_a_killed_run_ends_where_an_unbroken_one_does(images, tmp_path, monkeypa
       training.load(tmp_path / "killed")
     seen.clear()
     resumed = training.fit(UNET, config, images, tmp_path / "killed", progress=False)
-  assert seen == list(range(40, 51))  # The last is for its loss alone.
+  assert seen == list(range(40, 51))  # The last step only computes the final loss.
   assert leaves_equal(resumed.params, whole.params)
 
 
-def test_trained_once_is_trained(images, trained, tmp_path, monkeypatch):
+def test_a_trained_model_is_loaded_and_not_trained_again(images, trained, tmp_path, monkeypatch):
   first, folder = trained
   folder = shutil.copytree(folder, tmp_path / "model")
   config = TrainingConfig(steps=1, batch_size=3)
@@ -133,10 +135,10 @@ def test_trained_once_is_trained(images, trained, tmp_path, monkeypatch):
     again = training.fit(UNET, config, images, folder, progress=False)
     assert leaves_equal(first.params, again.params)
     assert again.config == UNET
-    with pytest.raises(ValueError, match="configured otherwise: retrain it, or choose another folder"):
+    with pytest.raises(ValueError, match="with other settings: retrain it, or choose another folder"):
       training.fit(UNET, dataclasses.replace(config, seed=1), images, folder, progress=False)
     others = Images(255 - images.images, images.labels, 2, "halves")
-    with pytest.raises(ValueError, match="configured otherwise: retrain it, or choose another folder"):
+    with pytest.raises(ValueError, match="with other settings: retrain it, or choose another folder"):
       training.fit(UNET, config, others, folder, progress=False)
   (folder / "notes.txt").touch()
   other = training.fit(UNET, config, others, folder, retrain=True, progress=False)
@@ -161,15 +163,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(images
   with pytest.raises(FloatingPointError, match=r"not finite at step 47; the checkpoint of step 40 is kept in .*lower"):
     training.fit(UNET, config, images, tmp_path, progress=False)
   assert (tmp_path / "checkpoints" / "40").is_dir()
-  # What torn checkpoints would do to the run that goes on from them.
+  # If all checkpoints are damaged, the run cannot be continued.
   for path in sorted((tmp_path / "checkpoints").rglob("*")):
     if path.is_file() and path.stat().st_size > 100:
       path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-  with pytest.raises(ValueError, match=r"checkpoint of step 40 in .* is torn"):
+  with pytest.raises(ValueError, match=r"checkpoint of step 40 in .* is damaged"):
     training.fit(UNET, config, images, tmp_path, progress=False)
 
 
-def test_the_running_mean_is_what_its_definition_says(images):
+def test_the_running_mean_agrees_with_its_definition(images):
   state, step = loop.init_state(UNET, LONG), loop.train_step(UNET, LONG)
   mean = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(state.params)]
   for k in range(4):
@@ -180,23 +182,23 @@ def test_the_running_mean_is_what_its_definition_says(images):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_a_torn_model_is_told_from_a_whole_one(trained, tmp_path):
+def test_a_damaged_model_is_not_loaded(trained, tmp_path):
   params, whole = trained[0].params, shutil.copytree(trained[1], tmp_path / "whole")
 
-  torn = shutil.copytree(whole, tmp_path / "torn")
-  for path in sorted((torn / "params").rglob("*")):
+  damaged = shutil.copytree(whole, tmp_path / "damaged")
+  for path in sorted((damaged / "params").rglob("*")):
     if path.is_file() and path.stat().st_size > 100:
       path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-  with pytest.raises(ValueError, match="torn"):
-    training.load(torn)
+  with pytest.raises(ValueError, match="are damaged or belong to another model"):
+    training.load(damaged)
 
-  shutil.rmtree(torn / "params")
-  with pytest.raises(ValueError, match="torn"):
-    training.load(torn)
+  shutil.rmtree(damaged / "params")
+  with pytest.raises(ValueError, match="are damaged or belong to another model"):
+    training.load(damaged)
 
-  (torn / "config.json").write_text('{"network": "unet"')
+  (damaged / "config.json").write_text('{"network": "unet"')
   with pytest.raises(ValueError, match="does not describe a model"):
-    training.load(torn)
+    training.load(damaged)
 
   other = json.loads((whole / "config.json").read_text())
   other["fields"]["model_channels"] = 16
@@ -220,16 +222,16 @@ def test_a_torn_model_is_told_from_a_whole_one(trained, tmp_path):
     ({"variance": "learned_range"}, "give out_channels 2"),
     ({"diffusion_steps": 10, "schedule": "sigmoid"}, "unknown schedule of discrete steps 'sigmoid'"),
     ({"rescale_timesteps": True}, "give diffusion_steps"),
-    ({"diffusion_steps": 10, "prediction": "edm"}, "is told no steps"),
-    ({"scale": 2.0}, "recommended for a classifier"),
+    ({"diffusion_steps": 10, "prediction": "edm"}, "has no discrete steps: leave out diffusion_steps"),
+    ({"scale": 2.0}, "recommended guidance scale of a classifier"),
     ({"network": "classifier", "variance": "large"}, "a classifier has no variance"),
     ({"fields": {"num_classes": 5}}, "num_classes is not one of the fields"),
     ({"fields": {"perturbation": {"kind": "skip"}}}, "perturbation is not one of a model's fields"),
     ({"image_shape": (8, 8)}, r"must be \(height, width, channels\), got \(8, 8\)"),
     ({"num_classes": 0}, "num_classes must be a whole number from 1 to 16777216"),
     ({"schedule": "cosin"}, "did you mean 'cosine'"),
-    ({"low_res_shape": (2, 2, 1)}, "low_res_shape is for a super_res_unet, which needs it; the network is a unet"),
-    ({"network": "super_res_unet"}, "low_res_shape is for a super_res_unet, which needs it"),
+    ({"low_res_shape": (2, 2, 1)}, "low_res_shape must be given for a super_res_unet, .*; the network is a unet"),
+    ({"network": "super_res_unet"}, "low_res_shape must be given for a super_res_unet"),
   ],
 )
 def test_a_bad_model_config(change, message):
@@ -258,17 +260,18 @@ def test_a_learned_variance_is_learned(images, tmp_path):
     one = lambda key, x0, y: jg.variational.bits_per_dim(trained.denoiser, key, x0, sigmas, y, variance)  # noqa: E731
     return jax.jit(jax.vmap(one))(jg.sample_keys(jax.random.key(0), 8), x0, images.labels[:8]).vb.mean(0)
 
-  # It bounds better than either that it lies between. (In the first step all is the error in x0, times 1e4.)
+  # The learned variance, between small and large, gives the better bound. (The first step is left out: the error in x0,
+  # times 1e4, dominates it.)
   learned, small, large = (bits(kind)[1:].sum() for kind in ("learned_range", "small", "large"))
   assert learned < small
   assert learned < large
 
 
-def test_what_a_discrete_process_does_not_take(images, tmp_path):
+def test_options_that_do_not_apply(images, tmp_path):
   for config, change, message in (
     (LEARNED, {"noise_mean": 0.0}, "draws its steps uniformly"),
-    (LEARNED, {"p_uncond": 0.1}, "p_uncond is for a UNet with a null class"),
-    (UNET, {"loss": "kl"}, "a loss is chosen for a UNet on a discrete process"),
+    (LEARNED, {"p_uncond": 0.1}, "p_uncond needs a network with a null class"),
+    (UNET, {"loss": "kl"}, "loss is for a denoiser on a discrete process"),
   ):
     with pytest.raises(ValueError, match=message):
       training.fit(config, TrainingConfig(steps=1, **change), images, tmp_path, progress=False)
@@ -284,7 +287,7 @@ def test_an_unconditional_network_is_trained_without_labels(images, tmp_path):
   assert training.load(tmp_path).config == config
 
 
-def test_images_that_do_not_suit(images, tmp_path):
+def test_images_that_do_not_fit(images, tmp_path):
   with pytest.raises(ValueError, match=r"images of shape \(8, 8, 1\) in 2 classes, but halves has \(4, 4, 1\) in 2"):
     training.fit(dataclasses.replace(UNET, image_shape=(8, 8, 1)), TrainingConfig(steps=1), images, tmp_path)
   (tmp_path / "file").touch()
@@ -301,7 +304,7 @@ def test_the_wrong_kind_of_model(trained):
 SUPER_RES = ModelConfig("super_res_unet", TINY, image_shape=(4, 4, 1), num_classes=2, low_res_shape=(2, 2, 1))
 
 
-def test_a_super_resolution_model_is_kept_and_used_but_not_trained_here(images, tmp_path):
+def test_a_super_resolution_model_can_be_saved_and_used_but_not_trained(images, tmp_path):
   shapes = jax.eval_shape(lambda key: init_params(SUPER_RES, key), jax.random.key(0))
   params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
   training.save(tmp_path / "model", training.Model(SUPER_RES, params))
@@ -310,13 +313,13 @@ def test_a_super_resolution_model_is_kept_and_used_but_not_trained_here(images, 
   cond = {"label": jnp.asarray(1), "low_res": jnp.zeros((2, 2, 1))}
   seen = jax.eval_shape(loaded.denoiser, jnp.ones((4, 4, 1)), jnp.asarray(1.0), cond)
   assert seen.shape == (4, 4, 1)
-  with pytest.raises(ValueError, match="cannot be trained here"):
+  with pytest.raises(ValueError, match="fit cannot train a super_res_unet"):
     training.fit(SUPER_RES, TrainingConfig(steps=1), images, tmp_path / "trained")
   assert not (tmp_path / "trained").exists()
 
 
 @pytest.mark.parametrize(("fields", "null"), [({}, 2), ({"null_class": False}, None)])
-def test_only_a_null_class_stands_for_none(fields, null):
+def test_the_null_label_of_a_network_with_and_without_a_null_class(fields, null):
   assert training.Model(dataclasses.replace(UNET, fields={**TINY, **fields}), {}).null_cond == null
 
 
@@ -330,11 +333,11 @@ def test_denoisers_of_one_configuration_are_one_program(trained):
     denoise(source.denoiser, jnp.zeros((4, 4, 1)))
 
 
-# --- what the configuration chooses ---------------------------------------------------------------
+# --- options of the configuration - ---------------------------------------------------------------
 
 
 def one_step(images, **options):
-  """The state after one step, with the metrics; the digits' own data and a network without dropout."""
+  """The initial parameters, the state after one step, and the metrics; without dropout."""
   config = TrainingConfig(steps=4, batch_size=3, warmup=0, clip_norm=1e9, **options)
   state = step.init_state(UNET, config)
   first = jax.tree.map(jnp.copy, state.params)
@@ -349,7 +352,7 @@ def test_a_power_function_mean_is_kept(images):
 
 
 @pytest.mark.parametrize(("rate", "last"), [("constant", 1.0), ("inverse-sqrt:decay_start=25", 0.5), ("cosine", 0.0)])
-def test_the_learning_rate_is_the_one_that_is_named(rate, last):
+def test_the_learning_rate_is_the_named_one(rate, last):
   schedule = rates.rate(rate, 0.1, steps=100, warmup=10)
   np.testing.assert_allclose([schedule(5), schedule(10), schedule(100)], [0.05, 0.1, 0.1 * last], atol=1e-7)
   changed = rates.rate(TrainingConfig(steps=100, warmup=10, rate=rate).rate, 0.1, 100, 10)
@@ -364,8 +367,8 @@ def test_the_learning_rate_is_the_one_that_is_named(rate, last):
     ("edm:sigma_data=0.3", lambda sigma: (sigma**2 + 0.3**2) / (0.3 * sigma) ** 2),
   ],
 )
-def test_the_loss_has_the_weight_that_is_named(images, weight, of_sigma):
-  """The losses of two weights differ as their weights do, at each level: here all levels are one."""
+def test_the_loss_has_the_named_weight(images, weight, of_sigma):
+  """The ratio of two losses is that of their weights if all examples have the same noise level."""
   level = {"noise_mean": 0.5, "noise_std": 0.0}
   plain = float(one_step(images, **level)[2]["loss"])
   weighted = float(one_step(images, weight=weight, **level)[2]["loss"])
@@ -374,7 +377,7 @@ def test_the_loss_has_the_weight_that_is_named(images, weight, of_sigma):
   np.testing.assert_allclose(weighted / plain, of_sigma(sigma) * c_out**2, rtol=1e-4)
 
 
-def test_a_learned_uncertainty_starts_at_nothing_is_trained_and_is_not_kept(images, tmp_path):
+def test_a_learned_uncertainty_is_trained_and_not_saved(images, tmp_path):
   _, after, metrics = one_step(images, uncertainty=True, p_uncond=0.0)
   assert jnp.abs(after.params["uncertainty"]["Dense_0"]["kernel"]).max() > 0
   assert np.isfinite(metrics["loss"])
@@ -394,6 +397,6 @@ def test_a_learned_uncertainty_starts_at_nothing_is_trained_and_is_not_kept(imag
     (UNET, {"loss": "kl"}),
   ],
 )
-def test_a_loss_that_does_not_suit_the_network_is_refused(model, options):
+def test_a_loss_that_does_not_apply_is_refused(model, options):
   with pytest.raises(ValueError, match="leave"):
     objectives.objective(model, TrainingConfig(steps=1, **options))

@@ -1,4 +1,4 @@
-"""Models: what a network is, its parameters, and the folder that holds both.
+"""Models: a network's configuration with its parameters, in memory and as a folder on disk.
 
 >>> from jaxguide.models import ModelConfig
 >>> ModelConfig("unet", {"model_channels": 32}, image_shape=(8, 8, 1), num_classes=10).module.model_channels

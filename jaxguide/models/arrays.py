@@ -1,4 +1,4 @@
-"""Trees of arrays on their way to a disk and back: checksums, by which rot is told, and errors in one sentence."""
+"""Writing trees of arrays to disk and reading them back, with checksums against damage and one-line errors."""
 
 import contextlib
 import errno
@@ -23,15 +23,15 @@ import numpy as np
 
 from jaxguide._core.typing import PyTree
 
-# How long a failed write has to be silent to be over, in seconds.
+# A failed write counts as ended once Orbax's threads have printed nothing for this many seconds.
 PATIENCE = 1.0
 
-# What a checkpoint takes beside its arrays, in bytes, and some more.
+# Upper bound on the size of a checkpoint's files without its arrays, in bytes.
 MARGIN = 2**20
 
 
 def leaves(tree: PyTree) -> dict[str, Any]:
-  """Give the leaves of a tree by their paths.
+  """Return the leaves of a tree by their paths.
 
   >>> leaves({"params": {"kernel": 1.0, "bias": 2.0}})
   {'params/bias': 2.0, 'params/kernel': 1.0}
@@ -41,22 +41,22 @@ def leaves(tree: PyTree) -> dict[str, Any]:
 
 
 def not_finite(tree: PyTree) -> str | None:
-  """Give the path of the first array that holds an infinity or a NaN; None if there is none.
+  """Return the path of the first array that contains an infinity or a NaN; None if there is none.
 
   >>> not_finite({"bias": np.zeros(2), "kernel": np.array([1.0, np.inf])})
   'kernel'
   """
   for path, leaf in leaves(tree).items():
-    # One at a time: all together they need not fit into the host's memory.
+    # One array at a time, because all arrays together may not fit into the host's memory.
     if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and not np.isfinite(np.asarray(leaf)).all():
       return path
   return None
 
 
 def checksum(leaf: Any) -> dict[str, Any]:
-  """Describe an array so that another one has, as good as surely, another description: type, shape, and CRC-32.
+  """Return a checksum of an array: its type, shape and CRC-32.
 
-  Any change of up to 32 bits that lie together is told, and all but one in 2**32 of the others.
+  The CRC detects any change within 32 consecutive bits, and misses one in 2**32 of the other changes.
 
   >>> checksum(np.zeros(3, np.float32))
   {'dtype': 'float32', 'shape': [3], 'crc32': '7bd5c66f'}
@@ -67,15 +67,15 @@ def checksum(leaf: Any) -> dict[str, Any]:
 
 
 def checksums(tree: PyTree) -> dict[str, dict[str, Any]]:
-  """Give the checksum of each array of a tree by its path."""
+  """Return the checksum of each array of a tree, by its path."""
   return {path: checksum(leaf) for path, leaf in leaves(tree).items()}
 
 
-def check(tree: PyTree, wanted: Mapping[str, Any]) -> None:
-  """Hold arrays against the `checksums` that were kept of them.
+def check(tree: PyTree, expected: Mapping[str, Any]) -> None:
+  """Compare arrays with their stored `checksums`.
 
   Raises:
-    ValueError: naming the first array that is another one, or of which there is no checksum.
+    ValueError: if an array differs from its checksum or has none, naming the first such array.
 
   >>> check({"bias": np.ones(2)}, checksums({"bias": np.zeros(2)}))
   Traceback (most recent call last):
@@ -83,14 +83,14 @@ def check(tree: PyTree, wanted: Mapping[str, Any]) -> None:
   ValueError: bias does not match its checksum
   """
   for path, leaf in leaves(tree).items():
-    if path not in wanted:
+    if path not in expected:
       raise ValueError(f"there is no checksum of {path}")
-    if checksum(leaf) != wanted[path]:
+    if checksum(leaf) != expected[path]:
       raise ValueError(f"{path} does not match its checksum")
 
 
 def reason(error: BaseException) -> str:
-  """Give in one line what went wrong at the root of what Orbax or its storage raised.
+  """Return the original cause of an error from Orbax or TensorStore, in one line.
 
   >>> reason(ValueError("NOT_FOUND: no manifest [tensorstore_spec='...']"))
   'NOT_FOUND: no manifest'
@@ -102,44 +102,49 @@ def reason(error: BaseException) -> str:
   code = re.search(r"os_error_code='(\d+)'", str(error))
   if code:
     return os.strerror(int(code[1]))
-  first = next(iter(str(error).strip().splitlines()), "").partition(" [tensorstore_spec")[0]
-  named = f"{type(error).__name__} {first}" if isinstance(error, KeyError) or not first else first
-  return textwrap.shorten(named, 300, placeholder=" ...")
+  first_line = next(iter(str(error).strip().splitlines()), "").partition(" [tensorstore_spec")[0]
+  # The message of a KeyError is the key alone.
+  message = f"{type(error).__name__} {first_line}" if isinstance(error, KeyError) or not first_line else first_line
+  return textwrap.shorten(message, 300, placeholder=" ...")
 
 
 def attempt(call: Callable[[], Any], patience: float = 0.0) -> tuple[Any, str | None]:
-  """Call Orbax; give what it gives, or why it failed, in one line.
+  """Call Orbax, and turn a failure into one line without tracebacks on stderr.
 
-  Where it fails its threads print a traceback for each array, some after the first was raised, and its tasks when they
-  are collected. Those are not let through; what it prints where nothing goes wrong is.
+  When Orbax fails, its threads print a traceback for each array, some of them after the first exception was raised. Its
+  asyncio tasks print theirs when they are garbage-collected. This output is discarded. If the call succeeds, everything
+  that it printed to stderr is passed on.
 
   Args:
-    call: what to do.
-    patience: where it fails, how long the threads have to be silent to be over, in seconds.
+    call: the call, without arguments.
+    patience: after a failure, wait until the threads have printed nothing for this many seconds.
+
+  Returns:
+    The result and None; or None and the reason of the failure.
   """
-  heard, absl = io.StringIO(), logging.getLogger("absl")
-  result, failed, hook = None, None, sys.unraisablehook
+  captured, absl = io.StringIO(), logging.getLogger("absl")
+  result, failure, hook = None, None, sys.unraisablehook
   absl.addFilter(_has_no_traceback)
-  sys.unraisablehook = lambda ignored: None if _is_of_orbax(ignored.object) else hook(ignored)
+  sys.unraisablehook = lambda event: None if _is_of_orbax(event.object) else hook(event)
   try:
-    with contextlib.redirect_stderr(heard):
+    with contextlib.redirect_stderr(captured):
       try:
         result = call()
-      except Exception as error:  # Orbax and its storage raise many kinds.
-        failed = reason(error)
-      if failed is not None:
-        # It stays: tasks that nobody asked for their error may be collected at any time.
+      except Exception as error:  # Orbax and TensorStore raise many kinds of exceptions.
+        failure = reason(error)
+      if failure is not None:
+        # This filter is not removed, because tasks with an unread exception may be garbage-collected at any later time.
         logging.getLogger("asyncio").addFilter(_is_not_of_orbax)
         length = -1
-        while length != (length := heard.tell()):
-          gc.collect()  # The error is gone by now, and lets go of the tasks.
+        while length != (length := captured.tell()):
+          gc.collect()  # The exception no longer refers to the tasks, so they are collected here.
           time.sleep(patience)
   finally:
     absl.removeFilter(_has_no_traceback)
     sys.unraisablehook = hook
-  if failed is None:
-    sys.stderr.write(heard.getvalue())
-  return result, failed
+  if failure is None:
+    sys.stderr.write(captured.getvalue())
+  return result, failure
 
 
 def _has_no_traceback(record: logging.LogRecord) -> bool:
@@ -155,23 +160,28 @@ def _is_not_of_orbax(record: logging.LogRecord) -> bool:
 
 
 def write(path: Path, tree: PyTree, call: Callable[[], Any]) -> None:
-  """Let Orbax write a tree to ``path``; where it fails, nothing of it stays on the disk.
+  """Write a tree to ``path`` by a call to Orbax. If the call fails, its incomplete files are removed.
+
+  Args:
+    path: the folder that the call writes.
+    tree: the arrays, to estimate the space that is needed.
+    call: the call to Orbax, without arguments.
 
   Raises:
-    OSError: with the path and the reason.
+    OSError: if the call fails or there is too little space, with the path and the reason.
   """
   needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + MARGIN
   free = shutil.disk_usage(path.parent).free
-  # Known before, it costs no time, and Orbax is quiet.
-  failed = f"{os.strerror(errno.ENOSPC)}, it needs {needed:,} bytes and {free:,} are free" if free < needed else None
-  if failed is None:
-    _, failed = attempt(call, PATIENCE)
-  if failed is not None:
+  # Checking the space first saves the time of the attempt, and Orbax's error output.
+  failure = f"{os.strerror(errno.ENOSPC)}, it needs {needed:,} bytes and {free:,} are free" if free < needed else None
+  if failure is None:
+    _, failure = attempt(call, PATIENCE)
+  if failure is not None:
     remove_unfinished(path.parent, path.name)
-    raise OSError(f"cannot write {path}: {failed}; make room there, or choose another path")
+    raise OSError(f"cannot write {path}: {failure}; free some space there, or choose another path")
 
 
 def remove_unfinished(folder: Path, name: str = "") -> None:
-  """Remove what Orbax had begun to write in a folder when it was ended."""
-  for begun in folder.glob(f"{glob.escape(name)}*.orbax-checkpoint-tmp*"):
-    shutil.rmtree(begun, ignore_errors=True)
+  """Remove incomplete files of Orbax, which an interrupted process left in a folder."""
+  for unfinished in folder.glob(f"{glob.escape(name)}*.orbax-checkpoint-tmp*"):
+    shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a model is, as plain data that a JSON file can hold."""
+"""The configuration of a model, as plain data that can be stored in a JSON file."""
 
 import dataclasses
 import math
@@ -16,8 +16,8 @@ from jaxguide.models.encoders import ENCODERS, Encoder
 from jaxguide.models.networks import NETWORKS, Network, Role
 from jaxguide.schedules.posterior import VARIANCES
 
-# The least and the largest value of each field that is a number, for each element where there are several. They are far
-# beyond what networks have: what lies outside is a slip, and would end in hours of tracing or in no memory.
+# The least and the largest value of each numeric field; for a list, of each element. They are far beyond real networks:
+# a value outside is a mistake, and would lead to hours of tracing or run out of memory.
 SIDE = (1, 2**16)
 
 BOUNDS: dict[str, tuple[int | float, int | float]] = {
@@ -32,34 +32,36 @@ LARGEST_IMAGE = 2**31 - 1
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
-# What a module has beside its own fields.
+# Dataclass fields that every Flax module has, which are not fields of a network.
 NOT_FIELDS = ("parent", "name")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """All that has to be known about a network to use its parameters.
+  """The configuration of a network: everything that is needed to use its parameters.
 
   Args:
     network: ``unet``, ``super_res_unet`` or ``classifier``.
-    fields: the network's own fields, as `jaxguide.UNet`, `jaxguide.SuperResUNet` and `jaxguide.Classifier` have them;
-      ``dtype`` becomes its name.
+    fields: the fields of the network, those of `jaxguide.UNet`, `jaxguide.SuperResUNet` or `jaxguide.Classifier`;
+      ``dtype`` is stored by its name.
     image_shape: (height, width, channels), each at most 65,536, and at most 2**31 - 1 numbers in all.
     num_classes: number of classes, at most 2**24, or None for an unconditional network.
-    prediction: what the network predicts, from `jaxguide.scaling`; a classifier shares the input's scaling with it.
-    schedule: what tells the network its time, from `jaxguide.schedules`: a continuous one, or the betas of a table if
-      there are ``diffusion_steps``.
+    prediction: what the network predicts, a name from `jaxguide.scaling`. For a classifier it only sets the scaling of
+      the input.
+    schedule: the noise schedule that gives the network's time input, a name from `jaxguide.schedules`: a continuous
+      schedule, or the betas of a table if ``diffusion_steps`` is given.
     diffusion_steps: number of steps of the discrete process that the network was trained on, at most 100,000; None for
       continuous time.
-    rescale_timesteps: whether a table's steps are told to the network as if there were 1000 of them.
-    variance: the noise that `jaxguide.DDPM` adds for this network, ``small``, ``large`` or ``learned_range``.
-    scale: the scale of guidance that is recommended for a classifier, if one is.
-    low_res_shape: (height, width, channels) of the low-resolution image, for a ``super_res_unet``.
-    encoder: how the examples of a data set become what the network sees, from `jaxguide.models.encoders`.
+    rescale_timesteps: whether the time input is the step of a table rescaled to 1000 steps.
+    variance: the variance of the noise that `jaxguide.DDPM` adds for this network, ``small``, ``large`` or
+      ``learned_range``.
+    scale: the recommended guidance scale of a classifier, or None.
+    low_res_shape: (height, width, channels) of the low-resolution image of a ``super_res_unet``; None for others.
+    encoder: how the stored examples of a dataset are converted to x0, a name from `jaxguide.models.encoders`.
 
   Raises:
-    ValueError: for a name that is not known, naming the nearest; a field that the network does not have; or a value
-      that is out of range or of another type than the field's, naming the field.
+    ValueError: for an unknown name, with the nearest known one; for a field that the network does not have; or for a
+      value that is out of range or of a wrong type, naming the field.
   """
 
   network: str
@@ -76,7 +78,7 @@ class ModelConfig:
   encoder: str = "pixels"
 
   def __post_init__(self):
-    # As JSON has it, so that a configuration is the same before and after.
+    # Convert values to plain data, so that a configuration equals itself after it was stored as JSON and read back.
     for field in dataclasses.fields(self):
       value = checks.field(field.name, getattr(self, field.name), field.type, *BOUNDS.get(field.name, ()))
       object.__setattr__(self, field.name, value)
@@ -85,11 +87,14 @@ class ModelConfig:
       if shape is not None and len(shape) != 3:
         raise ValueError(f"{name} must be (height, width, channels), got {reprlib.repr(shape)}")
       if shape is not None and math.prod(shape) > LARGEST_IMAGE:
-        raise ValueError(f"{name} must be of at most {LARGEST_IMAGE:,} numbers, got {reprlib.repr(shape)}")
+        raise ValueError(f"{name} must have at most {LARGEST_IMAGE:,} numbers in all, got {reprlib.repr(shape)}")
     network = checks.lookup("network", self.network, NETWORKS)
     object.__setattr__(self, "fields", _network_fields(network, self.fields))
     if network.low_res != (self.low_res_shape is not None):
-      raise ValueError(f"low_res_shape is for a super_res_unet, which needs it; the network is a {self.network}")
+      raise ValueError(
+        "low_res_shape must be given for a super_res_unet, and left out for other networks; "
+        f"the network is a {self.network}"
+      )
     checks.lookup("encoder", self.encoder, ENCODERS)
     checks.lookup("prediction", self.prediction, scaling.PREDICTIONS)
     checks.lookup("variance", self.variance, dict.fromkeys(VARIANCES))
@@ -97,25 +102,27 @@ class ModelConfig:
     if self.diffusion_steps is None:
       checks.lookup("schedule", self.schedule, schedules.SCHEDULES)
       if self.rescale_timesteps:
-        raise ValueError("rescale_timesteps is for a network of discrete steps: give diffusion_steps")
+        raise ValueError("rescale_timesteps needs a network of discrete steps: give diffusion_steps")
     else:
       checks.lookup("schedule of discrete steps", self.schedule, schedules.BETAS)
       if self.prediction not in ("eps", "x0", "v"):
-        raise ValueError(f"a network that predicts {self.prediction!r} is told no steps: leave out diffusion_steps")
+        raise ValueError(
+          f"a network that predicts {self.prediction!r} has no discrete steps: leave out diffusion_steps"
+        )
 
   @property
   def role(self) -> Role:
-    """What the network is for."""
+    """The role of the network: denoiser or classifier."""
     return NETWORKS[self.network].role
 
   @property
   def data(self) -> Encoder:
-    """How the examples of a data set become what the network sees, and back."""
+    """The encoder, which converts stored examples to x0 and back."""
     return ENCODERS[self.encoder]
 
   @property
   def noise_schedule(self) -> schedules.NoiseSchedule:
-    """What tells the network its time; a `jaxguide.schedules.Table` if it was trained on discrete steps."""
+    """The noise schedule of the network; a `jaxguide.schedules.Table` if it was trained on discrete steps."""
     if self.diffusion_steps is None:
       return schedules.schedule(self.schedule)
     return schedules.table(self.schedule, self.diffusion_steps)
@@ -127,29 +134,29 @@ class ModelConfig:
 
   @property
   def null_cond(self) -> int | None:
-    """The label that stands for none; None where the network has no such label."""
+    """The null label, which means "no label"; None if the network has no null class."""
     return self.num_classes if getattr(self.module, "null_class", False) else None
 
   @property
   def scaling(self) -> scaling.Scaling:
-    """How the network's input and output are scaled."""
+    """The scaling of the network's input and output."""
     time_scale = 1000 / self.diffusion_steps if self.diffusion_steps and self.rescale_timesteps else None
     if self.prediction == "flow":
-      time_scale = 1000.0  # What the networks trained here are told.
+      time_scale = 1000.0  # The convention of the networks that `jaxguide.training` trains.
     return scaling.scaling(self.prediction, self.noise_schedule, time_scale)
 
 
-def _network_fields(network: Network, given: Mapping[str, Any]) -> dict[str, Any]:
-  """Check the fields of a network, and give them as plain data."""
+def _network_fields(network: Network, fields: Mapping[str, Any]) -> dict[str, Any]:
+  """Check the fields of a network, and return them as plain data."""
   cls, classes = network.module, network.role.classes
   known = {field.name: field.type for field in dataclasses.fields(cls) if field.name not in NOT_FIELDS}
   checked: dict[str, Any] = {}
-  for name, value in given.items():
+  for name, value in fields.items():
     if name == "perturbation":
-      raise ValueError("perturbation is not one of a model's fields: give it to jaxguide.perturbed, when sampling")
+      raise ValueError("perturbation is not one of a model's fields: give it to jaxguide.perturbed when you sample")
     kind = checks.lookup(f"field of {cls.__name__}", name, known)
     if name == classes:
-      raise ValueError(f"{name} is not one of the fields: the model's num_classes tells it")
+      raise ValueError(f"{name} is not one of the fields: set num_classes of the model instead")
     if name == "dtype":
       checked[name] = dtype_name(value)
     else:
@@ -159,10 +166,10 @@ def _network_fields(network: Network, given: Mapping[str, Any]) -> dict[str, Any
 
 
 def dtype_name(dtype: Any) -> str:
-  """Give the name of a type that networks compute in.
+  """Return the name of a network's ``dtype``.
 
   Raises:
-    ValueError: if it is none of ``float32``, ``bfloat16``, ``float16`` and ``float64``.
+    ValueError: if it is not ``float32``, ``bfloat16``, ``float16`` or ``float64``.
 
   >>> import jax.numpy as jnp
   >>> dtype_name(jnp.bfloat16), dtype_name(np.dtype("float32")), dtype_name("bfloat16")

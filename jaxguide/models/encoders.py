@@ -1,10 +1,10 @@
-r"""Encoders: how the stored examples of a data set become what a network sees, and back.
+r"""Encoders: the conversion between the stored examples of a dataset and x0.
 
-A network sees ``x0``, floats whose clean values lie in a known range. A data set stores something else: pixels are
-``uint8``. An `Encoder` goes from one to the other.
+Diffusion works on ``x0``: floats whose clean values lie in a known range. A dataset stores another type: pixels are
+``uint8``. An `Encoder` converts one to the other.
 
-Each model names its encoder in `jaxguide.models.ModelConfig`. The programs that train and sample take it from there.
-They do not know what the stored examples are.
+The name of a model's encoder is a field of `jaxguide.models.ModelConfig`. Training and sampling convert examples by
+this encoder alone, so they work for every type of stored example.
 """
 
 from collections.abc import Callable
@@ -19,13 +19,13 @@ from jaxguide.data.pixels import to_uint8
 
 
 class Encoder(NamedTuple):
-  """The way from stored examples to ``x0`` and back.
+  """The conversion of stored examples to ``x0`` and back.
 
   Args:
-    encode: stored examples (n, ...) to ``x0`` (n, *shape), float32; pure, and called inside ``jit``.
-    decode: ``x0`` (n, *shape) to stored examples, in NumPy. Values outside the range are clipped.
-    low: the least value of a clean ``x0``; None where there is no bound.
-    high: the largest value of a clean ``x0``; None where there is no bound.
+    encode: maps stored examples (n, ...) to ``x0`` (n, *shape), float32; a pure function, called inside ``jit``.
+    decode: maps ``x0`` (n, *shape) to stored examples, in NumPy. Values outside the range are clipped.
+    low: the least value of a clean ``x0``; None if there is no bound.
+    high: the largest value of a clean ``x0``; None if there is no bound.
   """
 
   encode: Callable[[ArrayLike], Array]
@@ -35,7 +35,7 @@ class Encoder(NamedTuple):
 
   @property
   def bound(self) -> float | None:
-    """The largest absolute value of a clean ``x0``, for `jaxguide.clip_x0`; None where there is none."""
+    """The largest absolute value of a clean ``x0``, for `jaxguide.clip_x0`; None if there is no bound."""
     return None if self.low is None or self.high is None else max(-self.low, self.high)
 
 
@@ -44,6 +44,6 @@ def _encode_pixels(images: ArrayLike) -> Array:
 
 
 PIXELS = Encoder(_encode_pixels, to_uint8, LOW, HIGH)
-"""``uint8`` pixels, 0 to 255, to floats in [-1, 1]."""
+"""Converts ``uint8`` pixels, 0 to 255, to floats in [-1, 1]."""
 
 ENCODERS: dict[str, Encoder] = {"pixels": PIXELS}

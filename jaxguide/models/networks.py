@@ -1,9 +1,9 @@
-"""The networks that a model can be made of, each with its role.
+"""The networks that a model can use, each with its role.
 
-A *role* is what a network is for. It says what the network is called on, which function guidance takes it as, and what
-its configuration may say. `jaxguide.training.objectives` says how a network of each role is trained.
+A *role* is the purpose of a network: denoiser or classifier. It defines the network's inputs, the function that
+guidance uses, and the checks of its configuration. `jaxguide.training.objectives` defines how each role is trained.
 
-To add a network, write its Flax module and enter it in `NETWORKS`.
+To add a network, write its Flax module and add an entry to `NETWORKS`.
 """
 
 import math
@@ -24,14 +24,14 @@ Bounds = Mapping[str, tuple[int | float, int | float]]
 
 
 class Role(NamedTuple):
-  """What a network is for.
+  """The purpose of a network.
 
   Args:
-    name: what people call a network of the role.
-    classes: the network's own field for the number of its classes.
-    inputs: ``config -> args``, the smallest arguments that the network can be called on, after its parameters.
-    function: ``(config, params) -> function``, the network as guidance takes it.
-    check: ``config -> None``; it raises ValueError where a configuration does not suit the role.
+    name: the name of the role, used in messages.
+    classes: the name of the module's field for the number of classes.
+    inputs: ``config -> args``, the arguments of ``module.apply`` after the parameters, for a batch of one example.
+    function: ``(config, params) -> function``, the function that guidance uses.
+    check: ``config -> None``; raises ValueError if a configuration does not fit the role.
   """
 
   name: str
@@ -42,15 +42,15 @@ class Role(NamedTuple):
 
 
 class Network(NamedTuple):
-  """A kind of network.
+  """An entry of `NETWORKS`: a type of network.
 
   Args:
-    module: its Flax module. The fields of a model's configuration are the fields of this class.
-    role: what it is for.
-    bounds: the least and the largest value of each field that is a number. Far beyond what networks have, they catch
-      slips that would end in hours of tracing or take all memory.
-    check: ``fields -> None``; it raises ValueError where fields do not suit each other.
-    low_res: whether its condition holds a low-resolution image.
+    module: its Flax module. `ModelConfig.fields` are the fields of this class.
+    role: its role.
+    bounds: the least and the largest value of each numeric field. They are far beyond real networks, and catch mistakes
+      that would lead to hours of tracing or run out of memory.
+    check: ``fields -> None``; raises ValueError if fields contradict each other.
+    low_res: whether its condition contains a low-resolution image.
   """
 
   module: type[linen.Module]
@@ -78,7 +78,7 @@ def _as_denoiser(config: Any, params: PyTree) -> NetworkDenoiser:
 
 def _check_denoiser(config: Any) -> None:
   if config.scale is not None:
-    raise ValueError("scale is what is recommended for a classifier: leave it out")
+    raise ValueError("scale is the recommended guidance scale of a classifier: leave it out for a denoiser")
   twice = 2 * config.image_shape[-1]
   if config.variance == "learned_range" and config.fields.get("out_channels") != twice:
     raise ValueError(f"variance 'learned_range' needs twice the image's channels: give out_channels {twice}")
@@ -105,7 +105,7 @@ def _check_classifier(config: Any) -> None:
 
 
 CLASSIFIER = Role("classifier", "out_channels", _classifier_inputs, _as_log_prob, _check_classifier)
-"""A network that tells the class of a noisy example; `jaxguide.ClassifierLogProb`."""
+"""A network that predicts the class of a noisy example; `jaxguide.ClassifierLogProb`."""
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -126,13 +126,15 @@ ADM_BOUNDS: Bounds = {
 def _check_adm(fields: Mapping[str, Any]) -> None:
   for name in ("num_head_channels", "num_heads_upsample"):
     if fields.get(name) == 0:
-      raise ValueError(f"{name} must be at least 1, or -1 to leave it to others; got 0")
+      raise ValueError(f"{name} must be at least 1, or -1 to use num_heads, got 0")
   if fields.get("channel_mult") == ():
-    raise ValueError("channel_mult must have a number for at least one level, got none")
+    raise ValueError("channel_mult must have a number for at least one level, got ()")
   channels: int = fields.get("model_channels", nn.UNet.model_channels)
   for factor in fields.get("channel_mult", ()):
     if math.floor(factor * channels) < 1:
-      raise ValueError(f"each of channel_mult must leave at least one of the {channels} model_channels, got {factor}")
+      raise ValueError(
+        f"each of channel_mult, times the {channels} model_channels, must give at least one channel, got {factor}"
+      )
   if "pool" in fields:
     checks.lookup("pool", fields["pool"], dict.fromkeys(POOLS))
 

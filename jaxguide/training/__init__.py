@@ -1,4 +1,4 @@
-"""Training: configurations as plain data, a loop that can be killed and resumed, and models as folders.
+"""Training: a training loop that can be killed and resumed, its configuration, and running means of parameters.
 
 >>> from jaxguide.training import ModelConfig
 >>> ModelConfig("unet", {"model_channels": 32}, image_shape=(8, 8, 1), num_classes=10).module.model_channels

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: two are kept, each with checksums."""
+"""Checkpoints of a training run. The last two are kept, each with checksums."""
 
 import shutil
 import warnings
@@ -12,12 +12,12 @@ from jaxguide.training.step import TrainState
 
 
 def steps(folder: Path) -> list[int]:
-  """The steps of which there are checkpoints."""
+  """Return the steps that have a checkpoint."""
   return [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
 
 
 def _manager(folder: Path) -> Any:
-  """What writes and reads checkpoints. It keeps two, so that where the last is torn there is another."""
+  """Return Orbax's checkpoint manager. It keeps two checkpoints, in case the last one is damaged."""
   import orbax.checkpoint as ocp
 
   options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
@@ -38,7 +38,17 @@ def save(folder: Path, state: TrainState, step: int) -> None:
 
 
 def restore(folder: Path, state: TrainState) -> TrainState:
-  """Give the state of the last checkpoint that is whole; the one that was given if there is no checkpoint."""
+  """Return the state of the last undamaged checkpoint, or ``state`` if there are no checkpoints.
+
+  Damaged checkpoints after the restored one are removed, with a warning.
+
+  Args:
+    folder: the folder of the checkpoints; it is created if necessary.
+    state: a state with the expected shapes, types and shardings.
+
+  Raises:
+    ValueError: if there are checkpoints, but all are damaged.
+  """
   import orbax.checkpoint as ocp
 
   template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
@@ -46,26 +56,29 @@ def restore(folder: Path, state: TrainState) -> TrainState:
 
   def restore(step: int) -> TrainState:
     with _manager(folder) as manager:
-      held = manager.restore(step, args=ocp.args.Composite(**items))
-    arrays.check(held["state"], held["checksums"])
-    if held["state"].step != step:
-      raise ValueError(f"it is one of step {held['state'].step}")
-    return held["state"]
+      checkpoint = manager.restore(step, args=ocp.args.Composite(**items))
+    arrays.check(checkpoint["state"], checkpoint["checksums"])
+    if checkpoint["state"].step != step:
+      raise ValueError(f"it contains the state of step {checkpoint['state'].step}")
+    return checkpoint["state"]
 
   folder.mkdir(exist_ok=True)
   arrays.remove_unfinished(folder)
-  torn: dict[int, str] = {}
+  damaged: dict[int, str] = {}
   for step in sorted(steps(folder), reverse=True):
-    restored, failed = arrays.attempt(lambda: restore(step))  # noqa: B023
-    if failed is None:
-      for number, reason in torn.items():
+    restored, failure = arrays.attempt(lambda: restore(step))  # noqa: B023
+    if failure is None:
+      for number, reason in damaged.items():
         warnings.warn(
-          f"the checkpoint of step {number} in {folder} is torn ({reason}): going on from step {step}", stacklevel=4
+          f"the checkpoint of step {number} in {folder} is damaged ({reason}): continuing from step {step}",
+          stacklevel=4,
         )
         shutil.rmtree(folder / str(number))
       return restored
-    torn[step] = failed
-  if torn:
-    step, reason = next(iter(torn.items()))
-    raise ValueError(f"the checkpoint of step {step} in {folder} is torn ({reason}), and no other is whole: retrain")
+    damaged[step] = failure
+  if damaged:
+    step, reason = next(iter(damaged.items()))
+    raise ValueError(
+      f"the checkpoint of step {step} in {folder} is damaged ({reason}), and there is no undamaged one: retrain"
+    )
   return state

@@ -1,4 +1,4 @@
-"""What a model is and how it is trained, as plain data that a JSON file can hold."""
+"""The configuration of a training run, as plain data that can be stored in a JSON file."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from jaxguide.training import ema, rates
 
 MATMUL_PRECISIONS = ("default", "high", "highest", "bfloat16", "tensorfloat32", "float32")
 
-# A state counts its steps in 32 bits.
+# The largest step: a training state counts its steps in a signed 32-bit integer.
 STEPS = 2**31 - 1
 
 TRAINING_BOUNDS: dict[str, tuple[int | float, int | float]] = {
@@ -30,36 +30,38 @@ TRAINING_BOUNDS: dict[str, tuple[int | float, int | float]] = {
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-  """How a network is trained.
+  """The configuration of a training run.
 
   Args:
     steps: number of optimiser steps, at most 2**31 - 1.
-    batch_size: examples a step, at most 2**20.
-    learning_rate: of AdamW, at its peak.
+    batch_size: examples per step, at most 2**20.
+    learning_rate: the peak learning rate of AdamW.
     warmup: number of steps over which the learning rate rises linearly from 0.
-    weight_decay: of AdamW.
-    clip_norm: the largest norm of a gradient.
-    ema_decay: of the parameters' running mean, which is what is used after training, where ``ema`` is ``constant``.
-    p_uncond: probability of dropping the label, for a UNet with a null class; 0.15 if left out.
-    noise_mean: mean of log sigma over the training's noise levels. A discrete process draws its steps uniformly, and
-      takes neither this nor the next.
-    noise_std: its standard deviation.
-    loss: of a UNet on a discrete process, one of `jaxguide.variational.LOSSES`; ``rescaled_mse`` if left out.
-    seed: of the parameters, the batches, and the noise; a whole number from 0 to 2**64 - 1, all digits of which count.
-    save_every: steps between checkpoints.
-    matmul_precision: of products and convolutions of float32, as ``jax.default_matmul_precision`` has it: ``default``,
-      ``high``, ``highest``, ``bfloat16``, ``tensorfloat32`` or ``float32``. On an NVIDIA GPU
-      the default is TensorFloat-32, 6.6e-4 away from what float64 gives where ``highest`` is 1.1e-6 away.
-    rate: how the learning rate falls, from `jaxguide.training.rates`: ``cosine`` (to 0 at the last step), ``constant``
-      or ``inverse-sqrt:decay_start=70000``.
-    ema: the running mean, from `jaxguide.training.ema`: ``constant`` (with ``ema_decay``) or ``power:std=0.1``.
-    weight: the weight of the noise levels in the loss of a denoiser in continuous time: ``plain`` (the squared error of
-      what the network predicts), or from `jaxguide.scaling` ``eps``, ``x0``, ``min-snr:gamma=5`` or
+    weight_decay: the weight decay of AdamW.
+    clip_norm: gradients are clipped to this global norm.
+    ema_decay: decay of the running mean of the parameters, if ``ema`` is ``constant``. The mean is the trained model.
+    p_uncond: probability of replacing the label by the null label, for a network with a null class. Default: 0.15.
+    noise_mean: mean of log sigma over the noise levels of the training. Default: -0.6. Not for a discrete process,
+      which draws its steps uniformly.
+    noise_std: standard deviation of log sigma. Default: 1.2. Not for a discrete process.
+    loss: loss of a denoiser on a discrete process, from `jaxguide.variational.LOSSES`. Default: ``rescaled_mse``.
+    seed: seed of the parameters, the batches and the noise, a whole number from 0 to 2**64 - 1. All 64 bits are used.
+    save_every: number of steps between checkpoints.
+    matmul_precision: precision of float32 products and convolutions, one of the names of
+      ``jax.default_matmul_precision``: ``default``, ``high``, ``highest``, ``bfloat16``, ``tensorfloat32`` or
+      ``float32``. On an NVIDIA GPU the default is TensorFloat-32, whose results differ by 6.6e-4 from float64; those of
+      ``highest`` differ by 1.1e-6.
+    rate: the learning-rate schedule after the warm-up, from `jaxguide.training.rates`: ``cosine`` (falls to 0 at the
+      last step), ``constant``, or ``inverse-sqrt:decay_start=70000``.
+    ema: the type of running mean, from `jaxguide.training.ema`: ``constant`` (with ``ema_decay``) or ``power:std=0.1``.
+    weight: the loss weight as a function of the noise level, for a denoiser in continuous time: ``plain`` (squared
+      error of the network's own prediction), or from `jaxguide.scaling` ``eps``, ``x0``, ``min-snr:gamma=5`` or
       ``edm:sigma_data=0.5``.
-    uncertainty: whether the loss learns how hard each noise level is, as EDM2's does; `jaxguide.uncertainty_loss`.
+    uncertainty: whether the loss includes a learned uncertainty of each noise level, as in EDM2; see
+      `jaxguide.uncertainty_loss`.
 
   Raises:
-    ValueError: for a value that is out of range or of another type than the field's, naming the field.
+    ValueError: for a value that is out of range or of a wrong type, naming the field.
   """
 
   steps: int
@@ -89,13 +91,13 @@ class TrainingConfig:
       checks.above(name, getattr(self, name), 0)
     if self.loss is not None:
       checks.lookup("loss", self.loss, dict.fromkeys(LOSSES))
-    for name, make in (
+    for name, parse in (
       ("rate", lambda: rates.rate(self.rate, self.learning_rate, self.steps, self.warmup)),
       ("ema", lambda: ema.newest_share(self.ema, self.ema_decay)),
       ("weight", lambda: specs.made("weight", self.weight, {"plain": x0_weight, **WEIGHTS}, "sigma")),
     ):
       try:
-        make()
+        parse()
       except ValueError as error:
-        raise ValueError(f"{name} is wrong: {error}") from None
+        raise ValueError(f"{name} is invalid: {error}") from None
     checks.lookup("matmul_precision", self.matmul_precision, dict.fromkeys(MATMUL_PRECISIONS))

@@ -1,6 +1,6 @@
-"""What a network is trained to minimise, by its role.
+"""Training objectives by the role of a network.
 
-`objective` gives the loss of a model as one function. The mathematics of the losses is in `jaxguide.losses` and
+`objective` returns the loss of a model as one function. The mathematics of the losses is in `jaxguide.losses` and
 `jaxguide.variational`.
 """
 
@@ -23,37 +23,37 @@ from jaxguide.schedules.tables import check_table
 from jaxguide.training.config import TrainingConfig
 
 Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
-"""``(params, key, x0, labels) -> (loss, figures)``; the figures are numbers to look at while training."""
+"""``(params, key, x0, labels) -> (loss, metrics)``; the metrics are numbers to display during training."""
 
 
 class Uncertainty(linen.Module):
-  """How hard each noise level is, ``u(sigma)``, for `jaxguide.uncertainty_loss`; 0 before training.
+  """The learned log-variance of the loss at each noise level, ``u(sigma)``, for `jaxguide.uncertainty_loss`.
 
-  One linear layer on an embedding of ``c_noise`` (Karras et al. 2024, arXiv:2312.02696, section 2.2). It is trained
-  beside the network, and not kept with it.
+  One linear layer on an embedding of ``c_noise`` (Karras et al. 2024, arXiv:2312.02696, section 2.2). Its initial value
+  is 0. It is trained together with the network, but is not part of the trained model.
   """
 
   features: int = 64
 
   @linen.compact
   def __call__(self, c_noise):
-    """Give ``u`` (n,) for ``c_noise`` (n,)."""
+    """Return ``u`` (n,) for ``c_noise`` (n,)."""
     embedding = timestep_embedding(c_noise, self.features)
     return linen.Dense(1, use_bias=False, kernel_init=linen.initializers.zeros, dtype=embedding.dtype)(embedding)[:, 0]
 
 
 def extra_params(training: TrainingConfig, key: jax.Array) -> PyTree:
-  """Give the parameters that are trained beside the network's own, as Flax collections."""
+  """Return the initial parameters that are trained together with the network's own, as Flax collections."""
   if not training.uncertainty:
     return {}
   return {"uncertainty": Uncertainty().init(key, jnp.zeros(1))["params"]}
 
 
 def objective(model: ModelConfig, training: TrainingConfig) -> Objective:
-  """Give the loss that a network is trained with.
+  """Return the loss that a network is trained with.
 
   Raises:
-    ValueError: if an option does not suit the network or its process.
+    ValueError: if an option of the training does not apply to the network or its diffusion process.
   """
   return OBJECTIVES[model.role.name](model, training)
 
@@ -61,7 +61,7 @@ def objective(model: ModelConfig, training: TrainingConfig) -> Objective:
 def _denoiser(model: ModelConfig, training: TrainingConfig) -> Objective:
   module, null = model.module, model.null_cond
   if training.p_uncond is not None and null is None:
-    raise ValueError("p_uncond is for a UNet with a null class: leave it out")
+    raise ValueError("p_uncond needs a network with a null class: leave it out")
   p_uncond = training.p_uncond if training.p_uncond is not None else 0.15 if null is not None else 0.0
 
   def with_network(loss):
@@ -80,14 +80,14 @@ def _denoiser(model: ModelConfig, training: TrainingConfig) -> Objective:
   if model.diffusion_steps is not None:
     return with_network(_variational(model, training, drop))
   if training.loss is not None:
-    raise ValueError("a loss is chosen for a UNet on a discrete process, which has diffusion_steps: leave it out")
-  kind: dict[str, Any] = {"scaling": model.scaling, "noise_levels": _noise_levels(training)}
+    raise ValueError("loss is for a denoiser on a discrete process, which has diffusion_steps: leave it out")
+  process: dict[str, Any] = {"scaling": model.scaling, "noise_levels": _noise_levels(training)}
   weight = _weight(model, training)
   if training.uncertainty:
-    return with_network(_uncertain(kind, weight or functools.partial(_plain_weight, model.scaling), drop))
+    return with_network(_uncertain(process, weight or functools.partial(_plain_weight, model.scaling), drop))
 
   def denoising(params, apply, key, x0, labels):
-    return losses.denoising_loss(params, apply, key, x0, labels, **kind, **drop, weight=weight), {}
+    return losses.denoising_loss(params, apply, key, x0, labels, **process, **drop, weight=weight), {}
 
   return with_network(denoising)
 
@@ -96,7 +96,9 @@ def _variational(model: ModelConfig, training: TrainingConfig, drop: dict[str, A
   if (training.noise_mean, training.noise_std) != (None, None):
     raise ValueError("a discrete process draws its steps uniformly: leave out noise_mean and noise_std")
   if training.weight != "plain" or training.uncertainty:
-    raise ValueError("weight and uncertainty are for continuous time; a discrete process has loss: leave them out")
+    raise ValueError(
+      "weight and uncertainty are for continuous time: leave them out, and use loss with diffusion_steps"
+    )
 
   process = check_table(model.noise_schedule)
 
@@ -118,7 +120,7 @@ def _variational(model: ModelConfig, training: TrainingConfig, drop: dict[str, A
   return variational_loss
 
 
-def _uncertain(kind: dict[str, Any], weight: Callable[..., Any], drop: dict[str, Any]) -> Callable[..., Any]:
+def _uncertain(process: dict[str, Any], weight: Callable[..., Any], drop: dict[str, Any]) -> Callable[..., Any]:
   def uncertainty_loss(params, apply, key, x0, labels):
     drop_key, loss_key = jax.random.split(key)
 
@@ -126,7 +128,7 @@ def _uncertain(kind: dict[str, Any], weight: Callable[..., Any], drop: dict[str,
       return apply(params, x, c_noise, y), Uncertainty().apply({"params": params["uncertainty"]}, c_noise)
 
     cond = losses.drop_cond(drop_key, labels, **drop)
-    return losses.uncertainty_loss(params, with_uncertainty, loss_key, x0, cond, **kind, weight=weight), {}
+    return losses.uncertainty_loss(params, with_uncertainty, loss_key, x0, cond, **process, weight=weight), {}
 
   return uncertainty_loss
 
@@ -134,7 +136,7 @@ def _uncertain(kind: dict[str, Any], weight: Callable[..., Any], drop: dict[str,
 def _classifier(model: ModelConfig, training: TrainingConfig) -> Objective:
   module = model.module
   if training.p_uncond is not None:
-    raise ValueError("p_uncond is for a UNet with a null class: leave it out")
+    raise ValueError("p_uncond needs a network with a null class: leave it out")
   if training.loss is not None or training.weight != "plain" or training.uncertainty:
     raise ValueError("loss, weight and uncertainty are for denoisers: leave them out")
   if model.diffusion_steps is not None and (training.noise_mean, training.noise_std) != (None, None):
@@ -159,7 +161,7 @@ OBJECTIVES: dict[str, Callable[[ModelConfig, TrainingConfig], Objective]] = {
   DENOISER.name: _denoiser,
   CLASSIFIER.name: _classifier,
 }
-"""By the name of a role."""
+"""The objective of each role, by the role's name."""
 
 
 def _noise_levels(training: TrainingConfig) -> schedules.LogNormal:
@@ -168,7 +170,7 @@ def _noise_levels(training: TrainingConfig) -> schedules.LogNormal:
 
 
 def _weight(model: ModelConfig, training: TrainingConfig) -> Callable[[Any], Any] | None:
-  """Give the weight of ``|x0 - D|²``; None for the plain squared error of what the network predicts."""
+  """Return the weight of ``|x0 - D|²`` as a function of sigma; None for the plain squared error of the prediction."""
   spec = specs.parse(training.weight)
   function = scaling.WEIGHTS.get(spec.name)
   if function is None:
@@ -177,4 +179,5 @@ def _weight(model: ModelConfig, training: TrainingConfig) -> Callable[[Any], Any
 
 
 def _plain_weight(scaled: scaling.Scaling, sigma: Any) -> Any:
+  """Return the weight of ``|x0 - D|²`` that equals the plain squared error of the network's prediction."""
   return 1 / jnp.square(scaling.coefficients(scaled, sigma).c_out)

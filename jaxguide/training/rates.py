@@ -1,4 +1,4 @@
-"""Learning rates over the steps of a training, as optax takes them."""
+"""Learning-rate schedules, as functions of the step for optax."""
 
 from collections.abc import Callable
 
@@ -9,18 +9,18 @@ from jaxguide._core import checks, specs
 
 
 def _cosine(peak: float, steps: int, warmup: int) -> optax.Schedule:
-  """A linear rise over the warm-up, then a fall along a cosine to 0 at the last step."""
+  """Return a linear warm-up followed by a cosine decay to 0 at the last step."""
   return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps)
 
 
 def _constant(peak: float, steps: int, warmup: int) -> optax.Schedule:
-  """A linear rise over the warm-up, and no fall."""
+  """Return a linear warm-up followed by a constant rate."""
   del steps
   return optax.warmup_constant_schedule(0.0, peak, warmup)
 
 
 def _inverse_sqrt(peak: float, steps: int, warmup: int, *, decay_start: float = 70_000.0) -> optax.Schedule:
-  """A linear rise over the warm-up, then `inverse_sqrt`."""
+  """Return `inverse_sqrt` with a linear warm-up."""
   del steps
   return inverse_sqrt(peak, decay_start, warmup)
 
@@ -33,16 +33,16 @@ RATES: dict[str, Callable[..., optax.Schedule]] = {
 
 
 def rate(text: str, peak: float, steps: int, warmup: int) -> optax.Schedule:
-  """Give the learning rate of a training, ``step -> rate``, by name.
+  """Return a learning-rate schedule, ``step -> rate``, by name.
 
   Args:
-    text: ``NAME`` or ``NAME:option=value``; ``cosine``, ``constant`` or ``inverse-sqrt``.
+    text: ``NAME`` or ``NAME:option=value``; the names are ``cosine``, ``constant`` and ``inverse-sqrt``.
     peak: the largest rate.
-    steps: number of steps of the training.
-    warmup: number of steps over which it rises.
+    steps: number of training steps.
+    warmup: number of steps over which the rate rises from 0.
 
   Raises:
-    ValueError: for an unknown name, naming the nearest, or an option that the rate does not have.
+    ValueError: for an unknown name (with the nearest known one), or an unknown option.
 
   >>> schedule = rate("inverse-sqrt:decay_start=25", 0.1, steps=100, warmup=10)
   >>> [round(float(schedule(step)), 4) for step in (5, 20, 100)]
@@ -53,16 +53,17 @@ def rate(text: str, peak: float, steps: int, warmup: int) -> optax.Schedule:
 
 
 def inverse_sqrt(peak: float | int, decay_start: float | int = 70_000, rampup: float | int = 0) -> optax.Schedule:
-  """A linear ramp, a plateau, and a decay with the square root of time (Karras et al. 2024, arXiv:2312.02696).
+  """Return a schedule with a linear ramp, a plateau and an inverse-square-root decay (Karras et al. 2024).
 
-  ``peak * min(step / rampup, 1) / √max(step / decay_start, 1)``. It has no end that would have to be known beforehand,
-  which suits `jaxguide.training.ema`.
+  The rate is ``peak * min(step / rampup, 1) / √max(step / decay_start, 1)`` (arXiv:2312.02696). It does not depend on
+  the number of training steps, so a training can be extended, as with the means of `jaxguide.training.ema`.
 
   Args:
-    peak: the largest rate. EDM2's networks for ImageNet-512 have 0.0120 (XS) to 0.0065 (XXL).
-    decay_start: steps after which it falls; 0 for never. EDM2 has 70,000 of 2048 images for ImageNet-512, and
-      35,000 for ImageNet-64.
-    rampup: steps over which it rises from 0; 0 for none. EDM2 has 10 million images, which are 4,883 steps of 2048.
+    peak: the largest rate. EDM2's networks for ImageNet-512 use 0.0120 (XS) to 0.0065 (XXL).
+    decay_start: the step at which the decay starts; 0 for no decay. EDM2 uses 70,000 steps of 2048 images for
+      ImageNet-512, and 35,000 for ImageNet-64.
+    rampup: number of steps over which the rate rises from 0; 0 for no ramp. EDM2 uses 10 million images, which are
+      4,883 steps of 2048 images.
 
   Raises:
     ValueError: if a number is negative.

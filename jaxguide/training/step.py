@@ -1,4 +1,4 @@
-"""One training step, and the state that it changes."""
+"""The training step and the training state."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,13 +18,13 @@ from jaxguide.training.objectives import extra_params, objective
 
 @struct.dataclass
 class TrainState:
-  """What a checkpoint holds.
+  """The state of a training run; a checkpoint contains one.
 
   Args:
-    step: number of steps done.
-    params: the parameters, as Flax collections: the network's ``params``, and others that are trained beside it.
-    ema_params: their running mean.
-    opt_state: the optimiser's state.
+    step: number of completed steps.
+    params: the parameters, as Flax collections: the network's ``params``, and others that are trained together with it.
+    ema_params: the running mean of the parameters.
+    opt_state: the state of the optimiser.
   """
 
   step: Leaf
@@ -34,16 +34,16 @@ class TrainState:
 
 
 def optimizer(config: TrainingConfig) -> optax.GradientTransformation:
-  """AdamW with clipped gradients and the learning rate of the configuration."""
+  """Return AdamW with gradient clipping and the learning-rate schedule of the configuration."""
   rate = rates.rate(config.rate, config.learning_rate, config.steps, config.warmup)
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.adamw(rate, weight_decay=config.weight_decay))
 
 
 def train_step(model: ModelConfig, training: TrainingConfig) -> Callable[..., Any]:
-  """Make the jitted step ``(state, examples, labels) -> (state, metrics)``.
+  """Return the jitted training step ``(state, examples, labels) -> (state, metrics)``.
 
-  The buffers of the state that goes in are donated: do not use that state again. ``examples`` are as the data set
-  stores them, such as uint8 pixels; the model's encoder makes ``x0`` of them.
+  The input state's buffers are donated; do not use it again. ``examples`` have the type that the dataset stores, such
+  as uint8 pixels; the model's encoder converts them to ``x0``.
   """
   tx, loss, share = optimizer(training), objective(model, training), ema.newest_share(training.ema, training.ema_decay)
 
@@ -52,7 +52,7 @@ def train_step(model: ModelConfig, training: TrainingConfig) -> Callable[..., An
     x0 = model.data.encode(examples)
     with jax.default_matmul_precision(training.matmul_precision):
       (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, key, x0, labels)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # Optax counts on them.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # Optax needs them.
       updates, opt_state = tx.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = optax.incremental_update(params, state.ema_params, share(state.step))
@@ -62,13 +62,14 @@ def train_step(model: ModelConfig, training: TrainingConfig) -> Callable[..., An
 
 
 def init_state(model: ModelConfig, training: TrainingConfig) -> TrainState:
-  """Give the state that training starts from."""
+  """Return the initial state of a training run, on the host's CPU if JAX has it."""
 
   def init(key):
     params = {**init_params(model, key), **extra_params(training, key)}
     return TrainState(jnp.zeros((), jnp.int32), params, params, optimizer(training).init(params))
 
-  # It is one large program that runs once, so the time to compile it is all that counts; on a GPU that is minutes.
-  quick = {"xla_backend_optimization_level": 0}
+  # This large program runs once, so its compile time dominates. It would take minutes on a GPU: compile it on the CPU
+  # without optimisations.
+  options = {"xla_backend_optimization_level": 0}
   with jax.default_device(devices.host()):
-    return jax.jit(init, compiler_options=quick)(keys.seed_key(training.seed))
+    return jax.jit(init, compiler_options=options)(keys.seed_key(training.seed))

@@ -1,7 +1,7 @@
-"""Other people's weights, in and out.
+"""Import and export of weights in the formats of other libraries.
 
 `jaxguide.models.importers.openai` reads and writes the networks of OpenAI's guided-diffusion. The commands ``jaxguide
-import-adm`` and ``jaxguide export-adm`` call it.
+import-adm`` and ``jaxguide export-adm`` use it.
 """
 
 from jaxguide.models.importers import openai, state_dicts

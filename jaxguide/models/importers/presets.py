@@ -1,11 +1,11 @@
-"""The models that OpenAI published with guided-diffusion (arXiv:2105.05233), as their README describes them."""
+"""Configurations of the models that OpenAI published with guided-diffusion (arXiv:2105.05233), from their README."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from jaxguide.models.config import ModelConfig
 
-# One factor for each level of resolution, by the side of the image.
+# Image side -> one factor for each resolution level.
 _CHANNEL_MULT: dict[int, tuple[int | float, ...]] = {
   64: (1, 2, 3, 4),
   128: (1, 1, 2, 3, 4),
@@ -36,7 +36,7 @@ def _diffusion(
   attention: Sequence[int] = (32, 16, 8),
   **fields: Any,
 ) -> ModelConfig:
-  """Describe a UNet; ``attention`` gives sides of the image, as the README's flags do."""
+  """Return the configuration of a UNet; ``attention`` lists sides of feature maps, as in the README's flags."""
   defaults = {
     "model_channels": 256,
     "out_channels": 6,
@@ -51,7 +51,7 @@ def _diffusion(
 
 
 def _classifier(side: int, scale: float, schedule: str = "linear", num_res_blocks: int = 2) -> ModelConfig:
-  """Describe a classifier; it is told the times of the diffusion model of its size."""
+  """Return the configuration of a classifier. Its schedule is that of the diffusion model of the same image size."""
   fields = {
     "model_channels": 128,
     "num_res_blocks": num_res_blocks,
@@ -88,10 +88,10 @@ PRESETS: dict[str, ModelConfig] = {
   "256x256_classifier": _classifier(256, 1.0),
   "512x512_classifier": _classifier(512, 4.0),
 }
-"""The published models by the names of their files, without ``.pt``.
+"""The published models by their file names without ``.pt``.
 
-A classifier's ``scale`` is the one recommended for the class-conditional model of its size. The one for 256x256 also
-guides ``256x256_diffusion_uncond``, at `UNCONDITIONAL_SCALE`.
+A classifier's ``scale`` is the one recommended for the class-conditional model of its size. The 256x256 classifier also
+guides ``256x256_diffusion_uncond``, for which `UNCONDITIONAL_SCALE` is recommended.
 """
 
 UNCONDITIONAL_SCALE = 10.0

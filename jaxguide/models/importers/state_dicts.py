@@ -1,7 +1,7 @@
-"""State dicts of PyTorch in files, read one tensor after another and written whole.
+"""Files of PyTorch state dicts. Reading loads one tensor at a time; writing replaces the whole file.
 
-``.safetensors`` needs no PyTorch. ``.pt`` does, and is read in its safe mode only, which runs no code that such a file
-may carry.
+``.safetensors`` files do not need PyTorch. ``.pt`` files do, and are only read in PyTorch's safe mode, which does not
+run code from the file.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """A tensor in a file; ``np.asarray`` reads it, as float32.
+  """A tensor in a file. ``np.asarray`` reads it as float32.
 
   Args:
     shape: its shape.
-    dtype: the type it is stored in.
-    read: gives it, as float32.
+    dtype: the type that it is stored in.
+    read: reads it, and returns it as float32.
   """
 
   shape: tuple[int, ...]
@@ -34,7 +34,7 @@ class Tensor:
   read: Callable[[], np.ndarray]
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-    """Read it; ``copy`` is NumPy's business."""
+    """Read the tensor, with the arguments of NumPy's array protocol."""
     return np.array(self.read(), dtype, copy=copy)
 
 
@@ -45,13 +45,13 @@ def read(path: PathLike) -> dict[str, Tensor]:
     path: a ``.safetensors`` or ``.pt`` file.
 
   Returns:
-    Its tensors by name, which are read when they are asked for.
+    Its tensors by name. Each is read from the file when it is converted to an array.
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: if its extension is not known, it is truncated, carries anything but tensors, or holds weights that are
-      not floating-point numbers.
-    ImportError: for a ``.pt`` where PyTorch is not installed.
+    ValueError: if its extension is unknown, it is truncated, it contains something else than tensors, or a tensor's
+      type is not a floating-point type.
+    ImportError: for a ``.pt`` file if PyTorch is not installed.
   """
   path = Path(path)
   _, opener = _format(path)
@@ -59,7 +59,7 @@ def read(path: PathLike) -> dict[str, Tensor]:
     raise FileNotFoundError(f"there is no file {path}")
   tensors = opener(path)
   if not tensors:
-    raise ValueError(f"{path} holds no tensors")
+    raise ValueError(f"{path} contains no tensors")
   for name, tensor in tensors.items():
     if tensor.dtype not in FLOATS:
       raise ValueError(f"{name} in {path} is {tensor.dtype}; weights must be one of {', '.join(FLOATS)}")
@@ -67,15 +67,15 @@ def read(path: PathLike) -> dict[str, Tensor]:
 
 
 def write(path: PathLike, state_dict: Mapping[str, np.ndarray]) -> None:
-  """Write a state dict, in place of one that was there.
+  """Write a state dict to a file. A file that is already there is replaced.
 
   Args:
     path: a ``.safetensors`` or ``.pt`` file.
-    state_dict: its tensors by name.
+    state_dict: the tensors by name.
 
   Raises:
-    ValueError: if the extension is not known.
-    ImportError: for a ``.pt`` where PyTorch is not installed.
+    ValueError: if the extension is unknown.
+    ImportError: for a ``.pt`` file if PyTorch is not installed.
     OSError: if the file cannot be written.
   """
   writer, _ = _format(Path(path))
@@ -84,11 +84,11 @@ def write(path: PathLike, state_dict: Mapping[str, np.ndarray]) -> None:
 
 
 def check_format(path: PathLike) -> None:
-  """Check, before long work, that files of this kind can be read and written.
+  """Check that files with this extension can be read and written; to be called before long work.
 
   Raises:
-    ValueError: if the extension is not known.
-    ImportError: for a ``.pt`` where PyTorch is not installed.
+    ValueError: if the extension is unknown.
+    ImportError: for a ``.pt`` file if PyTorch is not installed.
   """
   if _format(Path(path)) is FORMATS[".pt"]:
     _torch()
@@ -102,12 +102,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
   from safetensors import SafetensorError, safe_open
 
   def load(name: str, dtype: str) -> np.ndarray:
-    # NumPy alone does not know bfloat16. Opened anew each time, so that pages that were read do not stay in memory.
+    # The "numpy" framework does not support bfloat16. The file is opened again for each tensor, so that pages of other
+    # tensors, which were read before, do not stay in memory.
     with safe_open(path, framework="flax" if dtype == "bfloat16" else "numpy") as file:
       return np.asarray(file.get_tensor(name)).astype(np.float32, copy=False)
 
   def tensor(name: str, header: Any) -> Tensor:
-    # F32 and BF16 there, float32 and bfloat16 elsewhere.
+    # Convert the names F32 and BF16 to float32 and bfloat16.
     dtype = re.sub(r"F(?=\d)", "float", header.get_dtype()).replace("Bf", "bf")
     return Tensor(tuple(header.get_shape()), dtype, lambda: load(name, dtype))
 
@@ -129,7 +130,7 @@ def _torch() -> Any:
     import torch
   except ImportError as error:
     raise ImportError(
-      "a .pt file needs PyTorch: pip install 'jaxguide[torch]', or use .safetensors, which does not"
+      "a .pt file needs PyTorch: pip install 'jaxguide[torch]', or use a .safetensors file, which needs no PyTorch"
     ) from error
   return torch
 
@@ -137,26 +138,26 @@ def _torch() -> Any:
 def _read_pt(path: Path) -> dict[str, Tensor]:
   torch = _torch()
   with path.open("rb") as file:
-    zipped = file.read(2) == b"PK"  # what PyTorch wrote before 1.6 is not, and cannot be mapped into memory
+    zipped = file.read(2) == b"PK"  # Files of PyTorch before 1.6 are not zip files, and cannot be memory-mapped.
   try:
     with warnings.catch_warnings():
-      warnings.simplefilter("ignore")  # What it would warn of, TorchScript, it then refuses.
+      warnings.simplefilter("ignore")  # PyTorch warns about TorchScript files, and then raises an error.
       content = torch.load(path, weights_only=True, mmap=zipped, map_location="cpu")
-  except Exception as error:  # PyTorch raises many kinds for a file that is not whole, KeyError among them.
-    found = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if found:
+  except Exception as error:  # For an incomplete file PyTorch raises many kinds of exceptions, also KeyError.
+    forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if forbidden:
       raise ValueError(
-        f"{path} carries code or objects besides weights ({found[1]}); nothing of it was run. Save its state dict alone"
+        f"{path} contains code or objects besides weights ({forbidden[1]}); no code was run. Save its state dict alone"
       ) from error
     reason = re.split(r"\. |\n", str(error))[0]
     raise ValueError(f"{path} is truncated or not a state dict of PyTorch ({reason})") from error
   if not isinstance(content, dict):
-    raise ValueError(f"{path} must hold a state dict, but holds {type(content).__name__}")
+    raise ValueError(f"{path} must contain a state dict, got {type(content).__name__}")
   for name, value in content.items():
     if not isinstance(value, torch.Tensor):
-      raise ValueError(f"{path} must hold a state dict of tensors, but {name!r} is of type {type(value).__name__}")
+      raise ValueError(f"{path} must contain a state dict of tensors, but {name!r} is of type {type(value).__name__}")
     if value.layout is not torch.strided or value.device.type != "cpu":
-      raise ValueError(f"{path} must hold plain tensors, but {name!r} is {value.layout} on {value.device}")
+      raise ValueError(f"{path} must contain plain tensors, but {name!r} is {value.layout} on {value.device}")
 
   def tensor(value: Any) -> Tensor:
     dtype = str(value.dtype).removeprefix("torch.")

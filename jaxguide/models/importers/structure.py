@@ -1,4 +1,4 @@
-"""What the names and shapes of a state dict tell of a network of OpenAI's guided-diffusion, and what they do not."""
+"""Inference of a guided-diffusion network's configuration from the names and shapes in its state dict."""
 
 import dataclasses
 import math
@@ -11,36 +11,38 @@ from jaxguide.models.config import ModelConfig
 from jaxguide.models.importers.presets import PRESETS
 
 OPTIONS = {
-  "network": "unet or super_res_unet; for the latter low_res_size is enough",
+  "network": "unet or super_res_unet; for a super_res_unet, low_res_size is enough",
   "image_size": "side of the image",
   "low_res_size": "side of the low-resolution image",
-  "num_res_blocks": "residual blocks a level",
-  "num_heads": "attention heads, or num_head_channels in its place",
-  "num_head_channels": "channels of an attention head",
-  "num_heads_upsample": "attention heads on the way up",
+  "num_res_blocks": "residual blocks per level",
+  "num_heads": "number of attention heads; or give num_head_channels instead",
+  "num_head_channels": "channels per attention head",
+  "num_heads_upsample": "number of attention heads in the upsampling path",
   "use_new_attention_order": "true or false",
   "dropout": "probability in training",
-  "null_class": "whether the last class stands for none",
+  "null_class": "whether the last class is a null class, which means no label",
   "noise_schedule": "linear or cosine",
   "diffusion_steps": "steps that the network was trained on, 1000 for OpenAI's; 0 for continuous time",
-  "rescale_timesteps": "whether steps are told as if there were 1000",
-  "prediction": "eps or x0 as in the reference, or another that jaxguide knows",
+  "rescale_timesteps": "whether the time input is rescaled to 1000 steps",
+  "prediction": "eps or x0 as in guided-diffusion, or another prediction of jaxguide",
   "variance": "small or large",
-  "scale": "recommended scale of a classifier's guidance",
+  "scale": "recommended guidance scale of a classifier",
 }
-"""What can be told of a network beside its weights; names as in the reference where it has one."""
+"""The settings of a network that names and shapes do not determine. Names are those of guided-diffusion if it has one.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-  """What names and shapes tell.
+  """What the names and shapes of a state dict determine.
 
   Args:
-    networks: what the network may be, with the image's channels then. Two only for one that takes and gives the same
-      even number of channels.
-    readings: its fields. More than one only for a classifier whose blocks can be parted into levels in several ways.
-    num_classes: number of classes, a null class among them; None for an unconditional network.
-    coarsest_size: side of the coarsest level, where a pool by attention tells it.
+    networks: the possible types of the network, each with its number of image channels. There are two types only if the
+      network has the same even number of input and output channels.
+    readings: the possible values of the network's fields. There are several only for a classifier whose blocks can be
+      split into levels in several ways.
+    num_classes: number of classes including a null class; None for an unconditional network.
+    coarsest_size: side of the coarsest level, if the positional embedding of an attention pool determines it.
   """
 
   networks: dict[str, int]
@@ -50,7 +52,7 @@ class Structure:
 
 
 def structure(shapes: Mapping[str, Sequence[int]]) -> Structure:
-  """Read off what names and shapes tell.
+  """Derive the structure of a guided-diffusion network from the names and shapes in its state dict.
 
   Args:
     shapes: the shape of every tensor by name.
@@ -58,23 +60,24 @@ def structure(shapes: Mapping[str, Sequence[int]]) -> Structure:
   Raises:
     ValueError: if these are not the names and shapes of such a network.
   """
-  other = "not whole, or of another architecture than guided-diffusion's"
+  unfit = "incomplete, or not a network of guided-diffusion"
 
   def size(name: str, axis: int, ndim: int) -> int:
     if name not in shapes:
-      raise ValueError(f"{other}: there is no {name}, but {first(list(shapes))}")
+      raise ValueError(f"{unfit}: there is no {name} among {first(list(shapes))}")
     if len(shapes[name]) != ndim:
-      raise ValueError(f"{other}: {name} has shape {tuple(shapes[name])}, and not {ndim} axes")
+      raise ValueError(f"{unfit}: {name} has shape {tuple(shapes[name])}, expected {ndim} axes")
     return shapes[name][axis]
 
-  width, taken = size("time_embed.0.weight", 1, 2), size("input_blocks.0.0.weight", 1, 4)
-  if not width or not taken:
-    raise ValueError(f"{other}: it has layers without channels")
+  width, in_channels = size("time_embed.0.weight", 1, 2), size("input_blocks.0.0.weight", 1, 4)
+  if not width or not in_channels:
+    raise ValueError(f"{unfit}: it has layers without channels")
   is_unet = any(name.startswith("output_blocks.") for name in shapes)
   ups = [name for name in shapes if re.fullmatch(r"output_blocks\.\d+\.[12]\.in_layers\.2\.weight", name)]
-  indices = {int(found[1]) for name in shapes if (found := re.match(r"input_blocks\.(\d+)\.", name))}
+  indices = {int(match[1]) for name in shapes if (match := re.match(r"input_blocks\.(\d+)\.", name))}
   count = max(indices) + 1
-  # Blocks that resample: by convolution, or by averaging, which has no parameters; or residual blocks like the others.
+  # Downsampling is done in one of three ways: by a convolution; by averaging, which has no parameters, so that the
+  # block's index is missing; or by a residual block, whose names and shapes are like those of other blocks.
   convolutions = [i for i in indices if f"input_blocks.{i}.0.op.weight" in shapes]
   downs = convolutions or sorted(set(range(count)) - indices)
   channels = {i: size(f"input_blocks.{i}.0.in_layers.2.weight", 0, 4) for i in range(1, count) if i not in downs}
@@ -83,40 +86,53 @@ def structure(shapes: Mapping[str, Sequence[int]]) -> Structure:
   readings: list[dict[str, Any]] = []
   for levels in [1 + len(downs or ups)] if downs or is_unet else range(1, count):
     num_res_blocks = count // levels - 1
-    parted = _part(width, channels, attends, downs, num_res_blocks) if count % levels == 0 and num_res_blocks else None
-    if parted is not None:
+    if count % levels or not num_res_blocks:
+      continue
+    level_fields = _split_levels(width, channels, attends, downs, num_res_blocks)
+    if level_fields is not None:
       readings.append(
         {
           "model_channels": width,
           "num_res_blocks": num_res_blocks,
-          **parted,
+          **level_fields,
           "conv_resample": bool(convolutions) or not downs,
           "resblock_updown": levels > 1 and not downs,
           "use_scale_shift_norm": size("input_blocks.1.0.emb_layers.1.weight", 0, 2) == 2 * channels[1],
         }
       )
   if not readings:
-    raise ValueError(f"{other}: its blocks do not part into equal levels")
+    raise ValueError(f"{unfit}: its blocks cannot be split into levels with equally many blocks")
 
   if not is_unet:
     pool, num_classes, coarsest_size = _pool(shapes, size)
     readings = [{**reading, "pool": pool} for reading in readings]
-    return Structure({"classifier": taken}, readings, num_classes, coarsest_size)
-  given = size("out.2.weight", 0, 4)
-  networks = {"unet": taken} if given in (taken, 2 * taken) else {}
-  if taken % 2 == 0 and given in (taken // 2, taken):
-    networks["super_res_unet"] = taken // 2
+    return Structure({"classifier": in_channels}, readings, num_classes, coarsest_size)
+  out_channels = size("out.2.weight", 0, 4)
+  networks = {"unet": in_channels} if out_channels in (in_channels, 2 * in_channels) else {}
+  if in_channels % 2 == 0 and out_channels in (in_channels // 2, in_channels):
+    networks["super_res_unet"] = in_channels // 2
   if not networks:
-    raise ValueError(f"a UNet that takes {taken} channels and gives {given} is neither a denoiser nor an upsampler")
+    raise ValueError(
+      f"a UNet with {in_channels} input and {out_channels} output channels is neither a denoiser nor an upsampler"
+    )
   labels = size("label_emb.weight", 0, 2) if "label_emb.weight" in shapes else None
-  return Structure(networks, [{**reading, "out_channels": given} for reading in readings], labels)
+  return Structure(networks, [{**reading, "out_channels": out_channels} for reading in readings], labels)
 
 
-def _part(width: int, channels: Mapping[int, int], attends: set[int], downs: Sequence[int], num_res_blocks: int):
-  """Part the way down into levels of ``num_res_blocks``, each but the last with one more block that resamples.
+def _split_levels(
+  width: int, channels: Mapping[int, int], attends: set[int], downs: Sequence[int], num_res_blocks: int
+) -> dict[str, Any] | None:
+  """Split the downsampling path into levels of ``num_res_blocks`` blocks, with one resampling block between levels.
+
+  Args:
+    width: ``model_channels``.
+    channels: the output channels of each residual block, by index.
+    attends: the indices of the blocks with attention.
+    downs: the indices of the resampling blocks, as far as names tell; empty if residual blocks do the resampling.
+    num_res_blocks: residual blocks per level.
 
   Returns:
-    ``channel_mult`` and ``attention_resolutions``; None where the blocks do not part so.
+    ``channel_mult`` and ``attention_resolutions``; None if the blocks cannot be split in this way.
   """
   mult: list[int | float] = []
   attention = []
@@ -127,7 +143,8 @@ def _part(width: int, channels: Mapping[int, int], attends: set[int], downs: Seq
     if down < max(channels) and (down not in downs if downs else down in attends or channels[down] != channels[start]):
       return None
     factor = channels[start] / width
-    # The reference rounds the product down.
+    # guided-diffusion rounds the product of factor and width down. If rounding of the quotient makes it too small, take
+    # the next larger number.
     factor = factor if int(factor * width) == channels[start] else math.nextafter(factor, math.inf)
     mult.append(int(factor) if factor.is_integer() else factor)
     if start in attends:
@@ -136,7 +153,7 @@ def _part(width: int, channels: Mapping[int, int], attends: set[int], downs: Seq
 
 
 def _pool(shapes: Mapping[str, Sequence[int]], size: Callable[..., int]) -> tuple[str, int, int | None]:
-  """Tell a classifier's pool, its classes, and the side of its coarsest level if that is known."""
+  """Return a classifier's pool, its number of classes, and the side of its coarsest level or None if unknown."""
   if "out.2.positional_embedding" in shapes:
     return (
       "attention",
@@ -149,118 +166,127 @@ def _pool(shapes: Mapping[str, Sequence[int]], size: Callable[..., int]) -> tupl
   return pool, size(last, 0, 2), None
 
 
-def alike(found: Structure) -> list[str]:
-  """Name the published models that have this structure."""
+def alike(inferred: Structure) -> list[str]:
+  """Return the names of the published models that have this structure."""
 
   def fits(config: ModelConfig) -> bool:
     module = config.module
     return (
-      found.networks.get(config.network) == config.image_shape[2]
-      and found.num_classes == config.num_classes
-      and any(all(getattr(module, name) == reading[name] for name in reading) for reading in found.readings)
+      inferred.networks.get(config.network) == config.image_shape[2]
+      and inferred.num_classes == config.num_classes
+      and any(all(getattr(module, name) == reading[name] for name in reading) for reading in inferred.readings)
     )
 
   return [name for name, config in PRESETS.items() if fits(config)]
 
 
 def infer(shapes: Mapping[str, Sequence[int]], **options: Any) -> ModelConfig:
-  """Describe a network by names and shapes, and by what they do not tell.
+  """Infer a network's configuration from the names and shapes in its state dict, and from options for the rest.
 
   Args:
     shapes: the shape of every tensor by name.
-    **options: of `OPTIONS`, those that names and shapes leave open. Needed are ``image_size`` (unless a pool by
-      attention tells it), ``num_heads`` or ``num_head_channels``, ``use_new_attention_order``, ``noise_schedule`` and
-      ``diffusion_steps``; a super-resolution network needs ``low_res_size``; ``network`` and ``num_res_blocks`` are
-      needed only where names and shapes can be read in two ways.
+    **options: settings from `OPTIONS` that names and shapes do not determine. Always required: ``image_size`` (unless
+      an attention pool determines it), ``num_heads`` or ``num_head_channels``, ``use_new_attention_order``,
+      ``noise_schedule`` and ``diffusion_steps``. A super-resolution network needs ``low_res_size``. ``network`` and
+      ``num_res_blocks`` are required only if names and shapes are ambiguous.
 
   Raises:
-    ValueError: if these are not the names and shapes of a network of guided-diffusion, an option is needed that was not
-      given (all such are listed), or one was given that is unknown, says otherwise than the shapes, or has no meaning
-      for this network.
+    ValueError: if these are not the names and shapes of a guided-diffusion network; if required options are missing
+      (the message lists all of them); or if an option is unknown, contradicts the shapes, or does not apply to this
+      network.
 
   >>> shapes = {"time_embed.0.weight": (256, 64)}
   >>> infer(shapes, noise_schedule="cosine")
   Traceback (most recent call last):
   ...
-  ValueError: not whole, or of another architecture than guided-diffusion's: there is no input_blocks.0.0.weight, ...
+  ValueError: incomplete, or not a network of guided-diffusion: there is no input_blocks.0.0.weight among ...
   """
-  for name in options:
-    checks.lookup("option", name, OPTIONS)
-  # -1 stands for "not given", as in the reference's own flags.
-  given = {name: value for name, value in options.items() if not (name.startswith("num_head") and value == -1)}
-  for name in given.keys() & {"image_size", "low_res_size", "num_heads", "num_head_channels", "num_heads_upsample"}:
-    checks.at_least(name, given[name], 1)
-  checks.finite("scale", given.get("scale", 1.0))
-  found, missing = structure(shapes), []
+  unused = _check_options(options)  # Options are removed as they are used.
+  inferred, missing = structure(shapes), []
 
-  def needed(name: str) -> Any:
-    if name not in given:
+  def required(name: str) -> Any:
+    if name not in unused:
       missing.append(name)
-    return given.pop(name, None)
+    return unused.pop(name, None)
 
-  network = next(iter(found.networks))
-  if len(found.networks) > 1:
-    network = "super_res_unet" if "low_res_size" in given else needed("network") or network
-    checks.lookup("network of these names and shapes", network, found.networks)
-  channels = found.networks[network]
-  readings = {reading["num_res_blocks"]: reading for reading in found.readings}
+  network = next(iter(inferred.networks))
+  if len(inferred.networks) > 1:
+    network = "super_res_unet" if "low_res_size" in unused else required("network") or network
+    checks.lookup("network of these names and shapes", network, inferred.networks)
+  channels = inferred.networks[network]
+  readings = {reading["num_res_blocks"]: reading for reading in inferred.readings}
   if len(readings) > 1:
-    needed("num_res_blocks")
-  blocks = options.get("num_res_blocks", next(iter(readings)))
-  given.pop("num_res_blocks", None)
-  if blocks not in readings:
-    raise ValueError(f"by names and shapes num_res_blocks is {' or '.join(map(str, readings))}, not {blocks}")
-  fields = dict(readings[blocks])
+    required("num_res_blocks")
+  num_res_blocks = options.get("num_res_blocks", next(iter(readings)))
+  unused.pop("num_res_blocks", None)
+  if num_res_blocks not in readings:
+    possible = " or ".join(map(str, readings))
+    raise ValueError(f"num_res_blocks must be {possible} according to names and shapes, got {num_res_blocks}")
+  fields = dict(readings[num_res_blocks])
 
-  by_channels = "num_head_channels" in given or fields.get("pool") == "attention"
+  by_channels = "num_head_channels" in unused or fields.get("pool") == "attention"
   for name in ("num_head_channels" if by_channels else "num_heads", "use_new_attention_order"):
-    fields[name] = needed(name)
+    fields[name] = required(name)
   for name in ("dropout", "num_heads_upsample") if network != "classifier" and not by_channels else ("dropout",):
-    if name in given:
-      fields[name] = given.pop(name)
+    if name in unused:
+      fields[name] = unused.pop(name)
 
-  num_classes, rest = found.num_classes, {}
+  num_classes, rest = inferred.num_classes, {}
   if network == "classifier":
-    rest["scale"] = given.pop("scale", None)
+    rest["scale"] = unused.pop("scale", None)
   else:
-    fields["null_class"] = num_classes is not None and given.pop("null_class", False)
+    fields["null_class"] = num_classes is not None and unused.pop("null_class", False)
     num_classes = num_classes and num_classes - fields["null_class"]
     learned = fields["out_channels"] == 2 * channels
-    rest["variance"] = "learned_range" if learned else given.pop("variance", "large")
+    rest["variance"] = "learned_range" if learned else unused.pop("variance", "large")
   if network == "super_res_unet":
-    rest["low_res_shape"] = (*[needed("low_res_size")] * 2, channels)
-  if found.coarsest_size is None:
-    side = needed("image_size")
+    rest["low_res_shape"] = (*[required("low_res_size")] * 2, channels)
+  if inferred.coarsest_size is None:
+    side = required("image_size")
   else:
-    side = found.coarsest_size * 2 ** (len(fields["channel_mult"]) - 1)
-    if given.pop("image_size", side) != side:
-      raise ValueError(f"the pool by attention is for images of side {side}, not {options['image_size']}")
-  schedule, steps = needed("noise_schedule"), needed("diffusion_steps")
+    side = inferred.coarsest_size * 2 ** (len(fields["channel_mult"]) - 1)
+    if unused.pop("image_size", side) != side:
+      raise ValueError(f"the attention pool is for images of side {side}, got image_size {options['image_size']}")
+  schedule, steps = required("noise_schedule"), required("diffusion_steps")
 
   if missing:
-    names = alike(found)
-    published = f"; or, if it is one of the published models, a preset: {' or '.join(names)}" if names else ""
+    presets = alike(inferred)
+    or_preset = f"; or, if it is one of the published models, a preset: {' or '.join(presets)}" if presets else ""
     raise ValueError(
-      "names and shapes do not tell everything: give "
-      f"{', '.join(f'{name} ({OPTIONS[name]})' for name in missing)}{published}"
+      "names and shapes do not determine the whole configuration: give "
+      f"{', '.join(f'{name} ({OPTIONS[name]})' for name in missing)}{or_preset}"
     )
   config = ModelConfig(
     network,
     fields,
     image_shape=(side, side, channels),
     num_classes=num_classes,
-    prediction=given.pop("prediction", "eps"),
+    prediction=unused.pop("prediction", "eps"),
     schedule=schedule,
     diffusion_steps=steps or None,
-    rescale_timesteps=given.pop("rescale_timesteps", False),
+    rescale_timesteps=unused.pop("rescale_timesteps", False),
     **rest,
   )
-  if given:
-    raise ValueError(f"{', '.join(given)} cannot be chosen for this {network}: leave it out")
+  if unused:
+    raise ValueError(f"{', '.join(unused)} cannot be chosen for this {network}: leave it out")
   return config
 
 
+def _check_options(options: Mapping[str, Any]) -> dict[str, Any]:
+  """Check names and ranges of `infer`'s options, and return those that are given.
+
+  As in guided-diffusion's own flags, -1 for a number of heads or of their channels means that it is not given.
+  """
+  for name in options:
+    checks.lookup("option", name, OPTIONS)
+  given = {name: value for name, value in options.items() if not (name.startswith("num_head") and value == -1)}
+  for name in given.keys() & {"image_size", "low_res_size", "num_heads", "num_head_channels", "num_heads_upsample"}:
+    checks.at_least(name, given[name], 1)
+  checks.finite("scale", given.get("scale", 1.0))
+  return given
+
+
 def first(names: Sequence[str], count: int = 3) -> str:
-  """Name the first few of many, and tell how many more there are."""
+  """Return the first few names, and the number of the others."""
   rest = f" and {len(names) - count} more" if len(names) > count else ""
   return ", ".join(names[:count]) + rest
