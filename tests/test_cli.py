@@ -674,7 +674,7 @@ def test_an_unfinished_run_that_is_torn(begun, name, harm):
   harm(folder / name)
   status, _, errors = again()
   assert status == 2
-  assert "s.npz.unfinished is torn" in errors
+  assert "s.npz.unfinished is damaged" in errors
   assert errors.count("\n") == 1
 
 

@@ -58,7 +58,7 @@ class Unfinished:
     default: the defaults of the record's fields; see `jaxguide._core.records.differences`.
 
   Raises:
-    ValueError: if the folder holds samples of other settings, is torn, or holds other files. A folder without
+    ValueError: if the folder holds samples of other settings, is damaged, or holds other files. A folder without
       samples is used, whatever its settings are.
     OSError: if there is no room for the images and for the output file.
   """
@@ -82,7 +82,7 @@ class Unfinished:
       if not isinstance(old_settings, dict):
         raise ValueError("settings.json holds no settings")
     except (OSError, ValueError) as error:
-      raise self._torn(error) from error
+      raise self._damaged(error) from error
     different = records.differences(old_settings, settings, default)
     if different:
       raise ValueError(
@@ -98,7 +98,7 @@ class Unfinished:
       if checksum not in (None, self._checksum):
         raise ValueError("the images do not match their checksum")
     except (OSError, ValueError, EOFError) as error:
-      raise self._torn(error) from error
+      raise self._damaged(error) from error
     self.images, self.done = np.load(folder / "images.npy", mmap_mode="r+"), done
 
   def append(self, images: np.ndarray) -> None:
@@ -148,8 +148,8 @@ class Unfinished:
     # The settings are written last: a folder without them holds nothing.
     write_atomically(self.folder / "settings.json", json.dumps(settings, indent=2).encode())
 
-  def _torn(self, error: Exception) -> ValueError:
-    return ValueError(f"{self.folder} is torn ({error}): remove it to start over")
+  def _damaged(self, error: Exception) -> ValueError:
+    return ValueError(f"{self.folder} is damaged ({error}): remove it to start over")
 
   def _count(self, done: int) -> None:
     write_atomically(self.folder / "done.json", json.dumps({"done": done, "crc32": self._checksum}).encode())
