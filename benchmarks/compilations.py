@@ -12,7 +12,7 @@ import numpy as np
 
 import jaxguide as jg
 from benchmarks import networks, timing
-from jaxguide.evaluation import digits
+from jaxguide.evaluation import demo
 
 STEPS = 8
 GRIDS = {"karras": jg.karras, "uniform in log-SNR": jg.log_snr_uniform, "cosine-time": jg.schedules.cosine_time}
@@ -48,7 +48,7 @@ def counted(of: str) -> Iterator[list[str]]:
 
 def main() -> None:
   """Print the table."""
-  model = networks.random_model(digits.DENOISER)
+  model = networks.random_model(demo.DENOISER)
   rows = []
   for name, solver in SOLVERS.items():
     with counted("_sample_many") as said:
@@ -58,7 +58,7 @@ def main() -> None:
           guided = jg.classifier_free(model.null_cond, float(scale))(model.denoiser)
           for label in range(4):
             jg.sample_batch(
-              guided, jax.random.key(label), label, num=2, shape=digits.SHAPE, sigmas=grid(STEPS), solver=solver()
+              guided, jax.random.key(label), label, num=2, shape=demo.SHAPE, sigmas=grid(STEPS), solver=solver()
             )
             calls += 1
     rows.append({"solver": name, "calls": calls, "compilations": len(said)})

@@ -16,7 +16,7 @@ import jaxguide as jg
 from benchmarks import timing
 from jaxguide import data, evaluation, scales, training
 from jaxguide._core.typing import Guidance, Solver
-from jaxguide.evaluation import demo, digits
+from jaxguide.evaluation import demo
 from jaxguide.generate.guidances import Networks
 from jaxguide.generate.walks import SolverSpec
 
@@ -77,8 +77,8 @@ def main() -> None:
   denoiser, classifier = demo.train(FOLDER)
   train, test = data.load("digits", "train"), data.load("digits", "test")
   weak = training.fit(
-    digits.DENOISER,
-    dataclasses.replace(digits.DENOISER_TRAINING, steps=digits.DENOISER_TRAINING.steps // 8),
+    demo.DENOISER,
+    dataclasses.replace(demo.DENOISER_TRAINING, steps=demo.DENOISER_TRAINING.steps // 8),
     train,
     FOLDER / "weak",
   )
@@ -92,15 +92,15 @@ def main() -> None:
     grid = jg.karras(steps, **SIGMAS)
     images = data.to_uint8(
       jg.sample_batch(
-        guidance(denoiser.denoiser), jax.random.key(0), labels, shape=digits.SHAPE, sigmas=grid,
+        guidance(denoiser.denoiser), jax.random.key(0), labels, shape=demo.SHAPE, sigmas=grid,
         solver=solver_of(solver, steps), batch_size=NUM,
       )
     )  # fmt: skip
-    made = evaluation.measure(images, labels, judge, train.images)
+    measures = evaluation.measure(images, labels, judge, train.images)
     return {
-      f"accuracy at {evaluations}": f"{made.accuracy:.3f}",
-      f"distance at {evaluations}": f"{made.frechet_distance:.3f}",
-      f"diversity at {evaluations}": f"{made.diversity:.2f}",
+      f"accuracy at {evaluations}": f"{measures.accuracy:.3f}",
+      f"distance at {evaluations}": f"{measures.frechet_distance:.3f}",
+      f"diversity at {evaluations}": f"{measures.diversity:.2f}",
     }
 
   real = evaluation.measure(test.images, test.labels, judge, train.images)

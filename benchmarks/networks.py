@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxguide.denoisers.linen import param_shapes
-from jaxguide.evaluation import digits
+from jaxguide.evaluation import demo
 from jaxguide.models.importers.openai import PRESETS
 from jaxguide.models.model import init_params
 from jaxguide.training import Model, ModelConfig
@@ -40,7 +40,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-  "8x8": Size(digits.DENOISER, digits.CLASSIFIER, 64, 15),
+  "8x8": Size(demo.DENOISER, demo.CLASSIFIER, 64, 15),
   "32x32": Size(SMALL, SMALL_CLASSIFIER, 16, 7),
   "ADM-64": Size(PRESETS["64x64_diffusion"], PRESETS["64x64_classifier"], 4 if ON_CPU else 64, 3 if ON_CPU else 15),
 }

@@ -1,4 +1,4 @@
-"""The main job: what it has to show, run as the README says; and all that it makes, of a demo that is cut short."""
+"""The demo: all files of a shortened run, and the results of a full run as in the README."""
 
 import contextlib
 import dataclasses
@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tqdm import tqdm
 
 from jaxguide import cli, data, evaluation
-from jaxguide.evaluation import demo, digits
+from jaxguide.evaluation import demo
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,7 +27,7 @@ def by_method(rows, column):
 
 
 def called(*args):
-  """Run the command here; give what it printed, and what it wrote to the other stream."""
+  """Run the command in this process; return what it wrote to stdout and to stderr."""
   with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
     patch.setattr(sys, "argv", ["jaxguide", *map(str, args)])
     with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as exit:
@@ -37,15 +36,15 @@ def called(*args):
   return out.getvalue(), err.getvalue()
 
 
-# --- cut short: what there is, and that it fits together ------------------------------------------
+# --- a shortened demo: its files, and that they agree -----------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def short():
-  """A demo whose networks are small and hardly trained, over fewer scales and samples."""
+  """Shorten the demo: small networks with 3 steps of training, fewer scales and samples."""
   with pytest.MonkeyPatch.context() as patch:
     for name in ("DENOISER", "CLASSIFIER"):
-      config, training = getattr(digits, name), getattr(digits, f"{name}_TRAINING")
+      config, training = getattr(demo, name), getattr(demo, f"{name}_TRAINING")
       fields = {
         **config.fields,
         "model_channels": 8,
@@ -53,10 +52,9 @@ def short():
         "attention_resolutions": (),
         "num_head_channels": 8,
       }
-      patch.setattr(digits, name, dataclasses.replace(config, fields=fields))
-      patch.setattr(
-        digits, f"{name}_TRAINING", dataclasses.replace(training, steps=3, batch_size=3)
-      )  # 3: for one device
+      patch.setattr(demo, name, dataclasses.replace(config, fields=fields))
+      # A batch of 3 runs on one device.
+      patch.setattr(demo, f"{name}_TRAINING", dataclasses.replace(training, steps=3, batch_size=3))
     for name, value in (("NUM", 40), ("STEPS", 3), ("BATCH", 20)):
       patch.setattr(demo, name, value)
     patch.setattr(demo, "SCALES", {"cfg": (0.0, 2.0), "classifier": (1.0, 30.0)})
@@ -82,7 +80,7 @@ def samples(out, row):
   return data.load_npz(out / "samples" / f"{row.method}_{row.scale:g}.npz")
 
 
-def test_it_says_what_it_made(ran, rows, out):
+def test_it_prints_the_table_and_the_path_of_the_report(ran, rows, out):
   printed, progress = ran
   assert evaluation.table(rows) in printed
   assert str(out / "report.html") in printed
@@ -90,19 +88,19 @@ def test_it_says_what_it_made(ran, rows, out):
   assert "step/s" in progress or "s/step" in progress
 
 
-def test_the_sweep_is_whole(rows):
+def test_the_sweep_has_every_method_and_scale(rows):
   assert [(row.method, row.scale) for row in rows] == [(m, s) for m, scales in demo.SCALES.items() for s in scales]
   assert all(row.n == 40 and row.samples_per_second > 0 for row in rows)
 
 
-def test_the_files_are_what_they_should_be(rows, out):
+def test_the_samples_the_plot_and_the_report_are_written(rows, out):
   seen = []
   for row in rows:
     images, labels = samples(out, row)
     assert images.shape == (40, 8, 8, 1)
     assert labels.tolist() == [i % 10 for i in range(40)]
     assert Image.open(out / "samples" / f"{row.method}_{row.scale:g}.png").size[0] > 150
-    assert not any(np.array_equal(images, other) for other in seen)  # Each row is of a scale of its own.
+    assert not any(np.array_equal(images, other) for other in seen)  # Each row has another method or scale.
     seen.append(images)
   assert Image.open(out / "fidelity.png").size[0] > 800
   report = (out / "report.html").read_text()
@@ -120,7 +118,7 @@ def test_the_figures_are_those_of_the_samples(rows, out):
     assert again.diversity == pytest.approx(row.diversity)
 
 
-def test_run_again_it_reuses_what_it_trained_and_gives_the_same(ran, rows, out):
+def test_a_second_run_reuses_the_models_and_has_the_same_results(ran, rows, out):
   trained = (out / "denoiser" / "config.json").stat().st_mtime_ns
   before = [samples(out, row)[0] for row in rows]
   _, progress = called("demo", "--out", out, "--no-progress")
@@ -135,8 +133,8 @@ def test_run_again_it_reuses_what_it_trained_and_gives_the_same(ran, rows, out):
 def test_another_seed_draws_other_samples(ran, rows, out, monkeypatch):
   before = samples(out, rows[0])[0]
   monkeypatch.setattr(demo, "SCALES", {"cfg": (0.0,), "classifier": ()})
-  seen = [images for *_, images, _ in demo._sweep(*_sweep_inputs(out), 1, tqdm(disable=True))]
-  assert (seen[0] != before).any()
+  (samples_of_seed_1,) = demo._sweep(*_sweep_inputs(out), seed=1, progress=False)
+  assert (samples_of_seed_1.images != before).any()
 
 
 def test_a_report_of_another_seed_is_kept_unless_it_may_be_replaced(ran, rows, out, monkeypatch):
@@ -147,10 +145,10 @@ def test_a_report_of_another_seed_is_kept_unless_it_may_be_replaced(ran, rows, o
     demo.run(out, seed=1, progress=False)
   assert (out / "report.html").read_bytes() == before
 
-  def begun(*args, **kwargs):
+  def interrupted(*args, **kwargs):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(demo, "train", begun)
+  monkeypatch.setattr(demo, "train", interrupted)
   with pytest.raises(KeyboardInterrupt):
     demo.run(out, seed=1, overwrite=True, progress=False)
 
@@ -160,12 +158,12 @@ def _sweep_inputs(out):
   return denoiser.denoiser, demo.guidances(denoiser, classifier), np.arange(40, dtype=np.int32) % 10
 
 
-# --- as shipped: what it has to show --------------------------------------------------------------
+# --- the full demo: its results ---------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory):
-  """The folder of the demo, run by a user: in a process of its own, with one device."""
+  """The folder of the full demo, run in its own process with one device, as a user runs it."""
   out = tmp_path_factory.mktemp("shipped") / "demo"
   env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
   env.pop("XLA_FLAGS", None)
@@ -185,9 +183,9 @@ def figures(shipped):
 
 @pytest.mark.slow
 def test_the_shipped_sweep_is_whole(figures, shipped):
-  # Not from the demo's tables, which may have been cut short in this process.
+  # Not from demo.SCALES, which may be shortened in this process.
   scales = {"cfg": (0, 1, 2, 4, 8), "classifier": (0, 1, 2, 5, 10)}
-  assert [(row.method, row.scale) for row in figures] == [(m, s) for m, each in scales.items() for s in each]
+  assert [(row.method, row.scale) for row in figures] == [(m, s) for m in scales for s in scales[m]]
   assert all(row.n == 500 and row.samples_per_second > 0 for row in figures)
   for row in figures:
     images, labels = samples(shipped, row)

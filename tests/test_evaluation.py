@@ -1,7 +1,9 @@
-"""The evaluation room: metrics against mathematics, tables, and a report that stands alone."""
+"""Metrics against closed forms, the table of measures, sweep tables, the plot and the report."""
 
 import base64
+import copy
 import io
+import pickle
 import re
 import subprocess
 import sys
@@ -37,7 +39,7 @@ def judge(digits):
 
 
 def with_moments(rng, n, mean, covariance):
-  """Draw n vectors whose own mean and unbiased covariance are exactly these."""
+  """Draw n vectors whose sample mean and unbiased sample covariance are exactly ``mean`` and ``covariance``."""
   x = rng.normal(size=(n, len(mean)))
   x -= x.mean(0)
   x = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T
@@ -52,8 +54,8 @@ def test_frechet_distance_of_diagonal_gaussians(rng):
   std_a, std_b = rng.uniform(0.5, 2, size=(2, 5))
   a = with_moments(rng, 40, mean_a, np.diag(std_a**2))
   b = with_moments(rng, 60, mean_b, np.diag(std_b**2))
-  wanted = ((mean_a - mean_b) ** 2).sum() + ((std_a - std_b) ** 2).sum()
-  np.testing.assert_allclose(evaluation.frechet_distance(a, b), wanted, rtol=1e-10)
+  expected = ((mean_a - mean_b) ** 2).sum() + ((std_a - std_b) ** 2).sum()
+  np.testing.assert_allclose(evaluation.frechet_distance(a, b), expected, rtol=1e-10)
 
 
 def test_frechet_distance_agrees_with_sqrtm(rng):
@@ -63,19 +65,19 @@ def test_frechet_distance_agrees_with_sqrtm(rng):
   b = rng.normal(size=(70, 6)) @ rng.normal(size=(6, 6))
   s_a, s_b = np.cov(a.T), np.cov(b.T)
   root = scipy.linalg.sqrtm(s_a @ s_b)
-  wanted = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s_a + s_b - 2 * root.real)
-  np.testing.assert_allclose(evaluation.frechet_distance(a, b), wanted, rtol=1e-9)
-  np.testing.assert_allclose(evaluation.frechet_distance(b, a), wanted, rtol=1e-9)
+  expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s_a + s_b - 2 * root.real)
+  np.testing.assert_allclose(evaluation.frechet_distance(a, b), expected, rtol=1e-9)
+  np.testing.assert_allclose(evaluation.frechet_distance(b, a), expected, rtol=1e-9)
 
 
 def test_frechet_distance_of_singular_covariances(rng):
-  thin = rng.normal(size=(10, 3)) @ rng.normal(size=(3, 64))  # rank 3 of 64, as constant pixels make it
+  thin = rng.normal(size=(10, 3)) @ rng.normal(size=(3, 64))  # rank 3 of 64; constant pixels lower the rank too
   assert evaluation.frechet_distance(thin, thin) == pytest.approx(0, abs=1e-11)
   shifted = evaluation.frechet_distance(thin, thin + 0.25)
   assert shifted == pytest.approx(64 * 0.25**2, rel=1e-10)
   constant = np.zeros((4, 64))
-  wanted = (thin.mean(0) ** 2).sum() + np.trace(np.cov(thin.T))
-  assert evaluation.frechet_distance(thin, constant) == pytest.approx(wanted, rel=1e-10)
+  expected = (thin.mean(0) ** 2).sum() + np.trace(np.cov(thin.T))
+  assert evaluation.frechet_distance(thin, constant) == pytest.approx(expected, rel=1e-10)
 
 
 def test_frechet_distance_refuses():
@@ -129,7 +131,7 @@ def test_diversity_refuses(digits):
     evaluation.diversity(images[:3], np.zeros(3))
 
 
-def test_judge_knows_real_digits(judge, digits):
+def test_judge_classifies_real_digits(judge, digits):
   images, labels = digits[1]
   assert judge.accuracy(images, labels) > 0.97
   shuffled = np.random.default_rng(1).permutation(labels)
@@ -141,7 +143,7 @@ def test_judge_refuses(judge, digits):
   images, labels = digits[1]
   with pytest.raises(ValueError, match=r"fitted on images of shape \(8, 8, 1\), got \(4, 16, 1\)"):
     judge.predict(images.reshape(-1, 4, 16, 1))
-  with pytest.raises(ValueError, match="label 10 is of no class"):
+  with pytest.raises(ValueError, match="not fitted on a class 10"):
     judge.accuracy(images, np.full_like(labels, 10))
   with pytest.raises(ValueError, match="at least one"):
     judge.accuracy(images[:0], labels[:0])
@@ -181,7 +183,7 @@ def figures(accuracy, frechet_distance, diversity):
 
 @pytest.fixture
 def rows():
-  scales = (4.0, 0.0, 1.0)  # out of order: the report sorts them
+  scales = (4.0, 0.0, 1.0)  # not sorted: the report sorts them
   cfg = [Row("cfg", s, 500, figures(0.5 + s / 8, 0.3 + (s - 1) ** 2, 2 - s / 10), 100 / 3) for s in scales]
   other = [Row('odd, "<b>"', s, 400, figures(0.9, 1.5 - s / 8, 1.5), 12345.6) for s in scales]
   return cfg + other
@@ -214,7 +216,7 @@ def test_a_failed_write_leaves_the_old_file(rows, tmp_path, monkeypatch):
 def test_read_csv_refuses(rows, tmp_path):
   path = tmp_path / "sweep.csv"
   path.write_text("a,b\n1,2\n")
-  with pytest.raises(ValueError, match="no table of a sweep: its first line must be 'method,scale,"):
+  with pytest.raises(ValueError, match="not a sweep table: its first line must be 'method,scale,"):
     evaluation.read_csv(path)
   evaluation.write_csv(path, rows)
   path.write_text(path.read_text() + "cfg,two,500,1,1,1,1\n")
@@ -227,7 +229,7 @@ def test_read_csv_refuses(rows, tmp_path):
 def test_table_is_aligned(rows):
   lines = evaluation.table(rows).splitlines()
   assert len({len(line) for line in lines}) == 1
-  assert not any(line.endswith(" ") for line in lines)  # numbers stand on the right
+  assert not any(line.endswith(" ") for line in lines)  # numbers are aligned on the right
   assert lines[1].split() == ["cfg", "4", "500", "1.000", "9.300", "1.600", "33.3"]
 
 
@@ -266,7 +268,7 @@ def write(path, rows, grids, **changes):
   return path.read_text("utf-8")
 
 
-def test_report_stands_alone(rows, grids, tmp_path):
+def test_report_is_self_contained(rows, grids, tmp_path):
   page = write(tmp_path / "report.html", rows, grids)
   assert not re.search(r"https?:|<script|<link|<iframe|@import|url\(|\bon\w+=", page)
   sources = re.findall(r'src="([^"]*)"', page)
@@ -277,26 +279,26 @@ def test_report_stands_alone(rows, grids, tmp_path):
   assert "{%" not in page
 
 
-def test_report_says_what_the_rows_say(rows, grids, tmp_path):
+def test_report_summarises_the_rows(rows, grids, tmp_path):
   def text(rows):
-    page = write(tmp_path / "report.html", rows, grids)
-    return re.sub(r"\s+", " ", re.sub(r"<style>.*?</style>|<[^>]*>", "", page, flags=re.DOTALL))
+    html = write(tmp_path / "report.html", rows, grids)
+    return re.sub(r"\s+", " ", re.sub(r"<style>.*?</style>|<[^>]*>", "", html, flags=re.DOTALL))
 
-  said = text(rows)
+  page = text(rows)
   assert (
     "With classifier-free guidance, judged accuracy is highest at scale 4 (1.000); Fréchet distance on pixels is "
     "lowest at scale 1 (0.300); diversity within a class is 2.000 at scale 0 and 1.600 at scale 4."
-  ) in said
-  assert "highest at scales 0, 1 and 4 (0.900)" in said
-  assert "For the real test split, judged accuracy is 0.987; Fréchet distance on pixels is 0.062; diversity" in said
-  assert "here 400, 500 per row" in said
-  assert "On the real test split its accuracy is 98.7%" in said
+  ) in page
+  assert "highest at scales 0, 1 and 4 (0.900)" in page
+  assert "For the real test split, judged accuracy is 0.987; Fréchet distance on pixels is 0.062; diversity" in page
+  assert "here 400, 500 per row" in page
+  assert "On the real test split its accuracy is 98.7%" in page
   better = [replace(r, figures={**r.figures, "frechet_distance": 0.01}) if r.scale == 4 else r for r in rows]
   assert "lowest at scale 4 (0.010)" in text(better)
   assert "lowest at scale 1" not in text(better)
 
 
-def test_report_escapes_what_it_is_given(rows, grids, tmp_path):
+def test_report_escapes_html(rows, grids, tmp_path):
   hostile = '<script>alert("x")</script>'
   page = write(tmp_path / "r.html", rows, grids, title=hostile, facts={hostile: hostile})
   assert "<script" not in page
@@ -320,13 +322,13 @@ def test_plot_shows_every_row_and_the_real_data(rows, monkeypatch):
   from matplotlib.figure import Figure
   from PIL import Image
 
-  drawn = []
+  plots = []
   save = Figure.savefig
-  monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))[1])
+  monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (plots.append(self), save(self, *a, **k))[1])
   image = Image.open(io.BytesIO(evaluation.fidelity_plot(rows, REAL)))
   assert image.format == "PNG"
   assert min(image.size) > 800
-  (figure,) = drawn
+  (figure,) = plots
   accuracy, frechet, diversity, plane = figure.axes
   by_scale = sorted((r for r in rows if r.method == "cfg"), key=lambda r: r.scale)
   for axes, column in ((accuracy, "accuracy"), (frechet, "frechet_distance"), (diversity, "diversity")):
@@ -337,55 +339,107 @@ def test_plot_shows_every_row_and_the_real_data(rows, monkeypatch):
   assert [t.get_text() for t in plane.texts] == ["0", "1", "4"] * 2
   names = [t.get_text() for t in figure.legends[0].get_texts()]
   assert names == ["real test split", "classifier-free guidance", 'odd, "<b>"']
+  titles = [axes.get_title() for axes in figure.axes]
+  assert titles == [
+    "judged accuracy (higher is better)",
+    "Fréchet distance on pixels (lower is better)",
+    "diversity within a class",
+    "fidelity against diversity, points labelled by γ",
+  ]
   assert evaluation.fidelity_plot(rows[:1])[:4] == b"\x89PNG"
   with pytest.raises(ValueError, match="there are no rows"):
     evaluation.fidelity_plot([])
 
 
-def test_a_new_measure_is_an_entry(rows, grids, digits, judge, tmp_path, monkeypatch):
-  """It appears in the measures, in the CSV file, in the table, in the plot and in the report."""
-  from matplotlib.figure import Figure
+@pytest.fixture
+def brightness(monkeypatch):
+  """A new measure: one function and one entry in the table."""
 
-  brightness = evaluation.Measure(
-    lambda evidence: float(evidence.images.mean()), "brightness", "The mean pixel: {real:.0f}.", high=255.0
-  )
-  monkeypatch.setitem(evaluation.MEASURES, "brightness", brightness)
+  def function(evidence):
+    return evidence.images.mean()
+
+  description = "The mean pixel, {real:.0f} for real digits."
+  entry = evaluation.Measure(function, "brightness", description, "lower", high=255.0, number_format=".1f")
+  monkeypatch.setitem(evaluation.MEASURES, "brightness", entry)
+
+
+def test_a_new_measure_is_measured_and_checked(brightness, digits, judge):
   (reference, _), (images, labels) = digits
-  real = evaluation.measure(images, labels, judge, reference)
-  assert real.brightness == images.mean()
-  assert list(evaluation.measure(images, labels, judge, reference, names=["brightness"]).figures) == ["brightness"]
-  more = [replace(row, figures={**row.figures, "brightness": 60 + row.scale}) for row in rows]
-  evaluation.write_csv(tmp_path / "t.csv", more)
-  assert (tmp_path / "t.csv").read_text().startswith("method,scale,n,accuracy,frechet_distance,diversity,brightness,")
-  assert evaluation.read_csv(tmp_path / "t.csv") == more
-  assert evaluation.table(more).splitlines()[0].split()[-2:] == ["brightness", "samples/s"]
-  drawn = []
-  monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self))
-  evaluation.fidelity_plot(more, real)
-  assert [axes.get_title() for axes in drawn[0].axes][3:] == [
-    "brightness",
-    "fidelity against diversity, points labelled by γ",
-  ]
-  page = write(tmp_path / "r.html", more, grids, real=real)
-  assert "<th>brightness</th>" in page
-  assert f"The mean pixel: {images.mean():.0f}." in page
+  measures = evaluation.measure(images, labels, judge, reference)
+  assert list(measures.figures) == ["accuracy", "frechet_distance", "diversity", "brightness"]
+  assert measures.brightness == images.mean()
+  assert dict(evaluation.measure(images, labels, judge, reference, names=["brightness"]).figures) == {
+    "brightness": images.mean()
+  }
   for value in (-1.0, 256.0, float("nan")):
     with pytest.raises(ValueError, match="brightness must be"):
-      replace(more[0], figures={**more[0].figures, "brightness": value})
+      Measures(500, {"brightness": value})
 
 
-def test_files_may_have_some_of_the_measures(rows, tmp_path):
+def test_a_new_measure_is_in_the_table_the_plot_and_the_report(
+  brightness, rows, grids, digits, judge, tmp_path, monkeypatch
+):
+  from matplotlib.figure import Figure
+
+  (reference, _), (images, labels) = digits
+  real = evaluation.measure(images, labels, judge, reference)
+  rows = [replace(row, figures={**row.figures, "brightness": 60 + row.scale / 2}) for row in rows]
+
+  path = tmp_path / "sweep.csv"
+  evaluation.write_csv(path, rows)
+  header, first = path.read_text().splitlines()[:2]
+  assert header == "method,scale,n,accuracy,frechet_distance,diversity,brightness,samples_per_second"
+  assert first.split(",")[6] == "62.0"
+  assert evaluation.read_csv(path) == rows
+  path.write_text(path.read_text().replace(",62.0,", ",256,"))
+  with pytest.raises(ValueError, match=r"line 2 of .*brightness must be between 0.0 and 255.0"):
+    evaluation.read_csv(path)
+
+  lines = evaluation.table(rows).splitlines()
+  assert lines[0].split()[-2:] == ["brightness", "samples/s"]
+  assert lines[1].split()[-2] == "62.0"
+
+  plots = []
+  monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: plots.append(self))
+  evaluation.fidelity_plot(rows, real)
+  *_, panel, _plane = plots[0].axes
+  assert panel.get_title() == "brightness (lower is better)"
+  reference_line, line, _ = panel.lines
+  assert set(reference_line.get_ydata()) == {images.mean()}
+  np.testing.assert_array_equal(line.get_ydata(), [60, 60.5, 62])
+
+  html = write(tmp_path / "report.html", rows, grids, real=real)
+  assert "<th>brightness</th>" in html
+  assert html.count("<td>62.0</td>") == 2
+  assert "<br>brightness 62.0<" in html
+  assert "brightness is lowest at scale 0 (60.0)" in html
+  assert f"brightness is {images.mean():.1f}." in html
+  assert f"The mean pixel, {images.mean():.0f} for real digits." in html
+
+
+def test_tables_with_only_some_of_the_measures(rows, tmp_path):
+  path = tmp_path / "sweep.csv"
   fewer = [replace(row, figures={"diversity": row.diversity}) for row in rows]
-  evaluation.write_csv(tmp_path / "t.csv", fewer)
-  assert evaluation.read_csv(tmp_path / "t.csv") == fewer
+  evaluation.write_csv(path, fewer)
+  assert evaluation.read_csv(path) == fewer
   assert evaluation.fidelity_plot(fewer)[:4] == b"\x89PNG"
   with pytest.raises(ValueError, match="all rows must have the same measures"):
-    evaluation.write_csv(tmp_path / "t.csv", [*rows, *fewer])
-  (tmp_path / "t.csv").write_text("method,scale,n,acuracy,samples_per_second\n")
-  with pytest.raises(ValueError, match="did you mean 'accuracy'"):
-    evaluation.read_csv(tmp_path / "t.csv")
-  with pytest.raises(AttributeError, match="there is no measure 'accuracy'"):
+    evaluation.write_csv(path, [*rows, *fewer])
+  with pytest.raises(AttributeError, match="there is no measure 'accuracy' in this Row, only diversity"):
     fewer[0].accuracy
+  path.write_text("method,scale,n,diversity,accuracy,samples_per_second\ncfg,1,2,3,0.5,6\n")
+  assert evaluation.read_csv(path) == [Row("cfg", 1.0, 2, {"accuracy": 0.5, "diversity": 3.0}, 6.0)]
+  path.write_text("method,scale,n,acuracy,samples_per_second\n")
+  with pytest.raises(ValueError, match="unknown measure 'acuracy': did you mean 'accuracy'"):
+    evaluation.read_csv(path)
+  path.write_text("method,scale,n,accuracy,accuracy,samples_per_second\n")
+  with pytest.raises(ValueError, match="has the column 'accuracy' twice"):
+    evaluation.read_csv(path)
+
+
+def test_rows_are_copied_and_pickled(rows):
+  assert pickle.loads(pickle.dumps(rows)) == copy.deepcopy(rows) == rows
+  assert len({*rows, *rows}) == len(rows)
 
 
 def test_importing_evaluation_loads_nothing_heavy():
@@ -393,5 +447,5 @@ def test_importing_evaluation_loads_nothing_heavy():
     "import sys, jaxguide.evaluation; "
     "print([m for m in ('sklearn', 'scipy', 'matplotlib', 'jinja2', 'PIL') if m in sys.modules])"
   )
-  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-  assert done.stdout.strip() == "[]"
+  result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  assert result.stdout.strip() == "[]"

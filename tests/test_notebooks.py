@@ -11,15 +11,15 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
-  # A notebook is on a machine of its own: one device, and this source tree.
+  # The notebook runs as on a user's machine: one device, with jaxguide imported from this source tree.
   monkeypatch.delenv("XLA_FLAGS", raising=False)
   monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
   notebook = nbformat.read(path, as_version=4)
   NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
-  pictures = [
+  images = [
     output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
   ]
-  assert pictures
+  assert images
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)

@@ -58,8 +58,9 @@ def demo(
 
   result = program.run(out, retrain=retrain, seed=seed, overwrite=overwrite, progress=progress)
   print(evaluation.table(result.rows))
-  figures = (f"{evaluation.MEASURES[name].title} {value:.3f}" for name, value in result.real.figures.items())
-  print(f"\nReal test digits for comparison: {', '.join(figures)}.")
+  measures = [(evaluation.MEASURES[name], value) for name, value in result.real.figures.items()]
+  real = ", ".join(f"{measure.title} {measure.text(value)}" for measure, value in measures)
+  print(f"\nReal test digits, for comparison: {real}.")
   print(f"The report is {result.report}: open it in a browser.")
 
 

@@ -1,7 +1,7 @@
-"""How good guided samples are: metrics, tables of sweeps over the scale, and a report to open in a browser.
+"""Evaluation of guided samples: measures, tables of sweeps over the scale, and a report to open in a browser.
 
-NumPy in, NumPy out; images are uint8 of shape (n, height, width, channels), labels whole numbers. scikit-learn,
-matplotlib and Jinja are imported by the functions that need them, so that importing this costs nothing.
+Inputs and outputs are NumPy arrays; images are uint8 of shape (n, height, width, channels), labels are whole numbers.
+scikit-learn, matplotlib and Jinja are imported only by the functions that need them, so that the import is fast.
 """
 
 from jaxguide.evaluation.features import pixel_features

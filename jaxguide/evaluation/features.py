@@ -1,4 +1,4 @@
-"""Features of images."""
+"""Checks of images and labels, and feature vectors of images."""
 
 import numpy as np
 
@@ -17,10 +17,10 @@ def check_images(images: np.ndarray) -> None:
 
 
 def check_labelled(images: np.ndarray, labels: np.ndarray) -> None:
-  """Check images, and that there is one label, a whole number, for each of them.
+  """Check that images are uint8 of shape (n, height, width, channels), n at least 1, and labels int of shape (n,).
 
   Raises:
-    ValueError: if not, or if there are no images.
+    ValueError: if they are not.
   """
   check_images(images)
   if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
@@ -31,7 +31,7 @@ def check_labelled(images: np.ndarray, labels: np.ndarray) -> None:
 
 
 def pixel_features(images: np.ndarray) -> np.ndarray:
-  """Lay each image out as one vector of its pixels.
+  """Flatten each image to a vector of its pixels, as the features of that image.
 
   Args:
     images: uint8 of shape (n, height, width, channels).
@@ -40,7 +40,7 @@ def pixel_features(images: np.ndarray) -> np.ndarray:
     float64 of shape (n, height * width * channels), in [0, 1].
 
   Raises:
-    ValueError: if the images have another type or number of axes.
+    ValueError: if the images do not have that type and number of axes.
 
   >>> pixel_features(np.array([[[[0], [255]]]], np.uint8))
   array([[0., 1.]])

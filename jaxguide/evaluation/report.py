@@ -1,4 +1,4 @@
-"""What a sweep over the guidance scale shows: a plot, and a report in one self-contained file."""
+"""The results of a sweep over the guidance scale: a plot, and a report in one self-contained HTML file."""
 
 import base64
 import io
@@ -16,9 +16,9 @@ TITLES = {"cfg": "classifier-free guidance", "classifier": "classifier guidance"
 """The titles of methods. A method without a title is shown by its name."""
 
 PLANE = ("diversity", "frechet_distance")
-"""The measures of the panel of fidelity against diversity: across and up."""
+"""The measures on the x and y axes of the panel of fidelity against diversity."""
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; the markers do it in black and white.
+# The colours of Okabe and Ito, which colour-blind readers can distinguish. The markers serve black-and-white print.
 _STYLES = (
   ("#0072B2", "o"),
   ("#D55E00", "s"),
@@ -30,7 +30,11 @@ _STYLES = (
 
 
 def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
-  """Group rows by method, in order of appearance, each group by increasing scale."""
+  """Group rows by method in order of appearance, and sort each group by scale.
+
+  Raises:
+    ValueError: if there are no rows.
+  """
   if not rows:
     raise ValueError("there are no rows to show: evaluate at least one method at one scale")
   return {
@@ -40,20 +44,20 @@ def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def fidelity_plot(rows: Sequence[Row], real: Measures | None = None) -> bytes:
-  """Plot fidelity against diversity over the scale.
+  """Plot each measure over the scale, and fidelity against diversity.
 
-  Each measure has a panel over the scale, on an axis that is linear up to 1 and logarithmic beyond. The last panel has
-  the Fréchet distance over diversity, if both were measured; each point is labelled by its scale.
+  Each measure has a panel over the scale, whose axis is linear up to 1 and logarithmic above. If the rows have both
+  measures of `PLANE`, the last panel shows the Fréchet distance over diversity, with points labelled by their scale.
 
   Args:
-    rows: of any number of methods and scales, in any order.
-    real: the real data's own figures, drawn as grey references.
+    rows: rows of any number of methods and scales, in any order.
+    real: the measures of real data, drawn as grey references.
 
   Returns:
-    A PNG image. Nothing global in matplotlib is touched.
+    A PNG image. No global state of matplotlib is changed.
 
   Raises:
-    ValueError: if there are no rows.
+    ValueError: if there are no rows, or they have different measures.
   """
   from matplotlib.figure import Figure
   from matplotlib.lines import Line2D
@@ -64,10 +68,10 @@ def fidelity_plot(rows: Sequence[Row], real: Measures | None = None) -> bytes:
   panels = len(names) + has_plane
   figure = Figure(figsize=(10, 4 * math.ceil(panels / 2)), dpi=150)
   figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
-  every_axes = list(figure.subplots(math.ceil(panels / 2), min(2, panels), squeeze=False).flat)
-  for unused in every_axes[panels:]:
+  all_axes = list(figure.subplots(math.ceil(panels / 2), min(2, panels), squeeze=False).flat)
+  for unused in all_axes[panels:]:
     unused.remove()
-  by_scale, plane = every_axes[: len(names)], every_axes[len(names)] if has_plane else None
+  by_scale, plane = all_axes[: len(names)], all_axes[len(names)] if has_plane else None
   for axes, name in zip(by_scale, names, strict=True):
     axes.set_xscale("symlog", base=2, linthresh=1)
     axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
@@ -83,7 +87,7 @@ def fidelity_plot(rows: Sequence[Row], real: Measures | None = None) -> bytes:
     for axes, name in zip(by_scale, names, strict=True):
       axes.plot([row.scale for row in group], [row.figures[name] for row in group], **style)
     if plane:
-      # The curves often lie close together, so the labels of every second method are on the other side.
+      # The curves often lie close together, so every second method has its labels on the other side.
       _draw_plane(plane, group, style, side=1 if i % 2 == 0 else -1)
     handles.append(Line2D([], [], label=TITLES.get(method, method), **style))
   if plane:
@@ -96,7 +100,7 @@ def fidelity_plot(rows: Sequence[Row], real: Measures | None = None) -> bytes:
     if real and set(PLANE) <= set(real.figures):
       plane.plot(real.figures[across], real.figures[up], **reference)
 
-  for axes in every_axes[:panels]:
+  for axes in all_axes[:panels]:
     axes.title.set_fontsize(11)
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -111,7 +115,7 @@ def fidelity_plot(rows: Sequence[Row], real: Measures | None = None) -> bytes:
 
 
 def _draw_plane(axes: Any, group: Sequence[Row], style: dict[str, Any], side: int) -> None:
-  """Draw a method in the plane of diversity and distance, each point labelled by its scale."""
+  """Draw one method in the panel of fidelity against diversity, with points labelled by their scale."""
   across, up = PLANE
   axes.plot([row.figures[across] for row in group], [row.figures[up] for row in group], **style)
   for row in group:
@@ -128,32 +132,36 @@ def _draw_plane(axes: Any, group: Sequence[Row], style: dict[str, Any], side: in
 
 
 def _finding(method: str, group: Sequence[Row]) -> str:
-  """Say in one sentence what the rows of one method show. The rows are sorted by scale."""
-  parts = [_of_measure(group, name) for name in columns(group)]
+  """Summarise the rows of one method, sorted by scale, in one sentence."""
+  parts = [_summary(group, name) for name in columns(group)]
   return f"With {TITLES.get(method, method)}, {'; '.join(parts)}."
 
 
-def _of_measure(group: Sequence[Row], name: str) -> str:
-  """Say where a measure is best, or between which values it changes if no direction is better."""
-  title, values = MEASURES[name].title, [row.figures[name] for row in group]
-  better = MEASURES[name].better
-  if better is None:
+def _summary(group: Sequence[Row], name: str) -> str:
+  """Give the best value of a measure and its scales; or the values at both ends, if neither direction is better."""
+  measure, values = MEASURES[name], [row.figures[name] for row in group]
+  if measure.better is None:
     ends = dict.fromkeys((group[0], group[-1]))
-    return f"{title} is " + " and ".join(f"{row.figures[name]:.3f} at scale {row.scale:g}" for row in ends)
-  superlative, best = ("highest", max(values)) if better == "higher" else ("lowest", min(values))
-  at = [f"{row.scale:g}" for row in group if row.figures[name] == best]
-  where = f"scales {', '.join(at[:-1])} and {at[-1]}" if len(at) > 1 else f"scale {at[0]}"
-  return f"{title} is {superlative} at {where} ({best:.3f})"
+    return f"{measure.title} is " + " and ".join(
+      f"{measure.text(row.figures[name])} at scale {row.scale:g}" for row in ends
+    )
+  superlative, choose = {"higher": ("highest", max), "lower": ("lowest", min)}[measure.better]
+  best = choose(values)
+  scales = [f"{row.scale:g}" for row in group if row.figures[name] == best]
+  where = f"scales {', '.join(scales[:-1])} and {scales[-1]}" if len(scales) > 1 else f"scale {scales[0]}"
+  return f"{measure.title} is {superlative} at {where} ({measure.text(best)})"
 
 
-def _data_uri(what: str, png: bytes) -> str:
+def _data_uri(name: str, png: bytes) -> str:
+  """Encode a PNG image as the address of an ``img`` element. ``name`` is for the error message."""
   if not png.startswith(b"\x89PNG\r\n\x1a\n"):
-    raise ValueError(f"{what} must be the bytes of a PNG file, got {png[:8]!r}...; encode it as PNG")
+    raise ValueError(f"{name} must be the bytes of a PNG file, got {png[:8]!r}...; encode it as PNG")
   return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _width(png: bytes) -> int:
-  return int.from_bytes(png[16:20], "big")  # the first field of the IHDR chunk
+  """Read the width of a PNG image in pixels, the first field of its IHDR chunk."""
+  return int.from_bytes(png[16:20], "big")
 
 
 def write_report(
@@ -166,30 +174,32 @@ def write_report(
   real: Measures,
   facts: Mapping[str, str],
 ) -> None:
-  """Write the report of a sweep: one HTML file, which opens without a network and runs no script.
+  """Write the report of a sweep: one HTML file that needs no network and runs no script.
 
-  Whatever it says of the results is computed from the rows.
+  All statements about the results are computed from the rows.
 
   Args:
-    path: of the file, written atomically; missing parent folders are made.
-    title: the page's title.
-    rows: of any number of methods and scales, in any order.
-    grids: PNG images of samples, by method and scale, shown some 160 pixels wide; smaller ones keep hard edges.
-    plot: a PNG image, as `fidelity_plot` gives it.
-    real: what `measure` says of the real test split, against the training split.
+    path: path of the file, which is written atomically; missing parent folders are made.
+    title: title of the page.
+    rows: rows of any number of methods and scales, in any order.
+    grids: PNG images of samples by method and scale, shown about 200 pixels wide; images of less than 240 pixels are
+      enlarged without smoothing.
+    plot: a PNG image, such as the result of `fidelity_plot`.
+    real: the measures of the real test split, with the training split as reference.
     facts: what a reader needs to judge or repeat the run, by name: data set, solver, steps, seed.
 
   Raises:
-    ValueError: if there are no rows, an image is not a PNG, or a grid is of a method and scale without a row.
-    OSError: if the place cannot be written.
+    ValueError: if there are no rows or they have different measures, if an image is not a PNG, or if a grid has a
+      method and scale without a row.
+    OSError: if the file cannot be written.
   """
   import jinja2
 
   groups = _by_method(rows)
-  known = {(row.method, row.scale) for row in rows}
+  evaluated = {(row.method, row.scale) for row in rows}
   for method, scale in grids:
-    if (method, scale) not in known:
-      raise ValueError(f"there is a grid of {method!r} at scale {scale:g} but no such row; evaluate those samples too")
+    if (method, scale) not in evaluated:
+      raise ValueError(f"there is a grid of {method!r} at scale {scale:g} but no such row: evaluate those samples too")
   template = jinja2.Environment(
     autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
   ).from_string(resources.files(__package__).joinpath("report.html.jinja").read_text("utf-8"))

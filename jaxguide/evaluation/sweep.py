@@ -1,36 +1,35 @@
-"""One row of figures for each guidance method and scale, kept as CSV."""
+"""Sweeps over the guidance scale: one row of measures for each method and scale, stored as CSV."""
 
 import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from jaxguide._core import checks
 from jaxguide._core.files import check_readable, write_atomically
 from jaxguide.evaluation.judge import Judge
-from jaxguide.evaluation.measures import MEASURES, Figures, measure
+from jaxguide.evaluation.measures import MEASURES, Measured, measure
 
 BEFORE, AFTER = ["method", "scale", "n"], ["samples_per_second"]
 """The columns of the CSV file before and after the measures."""
 
 
 @dataclass(frozen=True)
-class Row:
-  """The measures of one method at one scale: a line of the CSV file. Each measure is an attribute: ``row.accuracy``.
+class Row(Measured):
+  """The measures of one method at one scale: one line of the CSV file. Each measure is also an attribute.
 
   Args:
     method: the guidance method, such as ``"cfg"`` or ``"classifier"``.
     scale: the power gamma in ``p(x) p(y|x)^gamma``: 0 is unconditional, 1 conditional.
-    n: number of samples.
-    figures: values of measures by name; see `jaxguide.evaluation.measures.MEASURES`.
-    samples_per_second: of wall-clock time.
+    n: number of samples, at least 1.
+    figures: values of measures by name, converted to `Figures`.
+    samples_per_second: samples per second of wall-clock time, above 0.
 
   Raises:
-    ValueError: if a value is not finite, or outside its range.
+    ValueError: if a value is not finite or outside its range, or a measure is unknown.
   """
 
   method: str
@@ -39,17 +38,10 @@ class Row:
   figures: Mapping[str, float]
   samples_per_second: float
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     checks.finite("scale", self.scale)
-    checks.at_least("n", self.n, 1)
-    if not isinstance(self.figures, Figures):
-      object.__setattr__(self, "figures", Figures(self.figures))
+    super().__post_init__()
     checks.above("samples_per_second", checks.finite("samples_per_second", self.samples_per_second), 0)
-
-  def __getattr__(self, name: str) -> Any:
-    if name.startswith("__") or "figures" not in self.__dict__:
-      raise AttributeError(name)
-    return getattr(self.__dict__["figures"], name)
 
 
 def evaluate(
@@ -62,19 +54,19 @@ def evaluate(
   judge: Judge,
   reference_images: np.ndarray,
 ) -> Row:
-  """Measure the samples that one method drew at one scale, and make a row of it.
+  """Measure the samples of one method at one scale, and return them as a row.
 
   Args:
     method: the method's name.
     scale: the guidance scale, finite.
-    images: as for `measure`.
+    images: the samples, as for `measure`.
     labels: as for `measure`.
-    seconds: how long the sampling took, more than 0; leave compilation out of it.
+    seconds: the time that sampling took, above 0, without compilation.
     judge: as for `measure`.
     reference_images: as for `measure`.
 
   Raises:
-    ValueError: if the scale or the seconds are out of range, or as `measure` does.
+    ValueError: if ``scale`` or ``seconds`` is out of range, or for the reasons of `measure`.
   """
   scale = checks.finite("scale", float(scale))
   if not checks.finite("seconds", seconds) > 0:
@@ -84,19 +76,21 @@ def evaluate(
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-  """Give the names of the measures that rows have.
+  """Return the names of the measures that all rows have, in the order of `MEASURES`; all names if there are no rows.
 
   Raises:
     ValueError: if the rows have different measures.
   """
-  names = list(dict.fromkeys(tuple(row.figures) for row in rows))
-  if len(names) > 1:
-    raise ValueError(f"all rows must have the same measures, got {names[0]} and {names[1]}")
-  return list(names[0]) if names else list(MEASURES)
+  sets = list(dict.fromkeys(tuple(row.figures) for row in rows))
+  if len(sets) > 1:
+    raise ValueError(f"all rows must have the same measures, got ({', '.join(sets[0])}) and ({', '.join(sets[1])})")
+  return list(sets[0] if sets else MEASURES)
 
 
 def write_csv(path: str | Path, rows: Sequence[Row]) -> None:
-  """Write rows to a CSV file, atomically. Numbers keep all their digits.
+  """Write rows to a CSV file, atomically and with all digits.
+
+  The columns are method, scale, n, one for each measure in the order of `MEASURES`, and samples_per_second.
 
   Raises:
     ValueError: if the rows have different measures.
@@ -113,11 +107,12 @@ def write_csv(path: str | Path, rows: Sequence[Row]) -> None:
 
 
 def read_csv(path: str | Path) -> list[Row]:
-  """Read a CSV file that `write_csv` wrote. It may have any of the measures of `MEASURES`.
+  """Read a CSV file of the format of `write_csv`. It may have a column for only some of the measures of `MEASURES`.
 
   Raises:
     OSError: if the file cannot be read.
-    ValueError: if its header or a line is not that of a sweep, or a value is out of range.
+    ValueError: if the file is not a sweep table: its first line has other columns, an unknown measure or a measure
+      twice, or a line has a value that is missing, not a number, not finite or out of range.
   """
   check_readable(path)
   try:
@@ -125,14 +120,22 @@ def read_csv(path: str | Path) -> list[Row]:
       reader = csv.reader(file)
       lines = [(reader.line_num, cells) for cells in reader]
   except (UnicodeDecodeError, csv.Error) as error:
-    raise ValueError(f"{path} is no table of a sweep: {error}") from error
+    raise ValueError(f"{path} is not a sweep table: {error}") from error
   header = lines[0][1] if lines else []
   if header[: len(BEFORE)] != BEFORE or header[-len(AFTER) :] != AFTER:
     expected = ",".join([*BEFORE, *MEASURES, *AFTER])
-    raise ValueError(f"{path} is no table of a sweep: its first line must be {expected!r}, got {','.join(header)!r}")
+    raise ValueError(
+      f"{path} is not a sweep table: its first line must be {expected!r}, where measures may be missing, "
+      f"got {','.join(header)!r}"
+    )
   names = header[len(BEFORE) : -len(AFTER)]
   for name in names:
-    checks.lookup(f"measure in {path}", name, MEASURES)
+    try:
+      checks.lookup("measure", name, MEASURES)
+    except ValueError as error:
+      raise ValueError(f"{path} is not a sweep table: {error}") from None
+    if names.count(name) > 1:
+      raise ValueError(f"{path} is not a sweep table: it has the column {name!r} twice")
   rows = []
   for number, cells in lines[1:]:
     try:
@@ -140,24 +143,27 @@ def read_csv(path: str | Path) -> list[Row]:
       figures = dict(zip(names, map(float, values), strict=True))
       rows.append(Row(method, float(scale), int(n), figures, float(speed)))
     except ValueError as error:
-      raise ValueError(f"line {number} of {path} must hold {', '.join(header)}; got {cells} ({error})") from error
+      raise ValueError(f"line {number} of {path} must have {', '.join(header)}; got {cells} ({error})") from error
   return rows
 
 
 def formatted(row: Row) -> tuple[str, ...]:
-  """Give the cells of a row as text: method, scale, number of samples, measures, speed."""
+  """Format a row as the cells of a table: method, scale, number of samples, measures, samples per second."""
   speed = row.samples_per_second
   return (
     row.method,
     f"{row.scale:g}",
     str(row.n),
-    *(f"{value:.3f}" for value in row.figures.values()),
+    *(MEASURES[name].text(value) for name, value in row.figures.items()),
     f"{speed:.3g}" if speed < 100 else f"{speed:.0f}",
   )
 
 
 def table(rows: Sequence[Row]) -> str:
-  """Lay rows out as plain text, for a terminal.
+  """Format rows as a plain-text table for a terminal.
+
+  Raises:
+    ValueError: if the rows have different measures.
 
   >>> row = Row("cfg", 2.0, 500, {"accuracy": 0.99, "frechet_distance": 0.41234, "diversity": 1.5}, 812.3)
   >>> lines = table([row]).splitlines()
