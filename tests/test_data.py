@@ -349,7 +349,7 @@ def test_npz_that_cannot_be_read(tmp_path):
   with pytest.raises(ValueError, match="arr_1"):
     data.load_npz(path)
   np.savez(path, arr_0=images.images.astype(np.float32), arr_1=images.labels)
-  with pytest.raises(ValueError, match="holds no labelled images"):
+  with pytest.raises(ValueError, match="contains no labelled images"):
     data.load_npz(path)
 
 
@@ -444,7 +444,7 @@ def test_public_names():
 
 def test_the_error_for_an_invalid_npz_does_not_recommend_pickle(tmp_path):
   (tmp_path / "junk.npz").write_bytes(b"junk")
-  with pytest.raises(ValueError, match="it holds no arrays") as error:
+  with pytest.raises(ValueError, match="it contains no arrays") as error:
     data.load_npz(tmp_path / "junk.npz")
   assert "pickle" not in str(error.value)
 

@@ -66,7 +66,7 @@ def _check_sizes(path: PathLike) -> None:
   """
   with open(path, "rb") as opened:
     if not zipfile.is_zipfile(opened):
-      raise ValueError("it holds no arrays")
+      raise ValueError("it contains no arrays")
   with zipfile.ZipFile(path) as members:
     for member in members.infolist():
       with members.open(member) as file:
@@ -108,12 +108,12 @@ def load_npz(path: PathLike, labelled: bool = True) -> tuple[np.ndarray, np.ndar
     raise OSError(f"cannot read {path}: {error.strerror or error}") from error
   except Exception as error:  # A damaged archive can raise any kind of exception.
     # NumPy treats any file without arrays as a pickle, and its message recommends an option that would run its code.
-    reason = "it holds no arrays" if "pickle" in str(error) else error
+    reason = "it contains no arrays" if "pickle" in str(error) else error
     raise ValueError(
       f"{path} is not an .npz file with images in arr_0 and labels in arr_1 ({reason}): {WRITERS}"
     ) from error
   try:
     check_images(images, labels)
   except ValueError as error:
-    raise ValueError(f"{path} holds no labelled images: {error}") from None
+    raise ValueError(f"{path} contains no labelled images: {error}") from None
   return images, None if labels is None else labels.astype(np.int64)

@@ -68,7 +68,7 @@ def _flip(kernel):
 
 
 def _plain(x, kernel, *, stride: int, padding: Padding, flipped: bool):
-  """Convolve by JAX's own operation; ``flipped`` says that the kernel is to be flipped first."""
+  """Convolve by JAX's own operation, with the flipped kernel if ``flipped``."""
   kernel = _flip(kernel) if flipped else kernel
   return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 

@@ -128,7 +128,7 @@ def _split_levels(
     width: ``model_channels``.
     channels: the output channels of each residual block, by index.
     attends: the indices of the blocks with attention.
-    downs: the indices of the resampling blocks, as far as names tell; empty if residual blocks do the resampling.
+    downs: the indices of the resampling blocks, as far as names show them; empty if residual blocks do the resampling.
     num_res_blocks: residual blocks per level.
 
   Returns:
