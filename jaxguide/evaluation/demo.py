@@ -24,19 +24,15 @@ from jaxguide.training import Model, ModelConfig, TrainingConfig, fit
 
 # The networks are for scikit-learn's 8x8 digits. Training takes minutes on two CPU cores.
 SHAPE = (8, 8, 1)
-DENOISER = ModelConfig(
-  network="unet",
-  fields={"model_channels": 16, "channel_mult": (1, 2), "num_res_blocks": 1, "num_head_channels": 16},
-  image_shape=SHAPE,
-  num_classes=10,
-)
+
+
+def _model(network: str, channels: int) -> ModelConfig:
+  fields = {"model_channels": channels, "channel_mult": (1, 2), "num_res_blocks": 1, "num_head_channels": channels}
+  return ModelConfig(network, fields, image_shape=SHAPE, num_classes=10)
+
+
+DENOISER, CLASSIFIER = _model("unet", 16), _model("classifier", 24)
 DENOISER_TRAINING = TrainingConfig(steps=1200, p_uncond=0.15)
-CLASSIFIER = ModelConfig(
-  network="classifier",
-  fields={"model_channels": 24, "channel_mult": (1, 2), "num_res_blocks": 1, "num_head_channels": 24},
-  image_shape=SHAPE,
-  num_classes=10,
-)
 CLASSIFIER_TRAINING = TrainingConfig(steps=500, weight_decay=0.3, noise_mean=0.0, noise_std=1.5)
 
 NUM = 500
@@ -59,22 +55,6 @@ class Result(NamedTuple):
   rows: list[evaluation.Row]
   real: evaluation.Measures
   report: Path
-
-
-class Samples(NamedTuple):
-  """The samples of one method at one scale.
-
-  Args:
-    method: the name of the guidance method.
-    scale: the guidance scale.
-    images: uint8 of shape (n, height, width, channels).
-    seconds: the time that sampling took, without compilation.
-  """
-
-  method: str
-  scale: float
-  images: np.ndarray
-  seconds: float
 
 
 def train(out: PathLike, *, retrain: bool = False, progress: bool = True) -> tuple[Model, Model]:
@@ -152,7 +132,7 @@ def run(
   evaluation.write_csv(out / "sweep.csv", rows)
   plot = evaluation.fidelity_plot(rows, real)
   write_atomically(out / "fidelity.png", plot)
-  facts = _facts(train_split, test_split, denoiser, classifier, training_seconds, seed)
+  facts = _facts(denoiser, classifier, training_seconds, seed)
   report = out / "report.html"
   evaluation.write_report(report, title="Guided digits", rows=rows, grids=grids, plot=plot, real=real, facts=facts)
   return Result(rows, real, report)
@@ -178,8 +158,12 @@ def _sweep(
   labels: np.ndarray,
   seed: int,
   progress: bool,
-) -> Iterator[Samples]:
-  """Sample with each method at each of its scales. All samples have the same noise and labels."""
+) -> Iterator[tuple[str, float, np.ndarray, float]]:
+  """Sample with each method at each of its scales, all with the same noise and labels.
+
+  Yields:
+    The method, the scale, the uint8 images, and the seconds that sampling took without compilation.
+  """
   from tqdm.auto import tqdm
 
   draw = functools.partial(
@@ -199,7 +183,7 @@ def _sweep(
         bar.set_postfix(method=method, scale=scale)
         start = time.perf_counter()
         x = draw(guide(scale)(denoiser), cond=labels, progress=bar.update)
-        yield Samples(method, scale, data.to_uint8(x), time.perf_counter() - start)
+        yield method, scale, data.to_uint8(x), time.perf_counter() - start
 
 
 def _save(folder: Path, method: str, scale: float, images: np.ndarray, labels: np.ndarray) -> bytes:
@@ -211,18 +195,12 @@ def _save(folder: Path, method: str, scale: float, images: np.ndarray, labels: n
   return picture.read_bytes()
 
 
-def _facts(
-  train_split: data.Images,
-  test_split: data.Images,
-  denoiser: Model,
-  classifier: Model,
-  training_seconds: float,
-  seed: int,
-) -> dict[str, str]:
+def _facts(denoiser: Model, classifier: Model, training_seconds: float, seed: int) -> dict[str, str]:
   """Describe the data, the networks, the sampling and the machine, for the report."""
   sizes = [sum(leaf.size for leaf in jax.tree.leaves(model.params)) for model in (denoiser, classifier)]
+  train_count, test_count = (len(data.load("digits", split)) for split in ("train", "test"))
   return {
-    "data": f"scikit-learn's 8x8 digits, {len(train_split)} for training and {len(test_split)} for testing",
+    "data": f"scikit-learn's 8x8 digits, {train_count} for training and {test_count} for testing",
     "denoiser": f"UNet of {sizes[0]:,} parameters, {DENOISER_TRAINING.steps} steps of batch size "
     f"{DENOISER_TRAINING.batch_size}, label dropped with probability {DENOISER_TRAINING.p_uncond:g}",
     "classifier": f"noisy classifier of {sizes[1]:,} parameters, {CLASSIFIER_TRAINING.steps} steps of batch size "
