@@ -16,9 +16,8 @@ import readme
 
 import jaxguide
 from jaxguide import data, generate, solvers, training
-from jaxguide._core import struct
+from jaxguide._core import specs, struct
 from jaxguide._core.typing import Leaf
-from jaxguide.cli import options
 from jaxguide.generate import guidances
 from jaxguide.models import networks
 from jaxguide.solvers.base import Memoryless, State, move
@@ -161,9 +160,9 @@ def test_a_new_setting_is_an_option():
 
     brightness: float = 1.0
 
-  described = {**options.described_fields(generate.Settings), **options.described_fields(More)}
+  described = {**specs.described_fields(generate.Settings), **specs.described_fields(More)}
   assert described["brightness"] == "How bright the samples are."
-  assert {*options.described_fields(generate.Settings)} == {f.name for f in dataclasses.fields(generate.Settings)}
+  assert {*specs.described_fields(generate.Settings)} == {f.name for f in dataclasses.fields(generate.Settings)}
 
 
 def test_a_new_source_of_data_is_an_entry(monkeypatch):

@@ -1,6 +1,8 @@
 """Names with options, in command-line syntax: ``unipc:predictor=3``, ``cfg:scale=4,combine=rescaled,phi=0.7``."""
 
 import inspect
+import re
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -157,3 +159,22 @@ def _kind(parameter: inspect.Parameter) -> Any:
     return kind
   default = parameter.default
   return float if type(default) is int else type(default) if isinstance(default, bool | str | float) else None
+
+
+def described_fields(cls: type) -> dict[str, str]:
+  """Return the description of each field of a class: its entry under Args in the docstring.
+
+  >>> class Walk:
+  ...   \"\"\"A walk.
+  ...
+  ...   Args:
+  ...     steps: Number of steps,
+  ...       at least 1.
+  ...   \"\"\"
+  >>> described_fields(Walk)
+  {'steps': 'Number of steps, at least 1.'}
+  """
+  arguments = re.search(r"Args:\n(.*?)(?:\n\n|\Z)", inspect.getdoc(cls) or "", re.DOTALL)
+  entries = re.split(r"\n(?=\w+: )", textwrap.dedent(arguments.group(1))) if arguments else []
+  pairs = (entry.split(": ", 1) for entry in entries)
+  return {name.strip(): " ".join(text.split()) for name, text in pairs}

@@ -78,7 +78,7 @@ class SampleCommand(typer.core.TyperCommand):
 
 
 @app.command(cls=SampleCommand)
-@with_options(*options_of(Settings, {"labels": "label"}))
+@with_options(*options_of(Settings, {"labels": "label"}), after="out")
 def sample(
   out: Annotated[Path, typer.Option(help="File to write: .npz (arr_0 uint8 NHWC, arr_1 labels) or .png (a picture).")],
   overwrite: Annotated[

@@ -8,8 +8,6 @@ sample``.
 import dataclasses
 import inspect
 import os
-import re
-import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -18,18 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-
-def described_fields(cls: type) -> dict[str, str]:
-  """Give what the docstring of a class says of each of its fields, under Args.
-
-  >>> from jaxguide.generate import Settings
-  >>> described_fields(Settings)["num"]
-  'Number of samples, at most 100,000,000.'
-  """
-  arguments = re.search(r"Args:\n(.*?)(?:\n\n|\Z)", inspect.getdoc(cls) or "", re.DOTALL)
-  entries = re.split(r"\n(?=\w+: )", textwrap.dedent(arguments.group(1))) if arguments else []
-  pairs = (entry.split(": ", 1) for entry in entries)
-  return {name.strip(): " ".join(text.split()) for name, text in pairs}
+from jaxguide._core.specs import described_fields
 
 
 def options_of(cls: type, names: Mapping[str, str] | None = None) -> list[inspect.Parameter]:
@@ -49,7 +36,7 @@ def options_of(cls: type, names: Mapping[str, str] | None = None) -> list[inspec
     kind = _kind(annotations[field.name])
     is_optional = field.default is None
     name = (names or {}).get(field.name, field.name).replace("_", "-")
-    flag = f"--{name}/--no-{name}" if kind is bool and field.default is True else f"--{name}"
+    flag = f"--{name}" if kind is not bool or field.default is False else f"--{name}/--no-{name}"
     # Square brackets would be markup of the help.
     option = typer.Option(flag, help=descriptions[field.name].replace("`", "").replace("[", "\\["))
     parameters.append(
@@ -75,17 +62,21 @@ def _kind(annotation: Any) -> Any:
   return next(kind for kind in (str, float, int, bool) if kind in kinds)
 
 
-def with_options(*parameters: inspect.Parameter) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_options(*parameters: inspect.Parameter, after: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
   """Give a command further options. The function takes them as keyword arguments, ``**options``.
 
   Args:
     *parameters: the options, from `options_of`.
+    after: the parameter of the command after which they come.
   """
 
   def decorate(function: Callable[..., None]) -> Callable[..., None]:
     own = [p for p in inspect.signature(function).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     every: Any = function
-    in_order = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (own[0], *parameters, *own[1:])]
+    at = 1 + [parameter.name for parameter in own].index(after)
+    in_order = [
+      parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*own[:at], *parameters, *own[at:])
+    ]
     every.__signature__ = inspect.Signature(in_order)
     every.__annotations__ = {parameter.name: parameter.annotation for parameter in in_order} | {"return": None}
     return function

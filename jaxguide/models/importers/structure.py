@@ -7,29 +7,54 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxguide._core import checks
+from jaxguide._core.specs import described_fields
 from jaxguide.models.config import ModelConfig
 from jaxguide.models.importers.presets import PRESETS
 
-OPTIONS = {
-  "network": "unet or super_res_unet; for a super_res_unet, low_res_size is enough",
-  "image_size": "side of the image",
-  "low_res_size": "side of the low-resolution image",
-  "num_res_blocks": "residual blocks per level",
-  "num_heads": "number of attention heads; or give num_head_channels instead",
-  "num_head_channels": "channels per attention head",
-  "num_heads_upsample": "number of attention heads in the upsampling path",
-  "use_new_attention_order": "true or false",
-  "dropout": "probability in training",
-  "null_class": "whether the last class is a null class, which means no label",
-  "noise_schedule": "linear or cosine",
-  "diffusion_steps": "steps that the network was trained on, 1000 for OpenAI's; 0 for continuous time",
-  "rescale_timesteps": "whether the time input is rescaled to 1000 steps",
-  "prediction": "eps or x0 as in guided-diffusion, or another prediction of jaxguide",
-  "variance": "small or large",
-  "scale": "recommended guidance scale of a classifier",
-}
-"""The settings of a network that names and shapes do not determine. Names are those of guided-diffusion if it has one.
-"""
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """The settings of a network that names and shapes do not determine, with the names of guided-diffusion.
+
+  Args:
+    network: unet or super_res_unet; for a super_res_unet, low_res_size is enough.
+    image_size: Side of the image.
+    low_res_size: Side of the low-resolution image.
+    num_res_blocks: Residual blocks per level.
+    num_heads: Number of attention heads; or give num_head_channels instead.
+    num_head_channels: Channels per attention head.
+    num_heads_upsample: Number of attention heads in the upsampling path.
+    use_new_attention_order: Whether queries, keys and values are ordered before the heads are split.
+    dropout: Probability of dropout in training; 0 if left out.
+    null_class: Whether the last class is a null class, which means no label; no if left out.
+    noise_schedule: linear or cosine.
+    diffusion_steps: Steps that the network was trained on, 1000 for OpenAI's; 0 for continuous time.
+    rescale_timesteps: Whether the time input is rescaled to 1000 steps; no if left out.
+    prediction: eps or x0 as in guided-diffusion, or another prediction of jaxguide; eps if left out.
+    variance: small or large, if the network has learned no variance; large if left out.
+    scale: Recommended guidance scale of a classifier.
+  """
+
+  network: str | None = None
+  image_size: int | None = None
+  low_res_size: int | None = None
+  num_res_blocks: int | None = None
+  num_heads: int | None = None
+  num_head_channels: int | None = None
+  num_heads_upsample: int | None = None
+  use_new_attention_order: bool | None = None
+  dropout: float | None = None
+  null_class: bool | None = None
+  noise_schedule: str | None = None
+  diffusion_steps: int | None = None
+  rescale_timesteps: bool | None = None
+  prediction: str | None = None
+  variance: str | None = None
+  scale: float | None = None
+
+
+OPTIONS = {name: text[0].lower() + text[1:].rstrip(".") for name, text in described_fields(Options).items()}
+"""The description of each option, by name."""
 
 
 @dataclasses.dataclass(frozen=True)
