@@ -70,7 +70,7 @@ def choose(spec: Spec, known: Mapping[str, inspect.Parameter]) -> dict[str, Any]
   return {option: _read(spec.name, known[option], text) for option, text in spec.options.items()}
 
 
-def made(
+def resolve(
   kind: str, text: str, table: Mapping[str, Callable[..., T]], *hidden: str
 ) -> tuple[Callable[..., T], dict[str, Any]]:
   """Look up the function of a text ``NAME:option=value,...``, and convert the options to values.
@@ -87,7 +87,7 @@ def made(
   Raises:
     ValueError: for an unknown name (the message has the nearest one), or an option that the function does not have.
 
-  >>> function, options = made("power", "square:scale=2", {"square": lambda x, scale=1.0: scale * x * x}, "x")
+  >>> function, options = resolve("power", "square:scale=2", {"square": lambda x, scale=1.0: scale * x * x}, "x")
   >>> function(3.0, **options)
   18.0
   """

@@ -164,8 +164,8 @@ class Cosine(_Continuous):
   sigma_max: Leaf = 1e4
 
   def __post_init__(self):
-    checks.written(self, "s", checks.in_range, 0)
-    checks.written(self, "sigma_max", checks.above, 0)
+    checks.number_field(self, "s", checks.in_range, 0)
+    checks.number_field(self, "sigma_max", checks.above, 0)
 
   def sigma(self, t: ArrayLike) -> Array:
     """Return the noise level at time ``t`` in [0, 1]."""
@@ -202,8 +202,8 @@ class Sigmoid(_Continuous):
 
   def __post_init__(self):
     checks.rising(self, "start", "end")
-    checks.written(self, "tau", checks.above, 0)
-    checks.written(self, "alpha_bar_min", checks.in_range, 0, 1)
+    checks.number_field(self, "tau", checks.above, 0)
+    checks.number_field(self, "alpha_bar_min", checks.in_range, 0, 1)
 
   def sigma(self, t: ArrayLike) -> Array:
     """Return the noise level at time ``t`` in [0, 1]."""
@@ -237,7 +237,7 @@ class EDM(_Continuous):
 
   def __post_init__(self):
     checks.rising(self, "sigma_min", "sigma_max", 0)
-    checks.written(self, "rho", checks.above, 0)
+    checks.number_field(self, "rho", checks.above, 0)
 
   def sigma(self, t: ArrayLike) -> Array:
     """Return the noise level at time ``t`` in [0, 1]."""
@@ -338,8 +338,8 @@ class Flow(_Continuous):
   sigma_max: Leaf = 1e4
 
   def __post_init__(self):
-    checks.written(self, "shift", checks.above, 0)
-    checks.written(self, "sigma_max", checks.above, 0)
+    checks.number_field(self, "shift", checks.above, 0)
+    checks.number_field(self, "sigma_max", checks.above, 0)
 
   def sigma(self, t: ArrayLike) -> Array:
     """Return the noise level at time ``t`` in [0, 1]."""
@@ -360,8 +360,8 @@ class LogNormal:
   std: Leaf = 1.2
 
   def __post_init__(self):
-    checks.written(self, "mean", checks.finite)
-    checks.written(self, "std", checks.in_range, 0)
+    checks.number_field(self, "mean", checks.finite)
+    checks.number_field(self, "std", checks.in_range, 0)
 
   def quantile(self, u: ArrayLike) -> Array:
     """Return the level below which a fraction ``u`` in (0, 1) of the draws lies."""
@@ -389,7 +389,7 @@ class UniformTime:
     if isinstance(self.schedule, str | type):
       checks.schedule(self.schedule)
     checks.rising(self, "t_min", "t_max", 0)
-    checks.written(self, "t_max", checks.in_range, 0, 1)
+    checks.number_field(self, "t_max", checks.in_range, 0, 1)
 
   def quantile(self, u: ArrayLike) -> Array:
     """Return the level below which a fraction ``u`` in [0, 1] of the draws lies."""

@@ -33,7 +33,7 @@ class DDIM(Memoryless):
   stochastic: ClassVar[bool] = True
 
   def __post_init__(self):
-    checks.written(self, "eta", checks.in_range, 0, 1)
+    checks.number_field(self, "eta", checks.in_range, 0, 1)
 
   def step(self, denoise: Denoise, state: State, sigma: Scalar, sigma_next: Scalar, key: Key) -> State:
     """Take one step, with one evaluation."""
@@ -65,8 +65,8 @@ class EulerAncestral(Memoryless):
   stochastic: ClassVar[bool] = True
 
   def __post_init__(self):
-    checks.written(self, "eta", checks.in_range, 0, 1)
-    checks.written(self, "s_noise", checks.in_range, 0, MOST_S_NOISE)
+    checks.number_field(self, "eta", checks.in_range, 0, 1)
+    checks.number_field(self, "s_noise", checks.in_range, 0, MOST_S_NOISE)
 
   def step(self, denoise: Denoise, state: State, sigma: Scalar, sigma_next: Scalar, key: Key) -> State:
     """Take one step, with one evaluation."""

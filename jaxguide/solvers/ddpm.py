@@ -59,7 +59,7 @@ class DDPM:
   def __post_init__(self):
     checks.lookup("variance", self.variance, dict.fromkeys(VARIANCES))
     checks.lookup("point for the gradient", self.gradient_at, dict.fromkeys(GRADIENTS))
-    checks.written(self, "scale", checks.finite)
+    checks.number_field(self, "scale", checks.finite)
 
   def init(self, x: Example) -> MultistepState:
     """Return the state before the first step."""

@@ -67,11 +67,11 @@ class EDMStochastic(Memoryless):
   stochastic: ClassVar[bool] = True
 
   def __post_init__(self):
-    checks.written(self, "gamma", checks.in_range, 0, MOST_GAMMA)
-    checks.written(self, "s_min", checks.in_range, 0)
-    checks.written(self, "s_max", _not_negative)
-    checks.written(self, "s_noise", checks.in_range, 0, MOST_S_NOISE)
-    checks.written(self, "alpha", _fraction)
+    checks.number_field(self, "gamma", checks.in_range, 0, MOST_GAMMA)
+    checks.number_field(self, "s_min", checks.in_range, 0)
+    checks.number_field(self, "s_max", _not_negative)
+    checks.number_field(self, "s_noise", checks.in_range, 0, MOST_S_NOISE)
+    checks.number_field(self, "alpha", _fraction)
     bounds = self.s_min, self.s_max
     if all(isinstance(bound, float) for bound in bounds) and bounds[0] > bounds[1]:
       raise ValueError(f"s_min must be at most s_max, got {bounds[0]} and {bounds[1]}: no noise would be added")

@@ -184,8 +184,8 @@ class DPMpp2MSDE:
   stochastic: ClassVar[bool] = True
 
   def __post_init__(self):
-    checks.written(self, "eta", checks.in_range, 0, MOST_ETA)
-    checks.written(self, "s_noise", checks.in_range, 0, MOST_S_NOISE)
+    checks.number_field(self, "eta", checks.in_range, 0, MOST_ETA)
+    checks.number_field(self, "s_noise", checks.in_range, 0, MOST_S_NOISE)
     checks.lookup("solver type", self.solver_type, dict.fromkeys(("midpoint", "heun")))
 
   def init(self, x: Example) -> TwoStepState:
@@ -229,8 +229,8 @@ class DPMpp3MSDE:
   stochastic: ClassVar[bool] = True
 
   def __post_init__(self):
-    checks.written(self, "eta", checks.in_range, 0, MOST_ETA)
-    checks.written(self, "s_noise", checks.in_range, 0, MOST_S_NOISE)
+    checks.number_field(self, "eta", checks.in_range, 0, MOST_ETA)
+    checks.number_field(self, "s_noise", checks.in_range, 0, MOST_S_NOISE)
 
   def init(self, x: Example) -> TwoStepState:
     """Return the state before the first step."""

@@ -89,8 +89,8 @@ class DPMpp2SAncestral(Memoryless):
   stochastic: ClassVar[bool] = True
 
   def __post_init__(self):
-    checks.written(self, "eta", checks.in_range, 0, 1)
-    checks.written(self, "s_noise", checks.in_range, 0, MOST_S_NOISE)
+    checks.number_field(self, "eta", checks.in_range, 0, 1)
+    checks.number_field(self, "s_noise", checks.in_range, 0, MOST_S_NOISE)
 
   def step(self, denoise: Denoise, state: State, sigma: Scalar, sigma_next: Scalar, key: Key) -> State:
     """Take one step, with two evaluations. The last step has one."""
@@ -135,8 +135,8 @@ class DPMpp2SSDE(Memoryless):
   stochastic: ClassVar[bool] = True
 
   def __post_init__(self):
-    checks.written(self, "eta", checks.in_range, 0, MOST_ETA)
-    checks.written(self, "s_noise", checks.in_range, 0, MOST_S_NOISE)
+    checks.number_field(self, "eta", checks.in_range, 0, MOST_ETA)
+    checks.number_field(self, "s_noise", checks.in_range, 0, MOST_S_NOISE)
 
   def step(self, denoise: Denoise, state: State, sigma: Scalar, sigma_next: Scalar, key: Key) -> State:
     """Take one step, with two evaluations. The last step has one."""

@@ -94,7 +94,7 @@ class TrainingConfig:
     for name, parse in (
       ("rate", lambda: rates.rate(self.rate, self.learning_rate, self.steps, self.warmup)),
       ("ema", lambda: ema.newest_share(self.ema, self.ema_decay)),
-      ("weight", lambda: specs.made("weight", self.weight, {"plain": x0_weight, **WEIGHTS}, "sigma")),
+      ("weight", lambda: specs.resolve("weight", self.weight, {"plain": x0_weight, **WEIGHTS}, "sigma")),
     ):
       try:
         parse()

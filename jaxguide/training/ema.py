@@ -219,7 +219,7 @@ def newest_share(text: str, decay: float) -> Callable[[Any], Any]:
   >>> round(float(newest_share("power:std=0.1", 0.995)(999)), 4)
   0.0079
   """
-  function, options = specs.made("running mean", text, MEANS, "step", "decay")
+  function, options = specs.resolve("running mean", text, MEANS, "step", "decay")
   if "std" in options:
     std_to_exponent(options["std"])
   return functools.partial(function, decay=decay, **options)

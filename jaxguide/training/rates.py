@@ -48,7 +48,7 @@ def rate(text: str, peak: float, steps: int, warmup: int) -> optax.Schedule:
   >>> [round(float(schedule(step)), 4) for step in (5, 20, 100)]
   [0.05, 0.1, 0.05]
   """
-  make, options = specs.made("learning rate", text, RATES, "peak", "steps", "warmup")
+  make, options = specs.resolve("learning rate", text, RATES, "peak", "steps", "warmup")
   return make(peak, steps, min(warmup, steps - 1), **options)
 
 

@@ -15,10 +15,10 @@ from jaxguide._core.checks.numbers import (
   in_range,
   is_concrete,
   number,
+  number_field,
   rising,
   single,
   whole,
-  written,
 )
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
   "labels",
   "lookup",
   "number",
+  "number_field",
   "options",
   "rising",
   "scale",
@@ -44,5 +45,4 @@ __all__ = [
   "single",
   "solver",
   "whole",
-  "written",
 ]

@@ -133,7 +133,7 @@ def above(name: str, value: T, low: int | float) -> T:
   return value
 
 
-def written(self: Any, name: str, check: Callable[..., Any], *bounds: int | float) -> None:
+def number_field(self: Any, name: str, check: Callable[..., Any], *bounds: int | float) -> None:
   """Check a field of a frozen dataclass if its value is a Python or NumPy number, and store the checked value.
 
   Other values are not checked: trees of gradients, of shapes or of axes are instances of the same classes, and their

@@ -304,11 +304,11 @@ def _check_options(options: Mapping[str, Any]) -> dict[str, Any]:
   """
   for name in options:
     checks.lookup("option", name, OPTIONS)
-  given = {name: value for name, value in options.items() if not (name.startswith("num_head") and value == -1)}
-  for name in given.keys() & {"image_size", "low_res_size", "num_heads", "num_head_channels", "num_heads_upsample"}:
-    checks.at_least(name, given[name], 1)
-  checks.finite("scale", given.get("scale", 1.0))
-  return given
+  settings = {name: value for name, value in options.items() if not (name.startswith("num_head") and value == -1)}
+  for name in settings.keys() & {"image_size", "low_res_size", "num_heads", "num_head_channels", "num_heads_upsample"}:
+    checks.at_least(name, settings[name], 1)
+  checks.finite("scale", settings.get("scale", 1.0))
+  return settings
 
 
 def first(names: Sequence[str], count: int = 3) -> str:
