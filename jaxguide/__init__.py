@@ -18,7 +18,7 @@ down a grid of noise levels:
 """
 
 from jaxguide import denoisers, guidance, nn, sampling, schedules, solvers
-from jaxguide._core import checks, keys, typing
+from jaxguide._core import checks, keys, promotion, struct, typing  # noqa: F401
 from jaxguide._core.typing import Denoiser, Guidance, LogProb, Prediction, Solver
 from jaxguide.denoisers import (
   ClassifierLogProb,
@@ -51,6 +51,7 @@ from jaxguide.guidance import (
   scales,
   unconditional,
 )
+from jaxguide.guidance import state as memory  # noqa: F401
 from jaxguide.guidance.combine import frequency_decoupled, projected, rescaled, tangential, zero_star
 from jaxguide.guidance.measurements import distance, measurement
 from jaxguide.nn import Classifier, Perturbation, SuperResUNet, UNet

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from jaxguide import generate, solvers
 from jaxguide.generate import guidances
-from jaxguide.generate.walks import FROM_GUIDANCE
 from jaxguide.schedules import SCHEDULES
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +26,7 @@ TITLES = {
 def linked(text: str) -> str:
   """Make links of arXiv numbers, and escape what Markdown would read as its own."""
   text = re.sub(r"arXiv:([0-9.]+[0-9])", r"[\1](https://arxiv.org/abs/\1)", text)
-  return text.replace("|", "\\|").replace("*(", "\\*(").replace("**(", "\\*\\*(")
+  return text.replace("|", "\\|").replace("*", "\\*")
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -67,23 +66,20 @@ def of_solvers() -> str:
     solver = solvers.solver(row.name)
     fields = [field.name for field in dataclasses.fields(solver)]
     noise = next((name for name in ("eta", "gamma") if name in fields), None)
+    noise = "churn" if noise == "gamma" else noise  # As the command line has it.
     noise = f"yes, by `{noise}`" if noise and solver.stochastic else "yes" if solver.stochastic else "no"
-    options = [
-      f"{field.name}={field.default!r}"
-      for field in dataclasses.fields(solver)
-      if field.name not in FROM_GUIDANCE and field.default is not dataclasses.MISSING
-    ]
     rows.append(
       (
         f"`{row.name}`",
-        f"`{type(solver).__name__}({options[0] if options else ''})`",
+        f"`{type(solver).__name__}`",
         str(solver.order),
         str(solver.evaluations),
         noise,
+        f"`{row.options}`" if row.options else "",
         linked(row.text.rstrip(".")),
       )
     )
-  return table(("`--solver`", "class", "order", "evaluations a step", "noise", "what it is"), rows)
+  return table(("`--solver`", "class", "order", "evaluations a step", "noise", "options", "what it is"), rows)
 
 
 def of_grids() -> str:

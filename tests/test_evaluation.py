@@ -199,6 +199,11 @@ def test_csv_round_trip(rows, tmp_path):
   assert list(path.parent.iterdir()) == [path]
 
 
+def test_rows_may_come_from_a_generator(rows, tmp_path):
+  evaluation.write_csv(tmp_path / "t.csv", (row for row in rows))
+  assert evaluation.read_csv(tmp_path / "t.csv") == rows
+
+
 def test_a_failed_write_leaves_the_old_file(rows, tmp_path, monkeypatch):
   path = tmp_path / "sweep.csv"
   evaluation.write_csv(path, rows)

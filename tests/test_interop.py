@@ -470,7 +470,7 @@ def test_missing_files_and_unknown_extensions(refused, tmp_path):
 
 def test_pt_without_torch(refused, monkeypatch):
   monkeypatch.setitem(sys.modules, "torch", None)
-  assert "pip install 'jaxguide[torch]'" in refused(DATA / "classifier_b1.pt")
+  assert "pip install '.[torch]'" in refused(DATA / "classifier_b1.pt")
 
 
 class Code:

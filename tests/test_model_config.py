@@ -77,7 +77,7 @@ TRAINING_WRONG = {
   "matmul_precision": [None, 1, [], "lowest"],
   "rate": [None, 1, [], "cosin", "cosine:x=1", "inverse-sqrt:decay_start=-1"],
   "ema": [None, 1, [], "mean", "power:std=0.5"],
-  "weight": [None, 1, [], "snr", "min-snr:gamma=x"],
+  "weight": [None, 1, [], "snr", "min-snr:gamma=x", "min-snr:gamma=-5", "edm:sigma_data=0", "edm:sigma_data=inf"],
   "uncertainty": [None, 0, []],
 }
 

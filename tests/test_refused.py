@@ -407,6 +407,11 @@ def test_figures_outside_their_range(tmp_path, cell):
     dataclasses.replace(row, figures={"accuracy": float(cell)})
 
 
+def test_figures_that_are_no_mapping():
+  with pytest.raises(TypeError, match="figures must be a mapping"):
+    evaluation.Row("cfg", 1.0, 500, [0.9], 1.0)
+
+
 def test_numbers_that_are_several():
   assert checks.single("x", np.float32(2)) == 2.0
   with pytest.raises(TypeError, match="flag must be True or False, got 1"):

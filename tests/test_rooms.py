@@ -132,7 +132,7 @@ def test_a_new_solver_is_an_entry(monkeypatch):
   assert settings.solver_spec.build(3).share == 0.25
   (row,) = [row for row in generate.overview()["--solver"] if row.name == "halfway"]
   assert (row.text, row.options) == ("Half of an Euler step. A solver for this test.", "share=0.5")
-  assert "| `halfway` | `Halfway(share=0.5)` | 1 | 1 | no |" in readme.of_solvers()
+  assert "| `halfway` | `Halfway` | 1 | 1 | no | `share=0.5` |" in readme.of_solvers()
 
 
 def test_a_new_guidance_is_an_entry(monkeypatch):

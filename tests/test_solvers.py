@@ -318,7 +318,7 @@ def test_the_documentation_lists_what_solvers_declare(all_solvers):
   documented = {}
   for row in table.splitlines():
     if row.startswith("| `") and not row.startswith("| `--"):
-      name, cls, order, evaluations, noise, _ = (cell.strip(" `") for cell in row.strip("|").split("|"))
+      name, cls, order, evaluations, noise, _, _ = (cell.strip(" `") for cell in row.strip("|").split("|"))
       documented[name] = cls.partition("(")[0], int(order), int(evaluations), not noise.startswith("no")
   wanted = {}
   for name in jg.solvers.SOLVERS:

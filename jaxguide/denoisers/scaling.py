@@ -252,8 +252,12 @@ def x0_weight(sigma: ArrayLike) -> Leaf:
 
 
 def min_snr_weight(sigma: ArrayLike, gamma: ArrayLike = 5.0) -> Leaf:
-  """``min(1 / sigma², gamma)`` (Hang et al. 2023, arXiv:2303.09556, eq. 8): the eps loss, bounded at low noise."""
-  return jnp.minimum(1 / jnp.square(sigma), gamma)
+  """``min(1 / sigma², gamma)`` (Hang et al. 2023, arXiv:2303.09556, eq. 8): the eps loss, bounded at low noise.
+
+  Raises:
+    ValueError: if ``gamma`` is not finite and above 0.
+  """
+  return jnp.minimum(1 / jnp.square(sigma), checks.above("gamma", checks.finite("gamma", gamma), 0))
 
 
 def edm_weight(sigma: ArrayLike, sigma_data: ArrayLike = 0.5) -> Leaf:
@@ -262,7 +266,11 @@ def edm_weight(sigma: ArrayLike, sigma_data: ArrayLike = 0.5) -> Leaf:
   Args:
     sigma: noise levels.
     sigma_data: ``s``, standard deviation of the data.
+
+  Raises:
+    ValueError: if ``sigma_data`` is not finite and above 0.
   """
+  sigma_data = checks.above("sigma_data", checks.finite("sigma_data", sigma_data), 0)
   return 1 / jnp.square(sigma) + 1 / jnp.square(sigma_data)
 
 

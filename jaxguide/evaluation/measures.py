@@ -126,6 +126,8 @@ class Figures(Mapping[str, float]):
   """
 
   def __init__(self, values: Mapping[str, float]):
+    if not isinstance(values, Mapping):
+      raise TypeError(f"figures must be a mapping from names of measures to values, got {values!r}")
     for name, value in values.items():
       entry = checks.lookup("measure", name, MEASURES)
       checks.in_range(name, value, entry.low, entry.high)

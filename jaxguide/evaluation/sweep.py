@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +87,7 @@ def columns(rows: Sequence[Row]) -> list[str]:
   return list(sets[0] if sets else MEASURES)
 
 
-def write_csv(path: str | Path, rows: Sequence[Row]) -> None:
+def write_csv(path: str | Path, rows: Iterable[Row]) -> None:
   """Write rows to a CSV file, atomically and with all digits.
 
   The columns are method, scale, n, one for each measure in the order of `MEASURES`, and samples_per_second.
@@ -96,6 +96,7 @@ def write_csv(path: str | Path, rows: Sequence[Row]) -> None:
     ValueError: if the rows have different measures.
     OSError: if the file cannot be written.
   """
+  rows = list(rows)
   names = columns(rows)
   text = io.StringIO(newline="")
   writer = csv.writer(text, lineterminator="\n")

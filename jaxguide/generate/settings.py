@@ -101,7 +101,7 @@ class Settings:
       plain["steps"] = checks.at_least("steps", self.steps, 1)
     if self.labels is not None:
       if isinstance(self.labels, str) or not np.iterable(self.labels) or not len(self.labels):
-        raise ValueError("labels must be at least one class; leave them out to take all in turn")
+        raise ValueError(f"labels must be a list of at least one class, got {self.labels!r}; leave it out to take all")
       plain["labels"] = tuple(checks.whole("label", label, -(2**63), 2**63 - 1) for label in self.labels)
     if self.scale is not None:
       plain["scale"] = checks.finite("scale", checks.number("scale", self.scale))

@@ -89,6 +89,8 @@ class ModelConfig:
       if shape is not None and math.prod(shape) > LARGEST_IMAGE:
         raise ValueError(f"{name} must have at most {LARGEST_IMAGE:,} numbers in all, got {reprlib.repr(shape)}")
     network = checks.lookup("network", self.network, NETWORKS)
+    if not isinstance(network, Network):
+      raise TypeError(f"NETWORKS[{self.network!r}] must be a Network(module, role), got {network!r}")
     object.__setattr__(self, "fields", _network_fields(network, self.fields))
     if network.low_res != (self.low_res_shape is not None):
       raise ValueError(

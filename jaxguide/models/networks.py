@@ -45,7 +45,10 @@ class Network(NamedTuple):
   """An entry of `NETWORKS`: a type of network.
 
   Args:
-    module: its Flax module. `ModelConfig.fields` are the fields of this class.
+    module: its Flax linen module class. `ModelConfig.fields` are the fields of this class. A denoiser is called as
+      ``module(x, t, label, train=False)`` and has a field ``num_classes``; with a field ``null_class=True``, label
+      ``num_classes`` means "no label". A classifier is called as ``module(x, t, train=False)`` and has a field
+      ``out_channels``. ``train`` switches dropout; other Flax collections than ``params`` are not supported.
     role: its role.
     bounds: the least and the largest value of each numeric field. They are far beyond real networks, and catch mistakes
       that would lead to hours of tracing or run out of memory.

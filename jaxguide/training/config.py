@@ -36,7 +36,7 @@ class TrainingConfig:
     steps: number of optimiser steps, at most 2**31 - 1.
     batch_size: examples per step, at most 2**20.
     learning_rate: the peak learning rate of AdamW.
-    warmup: number of steps over which the learning rate rises linearly from 0.
+    warmup: number of steps over which the learning rate rises linearly from 0, at most steps - 1.
     weight_decay: the weight decay of AdamW.
     clip_norm: gradients are clipped to this global norm.
     ema_decay: decay of the running mean of the parameters, if ``ema`` is ``constant``. The mean is the trained model.
@@ -94,10 +94,14 @@ class TrainingConfig:
     for name, parse in (
       ("rate", lambda: rates.rate(self.rate, self.learning_rate, self.steps, self.warmup)),
       ("ema", lambda: ema.newest_share(self.ema, self.ema_decay)),
-      ("weight", lambda: specs.resolve("weight", self.weight, {"plain": x0_weight, **WEIGHTS}, "sigma")),
+      ("weight", self._check_weight),
     ):
       try:
         parse()
       except ValueError as error:
         raise ValueError(f"{name} is invalid: {error}") from None
     checks.lookup("matmul_precision", self.matmul_precision, dict.fromkeys(MATMUL_PRECISIONS))
+
+  def _check_weight(self) -> None:
+    function, options = specs.resolve("weight", self.weight, {"plain": x0_weight, **WEIGHTS}, "sigma")
+    function(1.0, **options)

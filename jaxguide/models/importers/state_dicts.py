@@ -130,7 +130,7 @@ def _torch() -> Any:
     import torch
   except ImportError as error:
     raise ImportError(
-      "a .pt file needs PyTorch: pip install 'jaxguide[torch]', or use a .safetensors file, which needs no PyTorch"
+      "a .pt file needs PyTorch: pip install '.[torch]' in the clone, or use a .safetensors file"
     ) from error
   return torch
 
