@@ -75,7 +75,7 @@ TRAINING_WRONG = {
   "seed": [None, -1, 2**64, 2**70, 0.5, True, []],
   "save_every": [None, 0, 1.5, 2**31, []],
   "matmul_precision": [None, 1, [], "lowest"],
-  "rate": [None, 1, [], "cosin", "cosine:x=1", "inverse-sqrt:decay_start=-1"],
+  "rate": [None, 1, [], "cosin", "cosine-decay:x=1", "inverse-sqrt:decay_start=-1"],
   "ema": [None, 1, [], "mean", "power:std=0.5"],
   "weight": [None, 1, [], "snr", "min-snr:gamma=x", "min-snr:gamma=-5", "edm:sigma_data=0", "edm:sigma_data=inf"],
   "uncertainty": [None, 0, []],

@@ -351,7 +351,9 @@ def test_a_power_function_mean_is_kept(images):
   chex.assert_trees_all_close(after.ema_params, wanted, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("rate", "last"), [("constant", 1.0), ("inverse-sqrt:decay_start=25", 0.5), ("cosine", 0.0)])
+@pytest.mark.parametrize(
+  ("rate", "last"), [("constant", 1.0), ("inverse-sqrt:decay_start=25", 0.5), ("cosine-decay", 0.0)]
+)
 def test_the_learning_rate_is_the_named_one(rate, last):
   schedule = rates.rate(rate, 0.1, steps=100, warmup=10)
   np.testing.assert_allclose([schedule(5), schedule(10), schedule(100)], [0.05, 0.1, 0.1 * last], atol=1e-7)

@@ -118,8 +118,8 @@ def _input_gradient(cotangent, x, kernel, *, stride: int, padding: Padding, flip
   """Insert zeros into the cotangent to undo the stride, and convolve it with the flipped kernel."""
   pads = []
   for side, out, k, (low, _) in zip(x.aval.shape[1:3], cotangent.shape[1:3], kernel.shape[:2], padding, strict=True):
-    spread = (out - 1) * stride + 1
-    pads.append((k - 1 - low, side - spread + low))
+    dilated = (out - 1) * stride + 1
+    pads.append((k - 1 - low, side - dilated + low))
   if stride > 1:
     zero = jnp.zeros((), cotangent.dtype)
     cotangent = lax.pad(cotangent, zero, [(0, 0, 0), *(((0, 0, stride - 1),) * 2), (0, 0, 0)])

@@ -99,20 +99,20 @@ def _normalise(x, scale, bias, scale_shift, silu):
   def per_group(per_channel):
     return per_channel.reshape(-1, groups, channels // groups).mean(2)
 
-  def spread(per_group):
-    return jnp.expand_dims(_spread(per_group, channels), pixels)
+  def to_channels(per_group):
+    return jnp.expand_dims(_repeat_for_channels(per_group, channels), pixels)
 
   x = x.astype(jnp.float32)
-  centred = x - spread(per_group(x.mean(pixels)))
+  centred = x - to_channels(per_group(x.mean(pixels)))
   variance = per_group(jnp.square(centred).mean(pixels))
   scale, bias = _along_channels(scale, x), _along_channels(bias, x)
-  out = centred * (spread(jax.lax.rsqrt(variance + 1e-5)) * scale) + bias
+  out = centred * (to_channels(jax.lax.rsqrt(variance + 1e-5)) * scale) + bias
   if scale_shift is not None:
     out = out * (1 + scale_shift[0]).astype(jnp.float32) + scale_shift[1].astype(jnp.float32)
   return nn.silu(out) if silu else out
 
 
-def _spread(per_group, channels):
+def _repeat_for_channels(per_group, channels):
   """Repeat each group's value for all channels of the group.
 
   On a CPU this is a matrix product: XLA would fuse a `jnp.repeat` into the loop over pixels, which is then not

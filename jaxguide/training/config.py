@@ -51,8 +51,8 @@ class TrainingConfig:
       ``jax.default_matmul_precision``: ``default``, ``high``, ``highest``, ``bfloat16``, ``tensorfloat32`` or
       ``float32``. On an NVIDIA GPU the default is TensorFloat-32, whose results differ by 6.6e-4 from float64; those of
       ``highest`` differ by 1.1e-6.
-    rate: the learning-rate schedule after the warm-up, from `jaxguide.training.rates`: ``cosine`` (falls to 0 at the
-      last step), ``constant``, or ``inverse-sqrt:decay_start=70000``.
+    rate: the learning rate after the warm-up, from `jaxguide.training.rates`: ``cosine-decay`` (falls to 0 at the last
+      step), ``constant`` or ``inverse-sqrt:decay_start=70000`` (falls after that many steps).
     ema: the type of running mean, from `jaxguide.training.ema`: ``constant`` (with ``ema_decay``) or ``power:std=0.1``.
     weight: the loss weight as a function of the noise level, for a denoiser in continuous time: ``plain`` (squared
       error of the network's own prediction), or from `jaxguide.scaling` ``eps``, ``x0``, ``min-snr:gamma=5`` or
@@ -78,7 +78,7 @@ class TrainingConfig:
   seed: int = 0
   save_every: int = 200
   matmul_precision: str = "default"
-  rate: str = "cosine"
+  rate: str = "cosine-decay"
   ema: str = "constant"
   weight: str = "plain"
   uncertainty: bool = False

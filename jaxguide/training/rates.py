@@ -8,7 +8,7 @@ import optax
 from jaxguide._core import checks, specs
 
 
-def _cosine(peak: float, steps: int, warmup: int) -> optax.Schedule:
+def _cosine_decay(peak: float, steps: int, warmup: int) -> optax.Schedule:
   """Return a linear warm-up followed by a cosine decay to 0 at the last step."""
   return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps)
 
@@ -26,7 +26,7 @@ def _inverse_sqrt(peak: float, steps: int, warmup: int, *, decay_start: float = 
 
 
 RATES: dict[str, Callable[..., optax.Schedule]] = {
-  "cosine": _cosine,
+  "cosine-decay": _cosine_decay,
   "constant": _constant,
   "inverse-sqrt": _inverse_sqrt,
 }
@@ -36,7 +36,7 @@ def rate(text: str, peak: float, steps: int, warmup: int) -> optax.Schedule:
   """Return a learning-rate schedule, ``step -> rate``, by name.
 
   Args:
-    text: ``NAME`` or ``NAME:option=value``; the names are ``cosine``, ``constant`` and ``inverse-sqrt``.
+    text: ``NAME`` or ``NAME:option=value``; the names are ``cosine-decay``, ``constant`` and ``inverse-sqrt``.
     peak: the largest rate.
     steps: number of training steps.
     warmup: number of steps over which the rate rises from 0.
