@@ -100,6 +100,8 @@ class TrainingConfig:
         parse()
       except ValueError as error:
         raise ValueError(f"{name} is invalid: {error}") from None
+    if self.ema != "constant" and self.ema_decay != TrainingConfig.ema_decay:
+      raise ValueError(f"ema_decay is for ema 'constant', and ema is {self.ema!r}: leave out one of them")
     checks.lookup("matmul_precision", self.matmul_precision, dict.fromkeys(MATMUL_PRECISIONS))
 
   def _check_weight(self) -> None:
