@@ -26,6 +26,7 @@ BOUNDS: dict[str, tuple[int | float, int | float]] = {
   "num_classes": (1, 2**24),
   "diffusion_steps": (1, 100_000),
   "scale": (-math.inf, math.inf),
+  "noise_range": (0, math.inf),
 }
 
 LARGEST_IMAGE = 2**31 - 1
@@ -58,6 +59,8 @@ class ModelConfig:
     scale: the recommended guidance scale of a classifier, or None.
     low_res_shape: (height, width, channels) of the low-resolution image of a ``super_res_unet``; None for others.
     encoder: how the stored examples of a dataset are converted to x0, a name from `jaxguide.models.encoders`.
+    class_names: the names of the classes, one for each, all different; None if the classes have no names.
+    noise_range: the least and the largest noise level (sigma) that a classifier was trained on; None for all levels.
 
   Raises:
     ValueError: for an unknown name, with the nearest known one; for a field that the network does not have; or for a
@@ -76,6 +79,8 @@ class ModelConfig:
   scale: float | int | None = None
   low_res_shape: Sequence[int] | None = None
   encoder: str = "pixels"
+  class_names: Sequence[str] | None = None
+  noise_range: Sequence[float | int] | None = None
 
   def __post_init__(self):
     # Convert values to plain data, so that a configuration equals itself after it was stored as JSON and read back.
@@ -100,6 +105,10 @@ class ModelConfig:
     checks.lookup("encoder", self.encoder, ENCODERS)
     checks.lookup("prediction", self.prediction, scaling.PREDICTIONS)
     checks.lookup("variance", self.variance, dict.fromkeys(VARIANCES))
+    self._check_class_names()
+    levels = self.noise_range
+    if levels is not None and (len(levels) != 2 or not levels[0] < levels[1]):
+      raise ValueError(f"noise_range must be two noise levels, the lower one first, got {levels}")
     self.role.check(self)
     if self.diffusion_steps is None:
       checks.lookup("schedule", self.schedule, schedules.SCHEDULES)
@@ -111,6 +120,17 @@ class ModelConfig:
         raise ValueError(
           f"a network that predicts {self.prediction!r} has no discrete steps: leave out diffusion_steps"
         )
+
+  def _check_class_names(self) -> None:
+    names = self.class_names
+    if names is None:
+      return
+    if self.num_classes is None or len(names) != self.num_classes:
+      raise ValueError(
+        f"class_names must have one name for each class; there are {len(names)} names and {self.num_classes} classes"
+      )
+    if len(set(names)) < len(names) or "" in names:
+      raise ValueError(f"class_names must all be different and not empty, got {reprlib.repr(names)}")
 
   @property
   def role(self) -> Role:

@@ -82,6 +82,8 @@ def _as_denoiser(config: Any, params: PyTree) -> NetworkDenoiser:
 def _check_denoiser(config: Any) -> None:
   if config.scale is not None:
     raise ValueError("scale is the recommended guidance scale of a classifier: leave it out for a denoiser")
+  if config.noise_range is not None:
+    raise ValueError("noise_range is for a classifier: leave it out for a denoiser")
   twice = 2 * config.image_shape[-1]
   if config.variance == "learned_range" and config.fields.get("out_channels") != twice:
     raise ValueError(f"variance 'learned_range' needs twice the image's channels: give out_channels {twice}")
