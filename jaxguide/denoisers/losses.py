@@ -9,7 +9,7 @@ does not change its expectation.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +119,96 @@ def drop_cond(key: Key, cond: PyTree, null_cond: PyTree, p_uncond: ArrayLike) ->
   return jax.tree.map(replace, cond, null_cond)
 
 
+class Noisy(NamedTuple):
+  """A batch of noisy examples, on which the losses evaluate a network. Every leaf has one row for each example."""
+
+  x0: Float[Array, " n *shape"]
+  """Clean examples."""
+
+  x: Float[Array, " n *shape"]
+  """``x0 + sigma eps``."""
+
+  sigma: Float[Array, " n"]
+  """Noise levels."""
+
+  cond: PyTree
+  """Conditions, some of them replaced by the null condition; None if there are none."""
+
+
+def noisy(
+  key: Key,
+  x0: Float[Array, " n *shape"],
+  cond: PyTree = None,
+  *,
+  noise_levels: NoiseLevels,
+  null_cond: PyTree = None,
+  p_uncond: ArrayLike = 0.0,
+) -> Noisy:
+  """Draw everything random of `denoising_loss`: the dropped conditions, the noise levels and the noise.
+
+  The result can be divided into parts, whose gradients are then accumulated: the mean of `denoising_errors` over all
+  parts equals the loss of the whole batch.
+
+  Args:
+    key: a random key.
+    x0: (n, *shape) clean examples.
+    cond: a pytree whose leaves have shape (n, ...), or None.
+    noise_levels: the distribution of the noise levels.
+    null_cond: the condition that replaces a dropped one; needed if ``p_uncond`` is above 0.
+    p_uncond: probability of dropping the condition, in [0, 1].
+
+  Raises:
+    TypeError: if ``x0`` is not floats, or if ``noise_levels`` is not a distribution of levels.
+    ValueError: if ``p_uncond`` is outside [0, 1], or if it is above 0 and ``cond`` or ``null_cond`` is None.
+  """
+  x0 = clean(x0)
+  drop_key, noise_key = jax.random.split(key)
+  cond = drop_cond(drop_key, cond, null_cond, p_uncond)
+  return Noisy(x0, *add_noise(noise_key, x0, noise_levels), cond)
+
+
+def denoising_errors(
+  params: PyTree,
+  apply: Callable[..., Any],
+  batch: Noisy,
+  *,
+  scaling: Scaling,
+  weight: Callable[[Array], Any] | None = None,
+) -> Float[Array, " n"]:
+  """The error of each example of a noisy batch; `denoising_loss` is their mean.
+
+  Args:
+    params: the network's parameters.
+    apply: ``apply(params, x, c_noise, cond) -> F``, on a batch.
+    batch: noisy examples, from `noisy`.
+    scaling: the network's parameterization, from `jaxguide.scaling`.
+    weight: ``sigma -> w``, the weight of ``|x0 - D|²``; see `denoising_loss`.
+
+  Returns:
+    (n,): for each example the mean over its elements.
+
+  Raises:
+    ValueError: if the output's shape is not that of ``x0``.
+  """
+  x0, x, sigma, cond = batch
+  c_skip, c_out, c_in, c_noise = coefficients(scaling, sigma)
+  output = apply(params, wide(c_in, x) * x, c_noise, cond)
+  if output.shape != x0.shape:
+    raise ValueError(
+      f"the network gave shape {output.shape} for examples of shape {x0.shape}; for a network with a learned variance, "
+      "use jaxguide.variational.variational_loss"
+    )
+  error = jnp.square(output.astype(x.dtype) - (x0 - wide(c_skip, x) * x) / wide(c_out, x))
+  if weight is not None:
+    error *= wide(weight(sigma) * c_out**2, x)
+  return per_example(error)
+
+
+def per_example(error: Float[Array, " n *shape"]) -> Float[Array, " n"]:
+  """Return the mean of each example over its elements."""
+  return error.mean(axis=tuple(range(1, error.ndim)))
+
+
 def denoising_loss(
   params: PyTree,
   apply: Callable[..., Any],
@@ -171,21 +261,8 @@ def denoising_loss(
   >>> bool(abs(loss - 1) < 0.1)  # the network predicts 0, so the loss is the variance of the noise
   True
   """
-  x0 = clean(x0)
-  drop_key, noise_key = jax.random.split(key)
-  cond = drop_cond(drop_key, cond, null_cond, p_uncond)
-  x, sigma = add_noise(noise_key, x0, noise_levels)
-  c_skip, c_out, c_in, c_noise = coefficients(scaling, sigma)
-  output = apply(params, wide(c_in, x) * x, c_noise, cond)
-  if output.shape != x0.shape:
-    raise ValueError(
-      f"the network gave shape {output.shape} for examples of shape {x0.shape}; for a network with a learned variance, "
-      "use jaxguide.variational.variational_loss"
-    )
-  error = jnp.square(output.astype(x.dtype) - (x0 - wide(c_skip, x) * x) / wide(c_out, x))
-  if weight is not None:
-    error *= wide(weight(sigma) * c_out**2, x)
-  return error.mean()
+  batch = noisy(key, x0, cond, noise_levels=noise_levels, null_cond=null_cond, p_uncond=p_uncond)
+  return denoising_errors(params, apply, batch, scaling=scaling, weight=weight).mean()
 
 
 def classifier_loss(
@@ -216,8 +293,32 @@ def classifier_loss(
     TypeError: if ``x0`` is not floats, or if ``scaling`` or ``noise_levels`` is of a wrong kind.
     ValueError: if ``labels`` is not one whole number for each example.
   """
-  labels = jnp.asarray(labels)
-  x, sigma = add_noise(key, x0, noise_levels)
+  x0 = clean(x0)
+  batch = Noisy(x0, *add_noise(key, x0, noise_levels), jnp.asarray(labels))
+  errors, correct = classifier_errors(params, apply, batch, scaling=scaling)
+  return errors.mean(), correct.mean()
+
+
+def classifier_errors(
+  params: PyTree, apply: Callable[..., Any], batch: Noisy, *, scaling: Scaling, label_smoothing: float = 0.0
+) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+  """The cross-entropy of each example of a noisy batch, and whether its class was predicted.
+
+  Args:
+    params: the classifier's parameters.
+    apply: ``apply(params, x, c_noise) -> logits (n, classes)``, on a batch.
+    batch: noisy examples, whose conditions are the labels.
+    scaling: gives the classifier's inputs ``c_in x`` and ``c_noise``.
+    label_smoothing: the share of the target that is spread evenly over all classes (Szegedy et al. 2016,
+      arXiv:1512.00567, section 7), in [0, 1).
+
+  Returns:
+    (n,) cross-entropies in nats, and (n,) 1.0 where the class is right and 0.0 elsewhere.
+
+  Raises:
+    ValueError: if the labels are not one whole number for each example.
+  """
+  _, x, sigma, labels = batch
   if labels.shape != sigma.shape or not jnp.issubdtype(labels.dtype, jnp.integer):
     raise ValueError(
       f"labels must be whole numbers, one for each of the {len(sigma)} examples, got {labels.dtype} of shape "
@@ -225,8 +326,11 @@ def classifier_loss(
     )
   _, _, c_in, c_noise = coefficients(scaling, sigma)
   logits = apply(params, wide(c_in, x) * x, c_noise)
-  log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
-  return -log_prob.mean(), (logits.argmax(1) == labels).mean()
+  log_probs = jax.nn.log_softmax(logits)
+  errors = -jnp.take_along_axis(log_probs, labels[:, None], axis=1)[:, 0]
+  if label_smoothing:
+    errors = (1 - label_smoothing) * errors - label_smoothing * log_probs.mean(1)
+  return errors, (logits.argmax(1) == labels).astype(errors.dtype)
 
 
 def wide(per_example: Array, like: Array) -> Array:
@@ -272,7 +376,29 @@ def uncertainty_loss(
     ValueError: if the shape of ``F`` is not that of ``x0``, or if the shape of ``u`` is not (n,).
   """
   x0 = clean(x0)
-  x, sigma = add_noise(key, x0, noise_levels)
+  batch = Noisy(x0, *add_noise(key, x0, noise_levels), cond)
+  return uncertainty_errors(params, apply, batch, scaling=scaling, weight=weight).mean()
+
+
+def uncertainty_errors(
+  params: PyTree, apply: Callable[..., Any], batch: Noisy, *, scaling: Scaling, weight: Callable[[Array], Any]
+) -> Float[Array, " n"]:
+  """The error of each example of a noisy batch with a learned uncertainty; `uncertainty_loss` is their mean.
+
+  Args:
+    params: the network's parameters.
+    apply: ``apply(params, x, c_noise, cond) -> (F, u)``, as in `uncertainty_loss`.
+    batch: noisy examples, from `noisy`.
+    scaling: the network's parameterization, from `jaxguide.scaling`.
+    weight: ``sigma -> λ``.
+
+  Returns:
+    (n,): for each example the mean over its elements, plus ``u``.
+
+  Raises:
+    ValueError: if the shape of ``F`` is not that of ``x0``, or if the shape of ``u`` is not (n,).
+  """
+  x0, x, sigma, cond = batch
   c_skip, c_out, c_in, c_noise = coefficients(scaling, sigma)
   output, u = apply(params, wide(c_in, x) * x, c_noise, cond)
   if output.shape != x0.shape or u.shape != sigma.shape:
@@ -281,4 +407,4 @@ def uncertainty_loss(
       f"expected {x0.shape} and {sigma.shape}"
     )
   error = jnp.square(wide(c_skip, x) * x + wide(c_out, x) * output.astype(x.dtype) - x0)
-  return (wide(weight(sigma) * jnp.exp(-u), x) * error).mean() + u.mean()
+  return per_example(wide(weight(sigma) * jnp.exp(-u), x) * error) + u

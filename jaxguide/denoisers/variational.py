@@ -293,14 +293,43 @@ def variational_loss(
   >>> bool(abs(terms.mse - 1) < 0.1)  # the network predicts 0, so mse is the variance of the noise
   True
   """
+  batch = noisy_steps(key, x0, cond, process=process, null_cond=null_cond, p_uncond=p_uncond)
+  terms = variational_terms(params, apply, *batch, scaling=scaling, process=process, loss=loss, variance=variance)
+  means = jax.tree.map(jnp.mean, terms)
+  return means.loss, means
+
+
+class NoisySteps(NamedTuple):
+  """The random part of `variational_loss`: the arguments of `variational_terms`, with one row for each example."""
+
+  x0: Float[Array, " n *shape"]
+  step: Int[Array, " n"]
+  noise: Float[Array, " n *shape"]
+  cond: PyTree
+
+
+def noisy_steps(
+  key: Key,
+  x0: Float[Array, " n *shape"],
+  cond: PyTree = None,
+  *,
+  process: Table,
+  null_cond: PyTree = None,
+  p_uncond: ArrayLike = 0.0,
+) -> NoisySteps:
+  """Draw everything random of `variational_loss`: the dropped conditions, the steps and the noise.
+
+  Args:
+    key: a random key.
+    x0: (n, *shape) clean examples.
+    cond: a pytree whose leaves have shape (n, ...), or None.
+    process: the steps.
+    null_cond: the condition that replaces a dropped one; needed if ``p_uncond`` is above 0.
+    p_uncond: probability of dropping the condition, in [0, 1].
+  """
   x0 = clean(x0)
   check_table(process)
   drop_key, step_key, noise_key = jax.random.split(key, 3)
   cond = drop_cond(drop_key, cond, null_cond, p_uncond)
   step = process.step(stratified_uniform(step_key, x0.shape[0]))
-  noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
-  terms = variational_terms(
-    params, apply, x0, step, noise, cond, scaling=scaling, process=process, loss=loss, variance=variance
-  )
-  means = jax.tree.map(jnp.mean, terms)
-  return means.loss, means
+  return NoisySteps(x0, step, jax.random.normal(noise_key, x0.shape, x0.dtype), cond)
