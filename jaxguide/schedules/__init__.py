@@ -16,19 +16,18 @@ from jaxguide.schedules.grids import (
   round_sigma,
   spaced_timesteps,
 )
+from jaxguide.schedules.levels import LEVELS, LogitNormal, LogNormal, UniformTime, levels
 from jaxguide.schedules.noise import (
   EDM,
   SCHEDULES,
   Cosine,
   Flow,
   Linear,
-  LogNormal,
   LogSNR,
   LogSNRCosine,
   NoiseLevels,
   NoiseSchedule,
   Sigmoid,
-  UniformTime,
   alpha_bar_to_sigma,
   log_snr_to_sigma,
   schedule,
@@ -36,11 +35,13 @@ from jaxguide.schedules.noise import (
   sigma_to_log_snr,
 )
 from jaxguide.schedules.tables import BETAS, Table, betas_of, cosine_betas, linear_betas, table
+from jaxguide.schedules.truncated import Truncated
 
 __all__ = [
   "BETAS",
   "EDM",
   "GRIDS",
+  "LEVELS",
   "SCHEDULES",
   "Cosine",
   "Flow",
@@ -48,10 +49,12 @@ __all__ = [
   "LogNormal",
   "LogSNR",
   "LogSNRCosine",
+  "LogitNormal",
   "NoiseLevels",
   "NoiseSchedule",
   "Sigmoid",
   "Table",
+  "Truncated",
   "UniformTime",
   "alpha_bar_to_sigma",
   "betas_of",
@@ -61,6 +64,7 @@ __all__ = [
   "from_schedule",
   "iddpm",
   "karras",
+  "levels",
   "linear_betas",
   "log_snr_to_sigma",
   "log_snr_uniform",

@@ -352,50 +352,6 @@ class Flow(_Continuous):
     return sigma / (self.shift + sigma)
 
 
-@struct.dataclass
-class LogNormal:
-  r"""Noise levels with ``log sigma ~ N(mean, std²)``, as in EDM's training (arXiv:2206.00364, table 1)."""
-
-  mean: Leaf = -1.2
-  std: Leaf = 1.2
-
-  def __post_init__(self):
-    checks.number_field(self, "mean", checks.finite)
-    checks.number_field(self, "std", checks.in_range, 0)
-
-  def quantile(self, u: ArrayLike) -> Array:
-    """Return the level below which a fraction ``u`` in (0, 1) of the draws lies."""
-    return jnp.exp(self.mean + self.std * jax.scipy.special.ndtri(jnp.asarray(u)))
-
-
-@struct.dataclass
-class UniformTime:
-  """Noise levels of a schedule at uniformly drawn times in [t_min, t_max]. Song et al. draw from [1e-5, 1].
-
-  Args:
-    schedule: a continuous noise schedule.
-    t_min: the smallest time, at least 0.
-    t_max: the largest time, at most 1.
-
-  >>> UniformTime(LogSNR(-20.0, 20.0), 0.5, 1.0).quantile(0.0).item()
-  1.0
-  """
-
-  schedule: Leaf
-  t_min: Leaf = 1e-5
-  t_max: Leaf = 1.0
-
-  def __post_init__(self):
-    if isinstance(self.schedule, str | type):
-      checks.schedule(self.schedule)
-    checks.rising(self, "t_min", "t_max", 0)
-    checks.number_field(self, "t_max", checks.in_range, 0, 1)
-
-  def quantile(self, u: ArrayLike) -> Array:
-    """Return the level below which a fraction ``u`` in [0, 1] of the draws lies."""
-    return self.schedule.sigma(self.t_min + jnp.asarray(u) * (self.t_max - self.t_min))
-
-
 SCHEDULES: dict[str, type] = {
   "linear": Linear,
   "cosine": Cosine,
