@@ -391,3 +391,52 @@ def test_from_schedule_refuses_a_table():
   # A table's time is a step: levels at times 1 to 1/steps would all lie within its first step.
   with pytest.raises((TypeError, ValueError), match="respaced"):
     S.from_schedule(TABLE, 5)
+
+
+# --- truncated distributions ----------------------------------------------------------------------
+
+
+def test_a_truncated_log_normal_is_scipys():
+  from scipy.stats import truncnorm
+
+  mean, std, low, high = -0.6, 1.2, 0.2, 3.0
+  u = np.linspace(0.001, 0.999, 53)
+  ends = (np.log([low, high]) - mean) / std
+  wanted = np.exp(truncnorm.ppf(u, *ends, loc=mean, scale=std))
+  truncated = S.Truncated(S.LogNormal(mean, std), low, high)
+  np.testing.assert_allclose(truncated.quantile(u), wanted, rtol=2e-5)
+  np.testing.assert_allclose(jax.jit(lambda levels: levels.quantile(u))(truncated), wanted, rtol=2e-5)
+
+
+def test_a_truncated_table_has_the_steps_in_the_range_equally_often():
+  table = S.table("linear", 100)
+  inside = table.sigmas[(table.sigmas >= 0.1) & (table.sigmas <= 2.0)]
+  u = (np.arange(100 * inside.size) + 0.5) / (100 * inside.size)
+  drawn = np.asarray(S.Truncated(table, 0.1, 2.0).quantile(u))
+  levels, counts = np.unique(drawn, return_counts=True)
+  np.testing.assert_allclose(levels, inside, rtol=1e-6)
+  np.testing.assert_allclose(counts, 100, atol=1)
+
+
+@pytest.mark.parametrize("levels", [S.Cosine(), S.LogSNRCosine(), S.UniformTime(S.Linear()), S.LogNormal(0.0, 1.0)])
+def test_a_truncated_distribution_is_the_whole_one_given_its_range(levels):
+  whole = np.asarray(levels.quantile((np.arange(200_000) + 0.5) / 200_000))
+  given = whole[(whole >= 0.3) & (whole <= 4.0)]
+  u = (np.arange(given.size) + 0.5) / given.size
+  np.testing.assert_allclose(S.Truncated(levels, 0.3, 4.0).quantile(u), given, rtol=1e-3)
+
+
+def test_ends_beyond_the_distribution_truncate_nothing():
+  u = np.linspace(0.01, 0.99, 7)
+  truncated = S.Truncated(S.LogNormal(), 0.0, 1e6)
+  np.testing.assert_allclose(truncated.quantile(u), S.LogNormal().quantile(u), rtol=1e-6)
+  assert truncated.quantile(np.float32([0, 1])).tolist() == [0.0, 1e6]
+
+
+def test_ranges_that_are_refused():
+  with pytest.raises(ValueError, match="sigma_lo must be below sigma_hi"):
+    S.Truncated(S.Cosine(), 2.0, 1.0)
+  with pytest.raises(ValueError, match=r"only 0\.00% of the noise levels lie between 500 and 1000"):
+    S.Truncated(S.LogNormal(), 500.0, 1000.0)
+  with pytest.raises(TypeError, match="must be a noise schedule"):
+    S.Truncated("cosine", 1.0, 2.0)
