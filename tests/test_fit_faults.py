@@ -486,8 +486,12 @@ def test_products_have_the_configured_precision(compiled, precision):
 
 def test_a_run_depends_on_the_whole_seed_and_not_on_jaxs_defaults(monkeypatch):
   monkeypatch.setattr(step, "init_params", lambda config, key: {"w": jax.random.normal(key, (4,))})
-  loss = lambda params, key, x0, labels: (params["w"] @ jax.random.normal(key, (4,)), {})  # noqa: E731
-  monkeypatch.setattr(step, "objective", lambda *_: loss)
+  goal = step.Objective(
+    draw=lambda key, x0, labels: jax.random.normal(key, (len(x0), 4)),
+    errors=lambda params, batch, key: (batch @ params["w"], {}),
+    sigmas=lambda batch: batch[:, 0],
+  )
+  monkeypatch.setattr(step, "objective", lambda *_: goal)
 
   def result(seed):
     how = dataclasses.replace(HOW, seed=seed)

@@ -66,7 +66,7 @@ TRAINING_WRONG = {
   "steps": [None, 0, -1, 2**31, 1.0, True, []],
   "batch_size": [None, 0, 10**9, 1.0, []],
   "learning_rate": [None, -1, math.inf, 10**400, True, []],
-  "warmup": [None, -1, 1.5, 2**31, []],
+  "warmup": [-1, 1, 1.5, 2**31, []],
   "weight_decay": [None, -1, math.inf, []],
   "clip_norm": [None, -1, math.inf, []],
   "ema_decay": [None, -0.1, 1.1, []],
@@ -78,9 +78,17 @@ TRAINING_WRONG = {
   "save_every": [None, 0, 1.5, 2**31, []],
   "matmul_precision": [None, 1, [], "lowest"],
   "rate": [None, 1, [], "cosin", "cosine-decay:x=1", "inverse-sqrt:decay_start=-1"],
-  "ema": [None, 1, [], "mean", "power:std=0.5"],
+  "ema": [None, 1, [], "mean", "power:std=0.5", ["constant", 1], ["constant", "constant"], ["power:std=0.1", "mean"]],
   "weight": [None, 1, [], "snr", "min-snr:gamma=x", "min-snr:gamma=-5", "edm:sigma_data=0", "edm:sigma_data=inf"],
   "uncertainty": [None, 0, []],
+  "noise": [1, [], "normal", "log-normal:mean=x", "log-normal:std=-1", "uniform:t_min=0.5,t_max=0.2", "logit-normal:a=1"],
+  "optimizer": [None, 1, [], "adamww", "adam:b9=1", "adamw:weight_decay=1", "lbfgs", "sophia"],
+  "accumulation": [None, 0, 3, 1.0, True, []],
+  "remat": [None, 1, [], "some"],
+  "label_smoothing": [None, -0.1, 1, 1.5, True, []],
+  "skip_nan": [None, -1, 1.5, True, []],
+  "low_res_filter": [None, 1, [], "nearest"],
+  "low_res_noise": [None, -0.1, True, math.inf, []],
 }
 
 

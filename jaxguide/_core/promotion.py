@@ -1,5 +1,7 @@
 """Explicit promotion of types. All other code runs under JAX's strict dtype promotion."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -7,6 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxguide._core.typing import Array, ArrayLike
+
+
+@contextlib.contextmanager
+def standard() -> Iterator[None]:
+  """Use JAX's standard promotion of types and ranks, for code of other libraries that needs it, such as Optax.
+
+  >>> with standard():
+  ...   (jnp.ones(2, jnp.bfloat16) + jnp.ones((3, 2))).shape
+  (3, 2)
+  """
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    yield
 
 
 def together(*values: ArrayLike) -> list[Array]:

@@ -5,8 +5,9 @@
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,20 @@ from jaxguide.nn.layers import timestep_embedding
 from jaxguide.schedules.tables import check_table
 from jaxguide.training.config import TrainingConfig
 
-Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
-"""``(params, key, x0, labels) -> (loss, metrics)``; the metrics are numbers to display during training."""
+
+class Objective(NamedTuple):
+  """The loss of a network, divided into its random part and the part that depends on the parameters.
+
+  Args:
+    draw: ``(key, x0, labels) -> batch``: a noisy batch, a pytree whose leaves have one row for each example.
+    errors: ``(params, batch, key) -> (errors, metrics)``: (n,) the loss of each example, and a dictionary of (n,)
+      figures to display during training. ``key`` is for dropout.
+    sigmas: ``batch -> (n,)``, the noise levels.
+  """
+
+  draw: Callable[[jax.Array, jax.Array, Any], Any]
+  errors: Callable[[PyTree, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+  sigmas: Callable[[Any], jax.Array]
 
 
 class Uncertainty(linen.Module):
@@ -59,102 +72,162 @@ def objective(model: ModelConfig, training: TrainingConfig) -> Objective:
 
 
 def _denoiser(model: ModelConfig, training: TrainingConfig) -> Objective:
-  module, null = model.module, model.null_cond
+  null = model.null_cond
   if training.p_uncond is not None and null is None:
     raise ValueError("p_uncond needs a network with a null class: leave it out")
+  if training.label_smoothing:
+    raise ValueError("label_smoothing is for classifiers: leave it out")
   p_uncond = training.p_uncond if training.p_uncond is not None else 0.15 if null is not None else 0.0
-
-  def with_network(loss):
-    def of_params(params, key, x0, labels):
-      loss_key, dropout_key = jax.random.split(key)
-
-      def apply(params, x, c_noise, y):
-        y = None if model.num_classes is None else y
-        return module.apply(params, x, c_noise, y, train=True, rngs={"dropout": dropout_key})
-
-      return loss(params, apply, loss_key, x0, labels)
-
-    return of_params
-
   drop: dict[str, Any] = {"null_cond": null, "p_uncond": p_uncond}
   if model.diffusion_steps is not None:
-    return with_network(_variational(model, training, drop))
-  if training.loss is not None:
+    made = _variational(model, training, drop)
+  elif training.loss is not None:
     raise ValueError("loss is for a denoiser on a discrete process, which has diffusion_steps: leave it out")
-  process: dict[str, Any] = {"scaling": model.scaling, "noise_levels": _noise_levels(training)}
-  weight = _weight(model, training)
-  if training.uncertainty:
-    return with_network(_uncertain(process, weight or functools.partial(_plain_weight, model.scaling), drop))
+  else:
+    made = _continuous(model, training, drop)
+  if model.low_res_shape is not None:
+    made = _super_resolution(model, training, made)
+  if model.num_classes is None:
+    # Data may have labels that the network does not take.
+    return made._replace(draw=lambda key, x0, labels: made.draw(key, x0, None))
+  return made
 
-  def denoising(params, apply, key, x0, labels):
-    return losses.denoising_loss(params, apply, key, x0, labels, **process, **drop, weight=weight), {}
 
-  return with_network(denoising)
+def _network(model: ModelConfig, training: TrainingConfig) -> Callable[..., Callable[..., Any]]:
+  """Return ``key -> apply``, the network with dropout and rematerialisation: ``apply(params, x, c_noise, ...)``."""
+  module = model.module
+  if training.remat == "blocks":
+    if not hasattr(module, "use_checkpoint"):
+      raise ValueError(f"remat 'blocks' needs a network with the field use_checkpoint, which {model.network} lacks")
+    module = module.clone(use_checkpoint=True)
+  options = {"train": True} if "train" in inspect.signature(type(module).__call__).parameters else {}
+
+  def with_key(key):
+    def apply(params, x, c_noise, *cond):
+      params = {"params": params["params"]}
+      return module.apply(params, x, c_noise, *cond, **options, rngs={"dropout": key})
+
+    return jax.checkpoint(apply) if training.remat == "all" else apply
+
+  return with_key
 
 
-def _variational(model: ModelConfig, training: TrainingConfig, drop: dict[str, Any]) -> Callable[..., Any]:
-  if (training.noise_mean, training.noise_std) != (None, None):
-    raise ValueError("a discrete process draws its steps uniformly: leave out noise_mean and noise_std")
+def _continuous(model: ModelConfig, training: TrainingConfig, drop: dict[str, Any]) -> Objective:
+  network, weight = _network(model, training), _weight(training)
+  draw = functools.partial(losses.noisy, noise_levels=_noise_levels(model, training), **drop)
+
+  def errors(params, batch, key):
+    values = losses.denoising_errors(params, network(key), batch, scaling=model.scaling, weight=weight)
+    return values, {}
+
+  def uncertain_errors(params, batch, key):
+    def apply(params, x, c_noise, cond):
+      u = Uncertainty().apply({"params": params["uncertainty"]}, c_noise)
+      return network(key)(params, x, c_noise, cond), u
+
+    plain = functools.partial(_plain_weight, model.scaling)
+    return losses.uncertainty_errors(params, apply, batch, scaling=model.scaling, weight=weight or plain), {}
+
+  return Objective(draw, uncertain_errors if training.uncertainty else errors, lambda batch: batch.sigma)
+
+
+def _variational(model: ModelConfig, training: TrainingConfig, drop: dict[str, Any]) -> Objective:
+  _check_no_levels(training)
   if training.weight != "plain" or training.uncertainty:
     raise ValueError(
       "weight and uncertainty are for continuous time: leave them out, and use loss with diffusion_steps"
     )
+  network, process = _network(model, training), check_table(model.noise_schedule)
 
-  process = check_table(model.noise_schedule)
-
-  def variational_loss(params, apply, key, x0, labels):
-    loss, terms = variational.variational_loss(
+  def errors(params, batch, key):
+    terms = variational.variational_terms(
       params,
-      apply,
-      key,
-      x0,
-      labels,
+      network(key),
+      *batch,
       scaling=model.scaling,
       process=process,
       loss=training.loss or "rescaled_mse",
       variance=model.variance,
-      **drop,
     )
-    return loss, {"mse": terms.mse, "vb": terms.vb}
+    return terms.loss, {"mse": terms.mse, "vb": terms.vb}
 
-  return variational_loss
+  draw = functools.partial(variational.noisy_steps, process=process, **drop)
+  return Objective(draw, errors, lambda batch: process.sigmas[batch.step])
 
 
-def _uncertain(process: dict[str, Any], weight: Callable[..., Any], drop: dict[str, Any]) -> Callable[..., Any]:
-  def uncertainty_loss(params, apply, key, x0, labels):
-    drop_key, loss_key = jax.random.split(key)
+def _super_resolution(model: ModelConfig, training: TrainingConfig, objective: Objective) -> Objective:
+  """Return an objective whose conditions contain low-resolution images, made from the clean examples."""
+  resize = low_resolution(training.low_res_filter, model.image_shape, model.low_res_shape or ())
 
-    def with_uncertainty(params, x, c_noise, y):
-      return apply(params, x, c_noise, y), Uncertainty().apply({"params": params["uncertainty"]}, c_noise)
+  def draw(key, x0, labels):
+    batch = objective.draw(key, x0, labels)
+    scale_key, noise_key = jax.random.split(jax.random.fold_in(key, 1))
+    low = resize(x0)
+    if training.low_res_noise:
+      std = training.low_res_noise * jax.random.uniform(scale_key, x0.shape[:1], x0.dtype)
+      low += losses.wide(std, low) * jax.random.normal(noise_key, low.shape, low.dtype)
+    label = {} if batch.cond is None else {"label": batch.cond}
+    return batch._replace(cond={**label, "low_res": low})
 
-    cond = losses.drop_cond(drop_key, labels, **drop)
-    return losses.uncertainty_loss(params, with_uncertainty, loss_key, x0, cond, **process, weight=weight), {}
+  return objective._replace(draw=draw)
 
-  return uncertainty_loss
+
+def low_resolution(
+  filter_name: str, shape: Sequence[int], low_shape: Sequence[int]
+) -> Callable[[jax.Array], jax.Array]:
+  """Return a function that makes low-resolution images (n, *low_shape) of images (n, *shape).
+
+  Args:
+    filter_name: ``box`` (the mean over each square of pixels, whose sides must be whole), or a method of
+      `jax.image.resize`: ``linear``, ``cubic``, ``lanczos3`` or ``lanczos5``, with antialiasing.
+    shape: (height, width, channels).
+    low_shape: (height, width, channels), with the same channels.
+
+  Raises:
+    ValueError: if the shapes do not fit each other or the filter.
+
+  >>> low_resolution("box", (2, 2, 1), (1, 1, 1))(jnp.arange(4.0).reshape(1, 2, 2, 1)).ravel().tolist()
+  [1.5]
+  """
+  (height, width, channels), (low_height, low_width, low_channels) = shape, low_shape
+  if channels != low_channels or low_height > height or low_width > width:
+    raise ValueError(f"low_res_shape must be smaller than image_shape {tuple(shape)}, got {tuple(low_shape)}")
+  if filter_name != "box":
+    return lambda x: jax.image.resize(x, (x.shape[0], *low_shape), filter_name, antialias=True)
+  if height % low_height or width % low_width:
+    raise ValueError(
+      f"low_res_filter 'box' needs sides of image_shape {tuple(shape)} that are multiples of those of low_res_shape "
+      f"{tuple(low_shape)}: choose 'cubic', or another shape"
+    )
+  squares = (-1, low_height, height // low_height, low_width, width // low_width, channels)
+  return lambda x: x.reshape(squares).mean((2, 4))
 
 
 def _classifier(model: ModelConfig, training: TrainingConfig) -> Objective:
-  module = model.module
   if training.p_uncond is not None:
     raise ValueError("p_uncond needs a network with a null class: leave it out")
   if training.loss is not None or training.weight != "plain" or training.uncertainty:
     raise ValueError("loss, weight and uncertainty are for denoisers: leave them out")
-  if model.diffusion_steps is not None and (training.noise_mean, training.noise_std) != (None, None):
-    raise ValueError("a discrete process draws its steps uniformly: leave out noise_mean and noise_std")
-  levels = _noise_levels(training) if model.diffusion_steps is None else model.noise_schedule
+  if model.diffusion_steps is None:
+    levels = _noise_levels(model, training)
+  else:
+    _check_no_levels(training)
+    levels = model.noise_schedule
+  if model.noise_range is not None:
+    levels = schedules.Truncated(levels, *model.noise_range)
+  network = _network(model, training)
 
-  def loss(params, key, x0, labels):
-    loss_key, dropout_key = jax.random.split(key)
-
-    def apply(params, x, c_noise):
-      return module.apply(params, x, c_noise, train=True, rngs={"dropout": dropout_key})
-
-    value, accuracy = losses.classifier_loss(
-      params, apply, loss_key, x0, labels, scaling=model.scaling, noise_levels=levels
+  def errors(params, batch, key):
+    values, correct = losses.classifier_errors(
+      params, network(key), batch, scaling=model.scaling, label_smoothing=training.label_smoothing
     )
-    return value, {"accuracy": accuracy}
+    return values, {"accuracy": correct}
 
-  return loss
+  def draw(key, x0, labels):
+    x0 = losses.clean(x0)
+    return losses.Noisy(x0, *losses.add_noise(key, x0, levels), labels)
+
+  return Objective(draw, errors, lambda batch: batch.sigma)
 
 
 OBJECTIVES: dict[str, Callable[[ModelConfig, TrainingConfig], Objective]] = {
@@ -164,12 +237,19 @@ OBJECTIVES: dict[str, Callable[[ModelConfig, TrainingConfig], Objective]] = {
 """The objective of each role, by the role's name."""
 
 
-def _noise_levels(training: TrainingConfig) -> schedules.LogNormal:
+def _noise_levels(model: ModelConfig, training: TrainingConfig) -> schedules.NoiseLevels:
+  if training.noise not in (None, "log-normal"):
+    return schedules.levels(training.noise, model.noise_schedule)
   mean = -0.6 if training.noise_mean is None else training.noise_mean
   return schedules.LogNormal(mean, 1.2 if training.noise_std is None else training.noise_std)
 
 
-def _weight(model: ModelConfig, training: TrainingConfig) -> Callable[[Any], Any] | None:
+def _check_no_levels(training: TrainingConfig) -> None:
+  if (training.noise_mean, training.noise_std, training.noise) != (None, None, None):
+    raise ValueError("a discrete process draws its steps uniformly: leave out noise_mean, noise_std and noise")
+
+
+def _weight(training: TrainingConfig) -> Callable[[Any], Any] | None:
   """Return the weight of ``|x0 - D|²`` as a function of sigma; None for the plain squared error of the prediction."""
   spec = specs.parse(training.weight)
   function = scaling.WEIGHTS.get(spec.name)

@@ -25,6 +25,8 @@ def _inverse_sqrt(peak: float, steps: int, warmup: int, *, decay_start: float = 
   return inverse_sqrt(peak, decay_start, warmup)
 
 
+Schedule = optax.Schedule
+
 RATES: dict[str, Callable[..., optax.Schedule]] = {
   "cosine-decay": _cosine_decay,
   "constant": _constant,
@@ -39,17 +41,19 @@ def rate(text: str, peak: float, steps: int, warmup: int) -> optax.Schedule:
     text: ``NAME`` or ``NAME:option=value``; the names are ``cosine-decay``, ``constant`` and ``inverse-sqrt``.
     peak: the largest rate.
     steps: number of training steps.
-    warmup: number of steps over which the rate rises from 0.
+    warmup: number of steps over which the rate rises from 0, below ``steps``.
 
   Raises:
-    ValueError: for an unknown name (with the nearest known one), or an unknown option.
+    ValueError: for an unknown name (with the nearest known one), an unknown option, or a warm-up that does not fit.
 
   >>> schedule = rate("inverse-sqrt:decay_start=25", 0.1, steps=100, warmup=10)
   >>> [round(float(schedule(step)), 4) for step in (5, 20, 100)]
   [0.05, 0.1, 0.05]
   """
   make, options = specs.resolve("learning rate", text, RATES, "peak", "steps", "warmup")
-  return make(peak, steps, min(warmup, steps - 1), **options)
+  if not 0 <= warmup < steps:
+    raise ValueError(f"warmup must be at least 0 and below the {steps} steps, got {warmup}")
+  return make(peak, steps, warmup, **options)
 
 
 def inverse_sqrt(peak: float | int, decay_start: float | int = 70_000, rampup: float | int = 0) -> optax.Schedule:

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxguide._core import devices, keys, struct
-from jaxguide._core.typing import Leaf
+from jaxguide._core import devices, keys, promotion, struct
+from jaxguide._core.typing import Leaf, PyTree
 from jaxguide.models.config import ModelConfig
 from jaxguide.models.model import init_params
-from jaxguide.training import ema, rates
+from jaxguide.training import ema, optimizers
 from jaxguide.training.config import TrainingConfig
-from jaxguide.training.objectives import extra_params, objective
+from jaxguide.training.objectives import Objective, extra_params, objective
 
 
 @struct.dataclass
@@ -23,53 +23,134 @@ class TrainState:
   Args:
     step: number of completed steps.
     params: the parameters, as Flax collections: the network's ``params``, and others that are trained together with it.
-    ema_params: the running mean of the parameters.
+    means: the running means of the parameters, a tuple with one tree for each of `TrainingConfig.means`.
     opt_state: the state of the optimiser.
+    skipped: number of steps that were stepped over because the loss or the gradient was not finite.
   """
 
   step: Leaf
   params: Leaf
-  ema_params: Leaf
+  means: Leaf
   opt_state: Leaf
+  skipped: Leaf
+
+  @property
+  def ema_params(self) -> PyTree:
+    """The first running mean, which is the trained model."""
+    return self.means[0]
 
 
 def optimizer(config: TrainingConfig) -> optax.GradientTransformation:
-  """Return AdamW with gradient clipping and the learning-rate schedule of the configuration."""
-  rate = rates.rate(config.rate, config.learning_rate, config.steps, config.warmup)
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.adamw(rate, weight_decay=config.weight_decay))
+  """Return the optimiser of a configuration, with gradient clipping and the learning-rate schedule."""
+  made = optimizers.optimizer(config.optimizer, config.schedule(), config.weight_decay)
+  return optax.chain(optax.clip_by_global_norm(config.clip_norm), made)
 
 
 def train_step(model: ModelConfig, training: TrainingConfig) -> Callable[..., Any]:
   """Return the jitted training step ``(state, examples, labels) -> (state, metrics)``.
 
-  The input state's buffers are donated; do not use it again. ``examples`` have the type that the dataset stores, such
-  as uint8 pixels; the model's encoder converts them to ``x0``.
+  The buffers of the state that goes in are donated: do not use that state again. ``examples`` have the type that the
+  dataset stores, such as uint8 pixels; the model's encoder converts them to ``x0``.
+
+  The metrics are arrays: ``loss``, ``rate`` (the learning rate), ``gradient_norm`` (before it is clipped), figures of
+  the objective such as ``accuracy``, and for each example ``losses`` (n,) and ``sigmas`` (n,), its noise level.
+
+  >>> import numpy as np
+  >>> fields = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "num_head_channels": 8}
+  >>> model, training = ModelConfig("unet", fields, (4, 4, 1), 2), TrainingConfig(steps=10, batch_size=8)
+  >>> step, state = train_step(model, training), init_state(model, training)
+  >>> state, metrics = step(state, np.zeros((8, 4, 4, 1), np.uint8), np.zeros(8, np.int32))
+  >>> int(state.step), metrics["losses"].shape
+  (1, (8,))
   """
-  tx, loss, share = optimizer(training), objective(model, training), ema.newest_share(training.ema, training.ema_decay)
+  tx, rate, parts = optimizer(training), training.schedule(), training.accumulation
+  goal, shares = objective(model, training), [ema.newest_share(text, training.ema_decay) for text in training.means]
 
   def step(state: TrainState, examples, labels):
-    key = jax.random.fold_in(keys.seed_key(training.seed), state.step)
-    x0 = model.data.encode(examples)
+    draw_key, dropout_key = jax.random.split(jax.random.fold_in(keys.seed_key(training.seed), state.step))
     with jax.default_matmul_precision(training.matmul_precision):
-      (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, key, x0, labels)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # Optax needs them.
+      batch = goal.draw(draw_key, model.data.encode(examples), labels)
+      gradient, (losses, figures) = _gradient(goal, parts)(state.params, batch, dropout_key)
+    with promotion.standard():  # Optax needs it.
+      norm, learning_rate = optax.tree.norm(gradient), jnp.asarray(rate(state.step), jnp.float32)
       updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema_params = optax.incremental_update(params, state.ema_params, share(state.step))
-    return TrainState(state.step + 1, params, ema_params, opt_state), {"loss": value, **metrics}
+      params = optax.apply_updates(state.params, updates)
+    means = tuple(
+      optax.incremental_update(params, mean, share(state.step)) for mean, share in zip(state.means, shares, strict=True)
+    )
+    loss, skipped = losses.mean(), state.skipped
+    if training.skip_nan:
+      ok = jnp.isfinite(loss) & jnp.isfinite(norm)
+      new, old = (params, means, opt_state), (state.params, state.means, state.opt_state)
+      params, means, opt_state = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
+      skipped += ~ok
+    metrics = {
+      "loss": loss,
+      "rate": learning_rate,
+      "gradient_norm": norm,
+      **{name: values.mean() for name, values in figures.items()},
+      "losses": losses,
+      "sigmas": goal.sigmas(batch),
+    }
+    return TrainState(state.step + 1, params, means, opt_state, skipped), metrics
 
   return jax.jit(step, donate_argnums=0)
 
 
-def init_state(model: ModelConfig, training: TrainingConfig) -> TrainState:
-  """Return the initial state of a training run, on the host's CPU if JAX has it."""
+def _gradient(goal: Objective, parts: int) -> Callable[..., Any]:
+  """Return ``(params, batch, key) -> (gradient, (errors, figures))``, computed in parts of the batch."""
 
-  def init(key):
-    params = {**init_params(model, key), **extra_params(training, key)}
-    return TrainState(jnp.zeros((), jnp.int32), params, params, optimizer(training).init(params))
+  def of_part(params, batch, key):
+    def loss(params):
+      errors, figures = goal.errors(params, batch, key)
+      return errors.mean(), (errors, figures)
+
+    (_, rows), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    return gradient, rows
+
+  if parts == 1:
+    return of_part
+
+  def divide(leaf):
+    # Part j has the rows j, j + parts, ...: where rows are split over devices, each part is as well.
+    return jnp.swapaxes(leaf.reshape(-1, parts, *leaf.shape[1:]), 0, 1)
+
+  def join(leaf):
+    return jnp.swapaxes(leaf, 0, 1).reshape(-1, *leaf.shape[2:])
+
+  def of_batch(params, batch, key):
+    def add(total, part):
+      number, rows = part
+      gradient, figures = of_part(params, rows, jax.random.fold_in(key, number))
+      return jax.tree.map(jnp.add, total, gradient), figures
+
+    start = jax.tree.map(jnp.zeros_like, params)
+    # Inside a loop XLA's CPU backend is slow at the gradients of convolutions, so there the loop is unrolled.
+    unroll = parts if jax.default_backend() == "cpu" else 1
+    total, rows = jax.lax.scan(add, start, (jnp.arange(parts), jax.tree.map(divide, batch)), unroll=unroll)
+    return jax.tree.map(lambda leaf: leaf / parts, total), jax.tree.map(join, rows)
+
+  return of_batch
+
+
+def init_state(model: ModelConfig, training: TrainingConfig, params: PyTree | None = None) -> TrainState:
+  """Return the initial state of a training run, on the host's CPU if JAX has it. No two leaves share a buffer.
+
+  Args:
+    model: the configuration of the network.
+    training: the configuration of the training.
+    params: initial parameters of the network, ``{"params": ...}``. Default: random ones, drawn from the seed.
+  """
+
+  def init(key, params):
+    network = init_params(model, key) if params is None else params
+    every = {**network, **extra_params(training, key)}
+    means = tuple(jax.tree.map(jnp.copy, every) for _ in training.means)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, every, means, optimizer(training).init(every), zero + 0)
 
   # This large program runs once, so its compile time dominates. It would take minutes on a GPU: compile it on the CPU
   # without optimisations.
   options = {"xla_backend_optimization_level": 0}
   with jax.default_device(devices.host()):
-    return jax.jit(init, compiler_options=options)(keys.seed_key(training.seed))
+    return jax.jit(init, compiler_options=options)(keys.seed_key(training.seed), params)
