@@ -219,7 +219,7 @@ def test_every_option_reaches_the_settings(run, tmp_path, monkeypatch):
     base_samples="low.npz",
     init="start.npz",
     init_level=2.5,
-    labels=(3, 7),
+    labels=("3", "7"),
     num=5,
     guidance=("cfg:combine=rescaled", "classifier"),
     join="parallel",

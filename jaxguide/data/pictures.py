@@ -3,6 +3,7 @@
 Images are ``uint8`` batches in NHWC order: (images, height, width, channels).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def save_png(
   zoom: int | None = None,
   title: str | None = None,
   settings: str | None = None,
+  names: Sequence[str] | None = None,
 ) -> None:
   """Write a grid of images as a PNG file, atomically.
 
@@ -76,9 +78,11 @@ def save_png(
     zoom: each pixel becomes a square of this side, from 1 to 1000. By default images are at least 48 pixels high.
     title: a line of text above the grid.
     settings: a text that describes how the images were generated, stored in the file; see `settings_of`.
+    names: the name of each class, which stands beside its row in place of the label.
 
   Raises:
-    ValueError: if the images, the labels, ``columns`` or ``zoom`` have another type, shape or range.
+    ValueError: if the images, the labels, ``columns`` or ``zoom`` have another type, shape or range, or if a label has
+      no name.
     OSError: if ``path`` cannot be written.
   """
   from PIL import Image, ImageDraw, PngImagePlugin
@@ -93,10 +97,12 @@ def save_png(
   columns = min(at_least("columns", columns, 1), n)
   zoom = -(-48 // h) if zoom is None else at_least("zoom", zoom, 1)
 
-  names: list[str] = []
+  captions: list[str] = []
   if labels is not None:
     classes = np.unique(labels)
-    names = [str(label) for label in classes]
+    if names is not None and not 0 <= classes[0] <= classes[-1] < len(names):
+      raise ValueError(f"there are names for {len(names)} classes, but labels from {classes[0]} to {classes[-1]}")
+    captions = [str(label) if names is None else names[label] for label in classes]
     members = [np.flatnonzero(labels == label)[:columns] for label in classes]
     columns = max(map(len, members))
     rows = np.full((len(classes), columns, h, w, c), WHITE, np.uint8)
@@ -107,7 +113,7 @@ def save_png(
 
   cell = h * zoom
   name_font, title_font = _font(min(14, max(8, cell - 2))), _font(TITLE_SIZE)
-  left = PADDING + max((round(name_font.getlength(name)) + PADDING for name in names), default=0)
+  left = PADDING + max((round(name_font.getlength(name)) + PADDING for name in captions), default=0)
   top = PADDING + (TITLE_SIZE + 2 * PADDING if title else 0)
   title_width = round(title_font.getlength(title)) if title else 0
   width = left + max(grid.shape[1], title_width) + PADDING
@@ -116,7 +122,7 @@ def save_png(
   draw = ImageDraw.Draw(canvas)
   if title:
     draw.text((left, PADDING), title, "black", title_font)
-  for i, name in enumerate(names):
+  for i, name in enumerate(captions):
     middle = top + i * (cell + GAP) + cell // 2
     draw.text((left - PADDING, middle), name, "black", name_font, anchor="rm")
   info = PngImagePlugin.PngInfo()

@@ -82,17 +82,27 @@ class ClassifierLogProb:
     apply: ``apply(params, x, c_noise) -> logits``, on a batch: ``x`` (n, *shape), ``c_noise`` (n,), logits
       (n, classes).
     scaling: from `jaxguide.scaling`; it gives the classifier's inputs ``c_in * x`` and ``c_noise``, as in its training.
+    noise_range: (sigma_lo, sigma_hi), the noise levels that the classifier was trained on, both included; None for all
+      levels. At other levels every class has the same log-probability, ``-log(classes)``. Its gradient is 0, so
+      guidance by the classifier is off there. The network is not called there, as long as ``sigma`` is one number for
+      the whole batch.
   """
 
   params: Leaf
   apply: Callable[..., Any] = struct.field(pytree_node=False)
   scaling: Leaf
+  noise_range: tuple[float, float] | None = struct.field(pytree_node=False, default=None)
 
   def __post_init__(self):
     object.__setattr__(self, "apply", by_value(self.apply))
+    if self.noise_range is not None:
+      low, high = (float(checks.in_range("each of noise_range", level, 0)) for level in self.noise_range)
+      if not low < high:
+        raise ValueError(f"noise_range must be two noise levels, the lower one first, got {self.noise_range}")
+      object.__setattr__(self, "noise_range", (low, high))
 
   def logits(self, x: Example, sigma: Scalar) -> Array:
-    """Return the logits, (classes,), of one example."""
+    """Return the network's logits, (classes,), of one example, at levels outside ``noise_range`` too."""
     logits = _apply(self, x, sigma)
     if logits.ndim != 1:
       raise ValueError(f"the classifier must give logits of shape (n, classes), got (n, *{logits.shape})")
@@ -105,7 +115,19 @@ class ClassifierLogProb:
         f"the classifier needs one whole number as the label of one example, got {jnp.result_type(cond)} of shape "
         f"{jnp.shape(cond)}"
       )
-    return jax.nn.log_softmax(self.logits(x, sigma))[cond]
+    if self.noise_range is None:
+      return self._log_probs(x, sigma)[cond]
+    low, high = self.noise_range
+    inside = (sigma >= low) & (sigma <= high)
+    return jax.lax.cond(inside, self._log_probs, self._uniform, x, sigma)[cond]
+
+  def _log_probs(self, x: Example, sigma: Scalar) -> Array:
+    return jax.nn.log_softmax(self.logits(x, sigma))
+
+  def _uniform(self, x: Example, sigma: Scalar) -> Array:
+    """Return the log-probabilities of a uniform guess, (classes,)."""
+    shape = jax.eval_shape(self.logits, x, sigma)
+    return jnp.full(shape.shape, -np.log(shape.shape[0]), shape.dtype)
 
   def check_cond(self, cond: PyTree) -> None:
     """Raise ValueError if a label in ``cond`` is not one of the classifier's classes."""

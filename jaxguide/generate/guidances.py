@@ -7,6 +7,7 @@ from the entry.
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -70,9 +71,26 @@ class Networks:
       raise ValueError("guidance by a classifier needs one, and there is none")
     return self.classifier.log_prob
 
+  @property
+  def noise_range(self) -> Sequence[float | int]:
+    """The noise levels that the classifier was trained on; without a range, all levels."""
+    levels = None if self.classifier is None else self.classifier.config.noise_range
+    return (0.0, math.inf) if levels is None else levels
+
   def clean(self, level: float) -> LogProb:
-    """The classifier as a log-probability for clean examples: it is evaluated at a small noise level."""
-    return Partial(_at_level, self.log_prob, checks.finite("level", checks.above("level", level, 0)))
+    """The classifier as a log-probability for clean examples: it is evaluated at a small noise level.
+
+    Raises:
+      ValueError: if the classifier was not trained at this level.
+    """
+    level = checks.finite("level", checks.above("level", level, 0))
+    low, high = self.noise_range
+    if not low <= level <= high:
+      raise ValueError(
+        f"the classifier was trained on noise levels from {low:g} to {high:g}, and level {level:g} is outside: give "
+        f"level={low:g}"
+      )
+    return Partial(_at_level, self.log_prob, level)
 
 
 def _at_level(log_prob, level, x0, sigma, cond):
@@ -365,10 +383,15 @@ class GuidanceSpec:
     guidance = self.method.make(networks, **options)
     if "ratio" in self.options:
       guidance = guide.normalized(guidance, checks.in_range("ratio", self.options["ratio"], 0))
+    low, high = self.options.get("sigma_lo", 0.0), self.options.get("sigma_hi", math.inf)
     if "sigma_lo" in self.options or "sigma_hi" in self.options:
-      low, high = self.options.get("sigma_lo", 0.0), self.options.get("sigma_hi", float("inf"))
       guidance = guide.interval(guidance, low, high)
       check_levels(networks.sigmas, "sigma_lo", np.nextafter(low, np.inf), "sigma_hi", high)
+    if self.name == "classifier":
+      # At other levels the log-probability of `jaxguide.ClassifierLogProb` is constant, so the guidance is off.
+      least, largest = networks.noise_range
+      names = "the classifier's least noise level", "its largest"
+      check_levels(networks.sigmas, names[0], max(low, least), names[1], min(high, largest))
     return guidance
 
 

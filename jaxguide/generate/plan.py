@@ -1,6 +1,7 @@
 """From settings to a plan: a guided denoiser, a solver, and the noise levels of the walk."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +25,13 @@ class Plan(NamedTuple):
   """What is run.
 
   Args:
+    settings: the settings, in which classes that were named are numbers.
     denoiser: the guided denoiser.
     solver: the solver, which holds the classifier if that shifts the mean.
     sigmas: (steps + 1,) the noise levels of the walk.
     cond: the condition of every sample.
     labels: the label of every sample; None where there are no classes.
+    class_names: the names of the classes; None where they have none.
     image_shape: the shape of one sample.
     init: (n, *image_shape) stored examples that samples start from in turn; None where they start from noise.
     encoder: how ``x0`` becomes what the file holds.
@@ -36,11 +39,13 @@ class Plan(NamedTuple):
     data: all arrays that the samples depend on.
   """
 
+  settings: Settings
   denoiser: Denoiser
   solver: Solver
   sigmas: Array
   cond: Any
   labels: np.ndarray | None
+  class_names: Sequence[str] | None
   image_shape: Sequence[int]
   init: np.ndarray | None
   encoder: Encoder
@@ -77,14 +82,17 @@ def plan(settings: Settings) -> Plan:
   steps = _clipped(settings, guidances, model.config.data.bound)
   if _runs_unconditionally(model, chosen):
     steps = [guide.unconditional(model.null_cond), *steps]
+  settings, class_names = _by_number(settings, model, classifier)
   cond, labels = _cond(settings, model, classifier)
   every_model = [model, *([] if classifier is None else [classifier]), *others]
   return Plan(
+    settings=settings,
     denoiser=guide.chain(*steps)(model.denoiser),
     solver=solver,
     sigmas=sigmas,
     cond=cond,
     labels=labels,
+    class_names=class_names,
     image_shape=model.config.image_shape,
     init=init,
     encoder=model.config.data,
@@ -238,6 +246,13 @@ def _classifier(settings: Settings, model: Model) -> Model:
     ours, theirs = getattr(model.config, name), getattr(classifier.config, name)
     if ours is not None and ours != theirs:
       raise ValueError(f"the classifier in {folder} has {name} {theirs}, but the model has {ours}")
+  ours, theirs = model.config.class_names, classifier.config.class_names
+  if ours is not None and theirs is not None and ours != theirs:
+    label = next(label for label, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1])
+    raise ValueError(
+      f"the classifier in {folder} has other classes than the model: class {label} is {theirs[label]!r}, but "
+      f"{ours[label]!r} in the model"
+    )
   return classifier
 
 
@@ -291,6 +306,25 @@ def _first_step(settings: Settings, sigmas: Array) -> int:
       f"{settings.init_level:g}"
     )
   return int(np.argmin(np.abs(np.log(levels) - np.log(settings.init_level))))
+
+
+def _by_number(settings: Settings, model: Model, classifier: Model | None) -> tuple[Settings, Sequence[str] | None]:
+  """Replace names of classes in the settings by their numbers, and give the names of all classes."""
+  names = model.config.class_names
+  if names is None and classifier is not None:
+    names = classifier.config.class_names
+  if settings.labels is None:
+    return settings, names
+  numbers = {} if names is None else {name: number for number, name in enumerate(names)}
+
+  def number(label: int | str) -> int:
+    if isinstance(label, str) and label not in numbers and re.fullmatch(r"[+-]?[0-9]+", label):
+      return int(label)
+    if isinstance(label, str) and names is None:
+      raise ValueError(f"the classes of the model have no names: give label as a number, got {label!r}")
+    return checks.lookup("class", label, numbers) if isinstance(label, str) else label
+
+  return dataclasses.replace(settings, labels=tuple(map(number, settings.labels))), names
 
 
 def _labels(settings: Settings, model: Model, classifier: Model | None) -> np.ndarray | None:

@@ -5,7 +5,7 @@ import math
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,25 @@ from jaxguide.generate.plan import Plan, plan
 from jaxguide.generate.settings import Settings
 from jaxguide.models.config import ModelConfig
 
+Names = Sequence[str] | None
 
-def _save_png(path: Path, images: np.ndarray, labels: np.ndarray | None, settings: str) -> None:
+
+def _save_npz(path: Path, images: np.ndarray, labels: np.ndarray | None, settings: str, names: Names) -> None:
+  del names
+  data.save_npz(path, images, labels, settings)
+
+
+def _save_png(path: Path, images: np.ndarray, labels: np.ndarray | None, settings: str, names: Names) -> None:
   """Draw all samples in one picture: a row for each label, or a square if there is one label."""
   counts = np.ones(1) if labels is None else np.bincount(labels)
   if np.count_nonzero(counts) == 1:
-    title = None if labels is None else f"label {labels[0]}"
+    title = None if labels is None else f"label {labels[0]}" if names is None else names[labels[0]]
     data.save_png(path, images, columns=math.ceil(math.sqrt(len(images))), title=title, settings=settings)
   else:
-    data.save_png(path, images, labels, columns=int(counts.max()), settings=settings)
+    data.save_png(path, images, labels, columns=int(counts.max()), settings=settings, names=names)
 
 
-FORMATS: dict[str, Callable[..., None]] = {".npz": data.save_npz, ".png": _save_png}
+FORMATS: dict[str, Callable[..., None]] = {".npz": _save_npz, ".png": _save_png}
 
 
 def run(out: PathLike, settings: Settings, *, overwrite: bool = False, progress: bool = True) -> bool:
@@ -70,6 +77,7 @@ def run(out: PathLike, settings: Settings, *, overwrite: bool = False, progress:
   check_writable(out)
   checks.flag("overwrite", overwrite)
   run_plan = plan(settings)
+  settings = run_plan.settings
   if out.suffix == ".png" and run_plan.image_shape[-1] not in (1, 3):
     raise ValueError(
       f"a PNG needs images of 1 (gray) or 3 (RGB) channels, and the model's have {run_plan.image_shape[-1]}: write .npz"
@@ -94,7 +102,7 @@ def run(out: PathLike, settings: Settings, *, overwrite: bool = False, progress:
       if not samples.done:
         samples.remove()  # An empty unfinished run would block a run with other settings.
       raise
-    write(out, samples.images, run_plan.labels, json.dumps(record))
+    write(out, samples.images, run_plan.labels, json.dumps(record), run_plan.class_names)
     share = data.saturation(samples.images)
     samples.remove()
   _warn_of_saturation(settings, share)

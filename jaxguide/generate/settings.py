@@ -32,7 +32,7 @@ class Settings:
   Args:
     model: Folder of the denoiser.
     classifier: Folder of the classifier. If left out, guidance that needs a classifier takes the folder ``classifier``
-      beside the model.
+      beside the model. A classifier that was trained on a range of noise levels guides at these levels alone.
     base_samples: An .npz of low-resolution samples, for a model of super-resolution. They are taken in turn, with the
       labels of the file where the model has classes.
     init: An .npz of images to start from, instead of noise (image to image); they are taken in turn. Files that
@@ -40,7 +40,8 @@ class Settings:
     init_level: Noise level sigma that is added to the images of init. Each sample draws its own noise, and the walk
       begins at the nearest level of the grid. A higher level keeps less of the images. If left out, the walk
       begins in the middle of the grid's steps.
-    labels: Classes to sample, taken in turn; all classes if left out.
+    labels: Classes to sample, taken in turn, by name or by number; all classes if left out. A text that is both a name
+      and a number is the class of that name.
     num: Number of samples, at most 100,000,000.
     guidance: Guidances, the first innermost, or none alone. If left out: classifier where a classifier is given,
       else cfg where the model has a null class, else none. If only classifiers guide, the model runs with its null
@@ -72,7 +73,7 @@ class Settings:
   base_samples: PathLike | None = None
   init: PathLike | None = None
   init_level: float | None = None
-  labels: Sequence[int] | None = None
+  labels: Sequence[int | str] | None = None
   num: int = 16
   guidance: str | Sequence[str] | None = None
   join: str = "chain"
@@ -102,7 +103,9 @@ class Settings:
     if self.labels is not None:
       if isinstance(self.labels, str) or not np.iterable(self.labels) or not len(self.labels):
         raise ValueError(f"labels must be a list of at least one class, got {self.labels!r}; leave it out to take all")
-      plain["labels"] = tuple(checks.whole("label", label, -(2**63), 2**63 - 1) for label in self.labels)
+      plain["labels"] = tuple(
+        label if isinstance(label, str) else checks.whole("label", label, -(2**63), 2**63 - 1) for label in self.labels
+      )
     if self.scale is not None:
       plain["scale"] = checks.finite("scale", checks.number("scale", self.scale))
     if self.init_level is not None:
