@@ -1,14 +1,12 @@
 """The results of a sweep over the guidance scale: a plot, and a report in one self-contained HTML file."""
 
-import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from jaxguide._core.files import write_atomically
+from jaxguide.evaluation import pages
 from jaxguide.evaluation.measures import MEASURES, Measures
 from jaxguide.evaluation.sweep import Row, columns, formatted
 
@@ -17,16 +15,6 @@ TITLES = {"cfg": "classifier-free guidance", "classifier": "classifier guidance"
 
 PLANE = ("diversity", "frechet_distance")
 """The measures on the x and y axes of the panel of fidelity against diversity."""
-
-# The colours of Okabe and Ito, which colour-blind readers can distinguish. The markers serve black-and-white print.
-_STYLES = (
-  ("#0072B2", "o"),
-  ("#D55E00", "s"),
-  ("#009E73", "^"),
-  ("#CC79A7", "D"),
-  ("#E69F00", "v"),
-  ("#56B4E9", "P"),
-)
 
 
 def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -82,7 +70,7 @@ def fidelity_plot(rows: Sequence[Row], real: Measures | None = None) -> bytes:
   reference: dict[str, Any] = {"color": "0.4", "marker": "*", "markersize": 13, "linestyle": "--"}
   handles = [Line2D([], [], **reference, label="real test split")] if real else []
   for i, (method, group) in enumerate(groups.items()):
-    color, marker = _STYLES[i % len(_STYLES)]
+    color, marker = pages.STYLES[i % len(pages.STYLES)]
     style: dict[str, Any] = {"color": color, "marker": marker, "linewidth": 1.8, "markersize": 6}
     for axes, name in zip(by_scale, names, strict=True):
       axes.plot([row.scale for row in group], [row.figures[name] for row in group], **style)
@@ -101,17 +89,11 @@ def fidelity_plot(rows: Sequence[Row], real: Measures | None = None) -> bytes:
       plane.plot(real.figures[across], real.figures[up], **reference)
 
   for axes in all_axes[:panels]:
-    axes.title.set_fontsize(11)
-    axes.grid(color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(y=0.1)
+    pages.tidy(axes)
   if plane:
     plane.margins(0.1)
   figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
-  png = io.BytesIO()
-  figure.savefig(png, format="png", metadata={"Software": None})
-  return png.getvalue()
+  return pages.png_of(figure)
 
 
 def _draw_plane(axes: Any, group: Sequence[Row], style: dict[str, Any], side: int) -> None:
@@ -152,18 +134,6 @@ def _summary(group: Sequence[Row], name: str) -> str:
   return f"{measure.title} is {superlative} at {where} ({measure.text(best)})"
 
 
-def _data_uri(name: str, png: bytes) -> str:
-  """Encode a PNG image as the address of an ``img`` element. ``name`` is for the error message."""
-  if not png.startswith(b"\x89PNG\r\n\x1a\n"):
-    raise ValueError(f"{name} must be the bytes of a PNG file, got {png[:8]!r}...; encode it as PNG")
-  return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-def _width(png: bytes) -> int:
-  """Read the width of a PNG image in pixels, the first field of its IHDR chunk."""
-  return int.from_bytes(png[16:20], "big")
-
-
 def write_report(
   path: str | Path,
   *,
@@ -193,19 +163,15 @@ def write_report(
       method and scale without a row.
     OSError: if the file cannot be written.
   """
-  import jinja2
-
   groups = _by_method(rows)
   evaluated = {(row.method, row.scale) for row in rows}
   for method, scale in grids:
     if (method, scale) not in evaluated:
       raise ValueError(f"there is a grid of {method!r} at scale {scale:g} but no such row: evaluate those samples too")
-  template = jinja2.Environment(
-    autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-  ).from_string(resources.files(__package__).joinpath("report.html.jinja").read_text("utf-8"))
   names = columns(rows)
   counts = ", ".join(str(n) for n in sorted({row.n for row in rows}))
-  page = template.render(
+  page = pages.render(
+    "report.html.jinja",
     title=title,
     names=names,
     measures=MEASURES,
@@ -214,14 +180,14 @@ def write_report(
     },
     facts=facts,
     findings=[_finding(method, group) for method, group in groups.items()],
-    plot=_data_uri("plot", plot),
+    plot=pages.data_uri("plot", plot),
     table=[(TITLES.get(method, method), [formatted(row)[1:] for row in group]) for method, group in groups.items()],
     real=real,
     samples=[
       (
         TITLES.get(method, method),
         [
-          (row, _data_uri(f"the grid of {method!r} at scale {row.scale:g}", png), _width(png))
+          (row, pages.data_uri(f"the grid of {method!r} at scale {row.scale:g}", png), pages.png_width(png))
           for row in group
           if (png := grids.get((method, row.scale)))
         ],
