@@ -42,6 +42,7 @@ WRONG = {
   "low_res_shape": [[], [2, 2, 0], 2, [10**9] * 3],
   "encoder": [None, 1, []],
   "class_names": ["ab", [], ["a"], ["a", "a"], ["a", ""], [1, 2]],
+  "label_size": [0, -1, 1.5, True, [], 3],
   "noise_range": [1.0, [], [1.0], [2.0, 1.0], [-1.0, 1.0], [0.1, math.inf], [0.1, 1.0]],
   "model_channels": [None, -32, 0, 10**9, 32.0, True, "32", []],
   "out_channels": [0, -1, 10**9, 1.0, True, []],

@@ -258,6 +258,11 @@ def _classifier(settings: Settings, model: Model) -> Model:
 
 def _cond(settings: Settings, model: Model, classifier: Model | None) -> tuple[Any, np.ndarray | None]:
   """Give every sample's condition, and the label in it."""
+  if model.config.label_size is not None:
+    raise ValueError(
+      f"the model in {settings.model} takes labels that are vectors of {model.config.label_size} numbers, which cannot "
+      "be given here: sample it in Python, sample_batch(..., cond=vectors)"
+    )
   shape = model.config.low_res_shape
   if (shape is None) != (settings.base_samples is None):
     needs = "takes no" if shape is None else "needs"

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import reprlib
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,8 +13,9 @@ from flax import linen
 from jaxguide import schedules
 from jaxguide._core import checks
 from jaxguide.denoisers import scaling
+from jaxguide.models import networks
 from jaxguide.models.encoders import ENCODERS, Encoder
-from jaxguide.models.networks import NETWORKS, Network, Role
+from jaxguide.models.networks import Network, Role
 from jaxguide.schedules.posterior import VARIANCES
 
 # The least and the largest value of each numeric field; for a list, of each element. They are far beyond real networks:
@@ -27,7 +29,11 @@ BOUNDS: dict[str, tuple[int | float, int | float]] = {
   "diffusion_steps": (1, 100_000),
   "scale": (-math.inf, math.inf),
   "noise_range": (0, math.inf),
+  "label_size": (1, 2**24),
 }
+
+# For the fields of networks without bounds.
+ANY_NUMBER = (-(2**53), 2**53)
 
 LARGEST_IMAGE = 2**31 - 1
 
@@ -42,9 +48,11 @@ class ModelConfig:
   """The configuration of a network: everything that is needed to use its parameters.
 
   Args:
-    network: ``unet``, ``super_res_unet`` or ``classifier``.
-    fields: the fields of the network, those of `jaxguide.UNet`, `jaxguide.SuperResUNet` or `jaxguide.Classifier`;
-      ``dtype`` is stored by its name.
+    network: ``unet``, ``super_res_unet`` or ``classifier``; or a network of your own: a Flax linen module, its class,
+      or ``"module:Class"``. See `jaxguide.models.networks.Network` for how it is called. It is stored by its name, so
+      that a saved model can be loaded wherever Python can import the class.
+    fields: the fields of the network, those of `jaxguide.UNet`, `jaxguide.SuperResUNet`, `jaxguide.Classifier` or your
+      class; ``dtype`` is stored by its name. ``{}`` for a module, which has its own.
     image_shape: (height, width, channels), each at most 65,536, and at most 2**31 - 1 numbers in all.
     num_classes: number of classes, at most 2**24, or None for an unconditional network.
     prediction: what the network predicts, a name from `jaxguide.scaling`. For a classifier it only sets the scaling of
@@ -61,13 +69,15 @@ class ModelConfig:
     encoder: how the stored examples of a dataset are converted to x0, a name from `jaxguide.models.encoders`.
     class_names: the names of the classes, one for each, all different; None if the classes have no names.
     noise_range: the least and the largest noise level (sigma) that a classifier was trained on; None for all levels.
+    label_size: length of a label that is a vector of floats, such as attributes or an embedding; ``num_classes`` is
+      None then.
 
   Raises:
     ValueError: for an unknown name, with the nearest known one; for a field that the network does not have; or for a
       value that is out of range or of a wrong type, naming the field.
   """
 
-  network: str
+  network: Any
   fields: Mapping[str, Any]
   image_shape: Sequence[int]
   num_classes: int | None
@@ -81,11 +91,14 @@ class ModelConfig:
   encoder: str = "pixels"
   class_names: Sequence[str] | None = None
   noise_range: Sequence[float | int] | None = None
+  label_size: int | None = None
 
   def __post_init__(self):
+    self._name_network()
     # Convert values to plain data, so that a configuration equals itself after it was stored as JSON and read back.
     for field in dataclasses.fields(self):
-      value = checks.field(field.name, getattr(self, field.name), field.type, *BOUNDS.get(field.name, ()))
+      kind = str if field.name == "network" else field.type
+      value = checks.field(field.name, getattr(self, field.name), kind, *BOUNDS.get(field.name, ()))
       object.__setattr__(self, field.name, value)
     for name in ("image_shape", "low_res_shape"):
       shape = getattr(self, name)
@@ -93,9 +106,7 @@ class ModelConfig:
         raise ValueError(f"{name} must be (height, width, channels), got {reprlib.repr(shape)}")
       if shape is not None and math.prod(shape) > LARGEST_IMAGE:
         raise ValueError(f"{name} must have at most {LARGEST_IMAGE:,} numbers in all, got {reprlib.repr(shape)}")
-    network = checks.lookup("network", self.network, NETWORKS)
-    if not isinstance(network, Network):
-      raise TypeError(f"NETWORKS[{self.network!r}] must be a Network(module, role), got {network!r}")
+    network = networks.find(self.network)
     object.__setattr__(self, "fields", _network_fields(network, self.fields))
     if network.low_res != (self.low_res_shape is not None):
       raise ValueError(
@@ -106,6 +117,10 @@ class ModelConfig:
     checks.lookup("prediction", self.prediction, scaling.PREDICTIONS)
     checks.lookup("variance", self.variance, dict.fromkeys(VARIANCES))
     self._check_class_names()
+    if self.label_size is not None and self.num_classes is not None:
+      raise ValueError(
+        f"label_size is for labels that are vectors, and there are {self.num_classes} classes: leave out one of them"
+      )
     levels = self.noise_range
     if levels is not None and (len(levels) != 2 or not levels[0] < levels[1]):
       raise ValueError(f"noise_range must be two noise levels, the lower one first, got {levels}")
@@ -121,6 +136,21 @@ class ModelConfig:
           f"a network that predicts {self.prediction!r} has no discrete steps: leave out diffusion_steps"
         )
 
+  def _name_network(self) -> None:
+    """Replace a Flax module or its class by its name, and a module's fields by plain data."""
+    network: Any = self.network
+    if isinstance(network, linen.Module):
+      if self.fields:
+        raise ValueError(f"fields are those of the module {type(network).__name__}: give {{}}")
+      classes = networks.own(type(network))[1].role.classes
+      values = {field.name: (getattr(network, field.name), field.default) for field in dataclasses.fields(network)}
+      changed = {name: value for name, (value, default) in values.items() if value is not default and value != default}
+      own = {name: value for name, value in changed.items() if name not in (*NOT_FIELDS, classes, "label_size")}
+      object.__setattr__(self, "fields", own)
+      network = type(network)
+    if isinstance(network, type):
+      object.__setattr__(self, "network", networks.own(network)[0])
+
   def _check_class_names(self) -> None:
     names = self.class_names
     if names is None:
@@ -135,7 +165,7 @@ class ModelConfig:
   @property
   def role(self) -> Role:
     """The role of the network: denoiser or classifier."""
-    return NETWORKS[self.network].role
+    return networks.find(self.network).role
 
   @property
   def data(self) -> Encoder:
@@ -152,12 +182,17 @@ class ModelConfig:
   @property
   def module(self) -> linen.Module:
     """The Flax module."""
-    return NETWORKS[self.network].module(**self.fields, **{self.role.classes: self.num_classes})
+    cls = networks.find(self.network).module
+    known = {field.name for field in dataclasses.fields(cls)}
+    labels = {self.role.classes: self.num_classes, "label_size": self.label_size}
+    return cls(**self.fields, **{name: value for name, value in labels.items() if name in known})
 
   @property
-  def null_cond(self) -> int | None:
-    """The null label, which means "no label"; None if the network has no null class."""
-    return self.num_classes if getattr(self.module, "null_class", False) else None
+  def null_cond(self) -> Any:
+    """The null label, which means "no label": a number or a vector of zeros; None if the network has no null class."""
+    if not getattr(self.module, "null_class", False):
+      return None
+    return self.num_classes if self.label_size is None else np.zeros(self.label_size, np.float32)
 
   @property
   def scaling(self) -> scaling.Scaling:
@@ -171,18 +206,20 @@ class ModelConfig:
 def _network_fields(network: Network, fields: Mapping[str, Any]) -> dict[str, Any]:
   """Check the fields of a network, and return them as plain data."""
   cls, classes = network.module, network.role.classes
-  known = {field.name: field.type for field in dataclasses.fields(cls) if field.name not in NOT_FIELDS}
+  hints = typing.get_type_hints(cls)
+  known = {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.name not in NOT_FIELDS}
   checked: dict[str, Any] = {}
   for name, value in fields.items():
     if name == "perturbation":
       raise ValueError("perturbation is not one of a model's fields: give it to jaxguide.perturbed when you sample")
     kind = checks.lookup(f"field of {cls.__name__}", name, known)
-    if name == classes:
-      raise ValueError(f"{name} is not one of the fields: set num_classes of the model instead")
+    if name in (classes, "label_size"):
+      own = "num_classes" if name == classes else name
+      raise ValueError(f"{name} is not one of the fields: set {own} of the model instead")
     if name == "dtype":
       checked[name] = dtype_name(value)
     else:
-      checked[name] = checks.field(name, value, kind, *network.bounds.get(name, ()))
+      checked[name] = checks.field(name, value, kind, *network.bounds.get(name, ANY_NUMBER))
   network.check(checked)
   return checked
 

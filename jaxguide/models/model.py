@@ -43,8 +43,8 @@ class Model:
     return self._as(CLASSIFIER)
 
   @property
-  def null_cond(self) -> int | None:
-    """The null label, which means "no label"; None if the network has no null class."""
+  def null_cond(self) -> Any:
+    """The null label, which means "no label": a number or a vector of zeros; None if the network has no null class."""
     return self.config.null_cond
 
   def _as(self, role: Role) -> Any:
@@ -72,6 +72,11 @@ def shapes(config: ModelConfig) -> PyTree:
     expected = param_shapes(config.module, *jax.eval_shape(lambda: config.role.inputs(config)))
   except (ArithmeticError, TypeError, AttributeError) as error:
     raise ValueError(f"these fields do not give a valid {config.network}: {error}") from error
+  if set(expected) != {"params"}:
+    raise ValueError(
+      f"{config.network} has the Flax collections {', '.join(sorted(expected))}, and only params is supported: use a "
+      "network without, for example, batch statistics"
+    )
   size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(expected))
   if size > LARGEST_NETWORK:
     raise ValueError(

@@ -3,9 +3,11 @@
 A *role* is the purpose of a network: denoiser or classifier. It defines the network's inputs, the function that
 guidance uses, and the checks of its configuration. `jaxguide.training.objectives` defines how each role is trained.
 
-To add a network, write its Flax module and add an entry to `NETWORKS`.
+To add a network, write its Flax module and add an entry to `NETWORKS`. A network of one's own needs no entry: its name
+is ``module:Class``, where Python finds it.
 """
 
+import importlib
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -46,9 +48,11 @@ class Network(NamedTuple):
 
   Args:
     module: its Flax linen module class. `ModelConfig.fields` are the fields of this class. A denoiser is called as
-      ``module(x, t, label, train=False)`` and has a field ``num_classes``; with a field ``null_class=True``, label
-      ``num_classes`` means "no label". A classifier is called as ``module(x, t, train=False)`` and has a field
-      ``out_channels``. ``train`` switches dropout; other Flax collections than ``params`` are not supported.
+      ``module(x, t, label)``, a classifier as ``module(x, t)``. If the method takes ``train`` as well, it is True in
+      training, for dropout. If the class has a field for the number of classes (``num_classes``; ``out_channels`` of a
+      classifier) or for the length of a label vector (``label_size``), it is set. If it has ``null_class=True``, label
+      ``num_classes``, or the vector of zeros, means "no label". Other Flax collections than ``params`` are not
+      supported.
     role: its role.
     bounds: the least and the largest value of each numeric field. They are far beyond real networks, and catch mistakes
       that would lead to hours of tracing or run out of memory.
@@ -69,6 +73,8 @@ class Network(NamedTuple):
 def _denoiser_inputs(config: Any) -> tuple[Any, ...]:
   x, t = jnp.zeros((1, *config.image_shape)), jnp.zeros(1)
   label = None if config.num_classes is None else jnp.zeros(1, int)
+  if config.label_size is not None:
+    label = jnp.zeros((1, config.label_size))
   if config.low_res_shape is not None:
     return x, t, {"label": label, "low_res": jnp.zeros((1, *config.low_res_shape))}
   return x, t, label
@@ -101,12 +107,14 @@ def _classifier_inputs(config: Any) -> tuple[Any, ...]:
 
 
 def _as_log_prob(config: Any, params: PyTree) -> ClassifierLogProb:
-  return ClassifierLogProb(params, config.module.apply, config.scaling)
+  return ClassifierLogProb(params, config.module.apply, config.scaling, noise_range=config.noise_range)
 
 
 def _check_classifier(config: Any) -> None:
   if config.variance != "small":
     raise ValueError(f"a classifier has no variance, got {config.variance!r}: leave it out")
+  if config.label_size is not None:
+    raise ValueError("label_size is for denoisers: a classifier predicts classes")
 
 
 CLASSIFIER = Role("classifier", "out_channels", _classifier_inputs, _as_log_prob, _check_classifier)
@@ -149,3 +157,60 @@ NETWORKS: dict[str, Network] = {
   "super_res_unet": Network(nn.SuperResUNet, DENOISER, ADM_BOUNDS, _check_adm, low_res=True),
   "classifier": Network(nn.Classifier, CLASSIFIER, ADM_BOUNDS, _check_adm),
 }
+
+
+def find(name: str) -> Network:
+  """Return the network of a name.
+
+  Args:
+    name: a name of `NETWORKS`; or ``module:Class``, a Flax linen module class that Python can import. It is a denoiser,
+      or a classifier if the class has an attribute ``role = "classifier"``. The module is imported, so its code runs.
+
+  Raises:
+    ValueError: for an unknown name (with the nearest known one), or a class that cannot be imported or is no network.
+    TypeError: if the entry in `NETWORKS` is not a `Network`.
+
+  >>> find("unet").role.name, find("flax.linen:Dense").role.name
+  ('denoiser', 'denoiser')
+  """
+  module, colon, path = name.partition(":") if isinstance(name, str) else (name, "", "")
+  if not colon:
+    network = checks.lookup("network", name, NETWORKS)
+    if not isinstance(network, Network):
+      raise TypeError(f"NETWORKS[{name!r}] must be a Network(module, role), got {network!r}")
+    return network
+  if name in _OWN:
+    return _OWN[name]
+  try:
+    found: Any = importlib.import_module(module)
+    for part in path.split("."):
+      found = getattr(found, part)
+  except (ImportError, AttributeError, ValueError) as error:
+    raise ValueError(
+      f"network {name!r} cannot be imported ({error}): start Python where it finds the module {module!r} with the "
+      f"class {path!r}"
+    ) from error
+  return own(found)[1]
+
+
+def own(cls: Any) -> tuple[str, Network]:
+  """Return the name and the entry of a network of one's own, a Flax linen module class.
+
+  Raises:
+    ValueError: if it is not such a class.
+  """
+  if not (isinstance(cls, type) and issubclass(cls, linen.Module)):
+    raise ValueError(f"network must be a name, a Flax linen module or its class, got {cls!r}")
+  for name, network in NETWORKS.items():
+    if network.module is cls:
+      return name, network
+  name = f"{cls.__module__}:{cls.__qualname__}"
+  role = checks.lookup(
+    "role", getattr(cls, "role", DENOISER.name), {role.name: role for role in (DENOISER, CLASSIFIER)}
+  )
+  _OWN[name] = Network(cls, role)
+  return name, _OWN[name]
+
+
+# Classes that were used in this process. A class of a notebook or of a function cannot be imported.
+_OWN: dict[str, Network] = {}

@@ -11,6 +11,22 @@ from jaxguide.models.model import Model
 from jaxguide.training.config import TrainingConfig
 from jaxguide.training.ema import PowerFunctionEMA
 from jaxguide.training.loop import fit
+from jaxguide.training.objectives import objective
 from jaxguide.training.rates import inverse_sqrt
+from jaxguide.training.step import TrainState, init_state, optimizer, train_step
 
-__all__ = ["Model", "ModelConfig", "PowerFunctionEMA", "TrainingConfig", "fit", "inverse_sqrt", "load", "save"]
+__all__ = [
+  "Model",
+  "ModelConfig",
+  "PowerFunctionEMA",
+  "TrainState",
+  "TrainingConfig",
+  "fit",
+  "init_state",
+  "inverse_sqrt",
+  "load",
+  "objective",
+  "optimizer",
+  "save",
+  "train_step",
+]

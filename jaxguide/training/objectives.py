@@ -87,7 +87,7 @@ def _denoiser(model: ModelConfig, training: TrainingConfig) -> Objective:
     made = _continuous(model, training, drop)
   if model.low_res_shape is not None:
     made = _super_resolution(model, training, made)
-  if model.num_classes is None:
+  if model.num_classes is None and model.label_size is None:
     # Data may have labels that the network does not take.
     return made._replace(draw=lambda key, x0, labels: made.draw(key, x0, None))
   return made

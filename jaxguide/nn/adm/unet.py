@@ -43,8 +43,10 @@ class UNet(Encoder):
       other devices. It needs ``dtype`` bfloat16 and heads whose channels are a multiple of 8 and at most 128. It never
       stores the whole attention matrix. It supports first derivatives in reverse mode only.
     num_classes: number of classes, or None for an unconditional network.
-    null_class: whether there is one more label, ``num_classes`` itself, that means "no label". Classifier-free guidance
-      needs it. The published networks do not have it.
+    null_class: whether there is a label that means "no label": one more class, ``num_classes`` itself, or the vector of
+      zeros. Classifier-free guidance needs it. The published networks do not have it.
+    label_size: length of a label that is a vector of floats, such as attributes or an embedding; ``num_classes`` is
+      None then. A linear map without bias adds it to the time embedding, as in EDM's networks.
     perturbation: makes some blocks worse on purpose; see `jaxguide.perturbed`. It adds no parameters, and `init`
       ignores it.
 
@@ -59,7 +61,16 @@ class UNet(Encoder):
   num_classes: int | None = None
   null_class: bool = True
   num_heads_upsample: int = -1
+  label_size: int | None = None
   perturbation: Perturbation | None = None
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.label_size is not None and self.num_classes is not None:
+      raise ValueError(
+        f"{type(self).__name__} takes classes or label vectors, got num_classes={self.num_classes} and "
+        f"label_size={self.label_size}: leave out one of them"
+      )
 
   @nn.nowrap
   def perturbation_of(self, name: str) -> Perturbation | None:
@@ -74,7 +85,7 @@ class UNet(Encoder):
     Args:
       x: (n, height, width, channels), noisy images multiplied by ``c_in``.
       t: (n,) the encoded noise level, ``c_noise``.
-      y: (n,) labels, if the network has classes.
+      y: (n,) labels, if the network has classes; (n, label_size) floats, if labels are vectors.
       train: whether to apply dropout; needs ``rngs={"dropout": key}``.
 
     Returns:
@@ -92,18 +103,23 @@ class UNet(Encoder):
     """Run the network; unlike ``__call__``, ``x`` may have more channels than the image."""
     self.check_input(x, t)
     name = type(self).__name__
-    if (y is None) != (self.num_classes is None):
+    if (y is None) != (self.num_classes is None and self.label_size is None):
       raise ValueError(
         f"{name} with num_classes={self.num_classes} was given {'no' if y is None else 'unexpected'} labels"
       )
-    if y is not None and y.shape != t.shape:
-      raise ValueError(f"{name} takes one label for each of {x.shape[0]} images, got shape {y.shape}")
-    checks.labels("label", y, self.num_classes or 0, self.null_class)
+    label_shape = t.shape if self.label_size is None else (*t.shape, self.label_size)
+    if y is not None and y.shape != label_shape:
+      kind = "label" if self.label_size is None else f"label of {self.label_size} numbers"
+      raise ValueError(f"{name} takes one {kind} for each of {x.shape[0]} images, got shape {y.shape}")
+    if self.num_classes is not None:
+      checks.labels("label", y, self.num_classes, self.null_class)
     if self.perturbation is not None and not self.is_initializing():
       self.perturbation.check(self.variables)
     emb = self.embed_time(t)
     if self.num_classes is not None:
       emb += nn.Embed(self.num_classes + self.null_class, emb.shape[-1], name="label_emb")(y)
+    if self.label_size is not None:
+      emb += nn.Dense(emb.shape[-1], use_bias=False, name="label_emb")(y.astype(emb.dtype))
 
     skips = self.encode(x, emb, train)
     h = self.middle(skips[-1], emb, train)

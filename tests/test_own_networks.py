@@ -1,0 +1,153 @@
+"""Networks of one's own, and labels that are vectors: configured, trained, saved, loaded and guided."""
+
+import math
+import subprocess
+import sys
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxguide as jg
+from jaxguide import data, generate, training
+from jaxguide.models import networks
+from jaxguide.models.model import init_params
+from jaxguide.training import ModelConfig, TrainingConfig
+
+RNG = np.random.default_rng(0)
+IMAGES = data.Images(RNG.integers(0, 256, (32, 4, 4, 1)).astype(np.uint8), np.arange(32) % 2, 2, "noise")
+
+
+class Plain(nn.Module):
+  """A network as other libraries have it: without ``train`` and without a field for the classes."""
+
+  width: int = 8
+  null_class = True
+
+  @nn.compact
+  def __call__(self, x, t, cond):
+    """Predict from the pixels, the time and the label."""
+    hidden = nn.Dense(self.width)(x.reshape(x.shape[0], -1)) + nn.Embed(3, self.width)(cond)
+    return nn.Dense(math.prod(x.shape[1:]))(nn.silu(hidden * jnp.cos(t)[:, None])).reshape(x.shape)
+
+
+class PlainClassifier(nn.Module):
+  """A classifier of one's own."""
+
+  out_channels: int
+  role = "classifier"
+
+  @nn.compact
+  def __call__(self, x, t, *, train: bool = False):
+    """Predict the class."""
+    hidden = nn.Dropout(0.5, deterministic=not train)(nn.silu(nn.Dense(8)(x.reshape(x.shape[0], -1))))
+    return nn.Dense(self.out_channels)(hidden + t[:, None])
+
+
+class Normalised(nn.Module):
+  """A network with batch statistics."""
+
+  @nn.compact
+  def __call__(self, x, t, cond):
+    """Predict nothing of use."""
+    del t, cond
+    return nn.BatchNorm(use_running_average=True)(x)
+
+
+@pytest.mark.parametrize("network", [Plain(width=4), Plain, "test_own_networks:Plain"])
+def test_a_network_of_ones_own_is_trained_saved_and_guided(network, tmp_path):
+  config = ModelConfig(network, {} if network is not Plain else {"width": 4}, (4, 4, 1), 2)
+  assert config.network == f"{__name__}:Plain"
+  assert config.null_cond == 2
+  trained = training.fit(config, TrainingConfig(steps=4, batch_size=8), IMAGES, tmp_path, progress=False)
+  loaded = training.load(tmp_path)
+  assert loaded.config == config
+  chex.assert_trees_all_equal(loaded.params, trained.params)
+  guided = jg.classifier_free(loaded.null_cond, 2.0)(loaded.denoiser)
+  x = jg.sample_batch(
+    guided, jax.random.key(0), cond=1, num=2, shape=(4, 4, 1), sigmas=jg.karras(3), solver=jg.DPMpp2M()
+  )
+  assert np.isfinite(x).all()
+
+
+def test_a_classifier_of_ones_own(tmp_path):
+  config = ModelConfig(PlainClassifier, {}, (4, 4, 1), 2)
+  assert config.role is networks.CLASSIFIER
+  model = training.fit(config, TrainingConfig(steps=4, batch_size=8), IMAGES, tmp_path, progress=False)
+  assert model.log_prob(jnp.zeros((4, 4, 1)), jnp.asarray(1.0), 1) < 0
+
+
+@pytest.mark.parametrize(
+  ("network", "message"),
+  [
+    ("no_such_module:Net", r"network 'no_such_module:Net' cannot be imported .*No module named"),
+    ("test_own_networks:Nothing", r"cannot be imported .*no attribute 'Nothing'"),
+    ("math:pi", r"must be a name, a Flax linen module or its class, got 3.14"),
+    (":Net", "cannot be imported"),
+    (math.sqrt, "network must be a text, got"),
+  ],
+)
+def test_what_is_no_network(network, message):
+  with pytest.raises((ValueError, TypeError), match=message):
+    ModelConfig(network, {}, (4, 4, 1), 2)
+
+
+def test_a_network_that_is_not_supported_is_refused_before_training(tmp_path):
+  with pytest.raises(ValueError, match="has the Flax collections batch_stats, params, and only params is supported"):
+    training.fit(
+      ModelConfig(Normalised, {}, (4, 4, 1), 2), TrainingConfig(steps=1, batch_size=2), IMAGES, tmp_path, progress=False
+    )
+
+
+def test_a_model_of_another_process_needs_its_class(tmp_path):
+  config = ModelConfig(Plain(), {}, (4, 4, 1), 2)
+  training.fit(config, TrainingConfig(steps=1, batch_size=2), IMAGES, tmp_path, progress=False)
+  code = f"from jaxguide import training; training.load({str(tmp_path)!r})"
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+  assert "start Python where it finds the module 'test_own_networks' with the class 'Plain'" in done.stderr
+
+
+UNET = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "num_head_channels": 8}
+
+
+def test_labels_that_are_vectors():
+  """The loss of a batch depends on the vectors; a dropped vector is that of zeros."""
+  config = ModelConfig("unet", UNET, (4, 4, 1), None, label_size=3)
+  chex.assert_trees_all_equal(config.null_cond, np.zeros(3, np.float32))
+  params = jax.tree.map(lambda leaf: leaf + 0.1, training.init_state(config, TrainingConfig(steps=1)).params)
+  examples, vectors = RNG.integers(0, 256, (8, 4, 4, 1)).astype(np.uint8), RNG.normal(size=(8, 3)).astype(np.float32)
+
+  def loss(vectors, p_uncond):
+    how = TrainingConfig(steps=2, batch_size=8, p_uncond=p_uncond)
+    state = training.init_state(config, how, {"params": params["params"]})
+    return float(training.train_step(config, how)(state, examples, vectors)[1]["loss"])
+
+  assert loss(vectors, 0.0) != loss(np.zeros_like(vectors), 0.0)
+  assert loss(vectors, 1.0) == loss(np.zeros_like(vectors), 1.0)
+  denoise = training.Model(config, {"params": params["params"]}).denoiser
+  guided = jg.classifier_free(config.null_cond, 2.0)(denoise)
+  x = jg.sample_batch(
+    guided, jax.random.key(0), cond=vectors[:2], shape=(4, 4, 1), sigmas=jg.karras(3), solver=jg.DPMpp2M()
+  )
+  assert np.isfinite(x).all()
+
+
+def test_vectors_cannot_be_given_to_the_command(tmp_path):
+  config = ModelConfig("unet", UNET, (4, 4, 1), None, label_size=3)
+  training.save(tmp_path / "m", training.Model(config, init_params(config, jax.random.key(0))))
+  with pytest.raises(ValueError, match=r"takes labels that are vectors of 3 numbers.*sample_batch"):
+    generate.run(tmp_path / "x.npz", generate.Settings(model=str(tmp_path / "m"), num=2), progress=False)
+
+
+def test_vectors_and_classes_exclude_each_other():
+  with pytest.raises(ValueError, match="label_size is for labels that are vectors, and there are 2 classes"):
+    ModelConfig("unet", UNET, (4, 4, 1), 2, label_size=3)
+  with pytest.raises(ValueError, match="takes classes or label vectors"):
+    jg.UNet(num_classes=2, label_size=3)
+  with pytest.raises(ValueError, match="takes one label of 3 numbers for each of 2 images"):
+    jax.eval_shape(
+      jg.UNet(label_size=3).init, jax.random.key(0), jnp.zeros((2, 8, 8, 1)), jnp.zeros(2), jnp.zeros((2, 4))
+    )
