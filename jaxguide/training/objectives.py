@@ -152,7 +152,7 @@ def _variational(model: ModelConfig, training: TrainingConfig, drop: dict[str, A
     return terms.loss, {"mse": terms.mse, "vb": terms.vb}
 
   draw = functools.partial(variational.noisy_steps, process=process, **drop)
-  return Objective(draw, errors, lambda batch: process.sigmas[batch.step])
+  return Objective(draw, errors, lambda batch: jnp.asarray(process.sigmas)[batch.step])
 
 
 def _super_resolution(model: ModelConfig, training: TrainingConfig, objective: Objective) -> Objective:
