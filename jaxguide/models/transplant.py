@@ -176,7 +176,9 @@ def transplant(model: ModelConfig, source: Model, key: jax.Array) -> tuple[PyTre
   expected, given = arrays.leaves(shapes(model)["params"]), arrays.leaves(source.params["params"])
   rules = _rules(model, source.config)
   adapted: dict[str, Any] = {}
-  missing, changes, new = [], [], []
+  missing: list[str] = []
+  changes: list[Change] = []
+  new: list[Change] = []
   for path, leaf in expected.items():
     rule = next((rule for name, rule in rules.items() if path == name or path.startswith(f"{name}/")), None)
     if rule is not None:
