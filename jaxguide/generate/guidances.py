@@ -47,7 +47,7 @@ class Networks:
   eta: Any = None
 
   @property
-  def null_cond(self) -> int:
+  def null_cond(self) -> Any:
     """The null label of the model.
 
     Raises:

@@ -16,7 +16,8 @@ def _cosine_decay(peak: float, steps: int, warmup: int) -> optax.Schedule:
 def _constant(peak: float, steps: int, warmup: int) -> optax.Schedule:
   """Return a linear warm-up followed by a constant rate."""
   del steps
-  return optax.warmup_constant_schedule(0.0, peak, warmup)
+  # Without a warm-up, Optax's schedule stays at the initial 0.
+  return optax.warmup_constant_schedule(0.0, peak, warmup) if warmup else optax.constant_schedule(peak)
 
 
 def _inverse_sqrt(peak: float, steps: int, warmup: int, *, decay_start: float = 70_000.0) -> optax.Schedule:

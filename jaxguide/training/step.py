@@ -83,7 +83,7 @@ def train_step(model: ModelConfig, training: TrainingConfig) -> Callable[..., An
       ok = jnp.isfinite(loss) & jnp.isfinite(norm)
       new, old = (params, means, opt_state), (state.params, state.means, state.opt_state)
       params, means, opt_state = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
-      skipped += ~ok
+      skipped += (~ok).astype(skipped.dtype)
     metrics = {
       "loss": loss,
       "rate": learning_rate,
