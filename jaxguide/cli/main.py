@@ -10,7 +10,7 @@ import typer
 import typer.core
 
 from jaxguide import generate
-from jaxguide.cli import ema, interop
+from jaxguide.cli import classifier, ema, interop
 from jaxguide.cli.options import options_of, with_options
 from jaxguide.generate import Settings
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 
 app.add_typer(interop.app)
 app.add_typer(ema.app)
+app.add_typer(classifier.app)
 
 DEMO = Path("runs/demo")
 

@@ -4,6 +4,8 @@ Inputs and outputs are NumPy arrays; images are uint8 of shape (n, height, width
 scikit-learn, matplotlib and Jinja are imported only by the functions that need them, so that the import is fast.
 """
 
+from jaxguide.evaluation.classifier_report import ClassifierReport, classifier_report
+from jaxguide.evaluation.classifiers import Gradients, gradients
 from jaxguide.evaluation.features import pixel_features
 from jaxguide.evaluation.judge import Judge
 from jaxguide.evaluation.measures import MEASURES, Evidence, Figures, Measure, Measures, measure
@@ -14,16 +16,20 @@ from jaxguide.evaluation.sweep import Row, evaluate, read_csv, table, write_csv
 __all__ = [
   "MEASURES",
   "TITLES",
+  "ClassifierReport",
   "Evidence",
   "Figures",
+  "Gradients",
   "Judge",
   "Measure",
   "Measures",
   "Row",
+  "classifier_report",
   "diversity",
   "evaluate",
   "fidelity_plot",
   "frechet_distance",
+  "gradients",
   "measure",
   "pixel_features",
   "read_csv",
