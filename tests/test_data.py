@@ -455,3 +455,72 @@ def test_labels_may_be_missing_if_none_are_required(tmp_path):
   assert data.load_npz(tmp_path / "s.npz", labelled=False)[1] is None
   with pytest.raises(ValueError, match="labels in arr_1"):
     data.load_npz(tmp_path / "s.npz")
+
+
+# --- datasets of other kinds ------------------------------------------------------------------------
+
+
+class Lazy:
+  """A dataset whose examples are read one by one, with a random number in each."""
+
+  name, image_shape, num_classes, class_names, label_shape = "lazy", (1, 1, 1), 5, None, ()
+  fingerprint, saturation = "0", None
+
+  def __len__(self):
+    return 10
+
+  def example(self, row, rng):
+    return np.full((1, 1, 1), rng.integers(256), np.uint8), row % 5
+
+  def example_name(self, row):
+    return f"lazy/{row}"
+
+
+def test_a_lazy_dataset_is_read_in_the_order_of_images_in_memory():
+  images = Images(np.zeros((10, 1, 1, 1), np.uint8), np.arange(10) % 5, 5, "same")
+  for lazy, whole in zip(data.stream(Lazy(), 7, 3), islice(data.stream(images, 7, 3), 5), strict=False):
+    np.testing.assert_array_equal(lazy.rows, whole.rows)
+    np.testing.assert_array_equal(lazy.labels, whole.labels)
+    assert lazy.labels.dtype == np.int32
+  assert isinstance(images, data.Dataset)
+  assert isinstance(Lazy(), data.Dataset)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_batch_depends_on_the_seed_and_its_number_alone(workers):
+  """Random augmentations too, for any number of workers, and from any start."""
+  whole = [batch.examples for batch in islice(data.stream(Lazy(), 4, 2**40, workers=8), 9)]
+  for start in (0, 5):
+    for batch, expected in zip(data.stream(Lazy(), 4, 2**40, start, workers=workers), whole[start:], strict=False):
+      np.testing.assert_array_equal(batch.examples, expected)
+  assert np.unique(np.concatenate(whole)).size > 20
+  other = next(data.stream(Lazy(), 4, 2**40 + 2**32)).examples
+  assert not np.array_equal(other, whole[0])
+
+
+def test_label_vectors_and_images_without_labels():
+  pixels, vectors = np.zeros((6, 2, 2, 1), np.uint8), np.arange(12).reshape(6, 2)
+  attributes, alone = Images(pixels, vectors, None, "a"), Images(pixels, None, None, "b")
+  assert (attributes.label_shape, alone.label_shape) == ((2,), None)
+  batch = next(data.stream(attributes, 4, 0))
+  assert batch.labels.dtype == np.float32
+  np.testing.assert_array_equal(batch.labels, vectors[batch.rows])
+  assert next(data.stream(alone, 4, 0)).labels is None
+  assert attributes.fingerprint != Images(pixels, vectors + 1, None, "a").fingerprint
+  assert attributes.example_name(3) == "a[3]"
+
+
+@pytest.mark.parametrize(
+  ("labels", "num_classes", "names", "message"),
+  [
+    (None, 2, None, "images of 2 classes need labels"),
+    ([0, 1], None, None, r"labels must be a vector of numbers for each of the 2 images, of shape \(2, d\)"),
+    ([[1.0], [np.nan]], None, None, "labels must be finite"),
+    ([0, 1], 2, ["a"], "class_names must have one name for each of 2 classes, got 1"),
+    (None, None, ["a"], "class_names must have one name for each of None classes"),
+    ([0, 1], 2, "ab", "class_names must be a list"),
+  ],
+)
+def test_labels_that_do_not_fit(labels, num_classes, names, message):
+  with pytest.raises(ValueError, match=message):
+    Images(np.zeros((2, 2, 2, 1), np.uint8), labels, num_classes, "bad", names)

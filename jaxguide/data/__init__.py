@@ -1,11 +1,12 @@
 """Datasets, batches and image files.
 
-`load` reads a dataset as `Images`, and `batches` yields shuffled batches of it. `to_uint8` and `from_uint8` convert
-between pixels and the floats in [-1, 1] that models work on. `save_npz` and `save_png` write samples to files. TFDS,
-scikit-learn and Pillow are imported only by the functions that need them.
+`load` reads a dataset as `Images`. `stream` and `batches` yield shuffled batches of any `Dataset`. `to_uint8` and
+`from_uint8` convert between pixels and the floats in [-1, 1] that models work on. `save_npz` and `save_png` write
+samples to files. Grain, TFDS, scikit-learn and Pillow are imported only by the functions that need them.
 """
 
-from jaxguide.data.batches import batches
+from jaxguide.data.batches import batches, stream
+from jaxguide.data.dataset import Batch, Dataset
 from jaxguide.data.files import load_npz, save_npz, settings_of
 from jaxguide.data.images import Images
 from jaxguide.data.pictures import image_grid, save_png
@@ -13,6 +14,8 @@ from jaxguide.data.pixels import from_uint8, saturation, to_uint8
 from jaxguide.data.sources import load
 
 __all__ = [
+  "Batch",
+  "Dataset",
   "Images",
   "batches",
   "from_uint8",
@@ -23,5 +26,6 @@ __all__ = [
   "save_npz",
   "save_png",
   "settings_of",
+  "stream",
   "to_uint8",
 ]

@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxguide._core import checks
+from jaxguide.data.pixels import saturation
 
 
 def check_images(images: np.ndarray, labels: np.ndarray | None = None) -> None:
@@ -32,29 +34,45 @@ def check_images(images: np.ndarray, labels: np.ndarray | None = None) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Images:
-  """Labelled images in memory.
+  """Images in memory, with classes, with label vectors or without labels. It is a `jaxguide.data.Dataset`.
 
   Attributes:
     images: ``uint8`` of shape (n, h, w, c), from 0 to 255.
-    labels: a list or array of whole numbers of shape (n,), from 0 to ``num_classes - 1``; stored as ``int32``.
-    num_classes: number of classes, including those without an image.
+    labels: a list or array of shape (n,) of whole numbers from 0 to ``num_classes - 1``, stored as ``int32``; or (n, d)
+      floats, stored as ``float32``, with ``num_classes`` None; or None.
+    num_classes: number of classes, including those without an image; None if labels are vectors or absent.
     name: the name of the dataset.
+    class_names: the names of the classes, one for each, or None.
 
   Raises:
-    ValueError: if the images or the labels have another type, shape or range.
+    ValueError: if the images, the labels or the names have another type, shape or range.
   """
 
   images: Any
   labels: Any
-  num_classes: int
+  num_classes: int | None
   name: str
+  class_names: Sequence[str] | None = None
 
   def __post_init__(self):
-    images, labels = np.asarray(self.images), np.asarray(self.labels)
-    check_images(images, labels)
-    checks.labels("label", labels, checks.at_least("num_classes", self.num_classes, 1))
+    images = np.asarray(self.images)
+    labels = None if self.labels is None else np.asarray(self.labels)
+    if self.num_classes is None:
+      check_images(images)
+      labels = None if labels is None else _check_vectors(labels, len(images))
+    else:
+      if labels is None:
+        raise ValueError(f"images of {self.num_classes} classes need labels: give them, or num_classes None")
+      check_images(images, labels)
+      checks.labels("label", labels, checks.at_least("num_classes", self.num_classes, 1))
+      labels = labels.astype(np.int32)
+    if self.class_names is not None:
+      names = tuple(checks.field("class_names", self.class_names, Sequence[str]))
+      if len(names) != (self.num_classes or 0):
+        raise ValueError(f"class_names must have one name for each of {self.num_classes} classes, got {len(names)}")
+      object.__setattr__(self, "class_names", names)
     object.__setattr__(self, "images", images)
-    object.__setattr__(self, "labels", labels.astype(np.int32))
+    object.__setattr__(self, "labels", labels)
 
   def __len__(self) -> int:
     return len(self.images)
@@ -64,13 +82,44 @@ class Images:
     """Shape (h, w, c) of one image."""
     return self.images.shape[1:]
 
+  @property
+  def label_shape(self) -> tuple[int, ...] | None:
+    """``()`` for classes, ``(d,)`` for vectors, None without labels."""
+    return None if self.labels is None else self.labels.shape[1:]
+
+  def example(self, row: int, rng: np.random.Generator | None = None) -> tuple[np.ndarray, Any]:
+    """Return an image and its label."""
+    del rng
+    return self.images[row], None if self.labels is None else self.labels[row]
+
+  def example_name(self, row: int) -> str:
+    """Return the name of an image: the dataset's, with the image's number."""
+    return f"{self.name}[{row}]"
+
+  @functools.cached_property
+  def saturation(self) -> float:
+    """The share of pixel values that are 0 or 255."""
+    return saturation(self.images)
+
   @functools.cached_property
   def fingerprint(self) -> str:
     """SHA-256 of the images' shape, the number of classes, the pixels and the labels, in this order.
 
-    It does not depend on the name or on the type of the labels. It is computed once: do not change the arrays later.
+    It does not depend on the names or on the type of the labels. It is computed once: do not change the arrays later.
     """
     digest = hashlib.sha256(f"{self.images.shape} {self.num_classes}".encode())
-    for array in (self.images, self.labels.astype("<i8")):
+    labels = [] if self.labels is None else [self.labels.astype("<i8" if self.num_classes else "<f4")]
+    for array in (self.images, *labels):
       digest.update(np.ascontiguousarray(array).reshape(-1).data)
     return digest.hexdigest()
+
+
+def _check_vectors(labels: np.ndarray, number: int) -> np.ndarray:
+  if labels.ndim != 2 or len(labels) != number or not labels.shape[1] or labels.dtype.kind not in "fiub":
+    raise ValueError(
+      f"without num_classes, labels must be a vector of numbers for each of the {number} images, of shape "
+      f"({number}, d), got {labels.dtype} of shape {labels.shape}: give num_classes if they are classes"
+    )
+  if not np.isfinite(labels).all():
+    raise ValueError("labels must be finite")
+  return labels.astype(np.float32)

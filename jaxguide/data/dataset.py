@@ -1,0 +1,65 @@
+"""What a dataset is: examples that can be read one by one, in any order, from several threads."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+
+@runtime_checkable
+class Dataset(Protocol):
+  """Examples that can be read one by one; `jaxguide.data.Images` in memory, or files on a disk.
+
+  Attributes:
+    name: a name for messages.
+    image_shape: (height, width, channels) of an example.
+    num_classes: number of classes; None if the examples have no labels, or labels that are vectors.
+    class_names: the names of the classes, or None if they have none.
+    label_shape: ``()`` if labels are classes, ``(d,)`` if they are vectors of ``d`` numbers, None if there are none.
+    fingerprint: a text that is the same for the same examples. What it is computed from depends on the dataset.
+    saturation: the share of pixel values that are 0 or 255, perhaps of a part of the examples; None if there are no
+      pixels.
+  """
+
+  name: str
+  image_shape: Sequence[int]
+  num_classes: int | None
+  class_names: Sequence[str] | None
+  label_shape: tuple[int, ...] | None
+  fingerprint: str
+  saturation: float | None
+
+  def __len__(self) -> int:
+    """Return the number of examples."""
+    ...
+
+  def example(self, row: int, rng: np.random.Generator) -> tuple[np.ndarray, Any]:
+    """Return an example and its label.
+
+    Args:
+      row: its number, from 0.
+      rng: the randomness of augmentations, such as flips.
+
+    Returns:
+      The example, ``uint8`` or ``float32`` of `image_shape`; and its label, a whole number, a ``float32`` vector, or
+      None.
+    """
+    ...
+
+  def example_name(self, row: int) -> str:
+    """Return a name of an example for messages, such as its file."""
+    ...
+
+
+class Batch(NamedTuple):
+  """Examples of a dataset.
+
+  Args:
+    examples: (n, *image_shape), as the dataset stores them.
+    labels: (n,) ``int32`` classes, (n, d) ``float32`` vectors, or None.
+    rows: (n,) the numbers of the examples in the dataset.
+  """
+
+  examples: np.ndarray
+  labels: np.ndarray | None
+  rows: np.ndarray
