@@ -477,7 +477,7 @@ class Lazy:
 
 
 def test_a_lazy_dataset_is_read_in_the_order_of_images_in_memory():
-  images = Images(np.zeros((10, 1, 1, 1), np.uint8), np.arange(10) % 5, 5, "same")
+  images = data.Images(np.zeros((10, 1, 1, 1), np.uint8), np.arange(10) % 5, 5, "same")
   for lazy, whole in zip(data.stream(Lazy(), 7, 3), islice(data.stream(images, 7, 3), 5), strict=False):
     np.testing.assert_array_equal(lazy.rows, whole.rows)
     np.testing.assert_array_equal(lazy.labels, whole.labels)
@@ -500,13 +500,13 @@ def test_a_batch_depends_on_the_seed_and_its_number_alone(workers):
 
 def test_label_vectors_and_images_without_labels():
   pixels, vectors = np.zeros((6, 2, 2, 1), np.uint8), np.arange(12).reshape(6, 2)
-  attributes, alone = Images(pixels, vectors, None, "a"), Images(pixels, None, None, "b")
+  attributes, alone = data.Images(pixels, vectors, None, "a"), data.Images(pixels, None, None, "b")
   assert (attributes.label_shape, alone.label_shape) == ((2,), None)
   batch = next(data.stream(attributes, 4, 0))
   assert batch.labels.dtype == np.float32
   np.testing.assert_array_equal(batch.labels, vectors[batch.rows])
   assert next(data.stream(alone, 4, 0)).labels is None
-  assert attributes.fingerprint != Images(pixels, vectors + 1, None, "a").fingerprint
+  assert attributes.fingerprint != data.Images(pixels, vectors + 1, None, "a").fingerprint
   assert attributes.example_name(3) == "a[3]"
 
 
@@ -523,4 +523,4 @@ def test_label_vectors_and_images_without_labels():
 )
 def test_labels_that_do_not_fit(labels, num_classes, names, message):
   with pytest.raises(ValueError, match=message):
-    Images(np.zeros((2, 2, 2, 1), np.uint8), labels, num_classes, "bad", names)
+    data.Images(np.zeros((2, 2, 2, 1), np.uint8), labels, num_classes, "bad", names)

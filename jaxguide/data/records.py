@@ -1,0 +1,49 @@
+"""Records: what a source of data offers, before pictures are decoded and resized."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+
+class BadRecord(ValueError):
+  """A record that cannot be used, such as a damaged picture. The message is the reason, without the record's name."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Records:
+  """The records of a source. They are read one by one, from several threads.
+
+  Args:
+    name: the name of the source, such as its path.
+    names: the name of each record in the source, such as its path in a folder; all different.
+    labels: (n,) ``int32`` classes, (n, d) ``float32`` vectors, or None.
+    class_names: the names of the classes; None if there are none, or they have no names.
+    num_classes: number of classes; None without classes.
+    read: ``row -> bytes`` of an encoded picture, or an array: ``uint8`` (h, w, c) or (h, w), or ``float32`` (h, w, c).
+      It raises BadRecord for a record that cannot be used.
+    stamps: (n,) ``uint64``; a hash of what is known of each record without reading it, see `stamp`.
+    bad: reasons by row, for records that are known to be unusable without reading them.
+  """
+
+  name: str
+  names: Sequence[str]
+  labels: np.ndarray | None
+  class_names: Sequence[str] | None
+  num_classes: int | None
+  read: Callable[[int], bytes | np.ndarray]
+  stamps: np.ndarray
+  bad: dict[int, str] = dataclasses.field(default_factory=dict)
+
+  def __len__(self) -> int:
+    return len(self.names)
+
+
+def stamp(*parts: object) -> int:
+  """Return a 64-bit hash of what is known of a record, such as its name, size and time of change.
+
+  >>> stamp("cat/1.png", 512) == stamp("cat/1.png", 512) != stamp("cat/1.png", 513)
+  True
+  """
+  return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
