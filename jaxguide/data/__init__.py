@@ -1,11 +1,13 @@
 """Datasets, batches and image files.
 
-`load` reads a dataset as `Images`. `stream` and `batches` yield shuffled batches of any `Dataset`. `to_uint8` and
+`open_data` opens a `Dataset`: a folder of pictures, an archive, arrays, a data set of TFDS. `load` reads a data set of
+TFDS into memory, as `Images`. `stream` and `batches` yield shuffled batches of any `Dataset`. `to_uint8` and
 `from_uint8` convert between pixels and the floats in [-1, 1] that models work on. `save_npz` and `save_png` write
 samples to files. Grain, TFDS, scikit-learn and Pillow are imported only by the functions that need them.
 """
 
 from jaxguide.data.batches import batches, stream
+from jaxguide.data.config import DataConfig, grown, open_data, split
 from jaxguide.data.dataset import Batch, Dataset
 from jaxguide.data.files import load_npz, save_npz, settings_of
 from jaxguide.data.images import Images
@@ -15,17 +17,21 @@ from jaxguide.data.sources import load
 
 __all__ = [
   "Batch",
+  "DataConfig",
   "Dataset",
   "Images",
   "batches",
   "from_uint8",
+  "grown",
   "image_grid",
   "load",
   "load_npz",
+  "open_data",
   "saturation",
   "save_npz",
   "save_png",
   "settings_of",
+  "split",
   "stream",
   "to_uint8",
 ]

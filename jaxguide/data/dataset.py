@@ -1,14 +1,13 @@
 """What a dataset is: examples that can be read one by one, in any order, from several threads."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 
-@runtime_checkable
-class Dataset(Protocol):
-  """Examples that can be read one by one; `jaxguide.data.Images` in memory, or files on a disk.
+class Dataset:
+  """Examples that can be read one by one: `jaxguide.data.Images` in memory, or files on a disk. Derive yours from it.
 
   Attributes:
     name: a name for messages.
@@ -21,17 +20,33 @@ class Dataset(Protocol):
       pixels.
   """
 
-  name: str
-  image_shape: Sequence[int]
-  num_classes: int | None
-  class_names: Sequence[str] | None
-  label_shape: tuple[int, ...] | None
-  fingerprint: str
-  saturation: float | None
+  if TYPE_CHECKING:  # A subclass has fields or properties of these names.
+    # ruff: noqa: D102
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def image_shape(self) -> Sequence[int]: ...
+
+    @property
+    def num_classes(self) -> int | None: ...
+
+    @property
+    def class_names(self) -> Sequence[str] | None: ...
+
+    @property
+    def label_shape(self) -> tuple[int, ...] | None: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def saturation(self) -> float | None: ...
 
   def __len__(self) -> int:
     """Return the number of examples."""
-    ...
+    raise NotImplementedError
 
   def example(self, row: int, rng: np.random.Generator) -> tuple[np.ndarray, Any]:
     """Return an example and its label.
@@ -44,11 +59,11 @@ class Dataset(Protocol):
       The example, ``uint8`` or ``float32`` of `image_shape`; and its label, a whole number, a ``float32`` vector, or
       None.
     """
-    ...
+    raise NotImplementedError
 
   def example_name(self, row: int) -> str:
     """Return a name of an example for messages, such as its file."""
-    ...
+    raise NotImplementedError
 
 
 class Batch(NamedTuple):

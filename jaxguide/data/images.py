@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxguide._core import checks
+from jaxguide.data.dataset import Dataset
 from jaxguide.data.pixels import saturation
 
 
@@ -33,7 +34,7 @@ def check_images(images: np.ndarray, labels: np.ndarray | None = None) -> None:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Images:
+class Images(Dataset):
   """Images in memory, with classes, with label vectors or without labels. It is a `jaxguide.data.Dataset`.
 
   Attributes:

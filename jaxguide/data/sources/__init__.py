@@ -4,11 +4,16 @@ A source is one function and one entry in `SOURCES`. The name of a data set is `
 A name without a source is one of the TFDS catalogue, or ``digits``.
 """
 
+import difflib
+import importlib
 import os
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from jaxguide.data.images import Images
-from jaxguide.data.sources import catalogue
+from jaxguide.data.records import Records
+from jaxguide.data.sources import catalogue, folder
 
 SOURCES: dict[str, Callable[[str, str, str | os.PathLike[str] | None], Images]] = {"tfds": catalogue.load}
 """``(name, split, data_dir) -> Images``, by the name of the source."""
@@ -38,3 +43,49 @@ def load(name: str, split: str = "train", data_dir: str | os.PathLike[str] | Non
   if colon and source in SOURCES:
     return SOURCES[source](rest, split, data_dir)
   return catalogue.load(name, split, data_dir)  # A colon is also how TFDS names a version, as in mnist:3.0.1.
+
+
+FILES: dict[str, tuple[str, str]] = {
+  ".zip": ("archive", "open_archive"),
+  ".npz": ("arrays", "open_arrays"),
+  ".array_record": ("array_record", "open_array_record"),
+  ".parquet": ("parquet", "open_parquet"),
+}
+"""The module and the function that opens a file, by the file's ending."""
+
+COLUMNS = (".parquet",)
+
+
+def open_source(config: Any) -> Records | Images:
+  """Open the source of a `jaxguide.data.DataConfig`.
+
+  Raises:
+    FileNotFoundError: if there is no such file or folder.
+    ValueError: if the source is unknown, or cannot be read.
+  """
+  name = config.source
+  source, colon, rest = name.partition(":")
+  if name == catalogue.DIGITS:
+    return catalogue.load(name, config.split, config.data_dir)
+  if colon and source in SOURCES:
+    return SOURCES[source](rest, config.split, config.data_dir)
+  path = Path(name).expanduser()
+  if not path.exists():
+    near = difflib.get_close_matches(name, [catalogue.DIGITS], n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise FileNotFoundError(
+      f"there is no file or folder {name}: {hint}Give a folder of pictures, a file that ends in "
+      f"{', '.join(FILES)}, {catalogue.DIGITS}, or tfds:NAME for a data set of TFDS"
+    )
+  if path.is_dir():
+    has_parquet = any(path.glob("*.parquet")) or any(path.glob("data/*.parquet"))
+    return _open(".parquet", path, config) if has_parquet else folder.open_folder(path)
+  if path.suffix.lower() not in FILES:
+    raise ValueError(f"{path} is not a file of data; their names end in {', '.join(FILES)}")
+  return _open(path.suffix.lower(), path, config)
+
+
+def _open(ending: str, path: Path, config: Any) -> Records:
+  module, function = FILES[ending]
+  options = (config.image_column, config.label_column) if ending in COLUMNS else ()
+  return getattr(importlib.import_module(f"jaxguide.data.sources.{module}"), function)(path, *options)

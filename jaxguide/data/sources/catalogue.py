@@ -39,6 +39,7 @@ def load(name: str, split: str = "train", data_dir: str | os.PathLike[str] | Non
     labels=np.array([example["label"] for example in examples], np.int32),
     num_classes=num_classes,
     name=name,
+    class_names=_class_names(builder.info.features["label"]),
   )
 
 
@@ -82,6 +83,12 @@ def _num_classes(name: str, features: Any) -> int:
   if image.np_dtype != np.uint8 or len(image.shape) != 3 or None in image.shape:
     raise ValueError(f"dataset {name!r} must have uint8 images of one size; its image feature is {image}")
   return label.num_classes
+
+
+def _class_names(label: Any) -> list[str] | None:
+  """Return the names of the classes of a label feature, or None if it has none."""
+  names = getattr(label, "names", None)
+  return list(names) if names and len(set(names)) == len(names) else None
 
 
 def _prepare(name: str, builder: Any) -> None:

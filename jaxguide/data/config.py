@@ -1,0 +1,340 @@
+"""The configuration of a dataset, as plain data, and the dataset that it describes."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxguide._core import checks
+from jaxguide._core.files import write_atomically
+from jaxguide.data import prepared, resize, sources
+from jaxguide.data.batches import THREADS
+from jaxguide.data.dataset import Dataset
+from jaxguide.data.images import Images
+from jaxguide.data.prepared import Pictures, Preparation
+from jaxguide.data.records import BadRecord, Records
+
+BOUNDS: dict[str, tuple[int | float, int | float]] = {
+  "size": (1, 2**16),
+  "channels": (1, 3),
+  "held_out": (0, 1),
+  "workers": (1, 1024),
+}
+
+CHECKS = ("all", "none")
+
+LABELS = ("auto", "none")
+
+SHOWN = 5
+"""The number of bad files that a message names."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """The configuration of a dataset.
+
+  Args:
+    source: where the examples are: ``digits``; ``tfds:NAME``; a folder of pictures with a sub-folder for each class, or
+      without sub-folders for a model without classes; a .zip file of such a folder, or with EDM's dataset.json; an
+      .npz, .array_record or .parquet file; or ``SOURCE:NAME`` with another source of `jaxguide.data.sources.SOURCES`.
+    split: the split, for a data set of TFDS.
+    size: the side of the square that pictures are resized to. If left out, all pictures must have one size.
+    channels: 3 for RGB, 1 for grey. If left out, 3 for pictures, and as stored for arrays.
+    crop: how a picture becomes a square: center, random (0.8 to 1 times the shorter side) or squash.
+    filter: the filter of the resizing: adm (that of OpenAI's guided-diffusion), lanczos, bicubic, bilinear, box or
+      nearest.
+    background: the colour behind transparent pixels, by name or as #rrggbb.
+    flip: whether half of the examples are mirrored from left to right, at random.
+    labels: auto, or none to train without the labels that the data have.
+    skip_bad: whether files that cannot be used are left out. If not, they are named before the work starts.
+    check: all, to decode every picture once before the work starts (once for each data set, the result is kept in the
+      cache folder); or none.
+    held_out: the share of the examples that is held out of the training, chosen by a hash of their names. If left out,
+      0 for a denoiser and 0.1 for a classifier.
+    cache: whether all pictures are decoded once and kept in memory.
+    contents: whether the fingerprint of the data depends on the contents of the files, which are then read once. If
+      not, it depends on their names, sizes and times.
+    workers: number of threads that read pictures.
+    image_column: the column of the pictures, for Parquet.
+    label_column: the column of the labels, for Parquet.
+    data_dir: the folder of TFDS's prepared data sets.
+
+  Raises:
+    ValueError: for a value that is out of range or of a wrong type, naming the field.
+  """
+
+  source: str | os.PathLike[str]
+  split: str = "train"
+  size: int | None = None
+  channels: int | None = None
+  crop: str = "center"
+  filter: str = "adm"
+  background: str = "white"
+  flip: bool = False
+  labels: str = "auto"
+  skip_bad: bool = False
+  check: str = "all"
+  held_out: float | int | None = None
+  cache: bool = False
+  contents: bool = False
+  workers: int = THREADS
+  image_column: str = "image"
+  label_column: str = "label"
+  data_dir: str | os.PathLike[str] | None = None
+
+  def __post_init__(self):
+    for name in ("source", "data_dir"):
+      if isinstance(getattr(self, name), os.PathLike):
+        object.__setattr__(self, name, os.fspath(getattr(self, name)))
+    paths = {"source": str, "data_dir": str | None}
+    for field in dataclasses.fields(self):
+      kind = paths.get(field.name, field.type)
+      value = checks.field(field.name, getattr(self, field.name), kind, *BOUNDS.get(field.name, ()))
+      object.__setattr__(self, field.name, value)
+    for name, known in (("crop", resize.CROPS), ("filter", resize.FILTERS), ("check", CHECKS), ("labels", LABELS)):
+      checks.lookup(name, getattr(self, name), dict.fromkeys(known))
+    if self.channels == 2:
+      raise ValueError("channels must be 1 for grey or 3 for RGB, got 2")
+    if self.held_out == 1:
+      raise ValueError("held_out must be below 1, or nothing is left to train on")
+    self._colour()
+
+  def _colour(self) -> tuple[int, ...]:
+    from PIL import ImageColor
+
+    try:
+      return ImageColor.getrgb(self.background)[:3]
+    except ValueError:
+      raise ValueError(f"background must be a colour such as white or #80a0ff, got {self.background!r}") from None
+
+  def preparation(self) -> Preparation:
+    """Return how pictures become examples."""
+    return Preparation(self.size, self.channels or 3, self.filter, self.crop, self._colour(), self.flip)
+
+
+def open_data(config: DataConfig, progress: bool = True) -> Dataset:
+  """Open the dataset of a configuration, and check every picture of it once.
+
+  Args:
+    config: the configuration.
+    progress: whether to show progress bars.
+
+  Returns:
+    `Images` for data in memory (``digits``, or with ``cache``), else a dataset that reads its files as they are needed.
+
+  Raises:
+    FileNotFoundError: if there is no such file or folder.
+    ValueError: if the source is unknown; if there are no pictures; or if some cannot be used and ``skip_bad`` is off,
+      with the names of some.
+
+  Warns:
+    UserWarning: if files are left out, with their number and the names of some.
+
+  >>> import tempfile
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   digits = open_data(DataConfig("digits", data_dir=folder))
+  >>> digits.image_shape, digits.class_names[3]
+  ((8, 8, 1), '3')
+  """
+  found = sources.open_source(config)
+  if isinstance(found, Images):
+    return _from_images(found, config, progress)
+  if config.labels == "none":
+    found = dataclasses.replace(found, labels=None, class_names=None, num_classes=None)
+  first = _first(found)
+  if isinstance(first, np.ndarray) and first.dtype != np.uint8:
+    return _floats(found, config, progress)
+  if isinstance(first, np.ndarray) and config.channels is None and (first.ndim == 2 or first.shape[-1] == 1):
+    config = dataclasses.replace(config, channels=1)
+  return _prepared(found, config, progress)
+
+
+def _first(records: Records) -> bytes | np.ndarray | None:
+  """Return the first record that can be read."""
+  for row in range(len(records)):
+    if row not in records.bad:
+      with contextlib.suppress(BadRecord):
+        return records.read(row)
+  return None
+
+
+def _prepared(records: Records, config: DataConfig, progress: bool) -> Dataset:
+  """Check the records, and return the dataset of those that can be used."""
+  preparation = config.preparation()
+  if config.size is None and config.crop != "center":
+    raise ValueError(f"crop {config.crop!r} needs the side of the square: give size")
+  bad = _checked(records, preparation, config, progress)
+  if bad:
+    named = "\n".join(f"  {records.names[row]}: {reason}" for row, reason in list(bad.items())[:SHOWN])
+    count = f"{len(bad):,} of {len(records):,} files of {records.name}"
+    more = f"\n  and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
+    if len(bad) == len(records):
+      raise ValueError(f"{count} cannot be used:\n{named}{more}")
+    if not config.skip_bad:
+      raise ValueError(
+        f"{count} cannot be used:\n{named}{more}\nMend or remove them, or leave them out with skip_bad (--skip-bad)"
+      )
+    warnings.warn(f"{count} are left out:\n{named}{more}", stacklevel=3)
+  rows = np.delete(np.arange(len(records)), list(bad))
+  records, rows = _without_empty_classes(records, rows)
+  dataset = Pictures(records, preparation, rows, (0, 0, 0), _contents(records, rows) if config.contents else None)
+  shape = preparation.picture(records.read(int(rows[0])), np.random.default_rng(0)).shape
+  dataset = dataclasses.replace(dataset, image_shape=shape)
+  return prepared.in_memory(dataset, config.workers, progress) if config.cache else dataset
+
+
+def _without_empty_classes(records: Records, rows: np.ndarray) -> tuple[Records, np.ndarray]:
+  """Leave out named classes all of whose pictures were left out."""
+  if records.class_names is None or records.labels is None:
+    return records, rows
+  counts = np.bincount(records.labels[rows], minlength=len(records.class_names))
+  empty = [name for name, count in zip(records.class_names, counts, strict=True) if not count]
+  all_counts = np.bincount(records.labels, minlength=len(records.class_names))
+  lost = [name for name, count in zip(records.class_names, all_counts, strict=True) if count and name in empty]
+  if not lost:
+    return records, rows
+  warnings.warn(f"no picture of these classes can be used, so they are left out: {', '.join(lost)}", stacklevel=4)
+  kept = [number for number, name in enumerate(records.class_names) if name not in lost]
+  numbers = np.full(len(records.class_names), -1, np.int32)
+  numbers[kept] = np.arange(len(kept))
+  names = [records.class_names[number] for number in kept]
+  return dataclasses.replace(records, labels=numbers[records.labels], class_names=names, num_classes=len(kept)), rows
+
+
+def _checked(records: Records, preparation: Preparation, config: DataConfig, progress: bool) -> dict[int, str]:
+  """Return why records cannot be used. The result of decoding all pictures is kept in the cache folder."""
+  if config.check == "none":
+    return dict(records.bad)
+  facts = (records.name, preparation.size, preparation.channels, len(records))
+  digest = hashlib.sha256(repr(facts).encode() + records.stamps.tobytes()).hexdigest()
+  path = cache_folder() / "checked" / f"{digest}.json"
+  try:
+    return {int(row): str(reason) for row, reason in json.loads(path.read_bytes()).items()}
+  except (OSError, ValueError, AttributeError):
+    pass
+  bad = prepared.check(records, preparation, config.workers, progress)
+  try:
+    write_atomically(path, json.dumps(bad).encode())
+  except OSError as error:
+    warnings.warn(f"the result of the check is not kept, so that it is repeated next time: {error}", stacklevel=5)
+  return bad
+
+
+def cache_folder() -> Path:
+  """Return the folder of what can be computed again."""
+  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxguide"
+
+
+def _contents(records: Records, rows: np.ndarray) -> str:
+  """Return a hash of the contents of all files."""
+  digest = hashlib.sha256()
+  for row in rows:
+    content = records.read(int(row))
+    digest.update(hashlib.sha256(content if isinstance(content, bytes) else content.tobytes()).digest())
+  return digest.hexdigest()
+
+
+def _from_images(images: Images, config: DataConfig, progress: bool) -> Dataset:
+  """Apply the options of a configuration to a data set in memory."""
+  if config.labels == "none":
+    images = dataclasses.replace(images, labels=None, num_classes=None, class_names=None)
+  height, width, channels = images.image_shape
+  same_size = config.size in (None, height) and (height == width or config.size is None)
+  if same_size and config.channels in (None, channels) and not config.flip and config.crop != "random":
+    return images
+  records = _as_records(images)
+  config = dataclasses.replace(config, check="none", channels=config.channels or channels)
+  return _prepared(records, config, progress)
+
+
+def _as_records(images: Images) -> Records:
+  stamps = np.array([int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:8], "little") for image in images.images])
+  names = [images.example_name(row) for row in range(len(images))]
+  return Records(
+    images.name,
+    names,
+    images.labels,
+    images.class_names,
+    images.num_classes,
+    lambda row: images.images[row],
+    stamps.astype(np.uint64),
+  )
+
+
+def _floats(records: Records, config: DataConfig, progress: bool) -> Dataset:
+  """Return a data set of floats, such as latents, which are taken as they are."""
+  for name in ("size", "channels"):
+    if getattr(config, name) is not None:
+      raise ValueError(f"{records.name} contains floats, which are not resized or converted: leave out {name}")
+  if config.flip or config.crop != "center":
+    raise ValueError(f"{records.name} contains floats, which are not cropped or mirrored: leave out crop and flip")
+  if config.cache:
+    raise ValueError(f"{records.name} contains floats, for which there is no cache: leave it out")
+  return _prepared(records, config, progress)
+
+
+def split(dataset: Dataset, held_out: float) -> tuple[Dataset, Dataset]:
+  """Split a dataset into a part to train on and a part that is held out.
+
+  An example is held out if a hash of its name is small. So it stays in its part when others are added or removed.
+
+  Args:
+    dataset: the dataset.
+    held_out: the share that is held out, about; above 0 and below 1.
+
+  Returns:
+    The part to train on, and the part that is held out.
+
+  Raises:
+    ValueError: if one of the parts is empty.
+
+  >>> images = Images(np.zeros((100, 1, 1, 1), np.uint8), None, None, "black")
+  >>> train, held_out = split(images, 0.2)
+  >>> len(train) + len(held_out), 10 < len(held_out) < 30
+  (100, True)
+  """
+  checks.number("held_out", held_out, 0, 1)
+  name_of: Callable[[int], str] = _name_in_source(dataset)
+  chosen = np.array([_share(name_of(row)) < held_out for row in range(len(dataset))])
+  if chosen.all() or not chosen.any():
+    part = "trained on" if chosen.all() else "held out"
+    raise ValueError(
+      f"of the {len(dataset)} examples of {dataset.name} none would be {part} with held_out={held_out:g}: choose "
+      "another share"
+    )
+  return prepared.subset(dataset, np.flatnonzero(~chosen)), prepared.subset(dataset, np.flatnonzero(chosen))
+
+
+def _name_in_source(dataset: Dataset) -> Callable[[int], str]:
+  """Return the names of examples without the name of the dataset, which may be moved."""
+  if isinstance(dataset, Pictures):
+    return lambda row: str(dataset.records.names[int(dataset.rows[row])])
+  return str
+
+
+def _share(name: str) -> float:
+  """Return a number in [0, 1) that depends on a name alone."""
+  return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") / 2**64
+
+
+def grown(before: np.ndarray, dataset: Any) -> int | None:
+  """Return the number of examples that a dataset has more than before, or None if it does not have all of before.
+
+  Args:
+    before: (n,) the ``stamps`` of the dataset as it was.
+    dataset: the dataset as it is.
+
+  >>> grown(np.array([1, 2], np.uint64), Images(np.zeros((3, 1, 1, 1), np.uint8), None, None, "x")) is None
+  True
+  """
+  now = getattr(dataset, "stamps", None)
+  if now is None or not np.isin(before, now).all():
+    return None
+  return len(now) - len(before)

@@ -1,0 +1,95 @@
+"""Encoded pictures to pixels: JPEG, PNG, WebP, the first frame of a GIF, BMP and TIFF, in any colour mode."""
+
+import io
+import warnings
+from typing import Any
+
+import numpy as np
+
+from jaxguide.data.records import BadRecord
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""The formats that are decoded, by Pillow's names."""
+
+LARGEST = 2**26
+"""The largest number of pixels of a picture, 67 million. A larger one is taken for a decompression bomb."""
+
+
+def decode(content: bytes, background: tuple[int, ...] = (255, 255, 255)) -> Any:
+  """Decode a picture.
+
+  It is rotated as its EXIF data say. Transparent pixels are laid over a background. CMYK and palettes become RGB, and
+  16-bit grey becomes 8-bit.
+
+  Args:
+    content: the bytes of the file.
+    background: the colour behind transparent pixels.
+
+  Returns:
+    A Pillow image in mode ``L`` (grey) or ``RGB``.
+
+  Raises:
+    BadRecord: if it is no picture of these `FORMATS`, is damaged or truncated, or has more than `LARGEST` pixels.
+  """
+  from PIL import Image, UnidentifiedImageError
+
+  if not content:
+    raise BadRecord("it is empty")
+  Image.init()  # Load the decoders of all formats.
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # Of sizes, which are checked here, and of damaged EXIF data.
+      with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+        width, height = picture.size
+        if width * height > LARGEST:
+          raise BadRecord(f"it has {width}x{height} pixels; a picture may have at most {LARGEST:,}")
+        return to_mode(picture, background)
+  except BadRecord:
+    raise
+  except Image.DecompressionBombError:
+    raise BadRecord(f"it has far too many pixels; a picture may have at most {LARGEST:,}") from None
+  except UnidentifiedImageError:
+    raise BadRecord(f"it is not a picture of the formats {', '.join(FORMATS)}") from None
+  except Exception as error:  # The decoders raise many kinds of exceptions for damaged files.
+    raise BadRecord(f"it is damaged ({next(iter(str(error).splitlines()), type(error).__name__)})") from error
+
+
+def to_mode(picture: Any, background: tuple[int, ...]) -> Any:
+  """Convert a Pillow image to mode ``L`` or ``RGB``, upright and without transparency.
+
+  Raises:
+    BadRecord: if its pixels are neither 8 nor 16 bits.
+  """
+  from PIL import Image, ImageOps
+
+  picture.load()
+  transposed = ImageOps.exif_transpose(picture)
+  picture = picture if transposed is None else transposed
+  if picture.mode.startswith("I") or picture.mode == "F":
+    return Image.fromarray(_from_16_bits(np.asarray(picture)))
+  if picture.has_transparency_data:
+    picture = picture.convert("RGBA")
+    behind = Image.new("RGBA", picture.size, (*background, 255))
+    return Image.alpha_composite(behind, picture).convert("RGB")
+  return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+
+
+def _from_16_bits(array: np.ndarray) -> np.ndarray:
+  """Convert 16-bit grey to 8 bits; 65535 becomes 255."""
+  if array.dtype.kind == "f" or array.min() < 0 or array.max() > 65535:
+    raise BadRecord("its pixels are neither 8-bit nor 16-bit: convert it")
+  return np.rint(array.astype(np.float64) / 257).astype(np.uint8)
+
+
+def from_array(array: np.ndarray) -> Any:
+  """Convert ``uint8`` pixels, (h, w), (h, w, 1) or (h, w, 3), to a Pillow image.
+
+  Raises:
+    BadRecord: if the array has another type or shape.
+  """
+  from PIL import Image
+
+  pixels = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
+  if array.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)) or not array.size:
+    raise BadRecord(f"it is {array.dtype} of shape {array.shape}, not uint8 pixels of 1 or 3 channels")
+  return Image.fromarray(pixels)

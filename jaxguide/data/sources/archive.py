@@ -1,0 +1,85 @@
+"""A zip file of pictures, with a folder for each class, or with EDM's ``dataset.json``."""
+
+import threading
+import zipfile
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from jaxguide.data.records import BadRecord, Records, stamp
+from jaxguide.data.sources import folder
+
+LARGEST_RATIO = 1000
+"""How many times larger than in the archive a picture may be. Pictures are compressed already."""
+
+
+def open_archive(path: Path) -> Records:
+  """Return the records of a zip file; see `jaxguide.data.sources.folder.open_folder` for what is a class.
+
+  A single folder that contains everything is no class: archives of a folder have it.
+
+  Raises:
+    ValueError: if it is not a zip file, or contains no pictures.
+  """
+  try:
+    with zipfile.ZipFile(path) as archive:
+      members = [member for member in archive.infolist() if not member.is_dir()]
+      described = next((member for member in members if member.filename.endswith(folder.DATASET_JSON)), None)
+      labels = archive.read(described) if described is not None and described.file_size <= folder.LARGEST_FILE else None
+  except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError) as error:
+    raise ValueError(f"{path} is not a valid zip file ({error})") from error
+  members = [m for m in members if not any(map(folder.is_hidden, _parts(m)))]
+  others = [m.filename for m in members if not folder.is_picture(m.filename) and m is not described]
+  members = sorted((m for m in members if folder.is_picture(m.filename)), key=lambda member: member.filename)
+  if others:
+    folder.warn_of_others(path, others)
+  if not members:
+    raise ValueError(f"{path} contains no pictures; their names end in {', '.join(folder.ENDINGS)}")
+  start = _common_folder([m.filename for m in members if _reason(m) is None] or [""])
+  if described is not None:
+    start = described.filename.removesuffix(folder.DATASET_JSON)
+  names = [member.filename.removeprefix(start) for member in members]
+  bad = {row: reason for row, member in enumerate(members) if (reason := _reason(member)) is not None}
+  bad |= {row: "the archive has it twice" for row in range(1, len(names)) if names[row] == names[row - 1]}
+  stamps = [stamp(name, member.file_size, member.CRC) for name, member in zip(names, members, strict=True)]
+  local = threading.local()
+
+  def read(row: int) -> bytes:
+    if not hasattr(local, "archive"):  # One handle for each thread, because reading moves it.
+      local.archive = zipfile.ZipFile(path)
+    try:
+      return local.archive.read(members[row])
+    except Exception as error:  # A damaged archive raises many kinds of exceptions.
+      raise BadRecord(f"it cannot be read from the archive ({error})") from error
+
+  if labels is None:
+    described_by = folder.labelled_by_folder(path, names, bad)
+  else:
+    described_by = folder.labelled_by_json(path, names, labels)
+  return Records(str(path), names, *described_by, read, np.array(stamps, np.uint64), bad)
+
+
+def _parts(member: zipfile.ZipInfo) -> tuple[str, ...]:
+  return tuple(part for part in PurePosixPath(member.filename).parts if part not in ("..", "/"))
+
+
+def _common_folder(names: list[str]) -> str:
+  """Return the folders that contain everything, such as ``photos/``."""
+  start = ""
+  while True:
+    tops = {name.removeprefix(start).partition("/")[:2] for name in names}
+    if len(tops) != 1 or ("", "") in tops or not next(iter(tops))[1]:
+      return start
+    start += "".join(tops.pop())
+
+
+def _reason(member: zipfile.ZipInfo) -> str | None:
+  """Return why a member is not read, or None."""
+  path = PurePosixPath(member.filename)
+  if path.is_absolute() or ".." in path.parts:
+    return "its path leads out of the archive"
+  if member.flag_bits & 1:
+    return "it is encrypted"
+  if member.file_size > folder.LARGEST_FILE or member.file_size > LARGEST_RATIO * max(member.compress_size, 1):
+    return f"it would have {member.file_size:,} bytes"
+  return None

@@ -1,0 +1,188 @@
+"""A folder of pictures: a sub-folder for each class, or pictures alone."""
+
+import json
+import os
+import stat
+import warnings
+from collections.abc import Container, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxguide.data.records import BadRecord, Records, stamp
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+HIDDEN = ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+DATASET_JSON = "dataset.json"
+"""EDM's file of labels: ``{"labels": [["00000/img00000000.png", 6], ...]}``, or ``{"labels": null}``."""
+
+LARGEST_FILE = 2**28
+"""The largest file of a picture in bytes."""
+
+
+def is_hidden(name: str) -> bool:
+  """Whether a file or folder is one that systems leave behind, such as ``.DS_Store``."""
+  return name.startswith(".") or name in HIDDEN
+
+
+def is_picture(name: str) -> bool:
+  """Whether a file's name has the ending of a picture."""
+  return name.lower().endswith(ENDINGS)
+
+
+def open_folder(path: Path) -> Records:
+  """Return the records of a folder.
+
+  Each sub-folder with pictures is a class, with the name of the sub-folder; deeper folders belong to it. Without
+  sub-folders there are no classes. A file ``dataset.json`` has the labels instead, as in EDM's datasets. Hidden files
+  and folders are passed over; other files that are no pictures are left out with a warning.
+
+  Raises:
+    ValueError: if there are no pictures, or some stand beside folders of pictures.
+  """
+  names: list[str] = []
+  stamps: list[int] = []
+  bad: dict[int, str] = {}
+  others: list[str] = []
+  root = path.resolve()
+  for name, entry in _files(path):
+    if not is_picture(name):
+      if name != DATASET_JSON:
+        others.append(name)
+      continue
+    reason, status = _checked(entry, root)
+    if reason is not None:
+      bad[len(names)] = reason
+    names.append(name)
+    stamps.append(stamp(name, status.st_size, status.st_mtime_ns))
+  if others:
+    warn_of_others(path, others)
+  if not names:
+    raise ValueError(f"{path} contains no pictures; their names end in {', '.join(ENDINGS)}")
+  labels = path / DATASET_JSON
+  if labels.is_file():
+    described = labelled_by_json(path, names, labels.read_bytes())
+  else:
+    described = labelled_by_folder(path, names)
+    _warn_of_empty(path, described[1] or ())
+
+  def read(row: int) -> bytes:
+    try:
+      with open(path / names[row], "rb") as file:
+        content = file.read(LARGEST_FILE + 1)
+    except OSError as error:
+      raise BadRecord(f"it cannot be read ({error.strerror or error})") from error
+    if len(content) > LARGEST_FILE:
+      raise BadRecord(f"it is larger than {LARGEST_FILE:,} bytes")
+    return content
+
+  return Records(str(path), names, *described, read, np.array(stamps, np.uint64), bad)
+
+
+def _files(path: Path, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
+  """Yield all files that are not hidden, in the order of their names, with their paths inside the folder."""
+  with os.scandir(path) as entries:
+    found = sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name)
+  for entry in found:
+    if entry.is_dir(follow_symlinks=False):
+      yield from _files(path / entry.name, f"{prefix}{entry.name}/")
+    elif entry.is_symlink() and entry.is_dir():
+      warnings.warn(f"{path / entry.name} is a link to a folder, which is not followed: give that folder", stacklevel=4)
+    else:
+      yield prefix + entry.name, entry
+
+
+def _checked(entry: os.DirEntry[str], root: Path) -> tuple[str | None, os.stat_result]:
+  """Return why a file is not read, or None, and what the file system knows of it."""
+  try:
+    status = entry.stat()
+  except OSError as error:
+    return f"it cannot be read ({error.strerror or error})", entry.stat(follow_symlinks=False)
+  if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
+    return "it is a link out of the folder", status
+  if not stat.S_ISREG(status.st_mode):
+    return "it is not a regular file", status
+  return None, status
+
+
+def warn_of_others(path: Path, others: Sequence[str]) -> None:
+  """Warn of files that are no pictures."""
+  shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+  warnings.warn(f"{path} has {len(others)} files that are no pictures and are left out: {shown}", stacklevel=4)
+
+
+def _warn_of_empty(path: Path, classes: Sequence[str]) -> None:
+  """Warn of sub-folders without pictures, which are no classes."""
+  with os.scandir(path) as entries:
+    folders = {entry.name for entry in entries if entry.is_dir(follow_symlinks=False) and not is_hidden(entry.name)}
+  empty = sorted(folders - {*classes})
+  if empty:
+    warnings.warn(f"{path} has folders without pictures, which are no classes: {', '.join(empty[:5])}", stacklevel=4)
+
+
+Described = tuple[np.ndarray | None, Sequence[str] | None, int | None]
+
+
+def labelled_by_folder(path: Path, names: Sequence[str], bad: Container[int] = ()) -> Described:
+  """Return labels, class names and the number of classes by the first folder in each record's name.
+
+  Records that are ``bad`` are not looked at, and have the label 0.
+
+  Raises:
+    ValueError: if some records are in a folder and others are not.
+  """
+  folders = [name.partition("/")[0] if "/" in name else None for name in names]
+  good = [row for row in range(len(names)) if row not in bad]
+  outside = [names[row] for row in good if folders[row] is None]
+  if len(outside) == len(good):
+    return None, None, None
+  if outside:
+    raise ValueError(
+      f"{path} has pictures beside folders of pictures, such as {outside[0]}: move them into the folder of their "
+      "class, or all pictures into one folder for a model without classes"
+    )
+  classes = sorted({folder for row in good if (folder := folders[row]) is not None})
+  numbers: dict[str | None, int] = {name: number for number, name in enumerate(classes)}
+  return np.array([numbers.get(folder, 0) for folder in folders], np.int32), classes, len(classes)
+
+
+def labelled_by_json(path: Path, names: Sequence[str], content: bytes) -> Described:
+  """Return labels, class names and the number of classes by EDM's ``dataset.json``.
+
+  Raises:
+    ValueError: if it is damaged, or a record has no label in it.
+  """
+  try:
+    described = json.loads(content)["labels"]
+    if described is None:
+      return None, None, None
+    table = dict(described) if isinstance(described, Mapping) else {name: label for name, label in described}
+    missing = next((name for name in names if name not in table), None)
+    if missing is not None:
+      raise ValueError(f"{missing} has no label")
+    return describe_labels([table[name] for name in names])
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(f"{path}: {DATASET_JSON} is not a valid list of labels ({error})") from error
+
+
+def describe_labels(labels: Any, class_names: Sequence[str] | None = None) -> Described:
+  """Return labels, class names and the number of classes, for labels that are whole numbers or vectors.
+
+  Raises:
+    ValueError: if the labels are neither.
+  """
+  array = np.asarray(labels)
+  if array.ndim == 1 and array.dtype.kind in "iub" and array.size and array.min() >= 0:
+    number = int(array.max()) + 1 if class_names is None else len(class_names)
+    if array.max() >= number:
+      raise ValueError(f"label {array.max()} is not one of the {number} classes")
+    return array.astype(np.int32), class_names, number
+  if array.ndim == 2 and array.dtype.kind in "iufb" and class_names is None and np.isfinite(array).all():
+    return array.astype(np.float32), None, None
+  raise ValueError(
+    f"labels must be whole numbers of at least 0, or a vector of finite numbers for each record, got {array.dtype} of "
+    f"shape {array.shape}"
+  )
