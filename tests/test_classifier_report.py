@@ -17,6 +17,7 @@ from test_cli import save
 import jaxguide as jg
 from jaxguide import cli, data, evaluation, models
 from jaxguide.evaluation import Gradients, demo, gradients
+from jaxguide.evaluation.held_out_data import held_out_data
 from jaxguide.evaluation.verdicts import verdicts, where
 from jaxguide.training import ModelConfig, TrainingConfig, fit
 from jaxguide.training.held_out import Levels
@@ -268,9 +269,10 @@ def test_without_a_diffusion_model_there_are_no_cosines_and_no_samples(folders, 
   page = alone.path.read_text("utf-8")
   assert len(re.findall("<img", page)) == 4
   assert "they need a diffusion model" in page
-  # Only the levels of its training are measured, and at their ends too the classifier is not off.
+  # Only the levels of its training are measured, unless others are given; there the network is not off.
   assert alone.levels.sigmas[[0, -1]] == pytest.approx((0.5, 2.0))
-  assert (alone.gradients.norm[[0, -1]] > 0).all()
+  outside = evaluation.classifier_report(tmp_path / "r.html", narrow, images, sigmas=[0.1, 9.0], **QUICK)
+  assert (outside.gradients.norm > 0).all()
 
 
 def test_an_unconditional_diffusion_model_gives_samples_alone(folders, images, tmp_path):
@@ -296,6 +298,9 @@ def test_what_is_refused(folders, images, tmp_path):
   other = data.Images(np.zeros((4, 8, 8, 1), np.uint8), [0, 1, 2, 3], 4, "four")
   with pytest.raises(ValueError, match="in 3 classes, but four has"):
     evaluation.classifier_report(out, classifier, other)
+  renamed = dataclasses.replace(images, class_names=("cat", "dog", "horse"))
+  with pytest.raises(ValueError, match="classes are cat, <dog>, horse, but noise & <b> has cat, dog, horse"):
+    evaluation.classifier_report(out, classifier, renamed)
   assert not out.exists()
 
 
@@ -347,7 +352,7 @@ def test_what_the_command_refuses(folders, run, tmp_path):
   out = tmp_path / "r.html"
   status, _, errors = run(folders / "classifier", "--out", out)
   assert status == 2
-  assert "does not say what the classifier was trained on: give data (--data)" in errors
+  assert "does not say what held-out data there are" in errors
   status, _, errors = run(folders / "classifier", "--out", out, "--data", "digits")
   assert status == 2
   assert "in 3 classes, but digits has (8, 8, 1) in 10" in errors
@@ -361,6 +366,56 @@ def test_what_the_command_refuses(folders, run, tmp_path):
   assert out.read_text() == "mine"
 
 
+# --- held-out data --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path):
+  """A folder of pictures of two classes."""
+  from PIL import Image
+
+  for name in ("cat", "dog"):
+    (tmp_path / "pictures" / name).mkdir(parents=True)
+    for i in range(20):
+      Image.new("L", (10, 12), 3 * i).save(tmp_path / "pictures" / name / f"{i}.png")
+  return tmp_path / "pictures"
+
+
+def config_of(run, pictures, held_out):
+  run.mkdir(exist_ok=True)
+  share = "" if held_out is None else f"held_out = {held_out}"
+  (run / "config.toml").write_text(f'[data]\nsource = "{pictures}"\nsize = 8\nchannels = 1\nflip = true\n{share}\n')
+
+
+def test_what_a_training_held_out_is_found(pictures, tmp_path):
+  run, shape = tmp_path / "run", ModelConfig(Linear, {}, (8, 8, 1), 3)
+  whole = data.DataConfig(str(pictures), size=8, channels=1)
+  for share in (0.3, None):
+    config_of(run, pictures, share)
+    _, wanted = data.split(data.open_data(whole), 0.1 if share is None else share)
+    for folder, source in ((run, None), (run / "model", None), (run, str(pictures))):
+      got = held_out_data(folder, shape, source)
+      rows = range(len(wanted))
+      assert [got.example_name(row) for row in rows] == [wanted.example_name(row) for row in rows]
+      assert len(got) == len(wanted) < 40
+  rng = np.random.default_rng(0)
+  np.testing.assert_array_equal(got.example(0, rng)[0], wanted.example(0, rng)[0])
+  config_of(run, pictures, 0)
+  with pytest.raises(ValueError, match="held no data out: give other data"):
+    held_out_data(run, shape)
+  (run / "config.toml").write_text("[data]\nsauce = 3\n")
+  with pytest.raises(ValueError, match=r"the section \[data\] of .* does not describe data"):
+    held_out_data(run, shape)
+
+
+def test_other_data_and_older_trainings(pictures, tmp_path):
+  shape = ModelConfig(Linear, {}, (8, 8, 1), 3)
+  assert held_out_data(tmp_path, shape, str(pictures)).image_shape == (8, 8, 1)
+  assert len(held_out_data(tmp_path, shape, "digits")) == len(data.load("digits", "test"))
+  (tmp_path / "training.json").write_text('{"version": 1, "data": {"name": "digits"}}')
+  assert len(held_out_data(tmp_path, shape)) == len(data.load("digits", "test"))
+
+
 # --- classifiers of the digits --------------------------------------------------------------------
 
 
@@ -369,17 +424,17 @@ def digits(tmp_path_factory):
   """Reports on classifiers that are trained, stopped after 50 steps, and trained on clean images alone."""
   folder = tmp_path_factory.mktemp("digits")
   images, test = data.load("digits", "train"), data.load("digits", "test")
-  denoiser = fit(demo.DENOISER, TrainingConfig(steps=500, p_uncond=0.15), images, folder / "denoiser", progress=False)
+  denoiser = fit(demo.DENOISER, TrainingConfig(steps=300, p_uncond=0.15), images, folder / "denoiser", progress=False)
   trainings = {
-    "trained": demo.CLASSIFIER_TRAINING,
+    "trained": dataclasses.replace(demo.CLASSIFIER_TRAINING, steps=300),
     "stopped": dataclasses.replace(demo.CLASSIFIER_TRAINING, steps=50, warmup=10),
-    "clean": dataclasses.replace(demo.CLASSIFIER_TRAINING, steps=200, noise_mean=-4.0, noise_std=0.3),
+    "clean": dataclasses.replace(demo.CLASSIFIER_TRAINING, steps=120, noise_mean=-4.0, noise_std=0.3),
   }
   reports = {}
   for name, training in trainings.items():
     classifier = fit(demo.CLASSIFIER, training, images, folder / name, progress=False)
     reports[name] = evaluation.classifier_report(
-      folder / f"{name}.html", classifier, test, denoiser=denoiser, samples_per_class=0
+      folder / f"{name}.html", classifier, test, denoiser=denoiser, num=300, num_gradients=128, samples_per_class=0
     )
   return reports
 
@@ -388,7 +443,7 @@ def digits(tmp_path_factory):
 def test_a_classifier_stopped_after_50_steps_is_worse(digits):
   trained, stopped = digits["trained"], digits["stopped"]
   assert (stopped.levels.nll > trained.levels.nll).all()
-  visible = trained.levels.sigmas < 4
+  visible = trained.levels.sigmas < 2
   assert (stopped.levels.accuracy < trained.levels.accuracy)[visible].all()
   assert stopped.levels.mean_nll > trained.levels.mean_nll + 0.3
   decisive = (trained.levels.accuracy > 0.2) & (trained.levels.accuracy < 0.98)

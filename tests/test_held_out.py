@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxguide as jg
-from jaxguide import models, schedules
+from jaxguide import data, models, schedules
 from jaxguide.models import encoders, networks
 from jaxguide.training import held_out
 
@@ -175,6 +175,8 @@ def test_what_cannot_be_evaluated():
     held_out.evaluate(config(), PARAMS, [], key)
   with pytest.raises(ValueError, match="label 2 is not one of the 2 classes"):
     held_out.evaluate(config(), PARAMS, [(draws(1)[0], np.array([2]))], key)
+  with pytest.raises(ValueError, match="held-out examples need labels"):
+    held_out.evaluate(config(), PARAMS, data.Images(np.zeros((2, 1, 1, 1), np.uint8), None, None, "nameless"), key)
   with pytest.raises(ValueError, match="each of bins must be above 0"):
     held_out.evaluate(config(), PARAMS, [], key, [0.0, 1.0])
   with pytest.raises(ValueError, match="leave out one"):

@@ -20,7 +20,10 @@ def classifier_report(
     ),
   ] = None,
   data: Annotated[
-    str | None, typer.Option(help="Held-out data. Default: the held-out part of the data of the training.")
+    str | None,
+    typer.Option(
+      help="Held-out data: digits, tfds:NAME, a folder of pictures, or a file. Default: what the training held out."
+    ),
   ] = None,
   scale: Annotated[
     list[float] | None, typer.Option(help="Guidance scale of samples; give it again for more. Default: 0, 1, 3, 10.")
@@ -39,16 +42,18 @@ def classifier_report(
   Example: jaxguide classifier-report runs/demo/classifier --denoiser runs/demo/denoiser --out report.html
   """
   from jaxguide import evaluation, models
-  from jaxguide.evaluation.classifier_report import SCALES, held_out_data
+  from jaxguide.evaluation.classifier_report import SCALES
+  from jaxguide.evaluation.held_out_data import held_out_data
 
   if out.suffix != ".html":
     raise ValueError(f"out must be a file that ends in .html, got {out}")
   if out.exists() and not overwrite:
     raise ValueError(f"{out} exists already: choose another file, or --overwrite it")
+  classifier = models.load(model)
   report = evaluation.classifier_report(
     out,
-    models.load(model),
-    held_out_data(model, data),
+    classifier,
+    held_out_data(model, classifier.config, data),
     denoiser=None if denoiser is None else models.load(denoiser),
     scales=scale or SCALES,
     num=num,

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxguide import data as datasets
-from jaxguide._core import checks, keys, records
+from jaxguide._core import checks, keys
 from jaxguide._core.files import PathLike, check_writable, write_atomically
 from jaxguide.evaluation import pages
 from jaxguide.evaluation.classifiers import Gradients, gradients, guided_samples, level_ends
@@ -117,29 +117,11 @@ def classifier_report(
     rows = _some_classes(classes)
     cond = np.repeat(rows, samples_per_class)
     for scale, images in guided_samples(denoiser, classifier, cond, scales, key_samples, steps=steps):
-      pictures[scale] = _grid(images, cond, config.class_names, samples_per_class)
+      pictures[scale] = _grid(images, cond, config.class_names or data.class_names, samples_per_class)
   described = _facts(classifier, denoiser, data, steps, seed, facts)
   lines = {"accuracy": chance, "nll": math.log(classes)}
   _write(out, title, levels, measured, said, pictures, described, lines)
   return ClassifierReport(levels, measured, said, out)
-
-
-def held_out_data(folder: PathLike, source: str | None = None) -> Any:
-  """Open the data that a classifier was not trained on.
-
-  Args:
-    folder: the folder of the classifier or of its training, whose record names the data.
-    source: a dataset in place of that of the training; its test split is taken.
-
-  Raises:
-    ValueError: if neither names a dataset.
-  """
-  if source is None:
-    try:
-      source = records.read(Path(folder, "training.json"))["data"]["name"]
-    except (OSError, ValueError, KeyError, TypeError):
-      raise ValueError(f"{folder} does not say what the classifier was trained on: give data (--data)") from None
-  return datasets.load(source, "test")
 
 
 def _check_models(classifier: Model, denoiser: Model | None, data: Any) -> None:
@@ -157,6 +139,11 @@ def _check_models(classifier: Model, denoiser: Model | None, data: Any) -> None:
       f"the classifier is for images of shape {config.image_shape} in {config.num_classes} classes, but {data.name} "
       f"has {tuple(data.image_shape)} in {data.num_classes}"
     )
+  names = data.class_names
+  if config.class_names is not None and names is not None and tuple(names) != tuple(config.class_names):
+    raise ValueError(
+      f"the classifier's classes are {', '.join(config.class_names)}, but {data.name} has {', '.join(names)}"
+    )
   if denoiser is None:
     return
   if denoiser.config.low_res_shape is not None:
@@ -169,15 +156,13 @@ def _check_models(classifier: Model, denoiser: Model | None, data: Any) -> None:
 
 
 def _everywhere(classifier: Model) -> Any:
-  """Return the classifier's log-probability without its range, whose ends rounding could exclude."""
+  """Return the classifier's log-probability without its range, outside of which its gradient would be 0."""
   return dataclasses.replace(classifier.log_prob, noise_range=None)
 
 
 def _examples(data: Any, num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
   """Choose examples of a dataset, in the order of the choice, so that the first of them are a choice as well."""
   rows = np.random.default_rng(seed).permutation(len(data))[:num]
-  if not hasattr(data, "example"):
-    return data.images[rows], data.labels[rows]
   examples, labels = zip(*(data.example(int(row), np.random.default_rng(int(row))) for row in rows), strict=True)
   return np.stack(examples), np.asarray(labels, np.int32)
 

@@ -119,7 +119,7 @@ def run(
 
   write_atomically(out / "demo.json", json.dumps(record, indent=2).encode())
   methods = guidances(denoiser, classifier)
-  labels = np.arange(NUM, dtype=np.int32) % train_split.num_classes
+  labels = np.resize(np.unique(train_split.labels), NUM)
   rows, grids = [], {}
   for method, scale, images, seconds in _sweep(denoiser.denoiser, methods, labels, seed, progress):
     grids[method, scale] = _save(out / "samples", method, scale, images, labels)

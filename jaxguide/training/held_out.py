@@ -104,8 +104,8 @@ def evaluate(
     batch_size: the largest number of examples at a time, if ``data`` is a dataset.
 
   Raises:
-    ValueError: if the model is not a classifier, if there are no examples, if a label is not one of the classes, or if
-      a level is not above 0.
+    ValueError: if the model is not a classifier, if there are no examples, if a label is missing or not one of the
+      classes, or if a level is not above 0.
   """
   if model.role is not CLASSIFIER:
     raise ValueError(f"held-out accuracy is for a classifier, but the model is a {model.network}")
@@ -114,6 +114,8 @@ def evaluate(
   key = keys.threefry(key)
   total, first, size = np.zeros((len(sigmas), 1 + 2 * CONFIDENCE_BINS)), 0, None
   for examples, stored_labels in _batches(data, batch_size):
+    if stored_labels is None:
+      raise ValueError("held-out examples need labels, and these have none: give labelled data")
     labels = checks.labels("label", np.asarray(stored_labels), model.num_classes or 0).astype(np.int32)
     size = len(labels) if size is None else size
     # A smaller last batch is filled with copies of its last example, which do not count.
@@ -159,7 +161,7 @@ def _batches(data: Any, batch_size: int) -> Iterator[tuple[Any, Any]]:
   for first in range(0, len(data), size):
     rows = range(first, min(first + size, len(data)))
     examples, labels = zip(*(data.example(row, np.random.default_rng(row)) for row in rows), strict=True)
-    yield np.stack(examples), np.asarray(labels)
+    yield np.stack(examples), None if labels[0] is None else np.asarray(labels)
 
 
 @jax.jit
