@@ -107,7 +107,7 @@ def test_a_good_classifier_is_called_good():
   good = said(cosine=(0.6, 0.7, 0.8))
   assert good.summary == "Guidance by this classifier is of use at every noise level."
   assert "nowhere near chance, which is 10%" in good.accuracy
-  assert "Nowhere is it worse than a uniform guess (2.30)" in good.nll
+  assert "Nowhere is it much worse than a uniform guess (2.30)" in good.nll
   assert "at most 0.03, at sigma 10" in good.calibration
   assert "highest at sigma 10 (0.80), and at least 0.5 at every noise level" in good.cosine
   assert good.useful.all()
@@ -140,8 +140,8 @@ def test_miscalibration_has_a_direction():
 def test_gradients_of_another_length_and_direction_are_named():
   poor = said(cosine=(0.1, 0.3, 0.15), ratio=(0.2, 1.5, 7.0))
   assert "within a factor 2 at sigma 1." in poor.norm
-  assert "less than half of it at sigma 0.1." in poor.norm
-  assert "more than twice of it at sigma 10 and above: there a smaller scale would do." in poor.norm
+  assert "less than half of that at sigma 0.1." in poor.norm
+  assert "more than twice that at sigma 10 and above: there a smaller scale would do." in poor.norm
   assert "nowhere as high as 0.5" in poor.cosine
   assert "below 0.2 at sigma 0.1 and 10." in poor.cosine
   assert poor.useful.tolist() == [False, True, False]

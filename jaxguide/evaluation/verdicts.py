@@ -107,7 +107,7 @@ def _nll(levels: Levels, misleading: np.ndarray, classes: int) -> str:
   if not misleading.any():
     return (
       f"The negative log-likelihood is {levels.mean_nll:.2f} nats on average over the levels, and lowest at sigma "
-      f"{levels.sigmas[best]:.2g} ({levels.nll[best]:.2f}). Nowhere is it worse than a uniform guess ({uniform:.2f})."
+      f"{levels.sigmas[best]:.2g} ({levels.nll[best]:.2f}). Nowhere is it much worse than a uniform guess ({uniform:.2f})."
     )
   worst = int(np.argmax(levels.nll))
   return (
@@ -155,9 +155,9 @@ def _norm(gradients: Gradients) -> str:
   if not (long | short).all():
     parts.append(f"It is that of the diffusion model within a factor 2 {where(~(long | short), sigmas)}.")
   if short.any():
-    parts.append(f"It is less than half of it {where(short, sigmas)}.")
+    parts.append(f"It is less than half of that {where(short, sigmas)}.")
   if long.any():
-    parts.append(f"It is more than twice of it {where(long, sigmas)}: there a smaller scale would do.")
+    parts.append(f"It is more than twice that {where(long, sigmas)}: there a smaller scale would do.")
   return " ".join(parts)
 
 
