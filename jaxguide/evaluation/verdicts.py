@@ -107,7 +107,8 @@ def _nll(levels: Levels, misleading: np.ndarray, classes: int) -> str:
   if not misleading.any():
     return (
       f"The negative log-likelihood is {levels.mean_nll:.2f} nats on average over the levels, and lowest at sigma "
-      f"{levels.sigmas[best]:.2g} ({levels.nll[best]:.2f}). Nowhere is it much worse than a uniform guess ({uniform:.2f})."
+      f"{levels.sigmas[best]:.2g} ({levels.nll[best]:.2f}). Nowhere is it much worse than a uniform guess "
+      f"({uniform:.2f})."
     )
   worst = int(np.argmax(levels.nll))
   return (
