@@ -86,6 +86,18 @@ def test_the_program_computes_again_what_it_should(remat, expected):
   assert expected or "checkpoint[" not in program
 
 
+def test_bfloat16_computes_and_float32_keeps():
+  """The network computes in bfloat16; parameters, means, moments and the loss stay float32."""
+  half = dataclasses.replace(UNET, fields={**FIELDS, "dtype": "bfloat16"})
+  state, (metrics,) = run(half, HOW)
+  _, (full,) = run(UNET, HOW)
+  assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.means))} == {jnp.dtype("float32")}
+  assert metrics["loss"].dtype == np.float32
+  assert metrics["loss"] == pytest.approx(full["loss"], rel=0.02)
+  program = str(jax.make_jaxpr(training.train_step(half, HOW))(training.init_state(half, HOW), EXAMPLES, LABELS))
+  assert "bf16" in program
+
+
 def test_remat_by_blocks_needs_blocks():
   class NoBlocks(nn.Module):
     @nn.compact
