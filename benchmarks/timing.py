@@ -49,7 +49,7 @@ def summary(seconds: Seconds, base: str, *, label: str = "run") -> list[dict[str
 def table(rows: Sequence[Row]) -> str:
   """Lay rows out in Markdown; their keys are the columns, numbers get three digits."""
   heads = list(dict.fromkeys(key for each in rows for key in each))
-  cells = [heads, ["---"] * len(heads), *([_cell(each.get(head, "")) for head in heads] for each in rows)]
+  cells = [heads, ["---"] * len(heads), *([cell(each.get(head, "")) for head in heads] for each in rows)]
   return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
@@ -82,7 +82,8 @@ def _version(package: str) -> str | None:
     return None
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+  """Format a value of a row; numbers get three digits."""
   if not isinstance(value, float):
     return str(value)
   return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -107,7 +107,7 @@ def describe(
   >>> description.parameters, description.epoch
   (209073, 10.0)
   """
-  state, batch = _state(model, training), _batch(model, training.batch_size)
+  state, batch = state_shapes(model, training), _batch(model, training.batch_size)
   # Attention by cuDNN is an operation whose inside is not seen; what it computes is the same.
   visible = dataclasses.replace(model, fields={**model.fields, "cudnn_attention": False}) if _cudnn(model) else model
   count = operations.operations(train_step(visible, training), state, *batch)
@@ -139,8 +139,8 @@ def _cudnn(model: ModelConfig) -> bool:
   return bool(model.fields.get("cudnn_attention"))
 
 
-def _state(model: ModelConfig, training: TrainingConfig) -> TrainState:
-  """Return the shapes of the training's state."""
+def state_shapes(model: ModelConfig, training: TrainingConfig) -> TrainState:
+  """Return the state of a training, as `jaxguide.training.step.init_state` does, with shapes instead of arrays."""
   extra = jax.eval_shape(lambda: extra_params(training, jax.random.key(0)))
   params = {**shapes(model), **extra}
   number = jax.ShapeDtypeStruct((), jnp.int32)
