@@ -5,13 +5,16 @@ files have the tables that the code gives.
 """
 
 import dataclasses
+import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from jaxguide import generate, solvers
 from jaxguide.generate import guidances
 from jaxguide.schedules import SCHEDULES
+from jaxguide.training import presets
+from jaxguide.training.describe import describe, in_bytes
 
 ROOT = Path(__file__).parents[1]
 TITLES = {
@@ -95,16 +98,80 @@ def of_names() -> str:
   return table(("option", "names"), [*rows, ("noise schedules", ", ".join(f"`{name}`" for name in SCHEDULES))])
 
 
+def of_presets() -> str:
+  """The presets of trainings, with what `describe` computes for 3 channels and 10 classes."""
+  rows = []
+  for network, sizes in presets.PUBLISHED.items():
+    for size in sizes:
+      preset = presets.preset(network, size)
+      model = preset.model_config((size, size, 3), 10)
+      training = preset.training_config(model)
+      # A batch of two, since what an example takes is wanted.
+      taken = describe(model, preset.training_config(model, batch_size=2))
+      rows.append(
+        (
+          f"`{network}`, {size}x{size}",
+          f"{taken.parameters / 1e6:,.3g} million",
+          f"{training.batch_size:,}",
+          f"{training.learning_rate:g}",
+          f"{training.steps:,}",
+          in_bytes(sum(taken.bytes.values())),
+          in_bytes(taken.activations / 2),
+          f"{taken.operations / 2:.2g}",
+          linked(preset.source.partition(f" {presets.PROCESS}")[0].rstrip(".")),
+        )
+      )
+  return table(
+    (
+      "preset",
+      "parameters",
+      "batch",
+      "learning rate",
+      "steps",
+      "memory of the state",
+      "memory of an example",
+      "operations of an example",
+      "source",
+    ),
+    rows,
+  )
+
+
+def of_measured() -> str:
+  """The measured steps of the presets, from the files in ``benchmarks/measured`` that `benchmarks.presets` wrote."""
+  rows = []
+  for path in sorted((ROOT / "benchmarks" / "measured").glob("presets*.json")):
+    report = json.loads(path.read_text())
+    for row in report["tables"]["presets"]:
+      rows.append(
+        (
+          f"`{row['network']}`, {row['size']}x{row['size']}",
+          report["machine"].replace("JAX on ", ""),
+          f"{row['batch']:,}",
+          row["type"],
+          row["remat"],
+          f"{row['ms a step']:,.3g} ms" if row["ms a step"] < 1000 else f"{row['ms a step'] / 1000:,.3g} s",
+          f"{row['examples/s']:,.3g}" if row["examples/s"] < 1000 else f"{row['examples/s']:,.0f}",
+          in_bytes(row["memory, GiB"] * 2**30),
+        )
+      )
+  return table(("preset", "machine", "batch", "type", "remat", "time a step", "examples/s", "memory a step"), rows)
+
+
 FILES: dict[str, dict[str, Callable[[], str]]] = {
   "README.md": {"names": of_names},
   "docs/methods.md": {"guidance": of_guidances, "variants": of_variants, "solvers": of_solvers, "grids": of_grids},
+  "docs/training.md": {"measured": of_measured},
 }
 
+SLOW_FILES: dict[str, dict[str, Callable[[], str]]] = {"docs/training.md": {"presets": of_presets}}
+"""Tables that take up to a minute."""
 
-def filled(file: str) -> str:
+
+def filled(file: str, files: Mapping[str, Mapping[str, Callable[[], str]]] = FILES) -> str:
   """Give the text of a file with every table in its place."""
   text = (ROOT / file).read_text()
-  for name, make in FILES[file].items():
+  for name, make in files[file].items():
     place = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end of table -->)", re.DOTALL)
     assert len(place.findall(text)) == 1, f"{file} must have one place for the table {name}"
     content = f"\n{make()}\n\n"
@@ -113,5 +180,6 @@ def filled(file: str) -> str:
 
 
 if __name__ == "__main__":
-  for file in FILES:
-    (ROOT / file).write_text(filled(file))
+  for tables in (FILES, SLOW_FILES):
+    for file in tables:
+      (ROOT / file).write_text(filled(file, tables))

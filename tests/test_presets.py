@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+import readme
 
 from jaxguide.evaluation import demo
 from jaxguide.models.importers.openai import PRESETS
@@ -125,3 +126,9 @@ def test_sources_have_a_link():
     source = preset(network, size).source
     assert size == 8 or ("arXiv:" in source and "https://github.com/openai/" in source)
     assert TrainingConfig(**preset(network, size).training).steps >= 500
+
+
+@pytest.mark.slow
+def test_the_table_is_that_of_the_code():
+  (file,) = readme.SLOW_FILES
+  assert (readme.ROOT / file).read_text() == readme.filled(file, readme.SLOW_FILES), "run python tests/readme.py"

@@ -65,15 +65,15 @@ class Description:
     return None if self.examples is None else self.examples / self.batch_size
 
   def __str__(self) -> str:
-    state = ", ".join(f"{name} {_bytes(number)}" for name, number in self.bytes.items())
+    state = ", ".join(f"{name} {in_bytes(number)}" for name, number in self.bytes.items())
     how = "by XLA for this device" if self.compiled else "estimated from shapes"
     example = self.activations / self.part
     lines = [
       f"network     {self.network}",
       f"parameters  {self.parameters:,}",
-      f"memory      {_bytes(self.memory)} a step ({how}): {state}, and {_bytes(self.activations)} for {self.part} "
+      f"memory      {in_bytes(self.memory)} a step ({how}): {state}, and {in_bytes(self.activations)} for {self.part} "
       f"{'example' if self.part == 1 else 'examples'} at once",
-      f"            An example of a part takes about {_bytes(example)}. A higher accumulation divides the batch into "
+      f"            An example of a part takes about {in_bytes(example)}. A higher accumulation divides the batch into "
       'smaller parts; on a GPU or TPU, remat = "blocks" stores less of each',
       f"operations  {self.operations:.3g} a step, {self.operations / self.batch_size:.3g} an example "
       "(matrix products and convolutions, forward and backward)",
@@ -113,7 +113,7 @@ def describe(
   count = operations.operations(train_step(visible, training), state, *batch)
   part = training.batch_size // training.accumulation
   activations = (
-    _compiled(model, training, state, batch) if compile else _estimate(visible, training, state.params, part)
+    _compiled(model, training, state, batch) if compile else _estimate(model, training, state.params, part)
   )
   parameters = operations.size(state.params)
   return Description(
@@ -198,10 +198,10 @@ def _in_words(model: ModelConfig) -> str:
   return f"{model.network} for {images}, {labels}, {model.prediction}-prediction, {model.schedule} schedule in {time}"
 
 
-def _bytes(number: float | int) -> str:
-  """Format a number of bytes.
+def in_bytes(number: float | int) -> str:
+  """Format a number of bytes with a unit.
 
-  >>> _bytes(3 * 2**30), _bytes(1536)
+  >>> in_bytes(3 * 2**30), in_bytes(1536)
   ('3 GiB', '1.5 KiB')
   """
   for unit in ("bytes", "KiB", "MiB", "GiB"):
