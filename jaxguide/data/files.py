@@ -51,14 +51,14 @@ def settings_of(path: PathLike) -> str | None:
       # Not `Image.open`, which refuses very large pictures. No pixels are read here.
       with PngImagePlugin.PngImageFile(path) as picture:
         return picture.info.get("settings")
-    _check_sizes(path)
+    check_sizes(path)
     with np.load(path) as arrays:
       return str(arrays["settings"])
   except Exception:  # A damaged file can raise any kind of exception.
     return None
 
 
-def _check_sizes(path: PathLike) -> None:
+def check_sizes(path: PathLike) -> None:
   """Check, before memory is allocated, that the arrays of an .npz file are no larger than the file can hold.
 
   Raises:
@@ -98,7 +98,7 @@ def load_npz(path: PathLike, labelled: bool = True) -> tuple[np.ndarray, np.ndar
   """
   check_readable(path)
   try:
-    _check_sizes(path)
+    check_sizes(path)
     with np.load(path) as arrays:
       images = arrays["arr_0"]
       labels = arrays["arr_1"] if labelled or "arr_1" in arrays else None

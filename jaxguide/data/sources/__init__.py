@@ -54,6 +54,7 @@ FILES: dict[str, tuple[str, str]] = {
 """The module and the function that opens a file, by the file's ending."""
 
 COLUMNS = (".parquet",)
+"""The endings of files with named columns."""
 
 
 def open_source(config: Any) -> Records | Images:
@@ -67,6 +68,8 @@ def open_source(config: Any) -> Records | Images:
   source, colon, rest = name.partition(":")
   if name == catalogue.DIGITS:
     return catalogue.load(name, config.split, config.data_dir)
+  if colon and SOURCES.get(source) is catalogue.load:
+    return catalogue.open_catalogue(rest, config.split, config.data_dir)
   if colon and source in SOURCES:
     return SOURCES[source](rest, config.split, config.data_dir)
   path = Path(name).expanduser()
@@ -87,5 +90,6 @@ def open_source(config: Any) -> Records | Images:
 
 def _open(ending: str, path: Path, config: Any) -> Records:
   module, function = FILES[ending]
-  options = (config.image_column, config.label_column) if ending in COLUMNS else ()
+  label_column = None if config.labels == "none" else config.label_column
+  options = (config.image_column, label_column, config.split) if ending in COLUMNS else ()
   return getattr(importlib.import_module(f"jaxguide.data.sources.{module}"), function)(path, *options)

@@ -7,29 +7,32 @@ CIFAR-10. To read them once they are prepared, TensorFlow is not needed.
 import contextlib
 import difflib
 import io
+import math
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxguide._core import checks
+from jaxguide._core.files import replacing
 from jaxguide.data.images import Images
+from jaxguide.data.records import BadRecord, Records, stamp
+from jaxguide.data.sources.rows import Joined, Numbered, spread
 
 DIGITS = "digits"
+
+LARGEST_IN_MEMORY = 2**30
+"""The bytes of images up to which `open_catalogue` reads a dataset into memory."""
 
 
 def load(name: str, split: str = "train", data_dir: str | os.PathLike[str] | None = None) -> Images:
   """Read one split of ``digits`` or of a dataset of the TFDS catalogue; see `jaxguide.data.load`."""
   builder = _open(name, data_dir)
   num_classes = _num_classes(name, builder.info.features)
-  if not builder.data_path.exists():
-    _prepare(name, builder)
-    builder = _open(name, data_dir)
-  splits = builder.info.splits
-  if not splits:
-    raise OSError(_damaged(name, builder.data_path, "it lists no splits"))
-  checks.lookup("split", split, splits)
+  _require_one_size(name, builder.info.features["image"])
+  builder = _prepared(name, split, builder, data_dir)
   try:
     examples = list(builder.as_data_source(split))
   except (RuntimeError, OSError) as error:
@@ -41,6 +44,83 @@ def load(name: str, split: str = "train", data_dir: str | os.PathLike[str] | Non
     name=name,
     class_names=_class_names(builder.info.features["label"]),
   )
+
+
+def open_catalogue(name: str, split: str, data_dir: str | os.PathLike[str] | None) -> Records | Images:
+  """Return one split of a dataset of the TFDS catalogue, in memory if it is small.
+
+  Images of one size with at most 1 GiB in total are read into memory. Others are read when they are needed, and may
+  have any size. The labels are then read once, and kept in the cache folder. A record's stamp is a hash of the names
+  of the dataset, its version and the file, of the file's size, and of the row: TFDS gives other data another version.
+
+  Raises:
+    ValueError, OSError, ImportError: as `jaxguide.data.load` does.
+  """
+  builder = _open(name, data_dir)
+  features = builder.info.features
+  num_classes = _num_classes(name, features)
+  builder = _prepared(name, split, builder, data_dir)
+  info, shape = builder.info.splits[split], features["image"].shape
+  if None not in shape and info.num_examples * math.prod(shape) <= LARGEST_IN_MEMORY:
+    return load(name, split, data_dir)
+  paths = [(Path(part.filename), part.take) for part in info.file_instructions]
+  try:
+    sizes = [path.stat().st_size for path, _ in paths]
+    source = _encoded(builder, split)
+    common = [stamp(name, str(builder.version), path.name, size) for (path, _), size in zip(paths, sizes, strict=True)]
+    labels = _labels(source, str(stamp(split, *common)))
+  except (RuntimeError, OSError) as error:
+    raise OSError(_damaged(name, builder.data_path, error)) from error
+
+  def read(row: int) -> bytes | np.ndarray:
+    try:
+      return source[row]["image"]
+    except (RuntimeError, OSError) as error:
+      raise BadRecord(f"it is damaged ({_line(error)})") from error
+
+  return Records(
+    name,
+    Joined([Numbered(f"{path.name} row ", number) for path, number in paths]),
+    labels,
+    _class_names(features["label"]),
+    num_classes,
+    read,
+    np.concatenate([spread(each, number) for each, (_, number) in zip(common, paths, strict=True)]),
+  )
+
+
+def _encoded(builder: Any, split: str) -> Any:
+  """Return the examples of a split, with encoded images where they are stored so."""
+  import tensorflow_datasets as tfds
+
+  is_encoded = isinstance(builder.info.features["image"], tfds.features.Image)
+  return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()} if is_encoded else None)
+
+
+def _labels(source: Any, key: str) -> np.ndarray:
+  """Return the labels of all examples. They are read once and kept in the cache folder."""
+  from jaxguide.data.config import cache_folder
+
+  path = cache_folder() / "labels" / f"{key}.npy"
+  with contextlib.suppress(OSError, ValueError, EOFError):
+    labels = np.load(path)
+    if labels.shape == (len(source),) and labels.dtype == np.int32:
+      return labels
+  labels = np.array([source[row]["label"] for row in range(len(source))], np.int32)
+  with contextlib.suppress(OSError), replacing(path) as file:  # If they cannot be kept, they are read again next time.
+    np.save(file, labels)
+  return labels
+
+
+def _prepared(name: str, split: str, builder: Any, data_dir: str | os.PathLike[str] | None) -> Any:
+  """Prepare a dataset if needed, and return its builder."""
+  if not builder.data_path.exists():
+    _prepare(name, builder)
+    builder = _open(name, data_dir)
+  if not builder.info.splits:
+    raise OSError(_damaged(name, builder.data_path, "it lists no splits"))
+  checks.lookup("split", split, builder.info.splits)
+  return builder
 
 
 def _open(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
@@ -71,7 +151,7 @@ def _open(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
 
 
 def _num_classes(name: str, features: Any) -> int:
-  """Check that the features are labelled images of one size, and return the number of classes."""
+  """Check that the features are labelled images, and return the number of classes."""
   import tensorflow_datasets as tfds
 
   names = list(features.keys()) if isinstance(features, tfds.features.FeaturesDict) else []
@@ -80,9 +160,17 @@ def _num_classes(name: str, features: Any) -> int:
   image, label = features["image"], features["label"]
   if not isinstance(label, tfds.features.ClassLabel) or label.num_classes is None:
     raise ValueError(f"dataset {name!r} must have a class as its label; its label is {label}")
-  if image.np_dtype != np.uint8 or len(image.shape) != 3 or None in image.shape:
-    raise ValueError(f"dataset {name!r} must have uint8 images of one size; its image feature is {image}")
+  if image.np_dtype != np.uint8 or len(image.shape) != 3:
+    raise ValueError(f"dataset {name!r} must have uint8 images; its image feature is {image}")
   return label.num_classes
+
+
+def _require_one_size(name: str, image: Any) -> None:
+  if None in image.shape:
+    raise ValueError(
+      f"dataset {name!r} must have uint8 images of one size; its image feature is {image}: open it with "
+      f"jaxguide.data.open_data, source tfds:{name} and a size to which the images are resized"
+    )
 
 
 def _class_names(label: Any) -> list[str] | None:

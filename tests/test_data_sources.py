@@ -1,0 +1,512 @@
+"""Arrays, ArrayRecord, Parquet and TFDS as sources of data: what is read, named and refused."""
+
+import io
+import json
+import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from jaxguide import data
+from jaxguide.data.records import BadRecord
+from jaxguide.data.sources import array_record, arrays, catalogue, parquet
+from jaxguide.data.sources.array_record import open_array_record
+from jaxguide.data.sources.arrays import open_arrays
+from jaxguide.data.sources.parquet import open_parquet
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+  """The results of checks, and labels, are kept in a folder of the test."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def noise(*shape):
+  return RNG.integers(0, 256, shape).astype(np.uint8)
+
+
+def encoded(array):
+  file = io.BytesIO()
+  Image.fromarray(array).save(file, "PNG")
+  return file.getvalue()
+
+
+def opened(source, **options):
+  return data.open_data(data.DataConfig(source, **options), progress=False)
+
+
+def npz(path, compressed=False, **values):
+  (np.savez_compressed if compressed else np.savez)(path, **values)
+  return path
+
+
+# --- arrays -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("names", [("arr_0", "arr_1"), ("images", "labels")])
+@pytest.mark.parametrize("shape", [(5, 4, 6, 3), (5, 4, 6, 1), (5, 4, 6)])
+def test_images_and_their_labels(tmp_path, compressed, names, shape):
+  images = noise(*shape)
+  path = npz(tmp_path / "d.npz", compressed, **dict(zip(names, (images, [2, 0, 1, 1, 0]), strict=True)))
+  records = open_arrays(path)
+  np.testing.assert_array_equal(np.stack([records.read(row) for row in range(5)]), images)
+  assert (records.labels.tolist(), records.num_classes, records.class_names) == ([2, 0, 1, 1, 0], 3, None)
+  dataset = opened(path)
+  assert dataset.image_shape == (4, 6, shape[3] if len(shape) == 4 else 1)
+  np.testing.assert_array_equal(dataset.example(3)[0].reshape(shape[1:]), images[3])
+
+
+def test_samples_of_jaxguide_are_data(tmp_path):
+  images = noise(3, 8, 8, 3)
+  data.save_npz(tmp_path / "new.npz", images, np.array([1, 0, 1]), settings="{}")
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    dataset = opened(tmp_path / "new.npz", size=4)
+  assert (dataset.image_shape, dataset.num_classes) == ((4, 4, 3), 2)
+  assert dataset.example_name(2) == f"{tmp_path / 'new.npz'}: image 2"
+
+
+def test_rows_that_are_not_compressed_stay_in_the_file(tmp_path):
+  path = npz(tmp_path / "d.npz", labels=np.arange(40), images=noise(40, 64, 64, 3))
+  records = open_arrays(path)
+  assert isinstance(records.read.__self__, arrays.FileRows)
+  with ThreadPoolExecutor(8) as pool:
+    rows = [row % 40 for row in range(400)]
+    for row, image in zip(rows, pool.map(records.read, rows), strict=True):
+      np.testing.assert_array_equal(image, np.load(path)["images"][row]) if row % 13 == 0 else None
+  content = path.read_bytes()
+  path.write_bytes(content[: len(content) // 2])
+  with pytest.raises(BadRecord, match="the file ends before it"):
+    records.read(39)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("dtype", [">f4", "<f2", "<f8"])
+@pytest.mark.parametrize("factors", [{}, {"scale": 0.5}, {"scale": [1.0, 2.0], "shift": 3}])
+def test_latents(tmp_path, compressed, dtype, factors):
+  latents = RNG.normal(size=(4, 3, 5, 2)).astype(dtype)
+  path = npz(tmp_path / "d.npz", compressed, latents=latents, **factors)
+  dataset = opened(path)
+  assert (dataset.image_shape, dataset.label_shape, dataset.saturation) == ((3, 5, 2), None, None)
+  wanted = (latents.astype(float) - factors.get("shift", 0)) * np.asarray(factors.get("scale", 1))
+  batch = next(data.stream(dataset, 4, 0))
+  assert batch.examples.dtype == np.float32
+  np.testing.assert_allclose(batch.examples, wanted[batch.rows], rtol=1e-6, atol=1e-6)
+
+
+def test_arrays_in_the_order_of_fortran(tmp_path):
+  images = noise(3, 4, 5, 3)
+  records = open_arrays(npz(tmp_path / "d.npz", images=np.asfortranarray(images)))
+  np.testing.assert_array_equal(records.read(2), images[2])
+
+
+@pytest.mark.parametrize(
+  ("labels", "label_shape", "class_names", "first"),
+  [
+    ([1, 0, 3], (), None, 1),
+    (np.array([1, 0, 3], np.uint8), (), None, 1),
+    (np.array([True, False, True]), (), None, 1),
+    (["dog", "cat", "dog"], (), ["cat", "dog"], 1),
+    ([[0.5, 1], [2, 3], [4, 5]], (2,), None, [0.5, 1]),
+    ([[0, 1], [1, 0], [1, 0]], (2,), None, [0, 1]),
+  ],
+)
+def test_kinds_of_labels(tmp_path, labels, label_shape, class_names, first):
+  dataset = opened(npz(tmp_path / "d.npz", images=noise(3, 4, 4, 3), labels=labels))
+  assert (dataset.label_shape, dataset.class_names) == (label_shape, class_names)
+  np.testing.assert_array_equal(dataset.example(0)[1], first)
+
+
+def test_named_classes_of_arrays(tmp_path):
+  path = npz(tmp_path / "d.npz", images=noise(2, 4, 4, 3), labels=[1, 0], class_names=["ant", "bee", "cow"])
+  dataset = opened(path)
+  assert (dataset.class_names, dataset.num_classes) == (["ant", "bee", "cow"], 3)
+
+
+IMAGES = noise(3, 4, 4, 3)
+
+
+@pytest.mark.parametrize(
+  ("values", "message"),
+  [
+    ({"image": IMAGES}, "needs an array arr_0, images or latents; it has image: did you mean 'images' by 'image'"),
+    ({"images": IMAGES, "arr_0": IMAGES}, "it has the arrays arr_0 and images: keep one"),
+    ({"images": IMAGES.astype(np.float32)}, "images must be uint8 .* got float32 .* jaxguide.data.to_uint8"),
+    ({"images": IMAGES.transpose(0, 3, 1, 2).copy()}, r"got uint8 of shape \(3, 3, 4, 4\). Move its channels"),
+    ({"images": IMAGES[:0]}, r"images must be uint8 .* got uint8 of shape \(0, 4, 4, 3\)"),
+    ({"images": IMAGES[0, 0]}, "images must be uint8"),
+    ({"images": IMAGES, "labels": [0, 1]}, r"it has 3 examples, and labels of shape \(2,\)"),
+    ({"images": IMAGES, "labels": 1}, r"it has 3 examples, and labels of shape \(\)"),
+    ({"images": IMAGES, "labels": [0, 1, -1]}, "labels must be whole numbers of at least 0"),
+    ({"images": IMAGES, "labels": [0.0, 1, 2]}, "labels must be whole numbers of at least 0"),
+    ({"images": IMAGES, "labels": [[0.0], [np.nan], [1]]}, "a vector of finite numbers"),
+    ({"images": IMAGES, "labels": [[0], [2], [1]]}, r"whole numbers of shape \(3, 1\): make them \(3,\)"),
+    ({"images": IMAGES, "labels": [0, 1, 2], "class_names": ["a", "b"]}, "label 2 is not one of the 2 classes"),
+    ({"images": IMAGES, "labels": [0, 1, 2], "class_names": [1, 2, 3]}, "class_names must be texts"),
+    ({"images": IMAGES, "class_names": ["a"]}, "class_names must be texts.* there are no labels"),
+    ({"images": IMAGES, "labels": np.array([0, "x", None])}, "contains pickled objects, which are not read"),
+    ({"images": np.array([None, {}])}, "contains pickled objects, which are not read"),
+    ({"latents": IMAGES}, "latents must be floats"),
+    ({"latents": IMAGES[0].astype(float)}, "latents must be floats"),
+    ({"latents": IMAGES.astype(float), "scale": [1.0, 2]}, "scale must be one finite number, or one for each of the 3"),
+    ({"latents": IMAGES.astype(float), "scale": 0.0}, "scale must be one finite number.* not 0"),
+    ({"latents": IMAGES.astype(float), "shift": np.inf}, "shift must be one finite number"),
+  ],
+)
+def test_arrays_that_are_refused(tmp_path, values, message):
+  with pytest.raises(ValueError, match=f"d.npz.*{message}"):
+    open_arrays(npz(tmp_path / "d.npz", **values))
+
+
+def test_pickled_code_does_not_run(tmp_path):
+  class Hostile:
+    def __reduce__(self):
+      return pytest.fail, ("code of the file ran",)
+
+  path = npz(tmp_path / "d.npz", images=IMAGES, labels=np.array([Hostile(), 1, 2], object))
+  with pytest.raises(ValueError, match="pickled objects"):
+    open_arrays(path)
+
+
+def test_arrays_that_are_not_used_are_said(tmp_path):
+  with pytest.warns(UserWarning, match=r"d.npz has arrays that are not used: label, mask"):
+    open_arrays(npz(tmp_path / "d.npz", images=IMAGES, mask=IMAGES, label=[0, 1, 2]))
+  with pytest.warns(UserWarning, match=r"not used: scale"):
+    open_arrays(npz(tmp_path / "d.npz", images=IMAGES, scale=2))
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_damaged_arrays(tmp_path, compressed):
+  path = npz(tmp_path / "d.npz", compressed, images=noise(10, 16, 16, 3))
+  content = path.read_bytes()
+  for wrong in (b"", b"text", content[: len(content) // 2], content[1000:]):
+    path.write_bytes(wrong)
+    with pytest.raises(ValueError, match=r"d.npz is not a valid .npz file"):
+      open_arrays(path)
+  with zipfile.ZipFile(path, "w") as archive:
+    archive.writestr("images.npy", b"no array")
+  with pytest.raises(ValueError, match=r"d.npz is not a valid .npz file"):
+    open_arrays(path)
+
+
+def test_latents_that_are_not_finite_are_named(tmp_path):
+  latents = np.zeros((3, 2, 2, 1), np.float32)
+  latents[1, 0, 0, 0] = np.nan
+  with pytest.raises(ValueError, match="latent 1: it is not finite"):
+    opened(npz(tmp_path / "d.npz", latents=latents))
+
+
+def test_stamps_see_that_a_file_was_written_anew(tmp_path):
+  path = npz(tmp_path / "d.npz", images=IMAGES)
+  first = opened(path)
+  assert len({*first.records.stamps.tolist()}) == 3
+  assert opened(path).fingerprint == first.fingerprint
+  npz(path, images=255 - IMAGES)
+  assert opened(path).fingerprint != first.fingerprint
+
+
+# --- ArrayRecord ------------------------------------------------------------------------------------
+
+
+def pictures(number, size=6):
+  return [noise(size, size, 3) for _ in range(number)]
+
+
+def test_array_record(tmp_path):
+  originals = pictures(40)
+  path = tmp_path / "photos.array_record"
+  labels, names = np.arange(40) % 2, [f"{i}.png" for i in range(40)]
+  data.write_array_record(path, map(encoded, originals), labels, ["cat", "dog"], names)
+  dataset = opened(path)
+  assert (len(dataset), dataset.class_names) == (40, ["cat", "dog"])
+  assert dataset.example_name(7) == f"{path}: 7.png"
+  batch = next(data.stream(dataset, 40, 0, workers=8))
+  np.testing.assert_array_equal(batch.examples, np.stack(originals)[batch.rows])
+  np.testing.assert_array_equal(batch.labels, labels[batch.rows])
+
+
+def test_array_record_alone_and_with_vectors(tmp_path):
+  path = tmp_path / "p.array_record"
+  data.write_array_record(path, map(encoded, pictures(3)), [[0.5, 1], [1, 2], [3, 4]])
+  assert open_array_record(path).labels[2].tolist() == [3, 4]
+  data.write_array_record(path, map(encoded, pictures(2)))
+  records = open_array_record(path)
+  assert (records.labels, records.num_classes, list(records.names)) == (None, None, ["record 0", "record 1"])
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"labels": [0, 1]}, "there are 3 records, and 2 labels"),
+    ({"labels": 1}, "there are 3 records, and no list of labels"),
+    ({"labels": [0, [1], 2]}, "labels must be whole numbers, or vectors of one length"),
+    ({"labels": [0, 1, 2], "class_names": ["a"]}, "label 2 is not one of the 1 classes"),
+    ({"labels": ["a", "b", "c"]}, "labels must be whole numbers"),
+    ({"class_names": ["a"]}, "class_names need labels"),
+    ({"labels": [0, 0, 0], "class_names": "a"}, "class_names must be a list of texts"),
+    ({"names": ["a", "b", "a"]}, "names has 'a' twice"),
+    ({"label": [0, 1, 2]}, "unknown field 'label'"),
+    ([], "is damaged"),
+  ],
+)
+def test_labels_that_do_not_fit_an_array_record(tmp_path, fields, message):
+  path = tmp_path / "p.array_record"
+  data.write_array_record(path, map(encoded, pictures(3)))
+  array_record.side_file(path).write_text(json.dumps(fields))
+  with pytest.raises(ValueError, match=rf"p.array_record.json.*{message}"):
+    open_array_record(path)
+
+
+def test_damaged_array_records(tmp_path):
+  path = tmp_path / "p.array_record"
+  data.write_array_record(path, [encoded(picture) for picture in pictures(200, 32)])
+  content = path.read_bytes()
+  for wrong in (b"", b"text", content[: len(content) // 2]):
+    path.write_bytes(wrong)
+    with pytest.raises(ValueError, match=r"p.array_record is not a complete ArrayRecord file"):
+      open_array_record(path)
+  middle = len(content) // 2
+  path.write_bytes(content[:middle] + bytes(200) + content[middle + 200 :])
+  with pytest.raises(ValueError, match=r"(?s)of 200 files.*record \d+: it is damaged \(Corrupted"):
+    opened(path)
+  with pytest.warns(UserWarning, match="are left out"):
+    assert 190 < len(opened(path, skip_bad=True)) < 200
+
+
+@pytest.mark.parametrize(
+  ("arguments", "error", "message"),
+  [
+    (("p.txt", [b"x"]), ValueError, "must end in .array_record"),
+    (("p.array_record", []), ValueError, "no pictures"),
+    (("p.array_record", [b"x"], [0, 1]), ValueError, "there are 1 pictures, and 2 labels"),
+    (("p.array_record", iter(["x"])), TypeError, "picture 0 must be the bytes"),
+  ],
+)
+def test_what_is_not_written_as_an_array_record(tmp_path, arguments, error, message):
+  with pytest.raises(error, match=message):
+    data.write_array_record(tmp_path / arguments[0], *arguments[1:])
+  assert not list(tmp_path.iterdir())
+
+
+# --- Parquet ----------------------------------------------------------------------------------------
+
+
+def table(images, labels=None, label_names=None, image="image", label="label"):
+  """A table as Hugging Face's datasets are stored."""
+  structs = [{"bytes": content, "path": None} for content in images]
+  columns = {image: pa.array(structs, pa.struct({"bytes": pa.binary(), "path": pa.string()}))}
+  if labels is not None:
+    columns[label] = labels if isinstance(labels, pa.Array) else pa.array(labels)
+  features = {image: {"_type": "Image"}, label: {"names": label_names, "_type": "ClassLabel"}}
+  metadata = {"huggingface": json.dumps({"info": {"features": features}})} if label_names else None
+  return pa.table(columns).replace_schema_metadata(metadata)
+
+
+def test_a_dataset_of_hugging_face(tmp_path):
+  originals = pictures(50)
+  labels = [i % 3 for i in range(50)]
+  for part, rows in enumerate((slice(0, 30), slice(30, 50))):
+    content = table([encoded(each) for each in originals[rows]], labels[rows], ["ant", "bee", "cow", "dog"])
+    (tmp_path / "d" / "data").mkdir(parents=True, exist_ok=True)
+    pq.write_table(content, tmp_path / "d" / "data" / f"train-0000{part}-of-00002.parquet", row_group_size=7)
+  pq.write_table(content, tmp_path / "d" / "data" / "test-00000-of-00001.parquet")
+  dataset = opened(tmp_path / "d")
+  assert (len(dataset), dataset.num_classes, dataset.class_names) == (50, 4, ["ant", "bee", "cow", "dog"])
+  assert dataset.example_name(31) == f"{tmp_path / 'd'}: train-00001-of-00002.parquet row 1"
+  batch = next(data.stream(dataset, 50, 0, workers=8))
+  np.testing.assert_array_equal(batch.examples, np.stack(originals)[batch.rows])
+  np.testing.assert_array_equal(batch.labels, np.array(labels)[batch.rows])
+  assert len(opened(tmp_path / "d", split="test")) == 20
+  with pytest.raises(ValueError, match="no files of the split 'tset'; it has test, train"):
+    opened(tmp_path / "d", split="tset")
+
+
+def test_plain_binary_and_no_labels(tmp_path):
+  originals = pictures(5)
+  content = pa.table({"jpg": pa.array([encoded(each) for each in originals], pa.large_binary())})
+  pq.write_table(content, tmp_path / "d.parquet", row_group_size=2)
+  dataset = opened(tmp_path / "d.parquet", image_column="jpg", labels="none")
+  assert dataset.label_shape is None
+  for row, picture in enumerate(originals):
+    np.testing.assert_array_equal(dataset.example(row)[0], picture)
+
+
+VECTORS = pa.array([[0.5, 1.0], [2.0, 3.0], [4.0, 5.0]], pa.list_(pa.float32(), 2))
+
+
+@pytest.mark.parametrize(
+  ("labels", "names", "label_shape", "class_names", "values"),
+  [
+    ([2, 0, 1], None, (), None, [2, 0, 1]),
+    (pa.array([2, 0, 1], pa.uint8()), None, (), None, [2, 0, 1]),
+    ([True, False, True], None, (), None, [1, 0, 1]),
+    (["dog", "ant", "dog"], None, (), ["ant", "dog"], [1, 0, 1]),
+    (pa.array(["dog", "ant", "dog"]).dictionary_encode(), None, (), ["ant", "dog"], [1, 0, 1]),
+    (VECTORS, None, (2,), None, VECTORS.to_pylist()),
+    (pa.array([[1, 2], [3, 4], [5, 6]]), None, (2,), None, [[1, 2], [3, 4], [5, 6]]),
+  ],
+)
+def test_kinds_of_labels_in_parquet(tmp_path, labels, names, label_shape, class_names, values):
+  pq.write_table(table([encoded(each) for each in pictures(3)], labels, names), tmp_path / "d.parquet")
+  dataset = opened(tmp_path / "d.parquet")
+  assert (dataset.label_shape, dataset.class_names) == (label_shape, class_names)
+  np.testing.assert_array_equal([dataset.example(row)[1] for row in range(3)], values)
+
+
+PICTURES = [encoded(each) for each in pictures(3)]
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (
+      table(PICTURES, [0, 1, 2], image="img"),
+      "no column 'image': did you mean 'img'. It has img, label; .*image_column",
+    ),
+    (table(PICTURES, [0, 1, 2], label="labels"), "no column 'label': did you mean 'labels'.*labels none to train"),
+    (table(PICTURES), "no column 'label'. It has image;"),
+    (pa.table({"image": ["a.png"], "label": [0]}), "column 'image' must hold encoded pictures.*got string"),
+    (pa.table({"image": [{"path": "a.png"}], "label": [0]}), "column 'image' must hold encoded pictures"),
+    (table(PICTURES, [0, None, None]), "row 1 has no 'label', and 1 others"),
+    (table(PICTURES, [0, -1, 1]), "column 'label': labels must be whole numbers of at least 0"),
+    (table(PICTURES, [0, 2, 1], ["a", "b"]), "column 'label': label 2 is not one of the 2 classes"),
+    (
+      table(PICTURES, [0.5, 1.0, 2.0]),
+      "column 'label' must hold whole numbers, texts, or lists of numbers, got double",
+    ),
+    (table(PICTURES, [[1.0], [1.0, 2.0], [3.0]]), "must hold lists of one length"),
+    (table(PICTURES, [[1.0], [None], [3.0]]), "must hold lists of one length without missing"),
+    (table(PICTURES, [{"a": 1}] * 3), "column 'label' must hold whole numbers"),
+    (table(PICTURES, [0, 1, 2]).slice(0, 0), "contains no rows"),
+  ],
+)
+def test_parquet_that_is_refused(tmp_path, content, message):
+  pq.write_table(content, tmp_path / "d.parquet")
+  with pytest.raises(ValueError, match=rf"d.parquet.*{message}"):
+    opened(tmp_path / "d.parquet")
+
+
+def test_a_picture_that_is_only_a_path_is_bad(tmp_path):
+  (tmp_path / "1.png").write_bytes(PICTURES[0])
+  structs = [{"bytes": PICTURES[0], "path": None}, {"bytes": None, "path": str(tmp_path / "1.png")}, None]
+  content = pa.table({"image": pa.array(structs, pa.struct({"bytes": pa.binary(), "path": pa.string()}))})
+  pq.write_table(content, tmp_path / "d.parquet")
+  with pytest.raises(ValueError, match=r"(?s)2 of 3 files.*row 1: the picture's bytes are not in the file"):
+    opened(tmp_path / "d.parquet", labels="none")
+
+
+def test_damaged_parquet(tmp_path):
+  path = tmp_path / "d.parquet"
+  pq.write_table(table([encoded(each) for each in pictures(20, 32)], [0, 1] * 10), path, compression="none")
+  content = path.read_bytes()
+  for wrong in (b"", b"text", content[: len(content) // 2], content[:-1]):
+    path.write_bytes(wrong)
+    with pytest.raises(ValueError, match=r"d.parquet is not a complete Parquet file"):
+      opened(path)
+  path.write_bytes(content[:20] + b"\xff" * 500 + content[520:])
+  with pytest.raises((ValueError, BadRecord), match=r"d.parquet"):
+    opened(path)
+
+
+def test_names_of_classes_that_differ_between_files(tmp_path):
+  for name, classes in (("a", ["x", "y"]), ("b", ["y", "x"])):
+    pq.write_table(table(PICTURES, [0, 1, 1], classes), tmp_path / f"{name}.parquet")
+  with pytest.raises(ValueError, match=r"a.parquet and .*b.parquet have other names for the classes"):
+    opened(tmp_path)
+
+
+def test_row_groups_are_kept_within_bounds(tmp_path, monkeypatch):
+  contents = [encoded(each) for each in pictures(60, 32)]
+  pq.write_table(table(contents), tmp_path / "d.parquet", row_group_size=10)
+  monkeypatch.setattr(parquet, "CACHE", 25 * len(contents[0]))
+  loads, sizes, keep = [], [], parquet._Groups._keep
+
+  def counted(self, key, column):
+    loads.append(key)
+    keep(self, key, column)
+    sizes.append(self.size)
+
+  monkeypatch.setattr(parquet._Groups, "_keep", counted)
+  with pytest.warns(UserWarning, match="in row groups of 10 pictures"):
+    records = open_parquet(tmp_path / "d.parquet", label_column=None)
+  with ThreadPoolExecutor(8) as pool:
+    assert list(pool.map(records.read, range(60))) == contents
+  assert len(loads) < 20  # Each group about once, though 8 threads needed it.
+  assert 0 < max(sizes) <= 25 * len(contents[0])
+  assert len({*loads}) == 6
+
+
+# --- TFDS -------------------------------------------------------------------------------------------
+
+
+class Photos(tfds.core.GeneratorBasedBuilder):
+  """Photos of any size with named classes, as ImageNet has them."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["cat", "dog"])}
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples()}
+
+  def _generate_examples(self):
+    for i in range(9):
+      yield i, {"image": io.BytesIO(encoded(np.full((8 + i, 12, 3), 20 * i, np.uint8))), "label": i % 2}
+
+
+class Labelled(Photos):
+  """The same, of one size."""
+
+  def _info(self):
+    features = {"image": tfds.features.Image(shape=(8, 8, 3)), "label": tfds.features.ClassLabel(names=["cat", "dog"])}
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+  def _generate_examples(self):
+    for i in range(9):
+      yield i, {"image": io.BytesIO(encoded(np.full((8, 8, 3), 20 * i, np.uint8))), "label": i % 2}
+
+
+def test_photos_of_tfds_are_read_when_they_are_needed(tmp_path, monkeypatch):
+  dataset = opened("tfds:photos", size=8, data_dir=tmp_path)
+  assert (len(dataset), dataset.class_names, dataset.num_classes) == (9, ["cat", "dog"], 2)
+  for row in range(9):
+    example, label = dataset.example(row)
+    number = int(example[0, 0, 0]) // 20
+    assert (example.shape, label) == ((8, 8, 3), number % 2)
+  assert len({*dataset.records.stamps.tolist()}) == len({*dataset.records.names}) == 9
+  assert isinstance(dataset.records.read(0), bytes)
+  again = opened("tfds:photos", size=8, data_dir=tmp_path)
+  assert again.fingerprint == dataset.fingerprint
+  with pytest.raises(ValueError, match=r"images of one size.*open it with jaxguide.data.open_data, source tfds:photos"):
+    data.load("photos", data_dir=tmp_path)
+
+
+def test_small_datasets_of_tfds_stay_in_memory(tmp_path, monkeypatch):
+  small = opened("tfds:labelled", data_dir=tmp_path)
+  assert isinstance(small, data.Images)
+  monkeypatch.setattr(catalogue, "LARGEST_IN_MEMORY", 100)
+  large = opened("tfds:labelled", data_dir=tmp_path)
+  assert not isinstance(large, data.Images)
+  for row in range(9):
+    for a, b in zip(small.example(row), large.example(row), strict=True):
+      np.testing.assert_array_equal(a, b)
+
+
+def test_labels_of_tfds_are_kept(tmp_path, monkeypatch):
+  first = opened("tfds:photos", size=8, data_dir=tmp_path)
+  (kept,) = (tmp_path / "cache" / "jaxguide" / "labels").iterdir()
+  np.testing.assert_array_equal(np.load(kept), first.records.labels)
+  kept.write_bytes(b"torn")
+  again = opened("tfds:photos", size=8, data_dir=tmp_path)
+  np.testing.assert_array_equal(again.records.labels, first.records.labels)
