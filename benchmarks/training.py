@@ -2,7 +2,9 @@
 
 A step is forward, backward, the norm of the gradient clipped, AdamW, and the running mean of the parameters. The peers
 are OpenAI's networks with the same weights and PyTorch's fused optimiser; the gradient of one loss with respect to
-every weight is held against ours first. At 32x32, and of ADM-64: on a CPU that takes long, and has to be named.
+every weight is held against ours first. At 32x32, and of ADM-64: on a CPU that takes long, and has to be named. Of each
+network there is a second table: our step in parts of the batch, and with each kind of rematerialisation, time and
+XLA's figure of memory.
 """
 
 import dataclasses
@@ -17,9 +19,9 @@ from benchmarks import networks, peers, timing
 from jaxguide import checks
 from jaxguide.models.importers import openai
 from jaxguide.training import Model, ModelConfig, TrainingConfig
-from jaxguide.training.step import TrainState, optimizer, train_step
+from jaxguide.training.step import init_state, train_step
 
-ROUNDS = 3 if networks.ON_CPU else 15
+ROUNDS = 7 if networks.ON_CPU else 15
 TRAINING = TrainingConfig(steps=1000, weight_decay=0.01)
 ADM = networks.SIZES["ADM-64"].unet
 # The network, and how many images a step has.
@@ -94,22 +96,41 @@ def peer_step(model: Model, network: Any, images: np.ndarray, labels: np.ndarray
   return peers.finished(step)
 
 
+def batch_of(config: ModelConfig, number: int) -> tuple[np.ndarray, np.ndarray]:
+  """Draw a batch of images and labels."""
+  images = np.random.default_rng(0).integers(0, 256, (number, *config.image_shape)).astype(np.uint8)
+  return images, (np.arange(number) % 10).astype(np.int32)
+
+
+class Ours:
+  """Our step, compiled, as a run that takes its own state on."""
+
+  def __init__(self, model: Model, training: TrainingConfig, batch: int):
+    self.batch = tuple(map(jnp.asarray, batch_of(model.config, batch)))
+    self.function: Any = train_step(model.config, training)
+    self.state = jax.device_put(init_state(model.config, training, model.params), jax.devices()[0])
+    self.step = self.function.lower(self.state, *self.batch).compile()
+
+  def __call__(self):
+    """Take a step."""
+    self.state, metrics = self.step(self.state, *self.batch)
+    return self.state, metrics
+
+  @property
+  def memory(self) -> float:
+    """XLA's figure of the memory of a step with the training's state, in MiB."""
+    found = self.step.memory_analysis()
+    outside = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return (outside + found.temp_size_in_bytes) / 2**20
+
+
 def case(name: str, config: ModelConfig, batch: int, facts: list[str]) -> list[dict[str, Any]]:
-  """Measure one network."""
+  """Measure one network beside the peers."""
   model = networks.random_model(config)
-  rng = np.random.default_rng(0)
-  images = rng.integers(0, 256, (batch, *config.image_shape)).astype(np.uint8)
-  labels = (np.arange(batch) % 10).astype(np.int32)
-  step = train_step(model.config, TRAINING)
-  copy = lambda: jax.tree.map(jnp.copy, model.params)  # noqa: E731
-  state = [TrainState(jnp.zeros((), jnp.int32), copy(), copy(), optimizer(TRAINING).init(model.params))]
-  operations = networks.operations(step, state[0], images, labels)
-
-  def ours():
-    state[0], metrics = step(state[0], images, labels)
-    return state[0], metrics
-
-  runs = {"jaxguide": ours}
+  images, labels = batch_of(config, batch)
+  ours = Ours(model, TRAINING, batch)
+  operations = networks.operations(train_step(model.config, TRAINING), ours.state, images, labels)
+  runs: dict[str, Any] = {"jaxguide": ours}
   if (network := peers.openai_network(model)) is not None:
     facts.append(f"{name}: the gradients of all weights differ by {check(model, network):.1g} of the largest")
     network.train()
@@ -122,11 +143,33 @@ def case(name: str, config: ModelConfig, batch: int, facts: list[str]) -> list[d
   return rows
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+  "whole batch": {},
+  "accumulation 4": {"accumulation": 4},
+  "remat blocks": {"remat": "blocks"},
+  "remat all": {"remat": "all"},
+  "accumulation 4, remat blocks": {"accumulation": 4, "remat": "blocks"},
+}
+
+
+def variants(config: ModelConfig, batch: int) -> list[dict[str, Any]]:
+  """Measure our step in parts of the batch and with rematerialisation."""
+  model = networks.random_model(config)
+  runs = {name: Ours(model, dataclasses.replace(TRAINING, **changes), batch) for name, changes in VARIANTS.items()}
+  rows = timing.summary(timing.measure(runs, ROUNDS), "whole batch", label="step")
+  for row, run in zip(rows, runs.values(), strict=True):
+    row["memory, MiB"] = run.memory
+  return rows
+
+
 def main(*names: str) -> None:
   """Measure the networks that are named, or all; on a CPU ADM-64 only where it is."""
   facts = [f"{networks.DTYPE}, parameters and AdamW in float32"]
   tables: dict[str, Any] = {}
   for name in names or [name for name in CASES if not (networks.ON_CPU and name == "ADM-64")]:
     config, batch = checks.lookup("network", name, CASES)
-    tables[f"{name}, {config.image_shape[0]}x{config.image_shape[1]}, batch {batch}"] = case(name, config, batch, facts)
+    title = f"{name}, {config.image_shape[0]}x{config.image_shape[1]}, batch {batch}"
+    tables[title] = case(name, config, batch, facts)
     timing.report("training", tables, facts)  # The next may take long.
+    tables[f"{title}, our step"] = variants(config, batch)
+    timing.report("training", tables, facts)
