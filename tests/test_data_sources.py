@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from jaxguide import data
+from jaxguide.data import decode
 from jaxguide.data.records import BadRecord
 from jaxguide.data.sources import array_record, arrays, catalogue, parquet
 from jaxguide.data.sources.array_record import open_array_record
@@ -443,6 +444,15 @@ def test_row_groups_are_kept_within_bounds(tmp_path, monkeypatch):
   assert len(loads) < 20  # Each group about once, though 8 threads needed it.
   assert 0 < max(sizes) <= 25 * len(contents[0])
   assert len({*loads}) == 6
+
+
+def test_decoding_in_threads_leaves_the_filters_of_warnings_as_they_are():
+  decode.decode(PICTURES[0])
+  before = list(warnings.filters)
+  for _ in range(20):
+    with ThreadPoolExecutor(16) as pool:
+      list(pool.map(decode.decode, PICTURES * 20))
+    assert warnings.filters == before
 
 
 # --- TFDS -------------------------------------------------------------------------------------------

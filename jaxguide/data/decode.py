@@ -1,5 +1,6 @@
 """Encoded pictures to pixels: JPEG, PNG, WebP, the first frame of a GIF, BMP and TIFF, in any colour mode."""
 
+import functools
 import io
 import warnings
 from typing import Any
@@ -35,15 +36,13 @@ def decode(content: bytes, background: tuple[int, ...] = (255, 255, 255)) -> Any
 
   if not content:
     raise BadRecord("it is empty")
-  Image.init()  # Load the decoders of all formats.
+  _prepare_pillow()
   try:
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore")  # Of sizes, which are checked here, and of damaged EXIF data.
-      with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
-        width, height = picture.size
-        if width * height > LARGEST:
-          raise BadRecord(f"it has {width}x{height} pixels; a picture may have at most {LARGEST:,}")
-        return to_mode(picture, background)
+    with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+      width, height = picture.size
+      if width * height > LARGEST:
+        raise BadRecord(f"it has {width}x{height} pixels; a picture may have at most {LARGEST:,}")
+      return to_mode(picture, background)
   except BadRecord:
     raise
   except Image.DecompressionBombError:
@@ -52,6 +51,19 @@ def decode(content: bytes, background: tuple[int, ...] = (255, 255, 255)) -> Any
     raise BadRecord(f"it is not a picture of the formats {', '.join(FORMATS)}") from None
   except Exception as error:  # The decoders raise many kinds of exceptions for damaged files.
     raise BadRecord(f"it is damaged ({next(iter(str(error).splitlines()), type(error).__name__)})") from error
+
+
+@functools.cache
+def _prepare_pillow() -> None:
+  """Load the decoders of all formats, and ignore Pillow's warnings of sizes and of damaged EXIF data.
+
+  This is done once and for the whole process, because `warnings.catch_warnings` is not safe in threads: it can leave
+  all warnings switched off.
+  """
+  from PIL import Image
+
+  Image.init()
+  warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def to_mode(picture: Any, background: tuple[int, ...]) -> Any:
