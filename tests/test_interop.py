@@ -621,3 +621,10 @@ def test_export_errors(tmp_path):
   params = openai.to_params(GOOD, NETWORKS["attention"])
   with pytest.raises(ValueError, match=r"the parameters do not fit Classifier: params/.* has shape None, expected"):
     openai.to_state_dict(params, NETWORKS["adaptive"])
+
+
+def test_networks_with_label_vectors_are_not_exported():
+  fields = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1}
+  assert "label_size" not in openai.constructor(ModelConfig("unet", fields, (4, 4, 1), None))
+  with pytest.raises(ValueError, match="this one takes labels of 5 numbers: it cannot be exported"):
+    openai.constructor(ModelConfig("unet", fields, (4, 4, 1), None, label_size=5))

@@ -296,15 +296,16 @@ def export_model(folder: PathLike, file: PathLike) -> Exported:
 
   Raises:
     FileNotFoundError: if there is no model.
-    ValueError: if the model is damaged, or the file's extension is unknown.
+    ValueError: if the model is damaged, its labels are vectors, or the file's extension is unknown.
     OSError: if the file cannot be written.
     ImportError: for a ``.pt`` file if PyTorch is not installed.
   """
   state_dicts.check_format(file)
   check_writable(file)
   model = folders.load(folder)
+  call = constructor(model.config)
   state_dicts.write(file, to_state_dict(model.params, model.config))
-  return Exported(constructor(model.config), _flags(model.config), _notes(model.config))
+  return Exported(call, _flags(model.config), _notes(model.config))
 
 
 def constructor(config: ModelConfig) -> str:
@@ -312,7 +313,15 @@ def constructor(config: ModelConfig) -> str:
 
   >>> constructor(ModelConfig("classifier", {"num_head_channels": 64}, (64, 64, 3), 10))
   "EncoderUNetModel(image_size=64, in_channels=3, model_channels=64, out_channels=10, num_res_blocks=2, ...)"
+
+  Raises:
+    ValueError: if the network's labels are vectors.
   """
+  if config.label_size is not None:
+    raise ValueError(
+      f"guided-diffusion's networks take classes, and this one takes labels of {config.label_size} numbers: it cannot "
+      "be exported"
+    )
   module = config.module
   names = {"unet": "UNetModel", "super_res_unet": "SuperResModel", "classifier": "EncoderUNetModel"}
   fields = {
@@ -321,7 +330,7 @@ def constructor(config: ModelConfig) -> str:
     **{
       field.name: getattr(module, field.name)
       for field in dataclasses.fields(module)
-      if field.name not in ("dtype", "cudnn_attention", "null_class", "perturbation", "parent", "name")
+      if field.name not in ("dtype", "cudnn_attention", "null_class", "label_size", "perturbation", "parent", "name")
     },
   }
   if config.network != "classifier":
