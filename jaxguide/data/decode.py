@@ -75,15 +75,15 @@ def to_mode(picture: Any, background: tuple[int, ...]) -> Any:
   from PIL import Image, ImageOps
 
   picture.load()
-  transposed = ImageOps.exif_transpose(picture)
-  picture = picture if transposed is None else transposed
+  ImageOps.exif_transpose(picture, in_place=True)
   if picture.mode.startswith("I") or picture.mode == "F":
     return Image.fromarray(_from_16_bits(np.asarray(picture)))
   if picture.has_transparency_data:
     picture = picture.convert("RGBA")
     behind = Image.new("RGBA", picture.size, (*background, 255))
     return Image.alpha_composite(behind, picture).convert("RGB")
-  return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+  mode = "L" if picture.mode in ("1", "L") else "RGB"
+  return picture if picture.mode == mode else picture.convert(mode)
 
 
 def _from_16_bits(array: np.ndarray) -> np.ndarray:

@@ -43,6 +43,8 @@ def center(picture: Any, size: int, filter_name: str, rng: np.random.Generator) 
   """Resize the shorter side to ``size``, and cut off the ends of the longer side."""
   del rng
   resized = _covering(picture, size, filter_name)
+  if resized.size == (size, size):
+    return resized
   left, top = (resized.width - size) // 2, (resized.height - size) // 2
   return resized.crop((left, top, left + size, top + size))
 

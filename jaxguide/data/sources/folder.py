@@ -69,15 +69,17 @@ def open_folder(path: Path) -> Records:
     described = labelled_by_folder(path, names)
     _warn_of_empty(path, described[1] or ())
 
+  start = os.path.join(path, "")
+
   def read(row: int) -> bytes:
     try:
-      with open(path / names[row], "rb") as file:
-        content = file.read(LARGEST_FILE + 1)
+      # Without a limit in `read`, for which Python would allocate memory; and without a buffer, which copies.
+      with open(start + names[row], "rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size > LARGEST_FILE:
+          raise BadRecord(f"it is larger than {LARGEST_FILE:,} bytes")
+        return file.readall()
     except OSError as error:
       raise BadRecord(f"it cannot be read ({error.strerror or error})") from error
-    if len(content) > LARGEST_FILE:
-      raise BadRecord(f"it is larger than {LARGEST_FILE:,} bytes")
-    return content
 
   return Records(str(path), names, *described, read, np.array(stamps, np.uint64), bad)
 
