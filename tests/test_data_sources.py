@@ -1,11 +1,13 @@
 """Arrays, ArrayRecord, Parquet and TFDS as sources of data: what is read, named and refused."""
 
 import io
+import itertools
 import json
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
+import cloudpickle
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -520,3 +522,72 @@ def test_labels_of_tfds_are_kept(tmp_path, monkeypatch):
   kept.write_bytes(b"torn")
   again = opened("tfds:photos", size=8, data_dir=tmp_path)
   np.testing.assert_array_equal(again.records.labels, first.records.labels)
+
+
+# --- threads and processes ----------------------------------------------------------------------------
+
+
+def make_sources(folder):
+  """Write the same pictures and labels to each kind of file."""
+  originals = [noise(9, 8, 3) for _ in range(12)]
+  contents, labels = [encoded(each) for each in originals], [row % 2 for row in range(12)]
+  for row, content in enumerate(contents):
+    (folder / "pictures" / "ab"[labels[row]]).mkdir(parents=True, exist_ok=True)
+    (folder / "pictures" / "ab"[labels[row]] / f"{row:02}.png").write_bytes(content)
+  with zipfile.ZipFile(folder / "d.zip", "w") as archive:
+    for file in sorted((folder / "pictures").glob("*/*")):
+      archive.write(file, file.relative_to(folder / "pictures"))
+  npz(folder / "d.npz", images=np.stack(originals), labels=labels)
+  npz(folder / "compressed.npz", True, images=np.stack(originals), labels=labels)
+  npz(folder / "latents.npz", latents=np.stack(originals) / 9, labels=labels, scale=2)
+  data.write_array_record(folder / "d.array_record", contents, labels)
+  pq.write_table(table(contents, labels), folder / "d.parquet", row_group_size=5)
+
+
+SOURCES = ["pictures", "d.zip", "d.npz", "compressed.npz", "latents.npz", "d.array_record", "d.parquet"]
+
+
+@pytest.mark.parametrize("source", [*SOURCES, "tfds:photos"])
+def test_every_source_can_be_sent_to_another_process(tmp_path, source):
+  make_sources(tmp_path)
+  size = None if source == "latents.npz" else 8
+  dataset = opened(source if ":" in source else tmp_path / source, size=size, data_dir=tmp_path)
+  dataset.example(0)
+  sent = cloudpickle.loads(cloudpickle.dumps(dataset))
+  for row in range(9):
+    for a, b in zip(dataset.example(row), sent.example(row), strict=True):
+      np.testing.assert_array_equal(a, b)
+
+
+def take(source, number):
+  """Return the first batches of a stream, and end it."""
+  batches = [tuple(np.array(part) for part in batch) for batch in itertools.islice(source, number)]
+  source.close()
+  return batches
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 8, 12])
+def test_batches_do_not_depend_on_the_number_of_threads(tmp_path, batch_size):
+  make_sources(tmp_path)
+  dataset = opened(tmp_path / "pictures", size=8, crop="random", flip=True)
+  first = take(data.stream(dataset, batch_size, 3, workers=1), 5)
+  for start, workers in ((0, 4), (2, 3)):
+    later = take(data.stream(dataset, batch_size, 3, start, workers=workers), 5 - start)
+    for one, other in zip(first[start:], later, strict=True):
+      for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+  # Every example occurs once in an epoch.
+  rows = np.concatenate([batch[2] for batch in take(data.stream(dataset, batch_size, 3), -(-24 // batch_size))])
+  for epoch in (rows[:12], rows[12:24]):
+    assert sorted(epoch.tolist()) == list(range(12))
+
+
+def test_batches_do_not_depend_on_the_number_of_processes(tmp_path):
+  make_sources(tmp_path)
+  dataset = opened(tmp_path / "d.array_record", size=8, crop="random", flip=True, processes=2)
+  assert dataset.processes == 2
+  in_threads = take(data.stream(dataset, 5, 3, processes=0), 5)
+  in_processes = take(data.stream(dataset, 5, 3, start=2), 3)
+  for one, other in zip(in_threads[2:], in_processes, strict=True):
+    for a, b in zip(one, other, strict=True):
+      np.testing.assert_array_equal(a, b)

@@ -83,6 +83,8 @@ class Pictures(Dataset):
     rows: (n,) the records that are used, by their number.
     image_shape: (height, width, channels) of every example.
     contents: a hash of the files' contents, if the fingerprint should depend on it.
+    workers: the number of threads that read the examples in `jaxguide.data.stream`, or None for its default.
+    processes: the number of processes that read them there.
   """
 
   records: Records
@@ -90,6 +92,8 @@ class Pictures(Dataset):
   rows: np.ndarray
   image_shape: Sequence[int]
   contents: str | None = None
+  workers: int | None = None
+  processes: int = 0
 
   def __len__(self) -> int:
     return len(self.rows)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -47,3 +49,30 @@ def stamp(*parts: object) -> int:
   True
   """
   return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+
+
+class OncePerProcess:
+  """An object that each process makes when it needs it, such as an open file. Pickled, it is how to make it.
+
+  >>> numbers = OncePerProcess(list, "ab")
+  >>> numbers(), numbers() is numbers()
+  (['a', 'b'], True)
+  """
+
+  def __init__(self, make: Callable[..., Any], *arguments: Any):
+    self._make = make, arguments
+    self._lock = threading.Lock()
+    self._made: Any = None
+
+  def __call__(self) -> Any:
+    """Return the object."""
+    if self._made is None:
+      with self._lock:
+        if self._made is None:
+          make, arguments = self._make
+          self._made = make(*arguments)
+    return self._made
+
+  def __reduce__(self) -> Any:
+    make, arguments = self._make
+    return OncePerProcess, (make, *arguments)

@@ -1,12 +1,14 @@
 """A zip file of pictures, with a folder for each class, or with EDM's ``dataset.json``."""
 
+import functools
 import threading
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from jaxguide.data.records import BadRecord, Records, stamp
+from jaxguide.data.records import BadRecord, OncePerProcess, Records, stamp
 from jaxguide.data.sources import folder
 
 LARGEST_RATIO = 1000
@@ -42,21 +44,26 @@ def open_archive(path: Path) -> Records:
   bad = {row: reason for row, member in enumerate(members) if (reason := _reason(member)) is not None}
   bad |= {row: "the archive has it twice" for row in range(1, len(names)) if names[row] == names[row - 1]}
   stamps = [stamp(name, member.file_size, member.CRC) for name, member in zip(names, members, strict=True)]
-  local = threading.local()
-
-  def read(row: int) -> bytes:
-    if not hasattr(local, "archive"):  # One handle for each thread, because reading moves it.
-      local.archive = zipfile.ZipFile(path)
-    try:
-      return local.archive.read(members[row])
-    except Exception as error:  # A damaged archive raises many kinds of exceptions.
-      raise BadRecord(f"it cannot be read from the archive ({error})") from error
-
+  read = functools.partial(_read, OncePerProcess(_Handle, path), members)
   if labels is None:
     described_by = folder.labelled_by_folder(path, names, bad)
   else:
     described_by = folder.labelled_by_json(path, names, labels)
   return Records(str(path), names, *described_by, read, np.array(stamps, np.uint64), bad)
+
+
+def _read(handle: OncePerProcess, members: Sequence[zipfile.ZipInfo], row: int) -> bytes:
+  try:
+    return handle().archive.read(members[row])
+  except Exception as error:  # A damaged archive raises many kinds of exceptions.
+    raise BadRecord(f"it cannot be read from the archive ({error})") from error
+
+
+class _Handle(threading.local):
+  """An open archive for each thread, because reading moves its position."""
+
+  def __init__(self, path: Path):
+    self.archive = zipfile.ZipFile(path)
 
 
 def _parts(member: zipfile.ZipInfo) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Encoded pictures in an ArrayRecord file (https://github.com/google/array_record), with labels in a JSON file."""
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,7 @@ import numpy as np
 
 from jaxguide._core import records as json_records
 from jaxguide._core.files import PathLike, check_readable, replacing, write_atomically
-from jaxguide.data.records import BadRecord, Records
+from jaxguide.data.records import BadRecord, OncePerProcess, Records
 from jaxguide.data.sources.folder import describe_labels
 from jaxguide.data.sources.rows import Numbered, stamps_of_rows
 
@@ -47,24 +48,30 @@ def open_array_record(path: Path) -> Records:
     ValueError: if one of the files is damaged, or they do not fit each other.
     OSError: if one cannot be read.
   """
-  from array_record.python import array_record_module
-
   check_readable(path)
-  reader = array_record_module.ArrayRecordReader(str(path), options=OPTIONS, file_reader_buffer_size=BUFFER)
-  if not reader.ok():
+  reader = OncePerProcess(_reader, path)
+  if not reader().ok():
     raise ValueError(f"{path} is not a complete ArrayRecord file: write it again")
-  number = reader.num_records()
+  number = reader().num_records()
   if not number:
     raise ValueError(f"{path} contains no records")
   described, names = _described(side_file(path), number)
 
-  def read(row: int) -> bytes:
-    try:
-      return reader.read([row])[0]  # The reader may be used by several threads.
-    except RuntimeError as error:
-      raise BadRecord(f"it is damaged ({next(iter(str(error).splitlines()), 'unreadable')})") from error
-
+  read = functools.partial(_read, reader)
   return Records(str(path), names or Numbered("record ", number), *described, read, stamps_of_rows(path, number))
+
+
+def _reader(path: Path) -> Any:
+  from array_record.python import array_record_module
+
+  return array_record_module.ArrayRecordReader(str(path), options=OPTIONS, file_reader_buffer_size=BUFFER)
+
+
+def _read(reader: OncePerProcess, row: int) -> bytes:
+  try:
+    return reader().read([row])[0]  # The reader may be used by several threads.
+  except RuntimeError as error:
+    raise BadRecord(f"it is damaged ({next(iter(str(error).splitlines()), 'unreadable')})") from error
 
 
 def _described(path: Path, number: int) -> tuple[tuple[Any, Any, Any], list[str] | None]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import math
 import struct
 import warnings
@@ -202,11 +203,11 @@ def _latents(rows: np.ndarray | FileRows, shift: Any, scale: Any) -> Any:
         f"{', and not 0' if name == 'scale' else ''}, got {array.dtype} of shape {array.shape}: {array}"
       )
     factors.append(array.astype(np.float64))
+  return functools.partial(_read_latent, rows, factors[0], factors[1])
 
-  def read(row: int) -> np.ndarray:
-    return ((rows[row] - factors[0]) * factors[1]).astype(np.float32)
 
-  return read
+def _read_latent(rows: np.ndarray | FileRows, shift: np.ndarray, scale: np.ndarray, row: int) -> np.ndarray:
+  return ((rows[row] - shift) * scale).astype(np.float32)
 
 
 def _labels(labels: Any, class_names: Any, number: int) -> tuple[Any, Any, int | None]:

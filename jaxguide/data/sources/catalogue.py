@@ -6,6 +6,7 @@ CIFAR-10. To read them once they are prepared, TensorFlow is not needed.
 
 import contextlib
 import difflib
+import functools
 import io
 import math
 import os
@@ -18,7 +19,7 @@ import numpy as np
 from jaxguide._core import checks
 from jaxguide._core.files import replacing
 from jaxguide.data.images import Images
-from jaxguide.data.records import BadRecord, Records, stamp
+from jaxguide.data.records import BadRecord, OncePerProcess, Records, stamp
 from jaxguide.data.sources.rows import Joined, Numbered, spread
 
 DIGITS = "digits"
@@ -72,21 +73,22 @@ def open_catalogue(name: str, split: str, data_dir: str | os.PathLike[str] | Non
   except (RuntimeError, OSError) as error:
     raise OSError(_damaged(name, builder.data_path, error)) from error
 
-  def read(row: int) -> bytes | np.ndarray:
-    try:
-      return source[row]["image"]
-    except (RuntimeError, OSError) as error:
-      raise BadRecord(f"it is damaged ({_line(error)})") from error
-
   return Records(
     name,
     Joined([Numbered(f"{path.name} row ", number) for path, number in paths]),
     labels,
     _class_names(features["label"]),
     num_classes,
-    read,
+    functools.partial(_read_image, OncePerProcess(_encoded, builder, split)),
     np.concatenate([spread(each, number) for each, (_, number) in zip(common, paths, strict=True)]),
   )
+
+
+def _read_image(source: OncePerProcess, row: int) -> bytes | np.ndarray:
+  try:
+    return source()[row]["image"]
+  except (RuntimeError, OSError) as error:
+    raise BadRecord(f"it is damaged ({_line(error)})") from error
 
 
 def _encoded(builder: Any, split: str) -> Any:

@@ -1,5 +1,6 @@
 """A folder of pictures: a sub-folder for each class, or pictures alone."""
 
+import functools
 import json
 import os
 import stat
@@ -69,19 +70,19 @@ def open_folder(path: Path) -> Records:
     described = labelled_by_folder(path, names)
     _warn_of_empty(path, described[1] or ())
 
-  start = os.path.join(path, "")
-
-  def read(row: int) -> bytes:
-    try:
-      # Without a limit in `read`, for which Python would allocate memory; and without a buffer, which copies.
-      with open(start + names[row], "rb", buffering=0) as file:
-        if os.fstat(file.fileno()).st_size > LARGEST_FILE:
-          raise BadRecord(f"it is larger than {LARGEST_FILE:,} bytes")
-        return file.readall()
-    except OSError as error:
-      raise BadRecord(f"it cannot be read ({error.strerror or error})") from error
-
+  read = functools.partial(_read, os.path.join(path, ""), names)
   return Records(str(path), names, *described, read, np.array(stamps, np.uint64), bad)
+
+
+def _read(folder: str, names: Sequence[str], row: int) -> bytes:
+  try:
+    # Without a limit in `read`, for which Python would allocate memory; and without a buffer, which copies.
+    with open(folder + names[row], "rb", buffering=0) as file:
+      if os.fstat(file.fileno()).st_size > LARGEST_FILE:
+        raise BadRecord(f"it is larger than {LARGEST_FILE:,} bytes")
+      return file.readall()
+  except OSError as error:
+    raise BadRecord(f"it cannot be read ({error.strerror or error})") from error
 
 
 def _files(path: Path, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:

@@ -1,6 +1,7 @@
 """Pictures in Parquet files, as Hugging Face's datasets are stored."""
 
 import difflib
+import functools
 import importlib.util
 import json
 import re
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxguide._core.files import check_readable
-from jaxguide.data.records import BadRecord, Records
+from jaxguide.data.records import BadRecord, OncePerProcess, Records
 from jaxguide.data.sources.folder import Described, describe_labels
 from jaxguide.data.sources.rows import Joined, Numbered, part_of, stamps_of_rows
 
@@ -64,17 +65,19 @@ def open_parquet(
   described: Described = (None, None, None)
   if label_column is not None:
     described = _labels(tables, label_column)
-  groups = _Groups(tables)
+  groups = OncePerProcess(_Groups, tables)
   starts = np.cumsum([0, *(len(table) for table in tables)])
 
-  def read(row: int) -> bytes:
-    table = part_of(starts, row)
-    return groups.read(table, row - int(starts[table]))
-
+  read = functools.partial(_read, groups, starts)
   stamps = np.concatenate([stamps_of_rows(table.path, len(table)) for table in tables])
-  groups.warn_if_slow(path)
+  groups().warn_if_slow(path)
   names = Joined([Numbered(f"{table.path.name} row ", len(table)) for table in tables])
   return Records(str(path), names, *described, read, stamps)
+
+
+def _read(groups: OncePerProcess, starts: np.ndarray, row: int) -> bytes:
+  table = part_of(starts, row)
+  return groups().read(table, row - int(starts[table]))
 
 
 def _paths(path: Path, split: str) -> list[Path]:
