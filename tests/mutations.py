@@ -260,8 +260,8 @@ MUTATIONS = [
   Mutation(
     "a resumed training starts its epoch at the wrong image",
     "data/batches.py",
-    "examples[start * batch_size :]",
-    "examples[start:]",
+    "parts[start * number :]",
+    "parts[start:]",
     "test_data.py -k batch",
   ),
   Mutation(
