@@ -262,7 +262,7 @@ MUTATIONS = [
     "data/batches.py",
     "parts[start * number :]",
     "parts[start:]",
-    "test_data.py -k batch",
+    "test_data_sources.py -k number_of_threads",
   ),
   Mutation(
     "the running mean of the parameters is mostly the newest",
