@@ -112,9 +112,7 @@ def describe(
   visible = dataclasses.replace(model, fields={**model.fields, "cudnn_attention": False}) if _cudnn(model) else model
   count = operations.operations(train_step(visible, training), state, *batch)
   part = training.batch_size // training.accumulation
-  activations = (
-    _compiled(model, training, state, batch) if compile else _estimate(model, training, state.params, part)
-  )
+  activations = _compiled(model, training, state, batch) if compile else _estimate(model, training, state.params, part)
   parameters = operations.size(state.params)
   return Description(
     network=_in_words(model),
