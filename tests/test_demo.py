@@ -119,11 +119,11 @@ def test_the_figures_are_those_of_the_samples(rows, out):
 
 
 def test_a_second_run_reuses_the_models_and_has_the_same_results(ran, rows, out):
-  trained = (out / "denoiser" / "config.json").stat().st_mtime_ns
+  trained = (out / "denoiser" / "model" / "config.json").stat().st_mtime_ns
   before = [samples(out, row)[0] for row in rows]
   _, progress = called("demo", "--out", out, "--no-progress")
   assert "training" not in progress
-  assert (out / "denoiser" / "config.json").stat().st_mtime_ns == trained
+  assert (out / "denoiser" / "model" / "config.json").stat().st_mtime_ns == trained
   again = evaluation.read_csv(out / "sweep.csv")
   assert [row.accuracy for row in again] == [row.accuracy for row in rows]
   for row, images in zip(rows, before, strict=True):

@@ -23,8 +23,7 @@ import pytest
 from jaxguide import training
 from jaxguide._core.files import lock
 from jaxguide.data import Images
-from jaxguide.models import folders as model
-from jaxguide.training import ModelConfig, TrainingConfig, loop, step
+from jaxguide.training import ModelConfig, RunConfig, TrainingConfig, checkpoints, loop, run_folder, step
 
 pytestmark = [
   # Orbax leaves files open when it fails.
@@ -38,6 +37,7 @@ UNET = ModelConfig(
   2,
 )
 HOW = TrainingConfig(steps=6, batch_size=3, save_every=2)
+LOGS = RunConfig(log_every=2, sample_every=0)
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 1)).astype(np.uint8)
 IMAGES = Images(PIXELS, np.arange(8, dtype=np.int32) % 2, 2, "mine")
 
@@ -54,10 +54,9 @@ def runs(compiled, patch):
   this step was computed.
   """
   compiled_step, first = compiled
-  patch.setattr(loop, "CHUNK", 2)
   patch.setattr(loop, "init_state", lambda *args: jax.tree.map(jnp.copy, first))
 
-  def fit(folder, stop=None, poison=None, value=jnp.inf, images=IMAGES, how=HOW, **options):
+  def fit(folder, stop=None, poison=None, value=jnp.inf, images=IMAGES, how=HOW, run=LOGS, **options):
     def faulty(state, *batch):
       number = int(state.step)
       if number == stop:
@@ -69,7 +68,7 @@ def runs(compiled, patch):
       return state, metrics
 
     patch.setattr(loop, "train_step", lambda *args: faulty)
-    return training.fit(UNET, how, images, folder, progress=False, **options)
+    return training.fit(UNET, how, images, folder, run=run, progress=False, **options)
 
   return fit
 
@@ -196,8 +195,8 @@ def test_a_state_that_is_not_finite_is_not_saved(run, whole, tmp_path, step):
   message = rf"params/params/out_2/kernel is not finite after step {step}; the checkpoint of step {step - 1} is kept"
   with pytest.raises(FloatingPointError, match=message):
     run(tmp_path / "run", poison=step)
-  with pytest.raises(FileNotFoundError):
-    training.load(tmp_path / "run")
+  assert not np.isinf(jax.tree.leaves(training.load(tmp_path / "run").params)[0]).any()
+  assert not json.loads((tmp_path / "run" / "model" / "training.json").read_text()).get("finished")
   assert same_bits(run(tmp_path / "run").params, whole[0].params)
 
 
@@ -206,8 +205,7 @@ def test_parameters_whose_loss_is_not_finite_are_not_saved(run, tmp_path, step, 
   # These parameters are finite, but the loss of the next step is not.
   with pytest.raises(FloatingPointError, match=rf"the loss is not finite {message} .*Try a lower learning_rate"):
     run(tmp_path, poison=step, value=1e38)
-  with pytest.raises(FileNotFoundError):
-    training.load(tmp_path)
+  assert not json.loads((tmp_path / "model" / "training.json").read_text()).get("finished")
 
 
 @pytest.mark.slow
@@ -297,22 +295,44 @@ def test_records_of_older_versions_are_read(run, whole):
   ids=range(7),
 )
 def test_invalid_records(run, whole, content, message):
-  path = whole[1] / "training.json"
-  path.unlink() if content is None else path.write_text(content)
+  for path in (whole[1] / "training.json", whole[1] / "model" / "training.json"):
+    path.unlink() if content is None else path.write_text(content)
   with pytest.raises(ValueError, match=message):
     run(whole[1])
   assert training.load(whole[1]).config == UNET
 
 
-def test_a_model_that_was_saved_without_training_is_not_accepted(run, whole, broken):
-  other = jax.tree.map(jnp.zeros_like, whole[0].params)
-  training.save(whole[1], training.Model(UNET, other))
+def test_a_model_that_was_saved_without_training_is_not_accepted(run, whole, broken, tmp_path):
+  other = training.Model(UNET, jax.tree.map(jnp.zeros_like, whole[0].params))
+  training.save(tmp_path / "saved", other)
   with pytest.raises(ValueError, match=r"contains a model, but no training\.json"):
-    run(whole[1])
-  with pytest.raises(ValueError, match="contains an unfinished training: finish it"):
-    training.save(broken, training.Model(UNET, other))
-  assert same_bits(run(whole[1], retrain=True).params, whole[0].params)
-  run(broken)
+    run(tmp_path / "saved")
+  for folder in (whole[1], broken):
+    with pytest.raises(ValueError, match="contains a training run: choose another folder"):
+      training.save(folder, other)
+  assert same_bits(run(tmp_path / "saved", retrain=True).params, whole[0].params)
+  assert same_bits(training.load(tmp_path / "saved").params, whole[0].params)
+
+
+def test_a_model_of_an_older_version_is_loaded_and_stays_until_its_retraining_is_complete(run, whole):
+  folder = whole[1]
+  for name in ("params", "checksums.json", "config.json"):
+    (folder / "model" / name).rename(folder / name)
+  for name in ("model", "checkpoints"):
+    shutil.rmtree(folder / name)
+  assert same_bits(training.load(folder).params, whole[0].params)
+  assert same_bits(run(folder).params, whole[0].params)
+  assert (folder / "config.json").exists()
+  with pytest.raises(ValueError, match=r"training\.steps is 6 there, and 8 here"):
+    run(folder, how=dataclasses.replace(HOW, steps=8))
+  how = dataclasses.replace(HOW, seed=7)
+  with pytest.raises(KeyboardInterrupt):
+    run(folder, retrain=True, how=how, stop=3)
+  assert same_bits(training.load(folder).params, whole[0].params)
+  again = run(folder, how=how)
+  assert same_bits(training.load(folder).params, again.params)
+  assert not same_bits(again.params, whole[0].params)
+  assert not (folder / "config.json").exists()
 
 
 def test_a_model_stays_until_its_retraining_is_complete(run, whole):
@@ -330,27 +350,33 @@ def test_a_model_stays_until_its_retraining_is_complete(run, whole):
   assert not (folder / "retraining").exists()
 
 
-@pytest.mark.parametrize("change", range(4))
+@pytest.mark.parametrize("change", range(3))
 def test_a_run_that_is_killed_while_it_replaces_a_model(run, whole, monkeypatch, change):
   folder, how = whole[1], dataclasses.replace(HOW, seed=7)
-  replace, moved = Path.replace, []
+  rename, rmtree, changes = Path.rename, shutil.rmtree, []
 
-  def replace_or_die(path, target):
-    if path.parent.name == "retraining" and not path.name.startswith("."):
-      if len(moved) == change:
-        raise KeyboardInterrupt
-      moved.append(path.name)
-    return replace(path, target)
+  def or_die(call):
+    def changed(path, *args, **options):
+      if Path(path).name in ("model", "model.new", "model.old"):
+        if len(changes) == change:
+          raise KeyboardInterrupt
+        changes.append(Path(path).name)
+      return call(path, *args, **options)
+
+    return changed
 
   with monkeypatch.context() as patch:
-    patch.setattr(Path, "replace", replace_or_die)
+    patch.setattr(Path, "rename", or_die(rename))
+    patch.setattr(shutil, "rmtree", or_die(rmtree))
     with pytest.raises(KeyboardInterrupt):
       run(folder, retrain=True, how=how)
+  assert changes == ["model", "model.new", "model.old"][:change]
+  # One of the two models is there at any moment.
+  assert same_bits(training.load(folder).params, whole[0].params) == (change < 2)
   again = run(folder, how=how)
-  assert len(moved) == change
   assert not same_bits(again.params, whole[0].params)
   assert same_bits(training.load(folder).params, again.params)
-  assert not (folder / "retraining").exists()
+  assert not [path for path in folder.iterdir() if path.name.startswith("model.")]
 
 
 def test_checkpoints_are_removed_before_their_record(broken, monkeypatch):
@@ -358,8 +384,8 @@ def test_checkpoints_are_removed_before_their_record(broken, monkeypatch):
   monkeypatch.setattr(
     shutil, "rmtree", lambda path, **_: removed.append((path.name, (broken / "training.json").exists()))
   )
-  model.remove(broken)
-  assert removed == [("checkpoints", True)]
+  run_folder.clear(broken)
+  assert removed[0] == ("checkpoints", True)
   assert not (broken / "training.json").exists()
 
 
@@ -380,9 +406,11 @@ def test_a_folder_in_use(run, whole):
 def test_incomplete_files_of_a_killed_run_are_removed(run, whole, broken):
   (broken / ".0123.part").touch()
   shutil.copytree(broken / "checkpoints" / "4", broken / "checkpoints" / "6.orbax-checkpoint-tmp")
-  shutil.copytree(broken / "checkpoints" / "4" / "state", broken / "params.orbax-checkpoint-tmp")
+  shutil.copytree(broken / "checkpoints" / "4" / "state", broken / "model.new" / "params.orbax-checkpoint-tmp")
   assert same_bits(run(broken).params, whole[0].params)
-  assert sorted(path.name for path in broken.iterdir()) == ["checksums.json", "config.json", "params", "training.json"]
+  parts = ["checkpoints", "config.toml", "index.html", "metrics.jsonl", "model", "training.json"]
+  assert sorted(path.name for path in broken.iterdir()) == parts
+  assert sorted(path.name for path in (broken / "checkpoints").iterdir()) == ["4", "6"]
 
 
 @pytest.mark.slow
@@ -424,20 +452,26 @@ def small_files():
   return Limit
 
 
-def test_a_full_disk_gives_one_error_and_nothing_is_lost(run, whole, broken, small_files):
+def test_a_full_disk_gives_one_error_and_nothing_is_lost(run, whole, broken, small_files, capfd):
   with (
     small_files(),
-    pytest.raises(OSError, match=r"cannot write .*broken/params: File too large; free some space") as error,
+    pytest.raises(OSError, match=r"cannot write .*broken/checkpoints/6: File too large; free some space") as error,
   ):
     run(broken)
   assert "\n" not in str(error.value)
-  shutil.rmtree(broken / "checkpoints" / "4")
-  with (
-    small_files(),
-    pytest.raises(OSError, match=r"cannot write .*broken/checkpoints/4: File too large; free some space"),
-  ):
-    run(broken)
-  assert sorted(path.name for path in (broken / "checkpoints").iterdir()) == ["2"]
+  assert sorted(path.name for path in (broken / "checkpoints").iterdir()) == ["2", "4"]
+  assert "Traceback" not in capfd.readouterr().err
+  assert same_bits(run(broken).params, whole[0].params)
+
+
+def test_a_full_disk_while_the_model_is_written(run, whole, broken, small_files, monkeypatch):
+  before = training.load(broken)
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints.Checkpoints, "save", lambda *args: None)
+    with small_files(), pytest.raises(OSError, match=r"cannot write .*model.new/params: File too large; free some"):
+      run(broken)
+  assert same_bits(training.load(broken).params, before.params)
+  assert not (broken / "model.new").exists()
   assert same_bits(run(broken).params, whole[0].params)
 
 
@@ -445,7 +479,7 @@ def test_too_little_disk_space_is_noticed_before_writing(run, whole, broken, mon
   with monkeypatch.context() as patch:
     patch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10**6))
     with pytest.raises(
-      OSError, match=r"broken/params: No space left on device, it needs [\d,]+ bytes and 1,000,000 are"
+      OSError, match=r"checkpoints/6: No space left on device, it needs [\d,]+ bytes and 1,000,000 are"
     ):
       run(broken)
   assert capfd.readouterr().err == ""
@@ -458,17 +492,19 @@ def test_too_little_disk_space_is_noticed_before_writing(run, whole, broken, mon
 @pytest.mark.parametrize(
   ("given", "message"),
   [
-    ({"images": PIXELS}, r"images must be a jaxguide.data.Images, got ndarray: .*Images\(images, labels, num_classes"),
-    ({"images": (PIXELS, IMAGES.labels)}, "images must be a jaxguide.data.Images, got tuple"),
+    ({"data": PIXELS}, r"data must be a dataset, got ndarray: make one .*Images\(images, labels, num_classes"),
+    ({"data": (PIXELS, IMAGES.labels)}, "data must be a dataset, got tuple"),
+    ({"run": {"keep": 3}}, "run must be a RunConfig, got dict"),
+    ({"callback": 3}, "callback must be a function of step, state and metrics, got int"),
     ({"model": HOW, "training": UNET}, "model must be a ModelConfig, got TrainingConfig"),
     ({"training": None}, "training must be a TrainingConfig, got NoneType"),
     ({"model": "unet"}, "model must be a ModelConfig, got str"),
   ],
-  ids=range(5),
+  ids=range(7),
 )
 def test_arguments_of_wrong_types(tmp_path, monkeypatch, given, message):
   monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-  arguments = {"model": UNET, "training": HOW, "images": IMAGES, "folder": tmp_path / "folder", **given}
+  arguments = {"model": UNET, "training": HOW, "data": IMAGES, "folder": tmp_path / "folder", **given}
   with pytest.raises(TypeError, match=message):
     training.fit(**arguments)
   assert not (tmp_path / "folder").exists()

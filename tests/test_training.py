@@ -118,8 +118,8 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(images, tmp_path, 
     patch.setattr(loop, "train_step", lambda *args: killed)
     with pytest.raises(KeyboardInterrupt):
       training.fit(UNET, config, images, tmp_path / "killed", progress=False)
-    with pytest.raises(FileNotFoundError, match="there is no model"):
-      training.load(tmp_path / "killed")
+    # The mean at the last checkpoint can be used, while the training is not finished.
+    assert not leaves_equal(training.load(tmp_path / "killed").params, whole.params)
     seen.clear()
     resumed = training.fit(UNET, config, images, tmp_path / "killed", progress=False)
   assert seen == list(range(40, 51))  # The last step only computes the final loss.
@@ -183,7 +183,7 @@ def test_the_running_mean_agrees_with_its_definition(images):
 
 
 def test_a_damaged_model_is_not_loaded(trained, tmp_path):
-  params, whole = trained[0].params, shutil.copytree(trained[1], tmp_path / "whole")
+  params, whole = trained[0].params, shutil.copytree(trained[1] / "model", tmp_path / "whole")
 
   damaged = shutil.copytree(whole, tmp_path / "damaged")
   for path in sorted((damaged / "params").rglob("*")):
@@ -304,7 +304,7 @@ def test_the_wrong_kind_of_model(trained):
 SUPER_RES = ModelConfig("super_res_unet", TINY, image_shape=(4, 4, 1), num_classes=2, low_res_shape=(2, 2, 1))
 
 
-def test_a_super_resolution_model_can_be_saved_and_used_but_not_trained(images, tmp_path):
+def test_a_super_resolution_model_can_be_saved_and_used(tmp_path):
   shapes = jax.eval_shape(lambda key: init_params(SUPER_RES, key), jax.random.key(0))
   params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
   training.save(tmp_path / "model", training.Model(SUPER_RES, params))
@@ -313,9 +313,6 @@ def test_a_super_resolution_model_can_be_saved_and_used_but_not_trained(images, 
   cond = {"label": jnp.asarray(1), "low_res": jnp.zeros((2, 2, 1))}
   seen = jax.eval_shape(loaded.denoiser, jnp.ones((4, 4, 1)), jnp.asarray(1.0), cond)
   assert seen.shape == (4, 4, 1)
-  with pytest.raises(ValueError, match="fit cannot train a super_res_unet"):
-    training.fit(SUPER_RES, TrainingConfig(steps=1), images, tmp_path / "trained")
-  assert not (tmp_path / "trained").exists()
 
 
 @pytest.mark.parametrize(("fields", "null"), [({}, 2), ({"null_class": False}, None)])

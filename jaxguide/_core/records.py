@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxguide._core.files import PathLike
 
@@ -104,10 +104,27 @@ def defaults(cls: type) -> dict[str, Any]:
   return {field.name: field.default for field in dataclasses.fields(cls) if field.default is not dataclasses.MISSING}
 
 
+class Difference(NamedTuple):
+  """A field in which two records differ. A value is `ABSENT` if the record does not have the field.
+
+  Args:
+    name: the field, such as ``training.steps``.
+    stored: its value in the record of the run that already exists ("there").
+    requested: its value in the record of the run that is requested now ("here").
+  """
+
+  name: str
+  stored: Any
+  requested: Any
+
+  def __str__(self) -> str:
+    return f"{self.name} is {_shown(self.stored)} there, and {_shown(self.requested)} here"
+
+
 def differences(
   stored: Mapping[str, Any], requested: Mapping[str, Any], default: Mapping[str, Any] | None = None
 ) -> list[str]:
-  """List the fields in which two records differ, with both values.
+  """List the fields in which two records differ, with both values, as texts.
 
   Args:
     stored: the record of the run that already exists ("there").
@@ -121,29 +138,41 @@ def differences(
   >>> differences({"training": {"steps": 5}}, {"training": {"steps": 9, "seed": 0}}, {"training": {"seed": 0}})
   ['training.steps is 5 there, and 9 here']
   """
-  texts: list[str] = []
-  _compare("", stored, requested, default or {}, texts)
-  return texts
+  return [str(difference) for difference in compare(stored, requested, default)]
 
 
-def _compare(name: str, stored: Any, requested: Any, default: Any, texts: list[str]) -> None:
-  """Append a text to ``texts`` for each difference between two values of a field, or of its parts."""
+def compare(
+  stored: Mapping[str, Any], requested: Mapping[str, Any], default: Mapping[str, Any] | None = None
+) -> list[Difference]:
+  """List the fields in which two records differ, as `differences` does, but not as texts.
+
+  >>> compare({"training": {"steps": 5}}, {"training": {"steps": 9}})
+  [Difference(name='training.steps', stored=5, requested=9)]
+  """
+  found: list[Difference] = []
+  _compare("", stored, requested, default or {}, found)
+  return found
+
+
+def _compare(name: str, stored: Any, requested: Any, default: Any, found: list[Difference]) -> None:
+  """Append to ``found`` each difference between two values of a field, or of its parts."""
   if isinstance(stored, Mapping) and isinstance(requested, Mapping):
     defaults = default if isinstance(default, Mapping) else {}
     for key in dict.fromkeys([*stored, *requested]):
-      default = defaults.get(key, _ABSENT)
-      _compare(f"{name}.{key}" if name else key, stored.get(key, default), requested.get(key, default), default, texts)
+      default = defaults.get(key, ABSENT)
+      _compare(f"{name}.{key}" if name else key, stored.get(key, default), requested.get(key, default), default, found)
   elif _plain(stored) != _plain(requested):
-    texts.append(f"{name} is {_shown(stored)} there, and {_shown(requested)} here")
+    found.append(Difference(name, stored, requested))
 
 
-_ABSENT = object()
+ABSENT = object()
+"""The value of a field that a record does not have."""
 
 
 def _plain(value: Any) -> Any:
   """Convert a default to the form in which JSON returns it."""
-  return value if value is _ABSENT or value is None else json.loads(json.dumps(value))
+  return value if value is ABSENT or value is None else json.loads(json.dumps(value))
 
 
 def _shown(value: Any) -> str:
-  return "absent" if value is _ABSENT else repr(value)
+  return "absent" if value is ABSENT else repr(value)

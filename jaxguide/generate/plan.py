@@ -237,7 +237,7 @@ def _load(folder: PathLike, settings: Settings) -> Model:
 
 def _classifier(settings: Settings, model: Model) -> Model:
   folder = settings.classifier or Path(settings.model).parent / "classifier"
-  if settings.classifier is None and not Path(folder, "config.json").exists():
+  if settings.classifier is None and not models.exists(folder):
     raise FileNotFoundError(f"guidance by a classifier needs one, and there is none in {folder}: give classifier")
   classifier = _load(folder, settings)
   if classifier.config.role is not CLASSIFIER:

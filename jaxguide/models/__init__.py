@@ -6,7 +6,7 @@
 """
 
 from jaxguide.models.config import ModelConfig
-from jaxguide.models.folders import load, save
+from jaxguide.models.folders import exists, load, save
 from jaxguide.models.model import Model
 
-__all__ = ["Model", "ModelConfig", "load", "save"]
+__all__ = ["Model", "ModelConfig", "exists", "load", "save"]

@@ -11,9 +11,10 @@ import re
 import shutil
 import sys
 import textwrap
+import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +123,8 @@ def attempt(call: Callable[[], Any], patience: float = 0.0) -> tuple[Any, str | 
   Returns:
     The result and None; or None and the reason of the failure.
   """
-  captured, absl = io.StringIO(), logging.getLogger("absl")
-  result, failure, hook = None, None, sys.unraisablehook
-  absl.addFilter(_has_no_traceback)
-  sys.unraisablehook = lambda event: None if _is_of_orbax(event.object) else hook(event)
-  try:
+  captured, result, failure = io.StringIO(), None, None
+  with _STDERR, without_tracebacks():
     with contextlib.redirect_stderr(captured):
       try:
         result = call()
@@ -139,16 +137,30 @@ def attempt(call: Callable[[], Any], patience: float = 0.0) -> tuple[Any, str | 
         while length != (length := captured.tell()):
           gc.collect()  # The exception no longer refers to the tasks, so they are collected here.
           time.sleep(patience)
-  finally:
-    absl.removeFilter(_has_no_traceback)
-    sys.unraisablehook = hook
-  if failure is None:
-    sys.stderr.write(captured.getvalue())
+    if failure is None:
+      sys.stderr.write(captured.getvalue())
   return result, failure
 
 
-def _has_no_traceback(record: logging.LogRecord) -> bool:
-  return not record.exc_info
+# sys.stderr belongs to all threads: one at a time may redirect it.
+_STDERR = threading.RLock()
+
+
+@contextlib.contextmanager
+def without_tracebacks() -> Iterator[None]:
+  """Discard the tracebacks that Orbax's threads and tasks print while the block runs."""
+  absl, hook = logging.getLogger("absl"), sys.unraisablehook
+
+  def has_no_traceback(record: logging.LogRecord) -> bool:
+    return not record.exc_info
+
+  absl.addFilter(has_no_traceback)
+  sys.unraisablehook = lambda event: None if _is_of_orbax(event.object) else hook(event)
+  try:
+    yield
+  finally:
+    absl.removeFilter(has_no_traceback)
+    sys.unraisablehook = hook
 
 
 def _is_of_orbax(coroutine: Any) -> bool:
@@ -170,15 +182,28 @@ def write(path: Path, tree: PyTree, call: Callable[[], Any]) -> None:
   Raises:
     OSError: if the call fails or there is too little space, with the path and the reason.
   """
-  needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + MARGIN
-  free = shutil.disk_usage(path.parent).free
-  # Checking the space first saves the time of the attempt, and Orbax's error output.
-  failure = f"{os.strerror(errno.ENOSPC)}, it needs {needed:,} bytes and {free:,} are free" if free < needed else None
-  if failure is None:
-    _, failure = attempt(call, PATIENCE)
+  check_space(path, tree)
+  _, failure = attempt(call, PATIENCE)
   if failure is not None:
     remove_unfinished(path.parent, path.name)
-    raise OSError(f"cannot write {path}: {failure}; free some space there, or choose another path")
+    raise cannot_write(path, failure)
+
+
+def check_space(path: Path, tree: PyTree) -> None:
+  """Check that there is space for a tree at ``path``. This saves the time of an attempt, and Orbax's error output.
+
+  Raises:
+    OSError: if there is too little space.
+  """
+  needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + MARGIN
+  free = shutil.disk_usage(path.parent).free
+  if free < needed:
+    raise cannot_write(path, f"{os.strerror(errno.ENOSPC)}, it needs {needed:,} bytes and {free:,} are free")
+
+
+def cannot_write(path: Path, failure: str) -> OSError:
+  """Return the error for a folder that cannot be written, with the reason."""
+  return OSError(f"cannot write {path}: {failure}; free some space there, or choose another path")
 
 
 def remove_unfinished(folder: Path, name: str = "") -> None:

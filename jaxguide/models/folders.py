@@ -3,11 +3,15 @@
 The folder of a model has ``config.json`` with its configuration, ``params`` with its parameters as an Orbax checkpoint,
 and ``checksums.json`` with checksums of both. ``config.json`` is written last and removed first: if writing is
 interrupted, the folder contains no model instead of an incomplete one.
+
+The folder of a training run has its model in the subfolder ``model``, which is replaced while the run goes on: the new
+model is written beside the old one, and then they are swapped by renames. `load` takes either kind of folder.
 """
 
 import dataclasses
 import json
 import shutil
+import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +28,12 @@ from jaxguide.models import arrays
 from jaxguide.models.config import ModelConfig
 from jaxguide.models.model import Model, check, shapes
 
+MODEL, NEW, OLD = "model", "model.new", "model.old"
+"""The subfolder of a run with its model; and its names while it is written, and while it is replaced."""
+
+ATTEMPTS = 5
+"""How often `load` tries to read a model that is replaced meanwhile."""
+
 
 def save(folder: PathLike, model: Model) -> None:
   """Write a model to a folder. A model that is already there is replaced.
@@ -33,15 +43,15 @@ def save(folder: PathLike, model: Model) -> None:
   Raises:
     OSError: if the folder cannot be written, or is in use.
     ValueError: if the parameters do not fit the network, are not floating-point numbers or not finite, or if the folder
-      contains an unfinished training.
+      contains a training run.
   """
   folder = Path(folder).absolute()
   check(model)
   model = dataclasses.replace(model, params=_plain(model))
   check_writable(folder / "config.json")
   with lock(folder / ".lock", folder):
-    if (folder / "checkpoints").exists() and not (folder / "config.json").exists():
-      raise ValueError(f"{folder} contains an unfinished training: finish it, remove it, or choose another folder")
+    if (folder / "checkpoints").exists() or located(folder) != folder:
+      raise ValueError(f"{folder} contains a training run: choose another folder, or remove the run")
     remove_parts(folder)
     # training.json describes the training of the model that is replaced.
     (folder / "training.json").unlink(missing_ok=True)
@@ -88,11 +98,62 @@ def _checksum(config: Mapping[str, Any]) -> str:
   return f"{zlib.crc32(json.dumps(config, sort_keys=True).encode()):08x}"
 
 
-def load(folder: PathLike, *, verify: bool = True) -> Model:
-  """Read a model that `save` wrote.
+def located(folder: PathLike) -> Path:
+  """Return the folder that has the model's files: ``folder`` itself, or its subfolder if it is that of a training run.
+
+  >>> located("runs/nothing-there").name
+  'nothing-there'
+  """
+  folder = Path(folder)
+  # While a model is replaced, there is for a moment only the old one.
+  return next((folder / name for name in (MODEL, OLD) if (folder / name / "config.json").exists()), folder)
+
+
+def exists(folder: PathLike) -> bool:
+  """Whether there is a model in a folder, which may be damaged."""
+  return (located(folder) / "config.json").exists()
+
+
+def publish(run: Path, model: Model, record: Mapping[str, Any]) -> None:
+  """Write the model of a training run, and replace the one before it. The caller must hold the lock of the run.
+
+  If the process is killed, the old model or the new one is there.
 
   Args:
-    folder: the folder of the model.
+    run: the folder of the run.
+    model: the model.
+    record: the record of the training, stored in the file ``training.json`` beside the parameters.
+  """
+  recover(run)
+  new, old = run / NEW, run / OLD
+  new.mkdir(parents=True)
+  try:
+    write(new, model)
+    write_atomically(new / "training.json", json.dumps(record, indent=2).encode())
+  except BaseException:
+    shutil.rmtree(new, ignore_errors=True)
+    raise
+  if (run / MODEL).exists():
+    (run / MODEL).rename(old)
+  new.rename(run / MODEL)
+  sync_folder(run)
+  shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(run: Path) -> None:
+  """Put a model into its place that an interrupted `publish` left beside it, and remove what is incomplete."""
+  if (run / OLD).exists() and not (run / MODEL).exists():
+    (run / OLD).rename(run / MODEL)
+  for name in (NEW, OLD):
+    if (run / name).exists():
+      shutil.rmtree(run / name)
+
+
+def load(folder: PathLike, *, verify: bool = True) -> Model:
+  """Read a model that `save` or a training wrote. The training may be going on: its newest model is read.
+
+  Args:
+    folder: the folder of the model, or of a training run.
     verify: whether to compare configuration and parameters with the checksums that were saved with them. Use False for
       a model without checksums, or whose ``config.json`` was edited on purpose; then `save` it to update the checksums.
 
@@ -106,9 +167,30 @@ def load(folder: PathLike, *, verify: bool = True) -> Model:
     model = load("runs/demo/denoiser")
     guided = jaxguide.classifier_free(model.null_cond, 2.0)(model.denoiser)
   """
+  folder = Path(folder).absolute()
+  for _ in range(ATTEMPTS - 1):
+    before = _identity(folder)
+    try:
+      return _load(located(folder), verify)
+    except (OSError, ValueError):
+      if _identity(folder) == before:
+        raise
+      time.sleep(0.1)  # A training has replaced the model meanwhile.
+  return _load(located(folder), verify)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+  """Return the number of the model's folder in the file system, and the time of its change; None if there is none."""
+  try:
+    stat = located(folder).stat()
+  except OSError:
+    return None
+  return stat.st_ino, stat.st_mtime_ns
+
+
+def _load(folder: Path, verify: bool) -> Model:
   import orbax.checkpoint as ocp
 
-  folder = Path(folder).absolute()
   path = folder / "config.json"
   try:
     fields = records.read(path)
@@ -176,15 +258,3 @@ def _read_checksums(folder: Path, config: Mapping[str, Any], expected: PyTree) -
       "model with verify=False and save it again"
     )
   return checksums
-
-
-def remove(folder: PathLike) -> None:
-  """Remove a model and the checkpoints of its training. Other files in the folder stay."""
-  folder = Path(folder)
-  # training.json is removed after the checkpoints that it describes. Otherwise, after an interruption, a training with
-  # another configuration could continue from them.
-  for part in ("config.json", "checksums.json", "params", "checkpoints", "training.json"):
-    if (folder / part).is_dir():
-      shutil.rmtree(folder / part)
-    else:
-      (folder / part).unlink(missing_ok=True)

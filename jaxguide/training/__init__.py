@@ -13,12 +13,16 @@ from jaxguide.training.ema import PowerFunctionEMA
 from jaxguide.training.loop import fit
 from jaxguide.training.objectives import objective
 from jaxguide.training.rates import inverse_sqrt
+from jaxguide.training.run_config import RunConfig
+from jaxguide.training.signals import Interrupted
 from jaxguide.training.step import TrainState, init_state, optimizer, train_step
 
 __all__ = [
+  "Interrupted",
   "Model",
   "ModelConfig",
   "PowerFunctionEMA",
+  "RunConfig",
   "TrainState",
   "TrainingConfig",
   "fit",

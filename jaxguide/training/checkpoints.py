@@ -1,40 +1,98 @@
-"""Checkpoints of a training run. The last two are kept, each with checksums."""
+"""Checkpoints of a training run, written by Orbax while the training goes on. The newest are kept, with checksums."""
 
+import contextlib
 import shutil
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from jaxguide._core.typing import PyTree
 from jaxguide.models import arrays
 from jaxguide.training.step import TrainState
 
 
 def steps(folder: Path) -> list[int]:
-  """Return the steps that have a checkpoint."""
-  return [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+  """Return the steps that have a checkpoint, in increasing order."""
+  return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
 
 
-def _manager(folder: Path) -> Any:
-  """Return Orbax's checkpoint manager. It keeps two checkpoints, in case the last one is damaged."""
-  import orbax.checkpoint as ocp
+class Checkpoints:
+  """Writes checkpoints in the background. Use it as a context manager.
 
-  options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-  return ocp.CheckpointManager(folder, options=options)
+  Args:
+    folder: the folder of the checkpoints; it is created if necessary.
+    keep: number of checkpoints to keep, the newest ones. With 2 or more, a damaged one is no loss.
+    keep_every: checkpoints whose step is a multiple of this are kept too; None for no others.
+  """
+
+  def __init__(self, folder: Path, keep: int = 2, keep_every: int | None = None):
+    import orbax.checkpoint as ocp
+
+    folder.mkdir(parents=True, exist_ok=True)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every, enable_async_checkpointing=True)
+    self.folder, self._manager = folder, ocp.CheckpointManager(folder, options=options)
+    self._pending: int | None = None
+    self._stack = contextlib.ExitStack()
+
+  def __enter__(self) -> "Checkpoints":
+    self._stack.enter_context(arrays.without_tracebacks())
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    with self._stack:
+      if self._manager is not None:
+        self._manager.close()
+
+  def save(self, state: TrainState, step: int) -> None:
+    """Start to write the checkpoint of a step. The state may be donated as soon as this returns.
+
+    Raises:
+      OSError: if this checkpoint or the one before it cannot be written, naming the reason. Earlier ones stay.
+    """
+    import orbax.checkpoint as ocp
+
+    self.wait()
+    arrays.check_space(self.folder / str(step), state)
+    items = {"state": ocp.args.StandardSave(state), "checksums": ocp.args.JsonSave(checksums(state))}
+    self._pending = step
+    self._attempt(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
+
+  def wait(self) -> None:
+    """Wait until the last checkpoint is written.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
+    if self._pending is not None:
+      self._attempt(self._manager.wait_until_finished)
+      self._pending = None
+
+  def remove(self, step: int) -> None:
+    """Remove the checkpoint of a step."""
+    self.wait()
+    self._manager.delete(step)
+
+  def abandon(self) -> None:
+    """Do not wait for what is being written. The next run removes the incomplete files."""
+    self._manager = None
+
+  def _attempt(self, call: Callable[[], Any]) -> None:
+    _, failure = arrays.attempt(call, arrays.PATIENCE)
+    if failure is not None:
+      path, self._pending = self.folder / str(self._pending), None
+      arrays.remove_unfinished(self.folder, path.name)
+      raise arrays.cannot_write(path, failure)
 
 
-def save(folder: Path, state: TrainState, step: int) -> None:
-  """Write the checkpoint of a step."""
-  import orbax.checkpoint as ocp
-
-  items = {"state": ocp.args.StandardSave(state), "checksums": ocp.args.JsonSave(arrays.checksums(state))}
-
-  def save():
-    with _manager(folder) as manager:
-      manager.save(step, args=ocp.args.Composite(**items))
-
-  arrays.write(folder / str(step), state, save)
+def checksums(tree: PyTree) -> dict[str, dict[str, Any]]:
+  """Return `jaxguide.models.arrays.checksums` of a tree, computed in several threads."""
+  leaves = arrays.leaves(tree)
+  with ThreadPoolExecutor() as pool:
+    return dict(zip(leaves, pool.map(arrays.checksum, leaves.values()), strict=True))
 
 
 def restore(folder: Path, state: TrainState) -> TrainState:
@@ -55,7 +113,8 @@ def restore(folder: Path, state: TrainState) -> TrainState:
   items = {"state": ocp.args.StandardRestore(template), "checksums": ocp.args.JsonRestore()}
 
   def restore(step: int) -> TrainState:
-    with _manager(folder) as manager:
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    with ocp.CheckpointManager(folder, options=options) as manager:
       checkpoint = manager.restore(step, args=ocp.args.Composite(**items))
     arrays.check(checkpoint["state"], checkpoint["checksums"])
     if checkpoint["state"].step != step:
@@ -65,7 +124,7 @@ def restore(folder: Path, state: TrainState) -> TrainState:
   folder.mkdir(exist_ok=True)
   arrays.remove_unfinished(folder)
   damaged: dict[int, str] = {}
-  for step in sorted(steps(folder), reverse=True):
+  for step in reversed(steps(folder)):
     restored, failure = arrays.attempt(lambda: restore(step))  # noqa: B023
     if failure is None:
       for number, reason in damaged.items():

@@ -1,261 +1,435 @@
-"""The training loop: a Python loop over one jitted step, with checkpoints to resume from and checks for finite values.
+"""The training loop: a Python loop over one jitted step, which can be stopped or killed, and continued.
 
 The state after step ``k`` depends on the configuration and the data alone, whether or not the run was interrupted:
 batch ``k`` and the random key of step ``k`` are derived from the seed and ``k``.
 
-The folder of a training contains ``training.json``, a record of everything that the state depends on. A lock allows one
-process at a time to write to the folder.
+`jaxguide.training.run_folder` describes what a run writes. A lock allows one process at a time to write to the folder.
 """
 
-import dataclasses
-import json
-import shutil
+import contextlib
+import logging
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxguide._core import checks, devices, records
-from jaxguide._core.files import PathLike, check_writable, lock, remove_parts, sync_folder, write_atomically
+from jaxguide import data as datasets
+from jaxguide._core import checks, devices, files
+from jaxguide._core.files import PathLike
 from jaxguide._core.typing import PyTree
-from jaxguide.data import Images, batches, saturation
-from jaxguide.models import arrays
-from jaxguide.models import folders as models
-from jaxguide.models.config import NOT_FIELDS, ModelConfig, dtype_name
-from jaxguide.models.model import Model
-from jaxguide.models.networks import NETWORKS
-from jaxguide.training import checkpoints
+from jaxguide.models import arrays, folders
+from jaxguide.models.config import ModelConfig
+from jaxguide.models.model import Model, check
+from jaxguide.models.networks import CLASSIFIER
+from jaxguide.training import checkpoints, grids, inputs, page, run_folder, snapshots, toml
 from jaxguide.training.config import TrainingConfig
+from jaxguide.training.desk import Desk
+from jaxguide.training.early_stopping import HeldOut
+from jaxguide.training.journal import Journal, NotFinite, Step
 from jaxguide.training.objectives import objective
-from jaxguide.training.step import init_state, train_step
+from jaxguide.training.run_config import RunConfig
+from jaxguide.training.signals import Interrupted, Request, stop_requests
+from jaxguide.training.step import TrainState, init_state, train_step
+from jaxguide.training.writers import Writers
 
-# Losses are fetched once per this many steps: to fetch each loss would make the device wait for Python.
-CHUNK = 20
+Callback = Callable[[int, TrainState, Mapping[str, Any]], object]
+
+LOG = logging.getLogger("jaxguide.training")
+
+QUIET = RunConfig(sample_every=0)
+"""A run without pictures, whose sampler would have to be compiled."""
 
 
 def fit(
   model: ModelConfig,
   training: TrainingConfig,
-  images: Images,
+  data: Any,
   folder: PathLike,
   *,
+  run: RunConfig = QUIET,
+  held_out: Any = None,
+  init: Model | PyTree = None,
+  callback: Callback | None = None,
   retrain: bool = False,
   progress: bool = True,
 ) -> Model:
   """Train a network, continue an interrupted training, or load the model if it is trained already.
 
+  While it trains, ``jaxguide.models.load(folder)`` loads the newest running mean. SIGINT (Ctrl-C), SIGTERM and SIGUSR1
+  end the training after the current step, with everything saved; a second SIGINT ends it at once. After a kill, the
+  steps since the last checkpoint are lost. The same call continues the training, and its model is the same bit for
+  bit, on the same devices.
+
+  A run may be continued with other ``steps``, ``learning_rate``, ``rate``, ``warmup``, ``save_every``, ``skip_nan`` or
+  ``remat``, and another ``run``. ``training.json`` records such a change. More ``steps`` extend a finished run.
+
   Args:
     model: the configuration of the network.
     training: the configuration of the training.
-    images: the training data.
-    folder: the folder of the model and its checkpoints.
+    data: the training data, a dataset such as `jaxguide.data.Images`.
+    folder: the folder of the run; see `jaxguide.training.run_folder`.
+    run: how the run logs, saves and draws. The default draws no samples.
+    held_out: a dataset on which a classifier is evaluated while it trains.
+    init: a model whose parameters the training begins with, or its parameters. By default they are random.
+    callback: called after each step with the number of completed steps, the `TrainState` and the metrics, see
+      `train_step`. All are arrays on the device: reading one waits for the device. The buffers of the state are
+      donated to the next step, so copy what you keep.
     retrain: whether to start over. A model that is already in the folder stays until the new one is complete.
     progress: whether to show a progress bar with loss and speed.
 
   Returns:
-    The trained model, whose parameters are the running mean. ``folder`` contains the same model.
+    The trained model, whose parameters are the running mean; with ``run.patience`` the best one. ``folder`` contains
+    the same model.
 
   Raises:
     TypeError: if an argument has a wrong type.
-    ValueError: if the images do not fit the network; if the folder contains a model or checkpoints with other settings
-      or other images, naming what differs; or if all checkpoints are damaged.
+    ValueError: if the data do not fit the network; if the folder contains a model or checkpoints with other settings
+      or other data, naming what differs; or if all checkpoints are damaged.
     OSError: if the folder cannot be written, or another process is training in it.
-    FloatingPointError: if the loss, a parameter or the optimiser's state is not finite, naming the step. The last
-      checkpoint before it is kept.
+    FloatingPointError: if the loss, a parameter or the optimiser's state is not finite, naming the step and the
+      examples. The last checkpoint before it is kept.
+    Interrupted: a KeyboardInterrupt, if a signal ended the training.
   """
+  return fit_with(
+    None, model, training, data, folder, run, held_out, init, callback, retrain=retrain, progress=progress
+  )
+
+
+def fit_with(
+  config: str | None,
+  model: ModelConfig,
+  training: TrainingConfig,
+  data: Any,
+  folder: PathLike,
+  run: RunConfig,
+  held_out: Any,
+  init: Any,
+  callback: Callback | None,
+  *,
+  retrain: bool,
+  progress: bool,
+) -> Model:
+  """Train like `fit`, and keep ``config`` as the run's ``config.toml``; None for what `fit` knows."""
   checks.flag("retrain", retrain)
-  _check_arguments(model, training, images)
+  _check_arguments(model, training, data, run, held_out, callback)
+  params = _initial_params(model, init)
   folder = Path(folder).absolute()
-  record = _record(model, training, images)
-  check_writable(folder / "training.json")
-  with lock(folder / ".lock", folder):
-    remove_parts(folder)
-    target = _training_folder(folder, record, model, retrain)
-    _check_record(target, record, model)
-    if (target / "config.json").exists():
-      trained = models.load(target)
-    else:
-      write_atomically(target / "training.json", json.dumps(record, indent=2).encode())
-      params = _run(model, training, images, target / "checkpoints", progress)
-      trained = Model(model, jax.device_put(params, devices.first()))
-      models.write(target, trained)
-    shutil.rmtree(target / "checkpoints", ignore_errors=True)
-    if target != folder:
-      _replace(folder, target)
-  return trained
+  record = run_folder.record(model, training, data, None if params is None else _fingerprint(params))
+  files.check_writable(folder / run_folder.RECORD)
+  with files.lock(folder / ".lock", folder):
+    files.remove_parts(folder)
+    start = run_folder.start(folder, record, retrain, grown=inputs.has_grown(folder, data))
+    if start.trained:
+      return folders.load(folder)
+    run_folder.adopt(folder)
+    trainer = Trainer(model, training, data, folder, run, record, start)
+    trainer.begin(toml.of_fit(model, training, run, data) if config is None else config)
+    return trainer.train(held_out, params, callback, progress)
 
 
-def _check_arguments(model: ModelConfig, training: TrainingConfig, images: Images) -> None:
-  """Check, before anything is written, that network, training and images fit each other."""
-  for name, value, cls in (("model", model, ModelConfig), ("training", training, TrainingConfig)):
+class Trainer:
+  """A training in its folder, whose lock is held.
+
+  Args:
+    model: the configuration of the network.
+    training: the configuration of the training.
+    data: the dataset.
+    folder: the folder of the run.
+    run: how the run logs, saves and draws.
+    record: the record of the training.
+    start: how the training begins.
+  """
+
+  def __init__(
+    self,
+    model: ModelConfig,
+    training: TrainingConfig,
+    data: Any,
+    folder: Path,
+    run: RunConfig,
+    record: Mapping[str, Any],
+    start: run_folder.Start,
+  ):
+    self.model, self.training, self.data, self.folder, self.run = model, training, data, folder, run
+    self.record, self.start = record, start
+
+  def begin(self, config: str) -> None:
+    """Write configuration and record, unless the run is continued with other settings: then `train` writes them."""
+    self.config = config
+    if not self.start.changes:
+      self._write_settings(self.start.history)
+
+  def _write_settings(self, history: Any) -> None:
+    run_folder.write(self.folder, self.record, history, self.start.keeps_model)
+    files.write_atomically(self.folder / run_folder.CONFIG, self.config.encode())
+    inputs.write_stamps(self.folder, self.data)
+
+  def train(self, held_out: Any, params: PyTree, callback: Callback | None, progress: bool) -> Model:
+    """Train from the last checkpoint to the end."""
+    from tqdm.auto import tqdm
+
+    training, folder = self.training, self.folder
+    # Examples are distributed over the devices if the batch size is a multiple of their number.
+    # Parameters are replicated.
+    self.place = devices.for_batches(training.batch_size)
+    initial = init_state(self.model, training) if params is None else init_state(self.model, training, params)
+    state = checkpoints.restore(folder / run_folder.CHECKPOINTS, self.place.copies(initial))
+    del initial
+    self.first = self.saved_step = int(state.step)
+    self._say_changes()
+    snapshots.remove_after(folder / snapshots.FOLDER, self.first)
+    self.step = train_step(self.model, training)
+    name = f"training the {self.model.role.name}"
+    with contextlib.ExitStack() as stack:
+      request = stack.enter_context(stop_requests())
+      self.saved = stack.enter_context(
+        checkpoints.Checkpoints(folder / run_folder.CHECKPOINTS, self.run.keep, self.run.keep_every)
+      )
+      self.desk = stack.enter_context(Desk())
+      self.writers = stack.enter_context(contextlib.closing(Writers(tuple(self.run.writers), folder)))
+      self.bar = stack.enter_context(
+        tqdm(total=training.steps, initial=self.first, desc=name, unit="step", disable=not progress)
+      )
+      self.journal = self._journal(int(state.skipped))
+      self.held_out = HeldOut.resume(self.model, training, self.run, held_out, folder / run_folder.METRICS)
+      self.source = datasets.stream(self.data, training.batch_size, training.seed, self.first)
+      stack.callback(getattr(self.source, "close", lambda: None))
+      try:
+        state = self._steps(state, request, callback)
+        return self._finish(state)
+      except NotFinite as error:
+        raise self._not_finite(error.problem, error.examples) from None
+      except BaseException:
+        if request.at_once:
+          self.saved.abandon()
+          self.desk.abandon()
+        raise
+
+  def _journal(self, skipped: int) -> Journal:
+    def log(line: dict[str, Any]) -> None:
+      shown = {name: line[name] for name in ("loss", "accuracy") if line.get(name) is not None}
+      self.bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
+      self.bar.update(line["step"] - self.bar.n)
+      self.writers.scalars(line["step"], _flat(line))
+
+    return Journal(
+      self.folder / run_folder.METRICS,
+      self.first,
+      self.training.batch_size,
+      example_name=self.data.example_name,
+      skip=self.training.skip_nan,
+      skipped=skipped,
+      log=log,
+    )
+
+  def _steps(self, state: TrainState, request: Request, callback: Callback | None) -> TrainState:
+    """Take the steps that are left, and return the state after the last one."""
+    training = self.training
+    self.done = self.first
+    for number in range(self.first, training.steps):
+      if request.number is not None:
+        self._stop(state, request.number)
+      batch = next(self.source)
+      # The first call compiles the step.
+      with self.journal.pause() if number == self.first else contextlib.nullcontext():
+        state, metrics = self.step(state, *self.place.rows((batch.examples, batch.labels)))
+      self.done = number + 1
+      if callback is not None:
+        callback(self.done, state, metrics)
+      self.journal.add(Step(number, batch.rows, metrics))
+      if self._at_end_of_interval(state):
+        break
+    return state
+
+  def _at_end_of_interval(self, state: TrainState) -> bool:
+    """Log, evaluate, draw and save what is due after a step. Return whether the training stops early."""
+    done, last = self.done, self.done == self.training.steps
+    evaluates = self.held_out is not None and (last or done % self.run.held_out_at(self.training.steps) == 0)
+    draws = self._draws(done, last)
+    saves = last or done % self.training.save_every == 0
+    every = self.run.snapshots_at(self.training.steps, len(snapshots.widths(self.training.means)))
+    keeps = every > 0 and (last or done % every == 0)
+    if not (evaluates or draws or saves or keeps):
+      if done % self.run.log_every == 0:
+        self.journal.end_interval()
+      return False
+    # This also stops at a loss that is not finite, before anything is evaluated or saved.
+    self.journal.flush((lambda: self._evaluate(state)) if evaluates else None)
+    stops = self.held_out is not None and self.held_out.stops
+    with self.journal.pause():
+      if draws or (stops and self._draws(done, True)):
+        self._draw(state)
+      if keeps:
+        self._snapshot(state)
+      if saves or stops:
+        self._save(state, last or stops)
+    return stops
+
+  def _draws(self, done: int, last: bool) -> bool:
+    every = self.run.samples_at(self.training.steps)
+    return every > 0 and grids.can_draw(self.model) and (last or done % every == 0)
+
+  def _mean(self, state: TrainState) -> Model:
+    """Return the model of a state, its running mean, in host memory."""
+    # Without parameters that were trained together with the network.
+    return Model(self.model, {"params": jax.device_get(state.ema_params["params"])})
+
+  def _save(self, state: TrainState, last: bool) -> None:
+    """Save a checkpoint, and publish the model; after the last step the model is published later."""
+    self.desk.finish()  # The best model so far is in its place before a checkpoint after it.
+    # The losses are those of the parameters before each step, so the newest state is checked separately.
+    path = arrays.not_finite(state)
+    if path is not None:
+      raise self._not_finite(f"{path} is not finite after step {self.done - 1}")
+    self.saved.save(state, self.done)
+    self.saved_step = self.done
+    if not last:
+      if self.held_out is None or not self.held_out.chooses:
+        self._publish(self._mean(state))
+      self._write_page()
+
+  def _snapshot(self, state: TrainState) -> None:
+    """Keep the power-function means, from which means of other widths are made."""
+    means, folder, done = jax.device_get(state.means), self.folder / snapshots.FOLDER, self.done
+    self.desk.submit(lambda: snapshots.write(folder, done, self.training.means, means))
+
+  def _publish(self, model: Model, finished: bool = False) -> None:
+    """Replace the model in the folder, unless an older one stays until the training is finished."""
+    record = {**self.record, "step": self.done, **({"finished": True} if finished else {})}
+    if finished or not self.start.keeps_model:
+      self.desk.submit(lambda: folders.publish(self.folder, model, record))
+
+  def _evaluate(self, state: TrainState) -> dict[str, Any]:
+    """Evaluate on held-out data, publish the model if it is the best one, and return the figures."""
+    assert self.held_out is not None  # The caller has checked it.
+    figures, is_best = self.held_out.evaluate(state.ema_params, self.done)
+    if self.held_out.chooses and is_best:
+      self._publish(self._mean(state))
+    if self.held_out.stops:
+      LOG.warning(
+        "stopped after step %d of %d: the negative log-likelihood on held-out data has not fallen in %d evaluations; "
+        "the model is that of step %d",
+        self.done,
+        self.training.steps,
+        self.run.patience,
+        self.held_out.best_step,
+      )
+    return {"held_out": figures}
+
+  def _draw(self, state: TrainState) -> None:
+    path = self.folder / run_folder.SAMPLES / f"{self.done:08d}.png"
+    try:
+      picture = grids.draw(path, self._mean(state), self.run, self.training.seed, self.done)
+    except FloatingPointError as error:
+      LOG.warning("there is no picture of samples after step %d: %s", self.done, error)
+      return
+    self.writers.image(self.done, "samples", picture)
+    self._write_page()
+
+  def _write_page(self) -> None:
+    facts = {"folder": str(self.folder), "network": self.model.network, "data": self.data.name}
+    done, steps = self.done, self.training.steps
+    self.desk.submit(lambda: page.write(self.folder, facts, done, steps))
+
+  def _stop(self, state: TrainState, number: int) -> None:
+    """Save everything, and end the training because of a signal."""
+    self.journal.flush()
+    if self.saved_step < self.done:
+      self._save(state, last=False)
+    self.saved.wait()
+    self.desk.finish()
+    raise Interrupted(number, self.done, self.folder)
+
+  def _finish(self, state: TrainState) -> Model:
+    """Check the final parameters, and publish the model."""
+    choice = self.held_out if self.held_out is not None and self.held_out.chooses else None
+    model = self._mean(state) if choice is None else None
+    # One more step, only to compute the loss of the final parameters.
+    batch = next(self.source)
+    _, metrics = self.step(state, *self.place.rows((batch.examples, batch.labels)))
+    if not np.isfinite(metrics["loss"]):
+      self.saved.remove(self.done)
+      raise self._not_finite(f"the loss is not finite after step {self.done - 1}")
+    self.saved.wait()
+    self.desk.finish()
+    # The best model was published when it was evaluated.
+    model = folders.load(self.folder) if model is None else model
+    self._publish(model, finished=True)
+    self._write_page()
+    self.desk.finish()
+    if self.start.keeps_model:
+      self.start = self.start._replace(keeps_model=False)
+      run_folder.write(self.folder, self.record, self.start.history, False)
+    return Model(self.model, jax.device_put(model.params, devices.first()))
+
+  def _say_changes(self) -> None:
+    """Record and say which settings are other than those of the steps so far."""
+    if not self.start.changes:
+      return
+    changes = [
+      {"step": self.first, "what": change.name, "from": change.stored, "to": change.requested}
+      for change in self.start.changes
+    ]
+    self.start = self.start._replace(history=[*self.start.history, *changes])
+    self._write_settings(self.start.history)
+    for change in self.start.changes:
+      LOG.warning("from step %d on, %s is %r instead of %r", self.first, change.name, change.requested, change.stored)
+
+  def _not_finite(self, problem: str, examples: str = "") -> FloatingPointError:
+    """Return the error for a value that is not finite; it names the last checkpoint."""
+    folder = self.folder / run_folder.CHECKPOINTS
+    with contextlib.suppress(OSError):
+      self.saved.wait()
+    steps = checkpoints.steps(folder)
+    last = f"the checkpoint of step {max(steps)} is kept in {folder}" if steps else "there was no checkpoint yet"
+    named = f" {examples}." if examples else ""
+    return FloatingPointError(f"{problem}; {last}.{named} Try a lower learning_rate")
+
+
+def _check_arguments(
+  model: ModelConfig, training: TrainingConfig, data: Any, run: RunConfig, held_out: Any, callback: Any
+) -> None:
+  """Check, before anything is written, that network, training and data fit each other."""
+  for name, value, cls in (
+    ("model", model, ModelConfig),
+    ("training", training, TrainingConfig),
+    ("run", run, RunConfig),
+  ):
     if not isinstance(value, cls):
       raise TypeError(f"{name} must be a {cls.__name__}, got {type(value).__name__}")
-  if not isinstance(images, Images):
-    raise TypeError(
-      f"images must be a jaxguide.data.Images, got {type(images).__name__}: make one from arrays with "
-      "Images(images, labels, num_classes, name)"
-    )
-  if model.low_res_shape is not None:
-    raise ValueError(f"fit cannot train a {model.network}: Images have no low-resolution images")
-  if images.image_shape != model.image_shape or model.num_classes not in (images.num_classes, None):
-    raise ValueError(
-      f"the network is for images of shape {model.image_shape} in {model.num_classes} classes, but {images.name} has "
-      f"{images.image_shape} in {images.num_classes}"
-    )
-  models.shapes(model)
+  if callback is not None and not callable(callback):
+    raise TypeError(f"callback must be a function of step, state and metrics, got {type(callback).__name__}")
+  inputs.check_fits("data", data, model)
+  if held_out is not None:
+    if model.role is not CLASSIFIER:
+      raise ValueError(f"held_out is for a classifier, and the network is a {model.network}: leave it out")
+    inputs.check_fits("held_out", held_out, model)
+  if run.patience is not None and held_out is None:
+    raise ValueError("patience counts evaluations on held-out data: give held_out, or leave it out")
+  folders.shapes(model)
   objective(model, training)
 
 
-def _training_folder(folder: Path, record: dict[str, Any], model: ModelConfig, retrain: bool) -> Path:
-  """Return the folder to train in.
-
-  It is ``folder`` itself, or its subfolder ``retraining`` if a complete model in ``folder`` is retrained: that model
-  stays until the new one is complete. An interrupted retraining is continued if its settings are the same.
-  """
-  retraining = folder / "retraining"
-  if (retraining / "config.json").exists():
-    _replace(folder, retraining)  # An earlier process was killed during the replacement.
-  if retrain:
-    shutil.rmtree(retraining, ignore_errors=True)
-    if not (folder / "config.json").exists():
-      models.remove(folder)
-      return folder
-    retraining.mkdir()
-    return retraining
-  try:
-    same_settings = not _differences(records.read(retraining / "training.json"), record, model)
-  except (OSError, ValueError):
-    return folder
-  return retraining if same_settings else folder
-
-
-def _replace(folder: Path, retraining: Path) -> None:
-  """Replace the model in ``folder`` by the one in ``retraining``. If it is interrupted, it can be called again."""
-  if (retraining / "params").exists():
-    models.remove(folder)
-  for part in ("params", "checksums.json", "training.json", "config.json"):
-    if (retraining / part).exists():
-      (retraining / part).replace(folder / part)
-  sync_folder(folder)
-  shutil.rmtree(retraining)
-
-
-def _record(model: ModelConfig, training: TrainingConfig, images: Images) -> dict[str, Any]:
-  """Return the record of a training: everything that its result depends on, as plain data."""
-  data = {
-    "name": images.name,
-    "number": len(images),
-    "image_shape": images.image_shape,
-    "num_classes": images.num_classes,
-    "fingerprint": images.fingerprint,
-    "saturation": saturation(images.images),
-  }
-  return records.record(model=model, training=training, data=data)
-
-
-def _check_record(folder: Path, record: dict[str, Any], model: ModelConfig) -> None:
-  """Check that a folder is empty or contains the result of the training of this record.
+def _initial_params(model: ModelConfig, init: Any) -> PyTree:
+  """Return the parameters that a training begins with, on the host; None for random ones.
 
   Raises:
-    ValueError: if it contains a model or checkpoints with another record, or with none.
+    ValueError: if they do not fit the network.
   """
-  path, remedy = folder / "training.json", "retrain it, or choose another folder"
-  if not (folder / "config.json").exists() and not checkpoints.steps(folder / "checkpoints"):
-    return
-  try:
-    stored = records.read(path)
-    stored = stored if "version" in stored else _from_flat(stored)
-    records.check_version(stored)
-  except FileNotFoundError:
-    raise ValueError(
-      f"{folder} contains a model, but no training.json with the settings of its training: {remedy}"
-    ) from None
-  except ValueError as error:
-    raise ValueError(f"{path} is not a valid record of the model's training ({error}): {remedy}") from error
-  different = _differences(stored, record, model)
-  if different:
-    raise ValueError(
-      f"{folder} contains a model that was trained with other settings: {remedy}. {'; '.join(different)}"
-    )
+  if init is None:
+    return None
+  params = init.params if isinstance(init, Model) else init
+  check(Model(model, params))
+  return jax.device_get({"params": params["params"]})
 
 
-def _differences(stored: dict[str, Any], record: dict[str, Any], model: ModelConfig) -> list[str]:
-  """Return a text for each field in which a stored record differs from this one."""
-  data = stored.get("data")
-  if isinstance(data, dict) and "fingerprint" not in data:  # Records of older versions have no fingerprint.
-    record = {**record, "data": {"name": record["data"]["name"]}}
-  module = records.defaults(NETWORKS[model.network].module)
-  fields = {name: value for name, value in module.items() if name not in NOT_FIELDS}
-  if "dtype" in fields:
-    fields["dtype"] = dtype_name(fields["dtype"])
-  default = {
-    "model": {**records.defaults(ModelConfig), "fields": fields},
-    "training": records.defaults(TrainingConfig),
-    # Records of older versions have no saturation. It follows from the images, which the fingerprint identifies.
-    "data": {"saturation": record["data"].get("saturation")},
-  }
-  return records.differences(stored, record, default)
+def _fingerprint(params: PyTree) -> str:
+  return f"{zlib.crc32(repr(arrays.checksums(params)).encode()):08x}"
 
 
-def _from_flat(flat: dict[str, Any]) -> dict[str, Any]:
-  """Convert a record of an older version, whose fields are not divided into parts."""
-  parts = {"model": ModelConfig, "training": TrainingConfig}
-  split = {
-    part: {field.name: flat[field.name] for field in dataclasses.fields(cls) if field.name in flat}
-    for part, cls in parts.items()
-  }
-  return {"version": records.VERSION, **split, "data": {"name": flat.get("data")}}
-
-
-def _run(model: ModelConfig, training: TrainingConfig, images: Images, folder: Path, progress: bool) -> PyTree:
-  """Train from the last checkpoint in a folder, and return the running mean of the parameters."""
-  from tqdm.auto import tqdm
-
-  # Examples are distributed over the devices if the batch size is a multiple of their number.
-  # Parameters are replicated.
-  place = devices.for_batches(training.batch_size)
-  state = place.copies(init_state(model, training))
-  step = train_step(model, training)
-  state = checkpoints.restore(folder, state)
-  start = int(state.step)
-  source = batches(images, training.batch_size, training.seed, start)
-  with tqdm(
-    total=training.steps, initial=start, desc=f"training the {model.role.name}", unit="step", disable=not progress
-  ) as bar:
-    for first in range(start, training.steps, CHUNK):
-      chunk = []
-      for _ in range(first, min(first + CHUNK, training.steps)):
-        state, metrics = step(state, *place.rows(next(source)))
-        chunk.append(metrics)
-      history = jax.tree.map(lambda *values: np.asarray(values), *jax.device_get(chunk))
-      done = first + len(chunk)
-      if not np.isfinite(history["loss"]).all():
-        bad = first + int(np.argmin(np.isfinite(history["loss"])))
-        raise _not_finite(f"the loss is not finite at step {bad}", folder)
-      bar.set_postfix({name: f"{values.mean():.3f}" for name, values in history.items()}, refresh=False)
-      bar.update(len(chunk))
-      last = done == training.steps
-      if last or done // training.save_every > first // training.save_every:
-        # The losses above are those of the parameters before each step, so the newest state is checked separately.
-        path = arrays.not_finite(state)
-        if path is not None:
-          raise _not_finite(f"{path} is not finite after step {done - 1}", folder)
-        # After the last step the model itself is saved, and no checkpoint.
-        if not last:
-          checkpoints.save(folder, state, done)
-  mean = {
-    "params": jax.device_get(state.ema_params["params"])
-  }  # Without parameters that were trained together with it.
-  # One more step, only to compute the loss of the final parameters.
-  _, metrics = step(state, *place.rows(next(source)))
-  if not np.isfinite(metrics["loss"]):
-    raise _not_finite(f"the loss is not finite after step {training.steps - 1}", folder)
-  return mean
-
-
-def _not_finite(problem: str, folder: Path) -> FloatingPointError:
-  """Return the error for a value that is not finite; it names the last checkpoint."""
-  steps = checkpoints.steps(folder)
-  last = f"the checkpoint of step {max(steps)} is kept in {folder}" if steps else "there was no checkpoint yet"
-  return FloatingPointError(f"{problem}; {last}. Try a lower learning_rate")
+def _flat(line: Mapping[str, Any]) -> dict[str, float]:
+  """Return the numbers of a line of metrics by name, without those that are missing."""
+  return {name: float(value) for name, value in line.items() if isinstance(value, int | float) and name != "step"}
