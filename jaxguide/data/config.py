@@ -18,7 +18,7 @@ from jaxguide.data import prepared, resize, sources
 from jaxguide.data.batches import default_workers
 from jaxguide.data.dataset import Dataset
 from jaxguide.data.images import Images
-from jaxguide.data.prepared import Pictures, Preparation
+from jaxguide.data.prepared import DecodedPictures, Pictures, Preparation
 from jaxguide.data.records import BadRecord, Records
 
 BOUNDS: dict[str, tuple[int | float, int | float]] = {
@@ -317,19 +317,26 @@ def split(dataset: Dataset, held_out: float) -> tuple[Dataset, Dataset]:
       f"of the {len(dataset)} examples of {dataset.name} none would be {part} with held_out={held_out:g}: choose "
       "another share"
     )
-  return prepared.subset(dataset, np.flatnonzero(~chosen)), prepared.subset(dataset, np.flatnonzero(chosen))
+  return dataset.subset(np.flatnonzero(~chosen)), dataset.subset(np.flatnonzero(chosen))
 
 
 def _name_in_source(dataset: Dataset) -> Callable[[int], str]:
-  """Return the names of examples without the name of the dataset, which may be moved."""
+  """Return the function that names examples for a split.
+
+  The names are those of files without the path of the source, which may be moved; or numbers, for images in memory.
+  """
+  if isinstance(dataset, DecodedPictures):
+    dataset = dataset.pictures
   if isinstance(dataset, Pictures):
-    return lambda row: str(dataset.records.names[int(dataset.rows[row])])
-  return str
+    names, rows = dataset.records.names, dataset.rows
+    return lambda row: names[int(rows[row])]
+  return str if isinstance(dataset, Images) else dataset.example_name
 
 
 def _share(name: str) -> float:
   """Return a number in [0, 1) that depends on a name alone."""
-  return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") / 2**64
+  content = name.encode(errors="surrogateescape")  # The names of files need not be UTF-8.
+  return int.from_bytes(hashlib.sha256(content).digest()[:8], "little") / 2**64
 
 
 def grown(before: np.ndarray, dataset: Any) -> int | None:

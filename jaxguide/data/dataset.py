@@ -1,5 +1,6 @@
 """What a dataset is: examples that can be read one by one, in any order, from several threads."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -64,6 +65,44 @@ class Dataset:
   def example_name(self, row: int) -> str:
     """Return a name of an example for messages, such as its file."""
     raise NotImplementedError
+
+  def subset(self, rows: np.ndarray) -> "Dataset":
+    """Return the examples of some rows, as a dataset."""
+    return Subset(self, rows)
+
+
+class Subset(Dataset):
+  """Some examples of another dataset.
+
+  Args:
+    whole: the other dataset.
+    rows: (n,) the numbers of the examples.
+  """
+
+  def __init__(self, whole: Dataset, rows: np.ndarray):
+    self.whole = whole
+    self.rows = np.asarray(rows)
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  def __getattr__(self, name: str) -> Any:
+    if name == "whole":  # It is missing while a copy is made.
+      raise AttributeError(name)
+    return getattr(self.whole, name)
+
+  @property
+  def fingerprint(self) -> str:
+    """A hash of the other dataset's fingerprint and the rows."""
+    return hashlib.sha256(self.whole.fingerprint.encode() + self.rows.astype("<i8").tobytes()).hexdigest()
+
+  def example(self, row: int, rng: np.random.Generator) -> tuple[np.ndarray, Any]:
+    """Return an example and its label."""
+    return self.whole.example(int(self.rows[row]), rng)
+
+  def example_name(self, row: int) -> str:
+    """Return the name that the example has in the other dataset."""
+    return self.whole.example_name(int(self.rows[row]))
 
 
 class Batch(NamedTuple):

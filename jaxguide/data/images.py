@@ -97,6 +97,11 @@ class Images(Dataset):
     """Return the name of an image: the dataset's, with the image's number."""
     return f"{self.name}[{row}]"
 
+  def subset(self, rows: np.ndarray) -> "Images":
+    """Return the images of some rows."""
+    labels = None if self.labels is None else self.labels[rows]
+    return dataclasses.replace(self, images=self.images[rows], labels=labels)
+
   @functools.cached_property
   def saturation(self) -> float:
     """The share of pixel values that are 0 or 255."""

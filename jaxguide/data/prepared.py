@@ -170,17 +170,39 @@ class Pictures(Dataset):
       return None
     return float(np.mean([saturation(self.example(int(row))[0]) for row in rows]))
 
-  def subset(self, chosen: np.ndarray) -> "Pictures":
+  def subset(self, rows: np.ndarray) -> "Pictures":
     """Return the examples of some rows."""
-    return dataclasses.replace(self, rows=self.rows[chosen])
+    return dataclasses.replace(self, rows=self.rows[rows])
 
 
-def subset(dataset: Any, chosen: np.ndarray) -> Any:
-  """Return the examples of some rows of a dataset, in memory or in files."""
-  if not isinstance(dataset, Images):
-    return dataset.subset(chosen)
-  labels = None if dataset.labels is None else dataset.labels[chosen]
-  return dataclasses.replace(dataset, images=dataset.images[chosen], labels=labels)
+@dataclasses.dataclass(frozen=True, eq=False)
+class DecodedPictures(Images):
+  """Pictures that were decoded into memory. Names, stamps and the fingerprint are those of their files.
+
+  Args:
+    pictures: the pictures in files, in the same order.
+  """
+
+  pictures: Any = None
+
+  def example_name(self, row: int) -> str:
+    """Return the name of an example's file."""
+    return self.pictures.example_name(row)
+
+  @property
+  def stamps(self) -> np.ndarray:
+    """(n,) ``uint64``: as of the pictures in files."""
+    return self.pictures.stamps
+
+  @property
+  def fingerprint(self) -> str:
+    """As of the pictures in files, so that a run may go on with or without the cache."""
+    return self.pictures.fingerprint
+
+  def subset(self, rows: np.ndarray) -> "DecodedPictures":
+    """Return the examples of some rows."""
+    labels = None if self.labels is None else self.labels[rows]
+    return dataclasses.replace(self, images=self.images[rows], labels=labels, pictures=self.pictures.subset(rows))
 
 
 def in_memory(dataset: Pictures, workers: int, progress: bool = True) -> Images:
@@ -205,10 +227,8 @@ def in_memory(dataset: Pictures, workers: int, progress: bool = True) -> Images:
 
   for _ in _in_threads(read, range(len(dataset)), workers, "decoding pictures", progress):
     pass
-  labels = dataset.records.labels
-  return Images(
-    images, None if labels is None else labels[dataset.rows], dataset.num_classes, dataset.name, dataset.class_names
-  )
+  labels = None if dataset.records.labels is None else dataset.records.labels[dataset.rows]
+  return DecodedPictures(images, labels, dataset.num_classes, dataset.name, dataset.class_names, dataset)
 
 
 def _free_memory() -> int | None:

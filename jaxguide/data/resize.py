@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxguide.data.decode import LARGEST
+from jaxguide.data.records import BadRecord
+
 FILTERS = ("adm", "lanczos", "bicubic", "bilinear", "box", "nearest")
 
 LEAST_SHARE = 0.8
@@ -32,10 +35,19 @@ def _resized(picture: Any, size: tuple[int, int], filter_name: str) -> Any:
 
 
 def _covering(picture: Any, side: int, filter_name: str) -> Any:
-  """Resize a picture so that its shorter side is ``side``."""
+  """Resize a picture so that its shorter side is ``side``.
+
+  Raises:
+    BadRecord: if it would have more than `LARGEST` pixels, because one side is much longer than the other.
+  """
   picture = _halved(picture, side, filter_name)
   scale = side / min(picture.size)
   width, height = (max(round(extent * scale), side) for extent in picture.size)
+  if width * height > LARGEST:
+    raise BadRecord(
+      f"it has {picture.width}x{picture.height} pixels: one side is so much longer than the other that it would have "
+      f"{width}x{height} with a shorter side of {side}, and at most {LARGEST:,} pixels are made"
+    )
   return _resized(picture, (width, height), filter_name)
 
 

@@ -53,9 +53,6 @@ FILES: dict[str, tuple[str, str]] = {
 }
 """The module and the function that opens a file, by the file's ending."""
 
-COLUMNS = (".parquet",)
-"""The endings of files with named columns."""
-
 
 def open_source(config: Any) -> Records | Images:
   """Open the source of a `jaxguide.data.DataConfig`.
@@ -82,7 +79,7 @@ def open_source(config: Any) -> Records | Images:
     )
   if path.is_dir():
     has_parquet = any(path.glob("*.parquet")) or any(path.glob("data/*.parquet"))
-    return _open(".parquet", path, config) if has_parquet else folder.open_folder(path)
+    return _open(".parquet", path, config) if has_parquet else folder.open_folder(path, config.labels != "none")
   if path.suffix.lower() not in FILES:
     raise ValueError(f"{path} is not a file of data; their names end in {', '.join(FILES)}")
   return _open(path.suffix.lower(), path, config)
@@ -90,6 +87,7 @@ def open_source(config: Any) -> Records | Images:
 
 def _open(ending: str, path: Path, config: Any) -> Records:
   module, function = FILES[ending]
-  label_column = None if config.labels == "none" else config.label_column
-  options = (config.image_column, label_column, config.split) if ending in COLUMNS else ()
+  is_labelled = config.labels != "none"
+  columns = config.image_column, config.label_column if is_labelled else None, config.split
+  options = {".zip": (is_labelled,), ".parquet": columns}.get(ending, ())
   return getattr(importlib.import_module(f"jaxguide.data.sources.{module}"), function)(path, *options)

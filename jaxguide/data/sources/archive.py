@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from jaxguide._core.files import check_readable
 from jaxguide.data.records import BadRecord, OncePerProcess, Records, stamp
 from jaxguide.data.sources import folder
 
@@ -15,19 +16,27 @@ LARGEST_RATIO = 1000
 """How many times larger than in the archive a picture may be. Pictures are compressed already."""
 
 
-def open_archive(path: Path) -> Records:
+def open_archive(path: Path, is_labelled: bool = True) -> Records:
   """Return the records of a zip file; see `jaxguide.data.sources.folder.open_folder` for what is a class.
 
   A single folder that contains everything is no class: archives of a folder have it.
 
+  Args:
+    path: the file.
+    is_labelled: whether the pictures get labels.
+
   Raises:
-    ValueError: if it is not a zip file, or contains no pictures.
+    ValueError: if it is not a zip file, or contains no pictures, or its pictures cannot be labelled.
+    OSError: if it is not a regular file.
   """
+  check_readable(path)
   try:
     with zipfile.ZipFile(path) as archive:
       members = [member for member in archive.infolist() if not member.is_dir()]
-      described = next((member for member in members if member.filename.endswith(folder.DATASET_JSON)), None)
-      labels = archive.read(described) if described is not None and described.file_size <= folder.LARGEST_FILE else None
+      described = next((member for member in members if _is_description(member)), None)
+      if described is not None and described.file_size > folder.LARGEST_FILE:
+        raise ValueError(f"{path}: {described.filename} would have {described.file_size:,} bytes, and is not read")
+      labels = None if described is None else archive.read(described)
   except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError) as error:
     raise ValueError(f"{path} is not a valid zip file ({error})") from error
   members = [m for m in members if not any(map(folder.is_hidden, _parts(m)))]
@@ -45,9 +54,10 @@ def open_archive(path: Path) -> Records:
   bad |= {row: "the archive has it twice" for row in range(1, len(names)) if names[row] == names[row - 1]}
   stamps = [stamp(name, member.file_size, member.CRC) for name, member in zip(names, members, strict=True)]
   read = functools.partial(_read, OncePerProcess(_Handle, path), members)
-  if labels is None:
+  described_by: folder.Described = (None, None, None)
+  if is_labelled and labels is None:
     described_by = folder.labelled_by_folder(path, names, bad)
-  else:
+  elif is_labelled and labels is not None:
     described_by = folder.labelled_by_json(path, names, labels)
   return Records(str(path), names, *described_by, read, np.array(stamps, np.uint64), bad)
 
@@ -64,6 +74,10 @@ class _Handle(threading.local):
 
   def __init__(self, path: Path):
     self.archive = zipfile.ZipFile(path)
+
+
+def _is_description(member: zipfile.ZipInfo) -> bool:
+  return PurePosixPath(member.filename).name == folder.DATASET_JSON and not any(map(folder.is_hidden, _parts(member)))
 
 
 def _parts(member: zipfile.ZipInfo) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxguide.data.records import BadRecord, Records, stamp
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 HIDDEN = ("__MACOSX", "Thumbs.db", "desktop.ini")
 
@@ -22,6 +22,9 @@ DATASET_JSON = "dataset.json"
 
 LARGEST_FILE = 2**28
 """The largest file of a picture in bytes."""
+
+SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev"})
+"""Names of folders that contain a split of the data, and not a class."""
 
 
 def is_hidden(name: str) -> bool:
@@ -34,15 +37,20 @@ def is_picture(name: str) -> bool:
   return name.lower().endswith(ENDINGS)
 
 
-def open_folder(path: Path) -> Records:
+def open_folder(path: Path, is_labelled: bool = True) -> Records:
   """Return the records of a folder.
 
   Each sub-folder with pictures is a class, with the name of the sub-folder; deeper folders belong to it. Without
   sub-folders there are no classes. A file ``dataset.json`` has the labels instead, as in EDM's datasets. Hidden files
   and folders are passed over; other files that are no pictures are left out with a warning.
 
+  Args:
+    path: the folder.
+    is_labelled: whether the pictures get labels. If not, they may stand anywhere in the folder.
+
   Raises:
-    ValueError: if there are no pictures, or some stand beside folders of pictures.
+    ValueError: if there are no pictures; or with labels, if some stand beside folders of pictures, or the sub-folders
+      are splits, such as ``train`` and ``test``.
   """
   names: list[str] = []
   stamps: list[int] = []
@@ -64,9 +72,10 @@ def open_folder(path: Path) -> Records:
   if not names:
     raise ValueError(f"{path} contains no pictures; their names end in {', '.join(ENDINGS)}")
   labels = path / DATASET_JSON
-  if labels.is_file():
+  described: Described = (None, None, None)
+  if is_labelled and labels.is_file():
     described = labelled_by_json(path, names, labels.read_bytes())
-  else:
+  elif is_labelled:
     described = labelled_by_folder(path, names)
     _warn_of_empty(path, described[1] or ())
 
@@ -92,7 +101,7 @@ def _files(path: Path, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]
   for entry in found:
     if entry.is_dir(follow_symlinks=False):
       yield from _files(path / entry.name, f"{prefix}{entry.name}/")
-    elif entry.is_symlink() and entry.is_dir():
+    elif entry.is_symlink() and os.path.isdir(entry.path):  # `entry.is_dir` raises an error for a link to itself.
       warnings.warn(f"{path / entry.name} is a link to a folder, which is not followed: give that folder", stacklevel=4)
     else:
       yield prefix + entry.name, entry
@@ -135,7 +144,7 @@ def labelled_by_folder(path: Path, names: Sequence[str], bad: Container[int] = (
   Records that are ``bad`` are not looked at, and have the label 0.
 
   Raises:
-    ValueError: if some records are in a folder and others are not.
+    ValueError: if some records are in a folder and others are not, or the folders are splits.
   """
   folders = [name.partition("/")[0] if "/" in name else None for name in names]
   good = [row for row in range(len(names)) if row not in bad]
@@ -145,9 +154,14 @@ def labelled_by_folder(path: Path, names: Sequence[str], bad: Container[int] = (
   if outside:
     raise ValueError(
       f"{path} has pictures beside folders of pictures, such as {outside[0]}: move them into the folder of their "
-      "class, or all pictures into one folder for a model without classes"
+      "class, or give labels none (--set data.labels=none) for a model without classes"
     )
   classes = sorted({folder for row in good if (folder := folders[row]) is not None})
+  if SPLITS.issuperset(name.lower() for name in classes) and all(names[row].count("/") > 1 for row in good):
+    raise ValueError(
+      f"the sub-folders of {path} are {', '.join(classes)}, which are splits and no classes: give one of them, such as "
+      f"{path / classes[0]}"
+    )
   numbers: dict[str | None, int] = {name: number for number, name in enumerate(classes)}
   return np.array([numbers.get(folder, 0) for folder in folders], np.int32), classes, len(classes)
 

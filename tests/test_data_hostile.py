@@ -1,0 +1,239 @@
+"""Folders and archives of pictures, continued: other layouts, strange names, extremes, and parts of datasets."""
+
+import io
+import json
+import os
+import struct
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxguide import data
+from jaxguide.data import decode, resize
+from jaxguide.data.records import BadRecord
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+  """The results of checks are kept in a folder of the test."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def noise(height=8, width=8):
+  return RNG.integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def encoded(picture, format_name="PNG", **options):
+  file = io.BytesIO()
+  (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(file, format_name, **options)
+  return file.getvalue()
+
+
+def write(folder, files):
+  for name, content in files.items():
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+  return folder
+
+
+def zipped(path, files):
+  with zipfile.ZipFile(path, "w") as archive:
+    for name, content in files.items():
+      archive.writestr(name, content)
+  return path
+
+
+def opened(source, **options):
+  return data.open_data(data.DataConfig(source, **options), progress=False)
+
+
+def png(width, height, depth, colour, rows, extra=b""):
+  """A PNG file, put together by its specification."""
+
+  def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+  header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+  body = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+  return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+# --- pictures ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_sixteen_bits_in_each_kind_of_png(colour, channels):
+  """Grey, RGB, and both with an opaque alpha channel: 65535 is white, and the values in between are not clipped."""
+  values = np.array([0, 0x4040, 0x8080, 0xFFFF], np.uint16)
+  pixels = np.repeat(values[None, :, None], channels, axis=2)
+  if channels in (2, 4):
+    pixels[..., -1] = 0xFFFF
+  picture = decode.decode(png(4, 1, 16, colour, pixels.astype(">u2")))
+  np.testing.assert_array_equal(np.asarray(picture.convert("L"))[0], [0, 0x40, 0x80, 0xFF])
+
+
+def test_photos_of_telephones_with_several_pictures_are_their_first():
+  first, second = (Image.new("RGB", (16, 16), colour) for colour in ("black", "white"))
+  content = encoded(first, "MPO", save_all=True, append_images=[second])
+  assert np.asarray(decode.decode(content)).max() < 10
+
+
+@pytest.mark.parametrize("format_name", ["PNG", "WEBP", "TIFF"])
+def test_animations_are_their_first_frame(format_name):
+  frames = [Image.new("RGB", (16, 16), colour) for colour in ("black", "white")]
+  content = encoded(frames[0], format_name, save_all=True, append_images=frames[1:])
+  assert np.asarray(decode.decode(content)).max() < 10
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+@pytest.mark.parametrize("size", [(1, 40_000_000), (40_000_000, 1)])
+def test_a_picture_too_long_to_be_resized_is_no_way_to_fill_the_memory(crop, size):
+  class Long:
+    """What a Pillow image says of its size."""
+
+  picture = Long()
+  picture.size, (picture.width, picture.height) = size, size
+  with pytest.raises(BadRecord, match="one side is so much longer than the other that it would have"):
+    resize.CROPS[crop](picture, 64, "bicubic", np.random.default_rng(0))
+
+
+def test_narrow_pictures_are_cropped():
+  example = resize.center(Image.fromarray(noise(300, 1)), 8, "adm", np.random.default_rng(0))
+  assert example.size == (8, 8)
+
+
+# --- folders ----------------------------------------------------------------------------------------
+
+
+def test_links_in_a_circle_are_bad_files_and_links_to_folders_are_not_followed(tmp_path):
+  folder = write(tmp_path / "d", {"1.png": encoded(noise()), "2.jfif": encoded(noise(), "JPEG")})
+  (folder / "circle.png").symlink_to("circle.png")
+  (folder / "up").symlink_to("..")
+  warned = pytest.warns(UserWarning, match="is a link to a folder, which is not followed")
+  refused = pytest.raises(ValueError, match=r"1 of 3 files of .*\n  circle.png: it cannot be read \(Too many levels")
+  with warned, refused:
+    opened(folder)
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+  folder = write(tmp_path / "d", {f"{i}.png": encoded(noise()) for i in range(20)})
+  try:
+    with open(os.fsencode(folder) + b"/caf\xe9.png", "wb") as file:
+      file.write(encoded(noise()))
+  except OSError:
+    pytest.skip("this file system has names in UTF-8 alone")
+  dataset = opened(folder)
+  assert len(dataset) == 21
+  train, held_out = data.split(dataset, 0.3)
+  assert len(train) + len(held_out) == 21
+  assert next(data.stream(dataset, 21, 0)).examples.shape == (21, 8, 8, 3)
+  assert len(dataset.fingerprint) == 64
+
+
+def test_folders_of_splits_are_no_classes(tmp_path):
+  files = {f"{split}/{name}/1.png": encoded(noise()) for split in ("train", "val") for name in ("cat", "dog")}
+  folder = write(tmp_path / "d", files)
+  for source in (folder, zipped(tmp_path / "d.zip", files)):
+    with pytest.raises(ValueError, match="are train, val, which are splits and no classes: give one of them"):
+      opened(source)
+  assert opened(folder / "train").class_names == ["cat", "dog"]
+  vehicles = write(tmp_path / "v", {f"{name}/1.png": encoded(noise()) for name in ("train", "car")})
+  assert opened(vehicles).class_names == ["car", "train"]
+
+
+def test_without_labels_pictures_may_stand_anywhere(tmp_path):
+  files = {name: encoded(noise()) for name in ("1.png", "cat/1.png", "cat/more/2.png")}
+  for source in (write(tmp_path / "d", files), zipped(tmp_path / "d.zip", files)):
+    with pytest.raises(ValueError, match=r"pictures beside folders of pictures, such as 1\.png.*labels none"):
+      opened(source)
+    dataset = opened(source, labels="none")
+    assert (len(dataset), dataset.num_classes, dataset.label_shape) == (3, None, None)
+
+
+# --- archives ---------------------------------------------------------------------------------------
+
+
+def test_only_a_file_named_dataset_json_describes_an_archive(tmp_path):
+  files = {"a/1.png": encoded(noise()), "b/1.png": encoded(noise())}
+  labels = json.dumps({"labels": [["a/1.png", 7], ["b/1.png", 0]]})
+  others = {"my_dataset.json": "{", "__MACOSX/dataset.json": "{"}
+  with pytest.warns(UserWarning, match=r"1 files that are no pictures and are left out: my_dataset\.json"):
+    assert opened(zipped(tmp_path / "o.zip", {**files, **others})).num_classes == 2
+  assert opened(zipped(tmp_path / "l.zip", {**files, "dataset.json": labels})).num_classes == 8
+  assert opened(zipped(tmp_path / "n.zip", {**files, "dataset.json": "{"}), labels="none").num_classes is None
+
+
+def test_links_and_encrypted_files_in_archives_are_bad(tmp_path):
+  path = tmp_path / "d.zip"
+  with zipfile.ZipFile(path, "w") as archive:
+    archive.writestr("1.png", encoded(noise()))
+    link = zipfile.ZipInfo("link.png")
+    link.external_attr = 0o120777 << 16
+    archive.writestr(link, "/etc/passwd")
+    archive.writestr("secret.png", encoded(noise()))
+  content = path.read_bytes()
+  # The flag of encryption, in the list of contents at the end of the file.
+  entry = content.rindex(b"PK\1\2")
+  flags = struct.unpack_from("<H", content, entry + 8)[0]
+  path.write_bytes(content[: entry + 8] + struct.pack("<H", flags | 1) + content[entry + 10 :])
+  with pytest.raises(ValueError, match=r"(?s)2 of 3 files.*link.png: it is not a picture.*secret.png: it is encrypted"):
+    opened(path)
+
+
+@pytest.mark.parametrize("name", ["d.zip", "d.npz", "d.array_record", "d.parquet"])
+def test_a_pipe_is_no_file_of_data(tmp_path, name):
+  os.mkfifo(tmp_path / name)
+  with pytest.raises(OSError, match="it is not a regular file"):
+    opened(tmp_path / name)
+
+
+# --- parts of datasets ------------------------------------------------------------------------------
+
+
+def test_a_cache_keeps_what_is_known_of_the_files(tmp_path):
+  folder = write(tmp_path / "d", {f"{'ab'[i % 2]}/{i}.png": encoded(noise()) for i in range(30)})
+  lazy, kept = opened(folder), opened(folder, cache=True)
+  assert kept.fingerprint == lazy.fingerprint
+  np.testing.assert_array_equal(kept.stamps, lazy.stamps)
+  for part, of_kept in zip(data.split(lazy, 0.3), data.split(kept, 0.3), strict=True):
+    assert isinstance(of_kept, data.Images)
+    assert [part.example_name(i) for i in range(len(part))] == [of_kept.example_name(i) for i in range(len(of_kept))]
+    assert part.fingerprint == of_kept.fingerprint != lazy.fingerprint
+    for row in range(len(part)):
+      np.testing.assert_array_equal(part.example(row)[0], of_kept.example(row)[0])
+  write(folder, {"a/new.png": encoded(noise())})
+  assert data.grown(kept.stamps, opened(folder, cache=True)) == 1
+
+
+class Squares(data.Dataset):
+  """A dataset of one's own."""
+
+  name, image_shape, num_classes, class_names, label_shape = "squares", (1, 1, 1), 5, None, ()
+  fingerprint, saturation = "0", None
+
+  def __len__(self):
+    return 50
+
+  def example(self, row, rng):
+    return np.full((1, 1, 1), row, np.uint8), row % 5
+
+  def example_name(self, row):
+    return f"square {row}"
+
+
+def test_a_dataset_of_ones_own_is_split():
+  parts = data.split(Squares(), 0.3)
+  rows = [[part.example(i, RNG)[0].item() for i in range(len(part))] for part in parts]
+  assert sorted(rows[0] + rows[1]) == list(range(50))
+  assert 5 < len(parts[1]) < 25
+  assert [part.example_name(0) for part in parts] == [f"square {each[0]}" for each in rows]
+  assert len({part.fingerprint for part in (*parts, Squares())}) == 3
+  assert parts[0].num_classes == 5
+  batch = next(data.stream(parts[1], 8, 0))
+  np.testing.assert_array_equal(batch.examples[:, 0, 0, 0] % 5, batch.labels)
