@@ -4,6 +4,10 @@ import io
 import json
 import os
 import struct
+import subprocess
+import sys
+import threading
+import time
 import zipfile
 import zlib
 
@@ -237,3 +241,41 @@ def test_a_dataset_of_ones_own_is_split():
   assert parts[0].num_classes == 5
   batch = next(data.stream(parts[1], 8, 0))
   np.testing.assert_array_equal(batch.examples[:, 0, 0, 0] % 5, batch.labels)
+
+
+# --- the end ----------------------------------------------------------------------------------------
+
+PROGRAM = """
+import sys
+from jaxguide import data
+
+if __name__ == "__main__":
+  dataset = data.open_data(data.DataConfig(sys.argv[1]), progress=False)
+  threads, processes = data.stream(dataset, 4, 0), data.stream(dataset, 4, 0, processes=1)
+  kept = next(processes)
+  assert (kept.rows == next(threads).rows).all()
+"""
+
+
+def test_a_program_may_end_while_batches_are_read_ahead(tmp_path):
+  """Without errors of Grain's processes, although the iterators and a batch are in use."""
+  folder = write(tmp_path / "d", {f"{i}.png": encoded(noise()) for i in range(9)})
+  (tmp_path / "program.py").write_text(PROGRAM)
+  run = [sys.executable, str(tmp_path / "program.py"), str(folder)]
+  ended = subprocess.run(run, check=False, capture_output=True, text=True, timeout=60)
+  assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+def test_batches_can_be_closed(tmp_path):
+  folder = write(tmp_path / "d", {f"{i}.png": encoded(noise()) for i in range(9)})
+  stream = data.stream(opened(folder), 4, 0)
+  before = threading.active_count()
+  next(stream)
+  assert threading.active_count() > before
+  stream.close()
+  stream.close()
+  assert next(stream, None) is None
+  until = time.monotonic() + 5
+  while threading.active_count() > before:
+    assert time.monotonic() < until
+    time.sleep(0.01)

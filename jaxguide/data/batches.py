@@ -5,6 +5,7 @@ Grain (https://google-grain.readthedocs.io) shuffles, reads ahead in threads and
 
 import functools
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -87,7 +88,34 @@ def stream(
   if workers is None:
     workers = 1 if processes else default_workers()
   workers = checks.at_least("workers", workers, 1)
-  return _stream(dataset, batch_size, keys.check_seed("seed", seed), start, workers, processes)
+  return Batches(_stream(dataset, batch_size, keys.check_seed("seed", seed), start, workers, processes))
+
+
+class Batches(Iterator[Batch]):
+  """Batches that Grain reads ahead. Its threads and processes end with `close`, with this object, or with the program.
+
+  Args:
+    source: an iterator of Grain.
+  """
+
+  def __init__(self, source: Any):
+    self._sources = [source]
+    # Left to itself, Grain ends processes when the modules that this needs are gone, and errors are printed.
+    self._end = weakref.finalize(self, _close_all, self._sources)
+
+  def __next__(self) -> Batch:
+    if not self._sources:
+      raise StopIteration
+    return next(self._sources[0])
+
+  def close(self) -> None:
+    """End the threads and processes that read ahead; then there are no more batches."""
+    self._end()
+
+
+def _close_all(iterators: list[Any]) -> None:
+  while iterators:
+    iterators.pop().close()
 
 
 def default_workers() -> int:
@@ -99,7 +127,7 @@ def default_workers() -> int:
   return min(max(cores, 2), 16)
 
 
-def _stream(dataset: Dataset, batch_size: int, seed: int, start: int, workers: int, processes: int) -> Iterator[Batch]:
+def _stream(dataset: Dataset, batch_size: int, seed: int, start: int, workers: int, processes: int) -> Any:
   import grain
 
   # The seed of Grain's shuffle has 32 bits, so it is derived from all bits of the seed.
@@ -119,7 +147,7 @@ def _stream(dataset: Dataset, batch_size: int, seed: int, start: int, workers: i
   batches = parts.batch(number, drop_remainder=True, batch_fn=_join)[start:]
   reading = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=workers + 1)
   options = grain.MultiprocessingOptions(num_workers=processes)
-  return iter(batches.to_iter_dataset(reading).mp_prefetch(options))
+  return iter(batches.to_iter_dataset(reading).mp_prefetch(options).map(_copied))
 
 
 def _parse_flags() -> None:
@@ -128,6 +156,15 @@ def _parse_flags() -> None:
 
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
+
+
+def _copied(batch: Batch) -> Batch:
+  """Copy a batch out of the memory that Grain's processes share, which is cheap beside decoding it.
+
+  An array there that is still in use at the end of the program is an error of Grain.
+  """
+  examples, labels, rows = batch
+  return Batch(np.array(examples), None if labels is None else np.array(labels), np.array(rows))
 
 
 def _take(images: Images, rows: np.ndarray) -> Batch:
