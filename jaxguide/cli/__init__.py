@@ -13,7 +13,7 @@ def main() -> None:
   try:
     app()
   except SystemExit as stop:
-    if stop.code == INTERRUPTED:
+    if stop.code == INTERRUPTED and stop.__cause__ is None:  # A training has said already how it goes on.
       print("\njaxguide: stopped. Start the same command again to go on where it stopped.", file=sys.stderr)
     raise
   except FloatingPointError as error:

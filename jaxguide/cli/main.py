@@ -10,7 +10,7 @@ import typer
 import typer.core
 
 from jaxguide import generate
-from jaxguide.cli import classifier, ema, interop
+from jaxguide.cli import classifier, ema, interop, train
 from jaxguide.cli.options import options_of, with_options
 from jaxguide.generate import Settings
 
@@ -22,6 +22,7 @@ app = typer.Typer(
   pretty_exceptions_enable=False,
 )
 
+app.add_typer(train.app)
 app.add_typer(interop.app)
 app.add_typer(ema.app)
 app.add_typer(classifier.app)

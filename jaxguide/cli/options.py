@@ -10,7 +10,7 @@ import inspect
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,13 +19,17 @@ import typer
 from jaxguide._core.specs import described_fields
 
 
-def options_of(cls: type, names: Mapping[str, str] | None = None) -> list[inspect.Parameter]:
+def options_of(
+  cls: type, names: Mapping[str, str] | None = None, only: Sequence[str] | None = None, unset: bool = False
+) -> list[inspect.Parameter]:
   """Give the options of a command that fills a dataclass.
 
   Args:
     cls: a dataclass. Its docstring describes every field under Args.
     names: names of options where they are not those of the fields; ``label`` for ``labels``, which is given once for
       each value.
+    only: the fields that become options. The default is all.
+    unset: whether an option that is not given is None, so that it can be told from one that is given the default.
 
   Raises:
     KeyError: if the docstring does not describe a field.
@@ -33,17 +37,21 @@ def options_of(cls: type, names: Mapping[str, str] | None = None) -> list[inspec
   descriptions, annotations = described_fields(cls), typing.get_type_hints(cls)
   parameters = []
   for field in dataclasses.fields(cls):
+    if only is not None and field.name not in only:
+      continue
     kind = _kind(annotations[field.name])
-    is_optional = field.default is None
+    default = None if unset else field.default
+    is_optional = default is None
     name = (names or {}).get(field.name, field.name).replace("_", "-")
-    flag = f"--{name}" if kind is not bool or field.default is False else f"--{name}/--no-{name}"
+    flag = f"--{name}" if kind is not bool or default is False else f"--{name}/--no-{name}"
     # Square brackets would be markup of the help.
-    option = typer.Option(flag, help=descriptions[field.name].replace("`", "").replace("[", "\\["))
+    text = descriptions[field.name].replace("`", "").replace("[", "\\[")
+    option = typer.Option(flag, help=text[:1].upper() + text[1:])
     parameters.append(
       inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+        default=inspect.Parameter.empty if default is dataclasses.MISSING else default,
         annotation=Annotated[kind | None if is_optional else kind, option],
       )
     )

@@ -12,7 +12,9 @@ from jaxguide.training.config import TrainingConfig
 from jaxguide.training.ema import PowerFunctionEMA
 from jaxguide.training.loop import fit
 from jaxguide.training.objectives import objective
+from jaxguide.training.program import train
 from jaxguide.training.rates import inverse_sqrt
+from jaxguide.training.recipes import Recipe, recipe
 from jaxguide.training.run_config import RunConfig
 from jaxguide.training.signals import Interrupted
 from jaxguide.training.step import TrainState, init_state, optimizer, train_step
@@ -22,6 +24,7 @@ __all__ = [
   "Model",
   "ModelConfig",
   "PowerFunctionEMA",
+  "Recipe",
   "RunConfig",
   "TrainState",
   "TrainingConfig",
@@ -31,6 +34,8 @@ __all__ = [
   "load",
   "objective",
   "optimizer",
+  "recipe",
   "save",
+  "train",
   "train_step",
 ]

@@ -1,0 +1,162 @@
+"""The command ``train``, which trains a network on a folder of pictures or other data."""
+
+import logging
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jaxguide.cli.options import options_of, with_options
+from jaxguide.data.config import DataConfig
+from jaxguide.training.config import TrainingConfig
+from jaxguide.training.run_config import RunConfig
+
+app = typer.Typer()
+
+DATA = ("source", "size", "channels", "flip", "skip_bad", "held_out", "workers")
+TRAINING = ("steps", "batch_size", "learning_rate", "accumulation", "remat", "skip_nan", "seed", "save_every")
+RUN = ("log_every", "sample_every", "patience", "writers")
+SECTIONS = {"data": DATA, "training": TRAINING, "run": RUN}
+
+INTERRUPTED = 130
+
+
+@app.command()
+@with_options(
+  *options_of(DataConfig, {"source": "data"}, DATA, unset=True),
+  *options_of(TrainingConfig, {}, TRAINING, unset=True),
+  *options_of(RunConfig, {"writers": "writer"}, RUN, unset=True),
+  after="network",
+)
+def train(
+  out: Annotated[Path | None, typer.Option(help="Folder of the run; needed for all but --print-config.")] = None,
+  network: Annotated[
+    str | None,
+    typer.Option(help="Network: unet (default), classifier, super_res_unet, or a Flax module as module:Class."),
+  ] = None,
+  init_from: Annotated[
+    Path | None, typer.Option(help="Folder of a trained or imported model to begin from, for fine-tuning.")
+  ] = None,
+  config: Annotated[Path | None, typer.Option(help="TOML file with all settings; other options come on top.")] = None,
+  set_: Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.NAME=VALUE", help="Any setting, such as training.steps=200000; repeatable."),
+  ] = None,
+  print_config: Annotated[
+    bool, typer.Option("--print-config", help="Print all settings with every default, and do not train.")
+  ] = False,
+  dry_run: Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print parameters, memory, operations; draw the first batch; do not train."),
+  ] = False,
+  retrain: Annotated[bool, typer.Option("--retrain", help="Start over; an old model stays until then.")] = False,
+  progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
+  **options: Any,
+) -> None:
+  """Train a network on pictures. The settings are those of a preset for the size, unless given.
+
+  Stop it with Ctrl-C or a kill, and start it again with --out alone: it goes on where it stopped.
+
+  Example: jaxguide train --data ./photos --size 64 --out runs/photos
+  """
+  from jaxguide import training
+  from jaxguide.training import program, toml
+
+  given: dict[str, Any] = {
+    section: {name: options[name] for name in names if options[name] is not None} for section, names in SECTIONS.items()
+  }
+  given["data"] = {name: str(value) if name == "source" else value for name, value in given["data"].items()}
+  given["model"] = {} if network is None else {"network": network}
+  if init_from is not None:
+    given["init_from"] = str(init_from)
+  for assignment in set_ or ():
+    toml.assign(given, assignment)
+  with said_at_once():
+    recipe = training.recipe(_sections(config, out, given))
+    if print_config:
+      print(recipe.text(), end="")
+    elif out is None:
+      raise ValueError("give the folder of the run: --out")
+    elif dry_run:
+      text, picture = program.dry_run(recipe, out, progress=progress)
+      print(f"{text}\nThe first batch is in {picture}.")
+    else:
+      _train(recipe, out, retrain, progress)
+
+
+def _sections(config: Path | None, out: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+  """Join the settings of a file, or of the run that is continued, with those of the command line."""
+  from jaxguide.training import program, toml
+
+  below = None
+  if config is not None:
+    below = toml.read(config)
+  elif out is not None:
+    below = program.stored_sections(out)
+  if below is None:
+    if "source" not in given["data"]:
+      where = "" if out is None else f", and there is no run in {out} to continue"
+      raise ValueError(f"there are no data{where}: give them (--data), or a file of settings (--config)")
+    return given
+  network = below.get("model", {}).get("network") if isinstance(below.get("model"), dict) else None
+  if config is None and given["model"].get("network", network) != network:
+    # The settings of another network do not fit; the preset's are compared with those of the run.
+    below = {name: value for name, value in below.items() if name in ("data", "run")}
+  return toml.merge(below, given)
+
+
+def _train(recipe: Any, out: Path, retrain: bool, progress: bool) -> None:
+  from jaxguide import training
+
+  try:
+    model = training.train(recipe, out, retrain=retrain, progress=progress)
+  except training.Interrupted as stop:
+    print(
+      f"\njaxguide: stopped after step {stop.step}; everything is saved. To go on: "
+      f"jaxguide train --out {shlex.quote(str(out))}",
+      file=sys.stderr,
+    )
+    raise SystemExit(stop.status) from stop
+  except KeyboardInterrupt:
+    print(
+      "\njaxguide: stopped at once; the steps since the last checkpoint are lost. To go on: "
+      f"jaxguide train --out {shlex.quote(str(out))}",
+      file=sys.stderr,
+    )
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)  # Without waiting for what is being written.
+  labels = model.config.class_names
+  use = "--classifier" if recipe.is_classifier else "--model"
+  label = f" --label {shlex.quote(labels[0])}" if labels is not None and not recipe.is_classifier else ""
+  print(f"The model is in {out}. Its curves and pictures are in {out / 'index.html'}.")
+  if recipe.is_classifier:
+    print(f"Is it fit to guide? jaxguide classifier-report {shlex.quote(str(out))} --out report.html")
+  else:
+    print(f"Sample from it: jaxguide sample {use} {shlex.quote(str(out))}{label} --out new.png")
+
+
+@contextmanager
+def said_at_once() -> Iterator[None]:
+  """Print warnings and messages of the training as lines on stderr, when they occur."""
+  handler = logging.StreamHandler(sys.stderr)
+  handler.setFormatter(logging.Formatter("jaxguide: %(message)s"))
+  log = logging.getLogger("jaxguide.training")
+  level, propagate = log.level, log.propagate
+  log.addHandler(handler)
+  log.setLevel(logging.INFO)
+  log.propagate = False
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("always", UserWarning)
+      warnings.showwarning = lambda message, *_: print(f"jaxguide: {message}", file=sys.stderr)
+      yield
+  finally:
+    log.removeHandler(handler)
+    log.setLevel(level)
+    log.propagate = propagate

@@ -1,0 +1,134 @@
+"""Training from a recipe: what ``jaxguide train`` does."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxguide import data as datasets
+from jaxguide._core import keys
+from jaxguide._core.files import PathLike, check_writable
+from jaxguide.models import Model, ModelConfig
+from jaxguide.training import describe, loop, run_folder, toml
+from jaxguide.training.recipes import Recipe, absolute, initial_params
+
+LOG = logging.getLogger("jaxguide.training")
+
+
+class Parts(NamedTuple):
+  """What a recipe describes, opened.
+
+  Args:
+    data: the data to train on.
+    held_out: the data to evaluate on, or None.
+    model: the configuration of the network.
+  """
+
+  data: Any
+  held_out: Any
+  model: ModelConfig
+
+
+def train(
+  recipe: Recipe,
+  out: PathLike,
+  *,
+  callback: loop.Callback | None = None,
+  retrain: bool = False,
+  progress: bool = True,
+) -> Model:
+  """Train a network on data from files, continue an interrupted training, or load the model if it is trained already.
+
+  Args:
+    recipe: data, network, training and run; see `jaxguide.training.recipes`.
+    out: the folder of the run; it keeps the recipe as ``config.toml``.
+    callback: see `fit`.
+    retrain: see `fit`.
+    progress: whether to show progress bars.
+
+  Returns:
+    The trained model, as `fit` returns it.
+
+  Raises:
+    ValueError: if the data cannot be used, or do not fit the network; and those of `fit`.
+    OSError: if the data cannot be read, or ``out`` cannot be written.
+
+  A folder of pictures with a sub-folder for each class::
+
+    recipe = training.recipe({"data": {"source": "photos", "size": 64}, "training": {"steps": 20_000}})
+    model = training.train(recipe, "runs/photos")
+  """
+  check_writable(Path(out) / run_folder.RECORD)
+  parts = open_parts(recipe, progress)
+  init = None
+  if recipe.init_from is not None:
+    init, report = initial_params(recipe, parts.model, keys.seed_key(recipe.training.seed))
+    LOG.info("beginning with the parameters of %s:\n%s", recipe.init_from, report)
+  run = recipe.run if parts.held_out is not None else dataclasses.replace(recipe.run, patience=None)
+  return loop.fit_with(
+    absolute(recipe).text(),
+    parts.model,
+    recipe.training,
+    parts.data,
+    out,
+    run,
+    parts.held_out,
+    init,
+    callback,
+    retrain=retrain,
+    progress=progress,
+  )
+
+
+def open_parts(recipe: Recipe, progress: bool = True) -> Parts:
+  """Open the data of a recipe, split off what is held out, and make the configuration of the network.
+
+  A classifier is evaluated on held-out data. They are not mirrored or cropped at random.
+  """
+  data, held_out = datasets.open_data(recipe.data, progress), None
+  share = recipe.held_out
+  if share:
+    data, rest = datasets.split(data, share)
+    held_out = rest if recipe.is_classifier else None
+    if held_out is not None and (recipe.data.flip or recipe.data.crop == "random"):
+      crop = "center" if recipe.data.crop == "random" else recipe.data.crop
+      plain = dataclasses.replace(recipe.data, flip=False, crop=crop)
+      held_out = datasets.split(datasets.open_data(plain, progress), share)[1]
+  return Parts(data, held_out, recipe.model_config(data))
+
+
+def dry_run(recipe: Recipe, out: PathLike, progress: bool = True) -> tuple[str, Path]:
+  """Describe a run without training, and write a picture of its first batch.
+
+  Returns:
+    Parameters, memory, operations and epochs in words, and the path of the picture, ``out/first_batch.png``.
+  """
+  parts = open_parts(recipe, progress)
+  text = str(describe.describe(parts.model, recipe.training, len(parts.data)))
+  if recipe.source:
+    text += f"\npreset      {recipe.source}"
+  if parts.model.class_names is not None:
+    text += f"\nclasses     {', '.join(parts.model.class_names)}"
+  if recipe.init_from is not None:
+    _, report = initial_params(recipe, parts.model, keys.seed_key(recipe.training.seed))
+    text += f"\n\nFrom {recipe.init_from}:\n{report}"
+  path = Path(out) / "first_batch.png"
+  describe.save_first_batch(path, parts.data, parts.model, recipe.training)
+  return text, path
+
+
+def stored_sections(out: PathLike) -> dict[str, Any] | None:
+  """Return the configuration of the run in a folder; None if there is no run.
+
+  Raises:
+    ValueError: if the run was started from Python with data in memory, or its configuration is damaged.
+  """
+  path = Path(out) / run_folder.CONFIG
+  if not path.exists():
+    return None
+  sections = toml.read(path)
+  if "data" not in sections:
+    raise ValueError(
+      f"the run in {out} was started from Python with data in memory: continue it there, by the same call of fit"
+    )
+  return sections
