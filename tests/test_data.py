@@ -77,7 +77,7 @@ def make_images(n, num_classes=10):
 
 
 def test_importing_is_light():
-  heavy = "{'tensorflow_datasets', 'sklearn', 'PIL', 'matplotlib'}"
+  heavy = "{'tensorflow_datasets', 'sklearn', 'PIL', 'matplotlib', 'grain', 'pyarrow', 'tqdm'}"
   code = f"import sys, jaxguide.data; assert not {heavy} & set(sys.modules)"
   subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
