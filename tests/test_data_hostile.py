@@ -246,7 +246,7 @@ def test_a_dataset_of_ones_own_is_split():
 # --- the end ----------------------------------------------------------------------------------------
 
 PROGRAM = """
-import sys
+import os, signal, sys
 from jaxguide import data
 
 if __name__ == "__main__":
@@ -254,15 +254,21 @@ if __name__ == "__main__":
   threads, processes = data.stream(dataset, 4, 0), data.stream(dataset, 4, 0, processes=1)
   kept = next(processes)
   assert (kept.rows == next(threads).rows).all()
+  for number in (signal.SIGINT, signal.SIGTERM):  # As a terminal and a cluster send them, to all processes.
+    signal.signal(number, lambda *_: None)
+    os.killpg(0, number)
+  for _ in range(30):
+    kept = next(processes)
+    assert (kept.rows == next(threads).rows).all()
 """
 
 
-def test_a_program_may_end_while_batches_are_read_ahead(tmp_path):
-  """Without errors of Grain's processes, although the iterators and a batch are in use."""
+def test_processes_survive_signals_and_end_with_the_program(tmp_path):
+  """Without errors of Grain's processes, although the iterators and a batch are in use at the end."""
   folder = write(tmp_path / "d", {f"{i}.png": encoded(noise()) for i in range(9)})
   (tmp_path / "program.py").write_text(PROGRAM)
   run = [sys.executable, str(tmp_path / "program.py"), str(folder)]
-  ended = subprocess.run(run, check=False, capture_output=True, text=True, timeout=60)
+  ended = subprocess.run(run, check=False, capture_output=True, text=True, timeout=60, start_new_session=True)
   assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
 

@@ -6,8 +6,11 @@ example. The order is a permutation by NumPy, because Grain's takes 16 microseco
 
 import functools
 import itertools
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -188,7 +191,7 @@ def _stream(dataset: Dataset, batch_size: int, seed: int, start: int, workers: i
   batches = parts.batch(number, drop_remainder=True, batch_fn=_join)[start:]
   reading = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=workers + 1)
   options = grain.MultiprocessingOptions(num_workers=processes)
-  return iter(batches.to_iter_dataset(reading).mp_prefetch(options).map(_copied))
+  return iter(batches.to_iter_dataset(reading).mp_prefetch(options, _start_worker).map(_copied))
 
 
 def _parse_flags() -> None:
@@ -197,6 +200,21 @@ def _parse_flags() -> None:
 
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
+
+
+def _start_worker(index: int, number: int) -> None:
+  """Let a worker process live as long as its parent: that decides what an interruption does, or is killed."""
+  del index, number
+  for signal_number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(signal_number, signal.SIG_IGN)
+  parent = multiprocessing.parent_process()
+  if parent is not None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+  parent.join()
+  os._exit(1)
 
 
 def _copied(batch: Batch) -> Batch:
