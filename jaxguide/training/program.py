@@ -59,6 +59,7 @@ def train(
     model = training.train(recipe, "runs/photos")
   """
   check_writable(Path(out) / run_folder.RECORD)
+  recipe = absolute(recipe)
   parts = open_parts(recipe, progress)
   init = None
   if recipe.init_from is not None:
@@ -66,7 +67,7 @@ def train(
     LOG.info("beginning with the parameters of %s:\n%s", recipe.init_from, report)
   run = recipe.run if parts.held_out is not None else dataclasses.replace(recipe.run, patience=None)
   return loop.fit_with(
-    absolute(recipe).text(),
+    recipe.text(),
     parts.model,
     recipe.training,
     parts.data,

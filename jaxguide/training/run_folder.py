@@ -138,6 +138,9 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[re
   names = ("version", "model", "training", "data", "init")
   stored = {name: stored[name] for name in names if name in stored}
   data, wanted = stored.get("data"), dict(wanted)
+  if "preparation" in wanted["data"] and isinstance(data, dict):
+    # Files that were moved are the same data: their fingerprint does not depend on the name of their folder.
+    stored["data"] = data = {**data, "name": wanted["data"]["name"]}
   if isinstance(data, dict) and "fingerprint" not in data:  # Records of older versions have no fingerprint.
     wanted["data"] = {"name": wanted["data"]["name"]}
   module = records.defaults(networks.find(wanted["model"]["network"]).module)
