@@ -100,12 +100,13 @@ def _sections(config: Path | None, out: Path | None, given: dict[str, Any]) -> d
   elif out is not None:
     below = program.stored_sections(out)
   if below is None:
-    if "source" not in given["data"]:
+    if isinstance(given["data"], dict) and "source" not in given["data"]:
       where = "" if out is None else f", and there is no run in {out} to continue"
       raise ValueError(f"there are no data{where}: give them (--data), or a file of settings (--config)")
     return given
-  network = below.get("model", {}).get("network") if isinstance(below.get("model"), dict) else None
-  if config is None and given["model"].get("network", network) != network:
+  models = [sections.get("model") for sections in (below, given)]
+  networks = {model["network"] for model in models if isinstance(model, dict) and "network" in model}
+  if config is None and len(networks) > 1:
     # The settings of another network do not fit; the preset's are compared with those of the run.
     below = {name: value for name, value in below.items() if name in ("data", "run")}
   return toml.merge(below, given)

@@ -1,0 +1,324 @@
+"""``jaxguide train``: from a folder of pictures to samples, settings from files and options, and going on."""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import tomllib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxguide import cli, data, models, training
+from jaxguide.data import DataConfig
+from jaxguide.training import ModelConfig, RunConfig, TrainingConfig, loop, program, recipes
+
+# A network that compiles fast; the presets are for UNets.
+FAST = ("--network", "test_run_folder:Mlp", "--batch-size", 4, "--set", "run.sample_steps=2")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+  """A folder with pictures of cats, light at the top, and dogs, light at the bottom."""
+  folder, rng = tmp_path_factory.mktemp("data") / "photos", np.random.default_rng(0)
+  for name, light in (("cat", slice(4)), ("dog", slice(4, 8))):
+    (folder / name).mkdir(parents=True)
+    for i in range(20):
+      pixels = rng.integers(0, 60, (8, 8, 3)).astype(np.uint8)
+      pixels[light] += 180
+      Image.fromarray(pixels).save(folder / name / f"{i}.png")
+  return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+  """Run the command; give its exit status, what it printed, and its errors."""
+
+  def run(*args):
+    monkeypatch.setattr(sys, "argv", ["jaxguide", *map(str, args), "--no-progress"])
+    try:
+      cli.main()
+      status = 0
+    except SystemExit as exit:
+      status = exit.code
+    return status, *capsys.readouterr()
+
+  return run
+
+
+@pytest.fixture
+def train(run):
+  """Run ``jaxguide train``."""
+  return lambda *args: run("train", *args)
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+  """A finished run of 4 steps. Tests that change it copy it first."""
+  folder = tmp_path_factory.mktemp("trained") / "run"
+  sections = {
+    "data": {"source": str(photos), "size": 8},
+    "model": {"network": "test_run_folder:Mlp"},
+    "training": {"steps": 4, "batch_size": 4},
+    "run": {"sample_every": 0},
+  }
+  training.train(training.recipe(sections), folder, progress=False)
+  return folder
+
+
+def settings_of(text):
+  return tomllib.loads(text)
+
+
+# --- from a folder to samples ---------------------------------------------------------------------
+
+
+def test_from_a_folder_of_pictures_to_samples_of_a_named_class(run, train, photos, tmp_path):
+  out = tmp_path / "run"
+  status, printed, errors = train("--data", photos, "--size", 8, "--out", out, "--steps", 6, *FAST)
+  assert (status, errors) == (0, "")
+  assert f"jaxguide sample --model {out} --label cat --out new.png" in printed
+  assert {"config.toml", "metrics.jsonl", "samples", "checkpoints", "model", "index.html"} <= {*os.listdir(out)}
+  assert len(list((out / "samples").iterdir())) == 6
+  assert models.load(out).config.class_names == ("cat", "dog")
+  status, printed, errors = run(
+    "sample", "--model", out, "--label", "dog", "--num", 3, "--steps", 2, "--out", tmp_path / "a.npz"
+  )
+  assert (status, printed) == (0, f"3 samples are in {tmp_path / 'a.npz'}.\n")
+  assert data.load_npz(tmp_path / "a.npz")[1].tolist() == [1, 1, 1]
+
+
+def test_the_command_is_a_thin_caller(train, trained, photos, tmp_path):
+  given = ("--data", photos, "--size", 8, "--steps", 4, *FAST, "--sample-every", 0)
+  assert train("--out", tmp_path / "run", *given)[0] == 0
+  ours, theirs = (models.load(folder).params for folder in (tmp_path / "run", trained))
+  assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
+
+
+def test_a_run_goes_on_by_its_folder_alone(train, trained, photos, tmp_path, monkeypatch):
+  monkeypatch.chdir(photos.parent)
+  out = tmp_path / "run"
+  given = ("--data", photos.name, "--size", 8, "--steps", 4, *FAST, "--sample-every", 0)
+  assert train("--out", out, *given)[0] == 0
+  monkeypatch.chdir(tmp_path)  # The run knows its data from any folder.
+  monkeypatch.setattr(loop, "train_step", None)
+  assert train("--out", "run")[0] == 0
+  monkeypatch.undo()
+  monkeypatch.chdir(photos.parent)
+  assert train("--out", out, *given)[0] == 0
+  status, _, errors = train("--out", out, "--steps", 6, "--learning-rate", 1e-3)
+  assert status == 0
+  assert "jaxguide: from step 4 on, training.steps is 6 instead of 4" in errors
+  assert "jaxguide: from step 4 on, training.learning_rate is 0.001 instead of 0.002" in errors
+  assert settings_of((out / "config.toml").read_text())["training"]["steps"] == 6
+  status, _, errors = train("--out", out, "--set", "training.seed=1", "--steps", 8)
+  assert (status, "training.seed is 0 there, and 1 here" in errors) == (2, True)
+  status, _, errors = train("--out", out, "--network", "classifier")
+  assert status == 2
+  assert "model.network is 'test_run_folder:Mlp' there, and 'classifier' here" in errors
+  # A run that was refused keeps its own settings.
+  assert (
+    settings_of((out / "config.toml").read_text())["training"] | {"seed": 0, "steps": 6}
+    == (settings_of((out / "config.toml").read_text())["training"])
+  )
+
+
+def test_new_pictures_may_be_added_to_a_run(train, photos, tmp_path):
+  folder, out = tmp_path / "photos", tmp_path / "run"
+  for name in ("cat", "dog"):
+    (folder / name).mkdir(parents=True)
+    for i in range(8):
+      os.link(photos / name / f"{i}.png", folder / name / f"{i}.png")
+  given = ("--data", folder, "--size", 8, "--steps", 3, *FAST, "--sample-every", 0)
+  assert train("--out", out, *given)[0] == 0
+  os.link(photos / "cat" / "9.png", folder / "cat" / "9.png")
+  status, _, errors = train("--out", out, "--steps", 5)
+  assert status == 0
+  assert "from step 3 on, data.number is 17 instead of 16" in errors
+  folder.rename(tmp_path / "moved")
+  assert train("--out", out, "--data", tmp_path / "moved")[0] == 0
+  (tmp_path / "moved" / "cat" / "0.png").unlink()
+  status, _, errors = train("--out", out, "--data", tmp_path / "moved", "--steps", 8)
+  assert (status, "data.fingerprint is" in errors) == (2, True)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_with_its_status_and_says_how_to_go_on(train, photos, tmp_path, monkeypatch, number, status):
+  make = loop.train_step
+
+  def interrupted(*args):
+    step = make(*args)
+
+    def run(state, *batch):
+      if int(state.step) == 2:
+        signal.raise_signal(number)
+      return step(state, *batch)
+
+    return run
+
+  out = tmp_path / "my run"
+  given = ("--data", photos, "--size", 8, "--steps", 6, *FAST, "--sample-every", 0)
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, "train_step", interrupted)
+    got, _, errors = train("--out", out, *given)
+  assert got == status
+  assert f"stopped after step 3; everything is saved. To go on: jaxguide train --out '{out}'" in errors
+  assert "Start the same command again" not in errors
+  assert train("--out", out)[0] == 0
+  assert json.loads((out / "model" / "training.json").read_text())["finished"]
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+def test_the_printed_settings_give_the_same_run(train, photos, tmp_path):
+  given = ("--data", photos, "--size", 8, "--learning-rate", 0.5, "--set", "run.keep=7")
+  status, printed, errors = train(*given, "--print-config")
+  assert (status, errors) == (0, "")
+  settings = settings_of(printed)
+  for section, cls in (("data", DataConfig), ("training", TrainingConfig), ("run", RunConfig)):
+    for field in dataclasses.fields(cls):  # Every default is there, or a comment for a name without a value.
+      assert field.name in settings[section] or f"# {field.name} =" in printed
+  assert settings["training"]["learning_rate"] == 0.5
+  assert settings["training"]["steps"] == 1200
+  assert settings["run"]["keep"] == 7
+  assert settings["model"]["fields"]["channel_mult"] == [1, 2]
+  assert settings["model"]["fields"]["dropout"] == 0.0
+  (tmp_path / "run.toml").write_text(printed)
+  again = train("--config", tmp_path / "run.toml", "--print-config")[1]
+  assert settings_of(again) == settings
+  ours, theirs = (training.recipe(sections) for sections in (settings, settings_of(again)))
+  assert ours == theirs
+  assert program.open_parts(ours, False).model == program.open_parts(theirs, False).model
+  changed = train("--config", tmp_path / "run.toml", "--steps", 9, "--set", "training.steps=8", "--print-config")[1]
+  assert settings_of(changed)["training"]["steps"] == 8
+
+
+def test_a_classifier_has_held_out_data_and_early_stopping_by_default(train, photos):
+  recipe = training.recipe({"data": {"source": str(photos), "size": 8}, "model": {"network": "classifier"}})
+  assert (recipe.held_out, recipe.run.patience) == (0.1, 5)
+  parts = program.open_parts(recipe, False)
+  assert len(parts.data) + len(parts.held_out) == 40
+  assert 0 < len(parts.held_out) < 12
+  printed = train("--data", photos, "--size", 8, "--network", "classifier", "--held-out", 0, "--print-config")[1]
+  assert "# patience =" in printed
+  denoiser = training.recipe({"data": {"source": str(photos), "size": 8, "held_out": 0.2}})
+  parts = program.open_parts(denoiser, False)
+  assert len(parts.data) < 40
+  assert parts.held_out is None
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    (["--set", "trainin.steps=3"], "unknown section 'trainin': did you mean 'training'"),
+    (["--set", "training.step=3"], r"unknown name in [training] 'step': did you mean 'steps'"),
+    (["--set", "data.sise=8"], r"unknown name in [data] 'sise': did you mean 'size'"),
+    (["--set", "run.keap=8"], r"unknown name in [run] 'keap': did you mean 'keep'"),
+    (["--set", "model.predicton=v"], r"unknown name in [model] 'predicton': did you mean 'prediction'"),
+    (["--set", "model.fields.model_chanels=8"], "unknown field of UNet 'model_chanels': did you mean 'model_channels'"),
+    (["--set", "model.image_shape=[8, 8, 1]"], "model.image_shape follows from the data: leave it out"),
+    (["--set", "steps"], "set must be given as section.name=value"),
+    (["--set", "data=3"], "[data] must be a section"),
+    (["--set", "training=3"], "[training] must be a section"),
+    (["--steps", 0], "steps must be a whole number from 1"),
+    (["--set", "preset=sixe"], "unknown preset 'sixe': did you mean 'size'"),
+    (["--network", "unett"], "unknown network 'unett': did you mean 'unet'"),
+    (["--size", 512], "the largest preset of a unet is for images of 256x256"),
+    (["--held-out", 1], "held_out must be below 1"),
+    (["--init-from", "nowhere"], "there is no model in"),
+    (["--data", "nowhere"], "nowhere"),
+  ],
+)
+def test_wrong_settings_are_named(train, photos, tmp_path, given, message):
+  status, printed, errors = train("--data", photos, "--size", 8, "--out", tmp_path / "run", "--print-config", *given)
+  assert (status, printed) == (2, "")
+  assert message in errors
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_file_is_named_with_its_line(train, photos, tmp_path):
+  path = tmp_path / "run.toml"
+  path.write_text("[data]\nsource = photos\n")
+  status, _, errors = train("--config", path, "--print-config")
+  assert status == 2
+  assert errors.startswith(f"jaxguide: {path} is not valid TOML: ")
+  assert "line 2" in errors
+  status, _, errors = train("--config", tmp_path / "other.toml", "--print-config")
+  assert (status, f"there is no configuration file {tmp_path / 'other.toml'}" in errors) == (2, True)
+  status, _, errors = train("--out", tmp_path / "nothing")
+  assert (status, "there are no data, and there is no run in" in errors) == (2, True)
+  status, _, errors = train("--data", photos, "--size", 8)
+  assert (status, "give the folder of the run: --out" in errors) == (2, True)
+
+
+def test_a_run_that_was_started_from_python_goes_on_there(train, tmp_path):
+  from test_run_folder import DATA, HOW, MODEL
+
+  training.fit(MODEL, HOW, DATA, tmp_path / "run", progress=False)
+  status, _, errors = train("--out", tmp_path / "run")
+  assert (status, "was started from Python with data in memory: continue it there" in errors) == (2, True)
+
+
+def test_a_dry_run_describes_and_draws_and_does_not_train(train, photos, tmp_path):
+  small = ("--set", "model.fields.model_channels=8", "--set", "model.fields.num_head_channels=8")
+  status, printed, errors = train("--data", photos, "--size", 8, "--out", tmp_path / "run", "--dry-run", *small)
+  assert (status, errors) == (0, "")
+  shapes = training.recipe(
+    {"data": {"source": str(photos), "size": 8}, "model": {"fields": {"model_channels": 8, "num_head_channels": 8}}}
+  )
+  number = sum(leaf.size for leaf in jax.tree.leaves(models.model.shapes(program.open_parts(shapes, False).model)))
+  assert f"{number:,}" in printed
+  for name in ("memory", "operations", "40 examples an epoch", "cat, dog", "jaxguide demo"):
+    assert name in printed
+  assert os.listdir(tmp_path / "run") == ["first_batch.png"]
+
+
+def test_bad_files_are_refused_or_left_out(train, photos, tmp_path):
+  folder = tmp_path / "photos"
+  (folder / "cat").mkdir(parents=True)
+  for i in range(8):
+    os.link(photos / "cat" / f"{i}.png", folder / "cat" / f"{i}.png")
+  (folder / "cat" / "note.png").write_text("no picture")
+  given = ("--data", folder, "--size", 8, "--steps", 1, *FAST, "--sample-every", 0, "--out", tmp_path / "run")
+  status, _, errors = train(*given)
+  assert (status, "note.png" in errors) == (2, True)
+  assert not (tmp_path / "run").exists()
+  status, _, errors = train(*given, "--skip-bad")
+  assert (status, "note.png" in errors) == (0, True)
+
+
+def test_fine_tuning_begins_with_another_model(train, photos, tmp_path):
+  fields = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "num_head_channels": 8}
+  config = ModelConfig("unet", fields, (8, 8, 3), 3, class_names=("dog", "bird", "cat"))
+  params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), models.model.shapes(config))
+  models.save(tmp_path / "source", models.Model(config, params))
+  given = ("--data", photos, "--size", 8, "--init-from", tmp_path / "source")
+  status, printed, errors = train(*given, "--out", tmp_path / "run", "--dry-run")
+  assert (status, errors) == (0, "")
+  assert f"From {tmp_path / 'source'}:" in printed
+  assert "kept" in printed
+  settings = settings_of(train(*given, "--print-config")[1])
+  assert settings["init_from"] == str(tmp_path / "source")
+  assert settings["model"]["fields"]["channel_mult"] == [1]
+  recipe = training.recipe(settings)
+  begun, _ = recipes.initial_params(recipe, program.open_parts(recipe, False).model, jax.random.key(0))
+  assert begun["params"]["label_emb"]["embedding"].shape == (3, 32)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_documentation(run, train, photos, tmp_path):
+  """A UNet by the preset, a classifier with early stopping, and samples that the classifier guides."""
+  assert train("--data", photos, "--size", 8, "--out", tmp_path / "run", "--steps", 60)[0] == 0
+  out = tmp_path / "run-classifier"
+  assert train("--network", "classifier", "--data", photos, "--size", 8, "--out", out, "--steps", 40)[0] == 0
+  lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+  assert [line for line in lines if "held_out" in line]
+  for guided in (("--guidance", "cfg", "--scale", 2), ("--classifier", out)):
+    picture = tmp_path / f"{guided[0]}.png"
+    status, _, errors = run("sample", "--model", tmp_path / "run", *guided, "--label", "dog", "--out", picture)
+    assert (status, "Traceback" in errors) == (0, False)
