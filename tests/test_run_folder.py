@@ -218,6 +218,7 @@ def test_a_model_that_is_replaced_again_and_again_can_be_loaded_at_any_time(whol
         if ends.is_set():
           return
         folders.publish(folder, others[i % 2], {"step": i})
+        time.sleep(0.02)
     except BaseException as error:
       errors.append(error)
 
@@ -417,6 +418,15 @@ def test_a_second_ctrl_c_ends_at_once(whole, tmp_path, monkeypatch, capfd):
   assert same_bits(fit(tmp_path / "run").params, whole[0].params)
 
 
+def test_a_checkpoint_that_was_not_written_to_the_end_is_said(whole, tmp_path, caplog):
+  with pytest.raises(RuntimeError):
+    fit(tmp_path / "run", callback=stop_at(7, lambda: (_ for _ in ()).throw(RuntimeError)))
+  shutil.copytree(tmp_path / "run" / "checkpoints" / "4", tmp_path / "run" / "checkpoints" / "6.orbax-checkpoint-tmp")
+  assert same_bits(fit(tmp_path / "run").params, whole[0].params)
+  assert "the checkpoint of step 6 in" in caplog.text
+  assert "was not written to the end" in caplog.text
+
+
 def test_signals_are_those_of_the_program_after_the_training_and_in_other_threads(tmp_path):
   seen = []
   before = signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
@@ -484,6 +494,17 @@ def test_a_finished_run_is_not_changed_without_further_steps(whole, tmp_path):
 def test_what_cannot_change_is_refused_by_name(whole, change, named):
   with pytest.raises(ValueError, match=named):
     fit(whole[1], dataclasses.replace(HOW, steps=20, **change))
+
+
+def test_how_a_run_logs_and_saves_may_change_and_is_recorded(tmp_path, caplog):
+  with pytest.raises(Interrupted):
+    fit(tmp_path / "run", callback=stop_at(5, lambda: signal.raise_signal(signal.SIGINT)))
+  fit(tmp_path / "run", run=dataclasses.replace(LOGS, keep=3))
+  assert "from step 5 on, run.keep is 3 instead of 2" in caplog.text
+  (change,) = json.loads((tmp_path / "run" / "training.json").read_text())["history"]
+  assert change == {"step": 5, "what": "run.keep", "from": 2, "to": 3}
+  assert "keep = 3" in (tmp_path / "run" / "config.toml").read_text()
+  assert fit(tmp_path / "run") is not None  # A finished run is loaded, however it is asked to log.
 
 
 def test_an_unfinished_run_goes_on_with_other_settings(tmp_path, caplog):

@@ -31,7 +31,7 @@ from jaxguide.models.model import Model, check, shapes
 MODEL, NEW, OLD = "model", "model.new", "model.old"
 """The subfolder of a run with its model; and its names while it is written, and while it is replaced."""
 
-ATTEMPTS = 5
+ATTEMPTS = 10
 """How often `load` tries to read a model that is replaced meanwhile."""
 
 

@@ -1,6 +1,7 @@
 """Checkpoints of a training run, written by Orbax while the training goes on. The newest are kept, with checksums."""
 
 import contextlib
+import logging
 import shutil
 import warnings
 from collections.abc import Callable
@@ -12,7 +13,10 @@ import jax
 
 from jaxguide._core.typing import PyTree
 from jaxguide.models import arrays
+from jaxguide.training import desk
 from jaxguide.training.step import TrainState
+
+LOG = logging.getLogger("jaxguide.training")
 
 
 def steps(folder: Path) -> list[int]:
@@ -42,8 +46,9 @@ class Checkpoints:
     self._stack.enter_context(arrays.without_tracebacks())
     return self
 
-  def __exit__(self, *error: object) -> None:
-    with self._stack:
+  def __exit__(self, kind: object, *error: object) -> None:
+    # An error that ends the training is not hidden by one of a checkpoint.
+    with self._stack, contextlib.suppress(*(() if kind is None else (Exception,))):
       if self._manager is not None:
         self._manager.close()
 
@@ -78,6 +83,8 @@ class Checkpoints:
 
   def abandon(self) -> None:
     """Do not wait for what is being written. The next run removes the incomplete files."""
+    if self._manager is not None:
+      desk.ABANDONED.append(self._manager.close)
     self._manager = None
 
   def _attempt(self, call: Callable[[], Any]) -> None:
@@ -122,6 +129,7 @@ def restore(folder: Path, state: TrainState) -> TrainState:
     return checkpoint["state"]
 
   folder.mkdir(exist_ok=True)
+  unfinished = {path.name.partition(".")[0] for path in folder.glob("*.orbax-checkpoint-tmp*")}
   arrays.remove_unfinished(folder)
   damaged: dict[int, str] = {}
   for step in reversed(steps(folder)):
@@ -133,6 +141,7 @@ def restore(folder: Path, state: TrainState) -> TrainState:
           stacklevel=4,
         )
         shutil.rmtree(folder / str(number))
+      _say_where_it_goes_on(folder, step, unfinished)
       return restored
     damaged[step] = failure
   if damaged:
@@ -140,4 +149,13 @@ def restore(folder: Path, state: TrainState) -> TrainState:
     raise ValueError(
       f"the checkpoint of step {step} in {folder} is damaged ({reason}), and there is no undamaged one: retrain"
     )
+  _say_where_it_goes_on(folder, 0, unfinished)
   return state
+
+
+def _say_where_it_goes_on(folder: Path, step: int, unfinished: set[str]) -> None:
+  for name in sorted(unfinished):
+    if name.isdigit() and int(name) > step:
+      LOG.warning("the checkpoint of step %s in %s was not written to the end", name, folder)
+  if step:
+    LOG.info("continuing from step %d", step)

@@ -1,7 +1,18 @@
 """Work in the background: writing models, pages and pictures while the training goes on."""
 
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+
+ABANDONED: list[Callable[[], object]] = []
+"""Functions that wait for work of this process that was not waited for, after a second Ctrl-C."""
+
+
+def settle() -> None:
+  """Wait for work that was abandoned, before the same files are written again by this process."""
+  while ABANDONED:
+    with contextlib.suppress(Exception):
+      ABANDONED.pop()()
 
 
 class Desk:
@@ -40,6 +51,7 @@ class Desk:
   def abandon(self) -> None:
     """Do not wait for the tasks."""
     self._tasks, self._abandoned = [], True
+    ABANDONED.append(lambda: self._pool.shutdown(wait=True))
     self._pool.shutdown(wait=False, cancel_futures=True)
 
   def __enter__(self) -> "Desk":

@@ -29,7 +29,7 @@ def can_draw(model: Any) -> bool:
   )
 
 
-def draw(path: Path, model: Model, run: RunConfig, seed: int, step: int) -> np.ndarray:
+def draw(path: Path, model: Model, run: RunConfig, seed: int, step: int, batch_size: int) -> np.ndarray:
   """Sample from a model, and write a picture with a row for each class.
 
   All scales share one compiled program, and all pictures of a training too.
@@ -40,6 +40,7 @@ def draw(path: Path, model: Model, run: RunConfig, seed: int, step: int) -> np.n
     run: which samples to draw.
     seed: the seed of the samples.
     step: number of completed steps, for the title.
+    batch_size: the largest number of samples at a time, such as that of the training's examples.
 
   Returns:
     The picture, uint8 of shape (height, width, channels).
@@ -64,6 +65,7 @@ def draw(path: Path, model: Model, run: RunConfig, seed: int, step: int) -> np.n
       shape=config.image_shape,
       sigmas=sigmas,
       solver=solvers.DPMpp2M(),
+      batch_size=batch_size,
     )
     drawn.append(config.data.decode(x))
   title = f"step {step:,}"

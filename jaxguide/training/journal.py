@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxguide._core.files import write_atomically
+from jaxguide.models import arrays
 
 EDGES = tuple(2.0**k for k in range(-6, 7))
 """The edges of the bins of noise levels (sigma), each twice the one before. The outermost bins are open."""
@@ -146,8 +147,11 @@ class Journal:
     if further is not None:
       with self.pause():
         line.update(further())
-    with self.path.open("a") as file:
-      file.write(json.dumps(line) + "\n")
+    try:
+      with self.path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    except OSError as error:
+      raise arrays.cannot_write(self.path, error.strerror or str(error)) from error
     self.log(line)
 
   def _check(self, steps: Sequence[Step], fetched: Sequence[Mapping[str, Any]]) -> None:

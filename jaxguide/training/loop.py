@@ -24,9 +24,8 @@ from jaxguide.models import arrays, folders
 from jaxguide.models.config import ModelConfig
 from jaxguide.models.model import Model, check
 from jaxguide.models.networks import CLASSIFIER
-from jaxguide.training import checkpoints, grids, inputs, page, run_folder, snapshots, toml
+from jaxguide.training import checkpoints, desk, grids, inputs, page, run_folder, snapshots, toml
 from jaxguide.training.config import TrainingConfig
-from jaxguide.training.desk import Desk
 from jaxguide.training.early_stopping import HeldOut
 from jaxguide.training.journal import Journal, NotFinite, Step
 from jaxguide.training.objectives import objective
@@ -117,10 +116,11 @@ def fit_with(
   _check_arguments(model, training, data, run, held_out, callback)
   params = _initial_params(model, init)
   folder = Path(folder).absolute()
-  record = run_folder.record(model, training, data, None if params is None else _fingerprint(params))
+  record = run_folder.record(model, training, data, run, None if params is None else _fingerprint(params))
   files.check_writable(folder / run_folder.RECORD)
   with files.lock(folder / ".lock", folder):
     files.remove_parts(folder)
+    desk.settle()
     start = run_folder.start(folder, record, retrain, grown=inputs.has_grown(folder, data))
     if start.trained:
       return folders.load(folder)
@@ -188,7 +188,7 @@ class Trainer:
       self.saved = stack.enter_context(
         checkpoints.Checkpoints(folder / run_folder.CHECKPOINTS, self.run.keep, self.run.keep_every)
       )
-      self.desk = stack.enter_context(Desk())
+      self.desk = stack.enter_context(desk.Desk())
       self.writers = stack.enter_context(contextlib.closing(Writers(tuple(self.run.writers), folder)))
       self.bar = stack.enter_context(
         tqdm(total=training.steps, initial=self.first, desc=name, unit="step", disable=not progress)
@@ -322,7 +322,8 @@ class Trainer:
   def _draw(self, state: TrainState) -> None:
     path = self.folder / run_folder.SAMPLES / f"{self.done:08d}.png"
     try:
-      picture = grids.draw(path, self._mean(state), self.run, self.training.seed, self.done)
+      at_once = self.training.batch_size // self.training.accumulation
+      picture = grids.draw(path, self._mean(state), self.run, self.training.seed, self.done, at_once)
     except FloatingPointError as error:
       LOG.warning("there is no picture of samples after step %d: %s", self.done, error)
       return
@@ -376,6 +377,8 @@ class Trainer:
     self.start = self.start._replace(history=[*self.start.history, *changes])
     self._write_settings(self.start.history)
     for change in self.start.changes:
+      if change.name in ("data.fingerprint", "data.saturation"):
+        continue  # The number of examples says it.
       LOG.warning("from step %d on, %s is %r instead of %r", self.first, change.name, change.requested, change.stored)
 
   def _not_finite(self, problem: str, examples: str = "") -> FloatingPointError:

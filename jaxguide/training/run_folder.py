@@ -26,6 +26,7 @@ from jaxguide.models import folders, networks
 from jaxguide.models.config import NOT_FIELDS, ModelConfig, dtype_name
 from jaxguide.training import checkpoints, inputs, snapshots
 from jaxguide.training.config import TrainingConfig
+from jaxguide.training.run_config import RunConfig
 
 RECORD, CONFIG, METRICS, SAMPLES, CHECKPOINTS, PAGE = (
   "training.json",
@@ -38,10 +39,12 @@ RECORD, CONFIG, METRICS, SAMPLES, CHECKPOINTS, PAGE = (
 
 CHANGEABLE = frozenset(
   f"training.{name}" for name in ("steps", "save_every", "learning_rate", "rate", "warmup", "skip_nan", "remat")
-) | frozenset({"data.number", "data.saturation"})
+) | {"data.number", "data.saturation", *(f"run.{field.name}" for field in dataclasses.fields(RunConfig))}
 """The settings that may differ when a run is continued. They do not change the meaning of its state."""
 
-WITHOUT_INFLUENCE = frozenset({"training.save_every", "training.skip_nan", "training.remat"})
+WITHOUT_INFLUENCE = frozenset({"training.save_every", "training.skip_nan", "training.remat"}) | frozenset(
+  f"run.{field.name}" for field in dataclasses.fields(RunConfig)
+)
 """The settings that do not change the model of a finished run."""
 
 REMEDY = "retrain it, or choose another folder"
@@ -65,13 +68,14 @@ class Stored(NamedTuple):
   steps: int
 
 
-def record(model: ModelConfig, training: TrainingConfig, data: Any, init: str | None) -> dict[str, Any]:
+def record(model: ModelConfig, training: TrainingConfig, data: Any, run: RunConfig, init: str | None) -> dict[str, Any]:
   """Return the record of a training: everything that its result depends on, as plain data.
 
   Args:
     model: the configuration of the network.
     training: the configuration of the training.
     data: the dataset.
+    run: how the run logs, saves and draws, which has no influence on the result.
     init: a checksum of the parameters that the training begins with; None if they are random.
   """
   preparation = getattr(data, "preparation", None)
@@ -84,7 +88,8 @@ def record(model: ModelConfig, training: TrainingConfig, data: Any, init: str | 
     "saturation": data.saturation,
     **({} if preparation is None else {"preparation": dataclasses.asdict(preparation)}),
   }
-  return records.record(model=model, training=training, data=facts, **({} if init is None else {"init": init}))
+  begun = {} if init is None else {"init": init}
+  return records.record(model=model, training=training, data=facts, run=run, **begun)
 
 
 def read(folder: Path) -> Stored:
@@ -135,7 +140,7 @@ def write(folder: Path, wanted: Mapping[str, Any], history: Sequence[Mapping[str
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[records.Difference]:
   """Return the fields in which a stored record differs from the one of this training."""
-  names = ("version", "model", "training", "data", "init")
+  names = ("version", "model", "training", "data", "run", "init")
   stored = {name: stored[name] for name in names if name in stored}
   data, wanted = stored.get("data"), dict(wanted)
   if "preparation" in wanted["data"] and isinstance(data, dict):
@@ -152,6 +157,7 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[re
     "training": records.defaults(TrainingConfig),
     # Records of older versions have no saturation. It follows from the images, which the fingerprint identifies.
     "data": {"saturation": wanted["data"].get("saturation")},
+    "run": wanted["run"],
     "init": None,
   }
   return records.compare(stored, wanted, default)
