@@ -15,7 +15,7 @@ PICTURES = 6
 POINTS = 400
 """The largest number of points of a curve."""
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 260, 64, 30, 12, 12
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 260, 64, 30, 12, 24
 
 Number = int | float
 
@@ -196,6 +196,11 @@ def _axis(values: Sequence[Number], start: int, end: int, log: bool) -> Any:
     return to_pixels, [(position(number), _text(10.0**number)) for number in numbers[::every]]
   distance = (high - low) / 4
   if log:
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    round_values = [digit * 10.0**power for power in powers for digit in (1, 2, 3, 5, 7)]
+    inside = [value for value in round_values if low - 1e-9 <= math.log10(value) <= high + 1e-9]
+    if len(inside) > 1:
+      return to_pixels, [(to_pixels(value), _text(value)) for value in inside]
     return to_pixels, [(position(low + i * distance), _text(10 ** (low + i * distance))) for i in range(5)]
   size = 10 ** math.floor(math.log10(distance))
   width = next(factor * size for factor in (1, 2, 5, 10) if factor * size >= distance)
