@@ -35,6 +35,9 @@ def setup() -> None:
   """Keep compiled programs on disk between runs, unless JAX is configured otherwise."""
   import jax
 
+  if os.getcwd() not in sys.path:
+    sys.path.append(os.getcwd())  # For networks of one's own, module:Class.
+
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxguide"
     jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -56,10 +59,14 @@ def demo(
   Scale is the power in p(x) p(y|x)^scale for both: 0 unconditional, 1 conditional, more is sharper and less diverse.
   (The classifier-free guidance paper's w is scale - 1.)
   """
-  from jaxguide import evaluation
+  from jaxguide import evaluation, training
   from jaxguide.evaluation import demo as program
 
-  result = program.run(out, retrain=retrain, seed=seed, overwrite=overwrite, progress=progress)
+  try:
+    result = program.run(out, retrain=retrain, seed=seed, overwrite=overwrite, progress=progress)
+  except training.Interrupted as stop:
+    print("\njaxguide: stopped. Start the same command again to go on where it stopped.", file=sys.stderr)
+    raise SystemExit(stop.status) from stop
   print(evaluation.table(result.rows))
   measures = [(evaluation.MEASURES[name], value) for name, value in result.real.figures.items()]
   real = ", ".join(f"{measure.title} {measure.text(value)}" for measure, value in measures)
