@@ -234,6 +234,23 @@ def test_a_model_that_is_replaced_again_and_again_can_be_loaded_at_any_time(whol
   assert errors == []
 
 
+def test_a_model_that_is_replaced_while_it_is_read_is_read_again(whole, tmp_path, monkeypatch):
+  folder = shutil.copytree(whole[1], tmp_path / "run")
+  other = models.Model(MODEL, jax.tree.map(lambda leaf: leaf + 1, whole[0].params))
+  read, reads = folders._read_checksums, []
+
+  def replaced(*args):
+    checksums = read(*args)
+    reads.append(1)
+    if len(reads) == 1:  # The parameters are then not those of the checksums.
+      folders.publish(folder, other, {})
+    return checksums
+
+  monkeypatch.setattr(folders, "_read_checksums", replaced)
+  assert same_bits(models.load(folder).params, other.params)
+  assert len(reads) == 2
+
+
 def test_pictures_have_the_same_noise_each_time_and_the_page_shows_them(tmp_path, monkeypatch):
   keys = []
   draw = loop.grids.sampling.sample_batch
