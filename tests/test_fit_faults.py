@@ -205,6 +205,7 @@ def test_parameters_whose_loss_is_not_finite_are_not_saved(run, tmp_path, step, 
   # These parameters are finite, but the loss of the next step is not.
   with pytest.raises(FloatingPointError, match=rf"the loss is not finite {message} .*Try a lower learning_rate"):
     run(tmp_path, poison=step, value=1e38)
+  assert checkpoints.steps(tmp_path / "checkpoints")[-1] == 4
   assert not json.loads((tmp_path / "model" / "training.json").read_text()).get("finished")
 
 

@@ -26,6 +26,7 @@ from jaxguide.training import (
   RunConfig,
   TrainingConfig,
   checkpoints,
+  held_out,
   journal,
   loop,
   page,
@@ -666,14 +667,25 @@ def test_a_classifier_is_evaluated_and_stops_early_with_the_best_model(tmp_path,
   assert same_bits(fit(tmp_path / "run", how, run, CLASSIFIER, held_out=held_out).params, means[4])
 
 
-def test_early_stopping_goes_on_where_it_was(tmp_path):
-  run = RunConfig(log_every=3, held_out_every=2, patience=6)
-  held_out = Images(PIXELS[:8], LABELS[:8], 2, "held out")
-  options = {"run": run, "model": CLASSIFIER, "held_out": held_out}
+def test_early_stopping_goes_on_where_it_was(tmp_path, monkeypatch):
+  calls = []
+
+  def worse_each_time(*args, **options):
+    calls.append(1)
+    nll = np.full(2, float(len(calls)))
+    return held_out.Levels(np.ones(2), np.ones(2), nll, np.ones(2), np.ones(2), 8)
+
+  monkeypatch.setattr(held_out, "evaluate", worse_each_time)
+  run = RunConfig(log_every=3, held_out_every=2, patience=3)
+  options = {"run": run, "model": CLASSIFIER, "held_out": Images(PIXELS[:8], LABELS[:8], 2, "held out")}
   whole = fit(tmp_path / "whole", **options)
+  assert len(calls) == 4
+  calls.clear()
   with pytest.raises(Interrupted):
     fit(tmp_path / "run", **options, callback=stop_at(7, lambda: signal.raise_signal(signal.SIGTERM)))
+  assert len(calls) == 3
   assert same_bits(fit(tmp_path / "run", **options).params, whole.params)
+  assert len(calls) == 4  # The evaluations before the interruption count.
 
 
 def test_held_out_data_are_for_classifiers(tmp_path):
