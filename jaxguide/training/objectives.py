@@ -100,7 +100,7 @@ def _network(model: ModelConfig, training: TrainingConfig) -> Callable[..., Call
     if not hasattr(module, "use_checkpoint"):
       raise ValueError(f"remat 'blocks' needs a network with the field use_checkpoint, which {model.network} lacks")
     module = module.clone(use_checkpoint=True)
-  options = {"train": True} if "train" in inspect.signature(type(module).__call__).parameters else {}
+  options: dict[str, Any] = {"train": True} if "train" in inspect.signature(type(module).__call__).parameters else {}
 
   def with_key(key):
     def apply(params, x, c_noise, *cond):
