@@ -254,6 +254,13 @@ def test_every_option_reaches_the_settings(run, tmp_path, monkeypatch):
   assert options["progress"] is False
 
 
+def test_a_classifier_that_is_not_used_is_said(run, folders, tmp_path):
+  options = ("--classifier", folders / "classifier", "--guidance", "cfg", "--num", 2, "--steps", 2)
+  status, _, errors = run("sample", "--out", tmp_path / "s.npz", *options)
+  assert status == 0
+  assert "guidance 'cfg' does not use the classifier" in errors
+
+
 @pytest.mark.parametrize(("args", "wanted"), [((), "default"), (("--matmul-precision", "highest"), "highest")])
 def test_products_have_the_precision_that_is_asked_for(run, tmp_path, monkeypatch, args, wanted):
   seen = []
@@ -289,7 +296,7 @@ def test_products_have_the_precision_that_is_asked_for(run, tmp_path, monkeypatc
     (["--solver", "unipc:predictor=4"], "predictor must be 1, 2 or 3, got 4"),
     (["--solver", "ddpm:scale=2"], "'ddpm' has no option 'scale'; it has variance, gradient_at"),
     (["--guidance", "none", "--scale", 2], "guidance 'none' takes no scale"),
-    (["--guidance", "cfg", "--classifier", "somewhere"], "guidance 'cfg' takes no classifier"),
+    (["--guidance", "cfg", "--classifier", "somewhere"], "there is no model in"),
     (["--classifier", "somewhere"], "there is no model in"),
     (["--solver", "ddim:variance=small"], "'ddim' has no option 'variance'; it has eta"),
     (["--solver", "ddpm:variance=big"], "unknown variance 'big'"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,7 +64,7 @@ def plan(settings: Settings) -> Plan:
   model = _load(settings.model, settings)
   chosen = _chosen(settings, model)
   classifier = _classifier(settings, model) if any(spec.method.gradient for spec in chosen) else None
-  _check_unused(settings, chosen, classifier)
+  _check_unused(settings, model, chosen, classifier)
   init = _init(settings, model)
   sigmas = _sigmas(settings, model)
   shifts_mean = settings.solver_spec.name == "ddpm" and any(spec.name == "classifier" for spec in chosen)
@@ -120,15 +121,16 @@ def _chosen(settings: Settings, model: Model) -> Sequence[GuidanceSpec]:
   return () if model.null_cond is None else (GuidanceSpec.parse("cfg"),)
 
 
-def _check_unused(settings: Settings, chosen: Sequence[GuidanceSpec], classifier: Model | None) -> None:
-  """Check that a scale and a classifier that were given are used."""
-  for option, value, is_used in (
-    ("scale", settings.scale, any(spec.takes_scale for spec in chosen)),
-    ("classifier", settings.classifier, classifier is not None),
-  ):
-    if value is not None and not is_used:
-      names = ", ".join(spec.name for spec in chosen) or "none"
-      raise ValueError(f"guidance {names!r} takes no {option}: leave it out, or choose another guidance")
+def _check_unused(settings: Settings, model: Model, chosen: Sequence[GuidanceSpec], classifier: Model | None) -> None:
+  """Check that a scale is used, and warn of a classifier that is not. Such a classifier must fit the model, too."""
+  names = ", ".join(spec.name for spec in chosen) or "none"
+  if settings.scale is not None and not any(spec.takes_scale for spec in chosen):
+    raise ValueError(f"guidance {names!r} takes no scale: leave it out, or choose another guidance")
+  if settings.classifier is not None and classifier is None:
+    _classifier(settings, model)
+    warnings.warn(
+      f"guidance {names!r} does not use the classifier; it does with guidance 'classifier' beside it", stacklevel=3
+    )
 
 
 def _sigmas(settings: Settings, model: Model) -> Array:
