@@ -70,6 +70,32 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(model):
   assert max(jax.tree.leaves(jax.tree.map(lambda a, b: float(abs(a - b).max()), start, whole.params))) > 1e-3
 
 
+class Deep(nn.Module):
+  """A network of many layers, whose results the gradient needs."""
+
+  @nn.compact
+  def __call__(self, x, t, y=None):
+    """Predict from pixels and time."""
+    del y
+    hidden = x.reshape(x.shape[0], -1) + t[:, None]
+    for _ in range(8):
+      hidden = nn.tanh(nn.Dense(64)(hidden))
+    return nn.Dense(x[0].size)(hidden).reshape(x.shape)
+
+
+@pytest.mark.parametrize("model", [ModelConfig(Deep, {}, (4, 4, 1), None), UNET], ids=["own", "unet"])
+def test_accumulation_needs_less_memory(model):
+  """Four parts need half of the memory of the whole batch, or less, with a loop (UNet) or without one (own network)."""
+
+  def temporary(how):
+    lowered = training.train_step(model, how).lower(training.init_state(model, how), *batch)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+  batch = np.zeros((1024, *model.image_shape), np.uint8), None if model is not UNET else np.zeros(1024, np.int32)
+  how = change(batch_size=1024)
+  assert temporary(change(how, accumulation=4)) < 0.5 * temporary(how)
+
+
 @pytest.mark.parametrize("remat", ["blocks", "all"])
 def test_what_is_computed_again_is_the_same(remat):
   state, history = run(UNET, HOW)

@@ -11,6 +11,7 @@ from jaxguide._core import devices, keys, promotion, struct
 from jaxguide._core.typing import Leaf, PyTree
 from jaxguide.models.config import ModelConfig
 from jaxguide.models.model import init_params
+from jaxguide.models.networks import NETWORKS
 from jaxguide.training import ema, optimizers
 from jaxguide.training.config import TrainingConfig
 from jaxguide.training.objectives import Objective, extra_params, objective
@@ -64,13 +65,15 @@ def train_step(model: ModelConfig, training: TrainingConfig) -> Callable[..., An
   (1, (8,))
   """
   tx, rate, parts = optimizer(training), training.schedule(), training.accumulation
+  # Inside a loop XLA's CPU backend is slow at the gradients of Flax's convolutions; the package's networks avoid it.
+  loop = model.network in NETWORKS or jax.default_backend() != "cpu"
   goal, shares = objective(model, training), [ema.newest_share(text, training.ema_decay) for text in training.means]
 
   def step(state: TrainState, examples, labels):
     draw_key, dropout_key = jax.random.split(jax.random.fold_in(keys.seed_key(training.seed), state.step))
     with jax.default_matmul_precision(training.matmul_precision):
       batch = goal.draw(draw_key, model.data.encode(examples), labels)
-      gradient, (losses, figures) = _gradient(goal, parts)(state.params, batch, dropout_key)
+      gradient, (losses, figures) = _gradient(goal, parts, loop=loop)(state.params, batch, dropout_key)
     with promotion.standard():  # Optax needs it.
       norm, learning_rate = optax.tree.norm(gradient), jnp.asarray(rate(state.step), jnp.float32)
       updates, opt_state = tx.update(gradient, state.opt_state, state.params)
@@ -97,8 +100,11 @@ def train_step(model: ModelConfig, training: TrainingConfig) -> Callable[..., An
   return jax.jit(step, donate_argnums=0)
 
 
-def _gradient(goal: Objective, parts: int) -> Callable[..., Any]:
-  """Return ``(params, batch, key) -> (gradient, (errors, figures))``, computed in parts of the batch."""
+def _gradient(goal: Objective, parts: int, *, loop: bool) -> Callable[..., Any]:
+  """Return ``(params, batch, key) -> (gradient, (errors, figures))``, computed in parts of the batch, one by one.
+
+  Without ``loop`` the program has the parts one after another, and takes longer to compile.
+  """
 
   def of_part(params, batch, key):
     def loss(params):
@@ -119,18 +125,31 @@ def _gradient(goal: Objective, parts: int) -> Callable[..., Any]:
     return jnp.swapaxes(leaf, 0, 1).reshape(-1, *leaf.shape[2:])
 
   def of_batch(params, batch, key):
-    def add(total, part):
-      number, rows = part
+    batch = jax.tree.map(divide, batch)
+
+    def add(total, number):
+      rows = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), batch)
       gradient, figures = of_part(params, rows, jax.random.fold_in(key, number))
       return jax.tree.map(jnp.add, total, gradient), figures
 
-    start = jax.tree.map(jnp.zeros_like, params)
-    # Inside a loop XLA's CPU backend is slow at the gradients of convolutions, so there the loop is unrolled.
-    unroll = parts if jax.default_backend() == "cpu" else 1
-    total, rows = jax.lax.scan(add, start, (jnp.arange(parts), jax.tree.map(divide, batch)), unroll=unroll)
+    total = jax.tree.map(jnp.zeros_like, params)
+    if loop:
+      total, rows = jax.lax.scan(add, total, jnp.arange(parts))
+    else:
+      figures = []
+      for number in range(parts):
+        total, of_rows = add(total, number + _zero(total))
+        figures.append(of_rows)
+      rows = jax.tree.map(lambda *leaves: jnp.stack(leaves), *figures)
     return jax.tree.map(lambda leaf: leaf / parts, total), jax.tree.map(join, rows)
 
   return of_batch
+
+
+def _zero(total: PyTree) -> jax.Array:
+  """Return 0, known only when ``total`` is: what needs it waits, so two parts of a batch are not in memory at once."""
+  first = [leaf.ravel()[0] for leaf in jax.tree.leaves(total) if leaf.size]
+  return jnp.minimum(0, jnp.abs(jnp.stack(first)).max().astype(jnp.int32))
 
 
 def init_state(model: ModelConfig, training: TrainingConfig, params: PyTree | None = None) -> TrainState:
