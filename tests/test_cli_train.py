@@ -220,6 +220,8 @@ def test_a_classifier_has_held_out_data_and_early_stopping_by_default(train, pho
     (["--set", "data.sise=8"], r"unknown name in [data] 'sise': did you mean 'size'"),
     (["--set", "run.keap=8"], r"unknown name in [run] 'keap': did you mean 'keep'"),
     (["--set", "model.predicton=v"], r"unknown name in [model] 'predicton': did you mean 'prediction'"),
+    (["--set", "model.model_channels=8"], "[model] has no 'model_channels': write model.fields.model_channels"),
+    (["--set", "run.steps=8"], "[run] has no 'steps': write training.steps"),
     (["--set", "model.fields.model_chanels=8"], "unknown field of UNet 'model_chanels': did you mean 'model_channels'"),
     (["--set", "model.image_shape=[8, 8, 1]"], "model.image_shape follows from the data: leave it out"),
     (["--set", "steps"], "set must be given as section.name=value"),

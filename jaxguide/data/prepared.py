@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxguide._core.bars import progress_bar
 from jaxguide.data import decode, resize
 from jaxguide.data.dataset import Dataset
 from jaxguide.data.images import Images
@@ -243,12 +244,7 @@ def _free_memory() -> int | None:
 
 def _in_threads(function: Any, items: Sequence[Any], workers: int, title: str, progress: bool) -> Iterator[Any]:
   """Yield ``function(item)`` in order, computed in threads, with a progress bar."""
-  from tqdm.auto import tqdm
-
-  with (
-    ThreadPoolExecutor(workers) as pool,
-    tqdm(total=len(items), desc=title, unit="picture", disable=not progress) as bar,
-  ):
+  with ThreadPoolExecutor(workers) as pool, progress_bar(len(items), title=title, unit="picture", show=progress) as bar:
     chunk = 64 * workers  # Not all at once: a million futures take memory.
     for start in range(0, len(items), chunk):
       for result in pool.map(function, items[start : start + chunk]):

@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxguide import data, evaluation, guidance, sampling, schedules, solvers
 from jaxguide._core import keys, records
+from jaxguide._core.bars import progress_bar
 from jaxguide._core.files import PathLike, check_writable, write_atomically
 from jaxguide._core.typing import Denoiser, Guidance
 from jaxguide.training import Model, ModelConfig, TrainingConfig, fit
@@ -164,8 +165,6 @@ def _sweep(
   Yields:
     The method, the scale, the uint8 images, and the seconds that sampling took without compilation.
   """
-  from tqdm.auto import tqdm
-
   draw = functools.partial(
     sampling.sample_batch,
     key=keys.seed_key(seed),
@@ -175,7 +174,7 @@ def _sweep(
     batch_size=BATCH,
   )
   total = len(labels) * sum(len(SCALES[method]) for method in methods)
-  with tqdm(total=total, desc="sampling", unit="sample", disable=not progress) as bar:
+  with progress_bar(total, title="sampling", unit="sample", show=progress) as bar:
     for method, guide in methods.items():
       # Compile before the time is taken. The program of one micro-batch serves all scales.
       draw(guide(0.0)(denoiser), cond=labels[:BATCH])

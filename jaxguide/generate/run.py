@@ -15,6 +15,7 @@ import numpy as np
 import jaxguide
 from jaxguide import data, sampling
 from jaxguide._core import checks, keys, records
+from jaxguide._core.bars import progress_bar
 from jaxguide._core.files import PathLike, check_writable, lock, remove_parts
 from jaxguide._core.typing import PyTree
 from jaxguide.generate import unfinished
@@ -114,10 +115,8 @@ _DEFAULTS["classifier_network"] = _DEFAULTS["network"]
 
 
 def _sample(samples: unfinished.Unfinished, settings: Settings, run_plan: Plan, progress: bool) -> None:
-  from tqdm.auto import tqdm
-
   init = run_plan.init
-  with tqdm(total=settings.num, initial=samples.done, desc="sampling", unit="sample", disable=not progress) as bar:
+  with progress_bar(settings.num, initial=samples.done, title="sampling", unit="sample", show=progress) as bar:
     batches = sampling.sample_batches(
       run_plan.denoiser,
       keys.seed_key(settings.seed),

@@ -84,5 +84,5 @@ def _noise_levels(model: ModelConfig, training: TrainingConfig) -> schedules.Noi
   """Return the distribution of the noise levels of a training; None for that of a discrete process."""
   if model.diffusion_steps is not None:
     return None
-  levels = objectives._noise_levels(model, training)
+  levels = objectives.noise_levels(model, training)
   return levels if model.noise_range is None else schedules.Truncated(levels, *model.noise_range)

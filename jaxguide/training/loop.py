@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxguide import data as datasets
 from jaxguide._core import checks, devices, files
+from jaxguide._core.bars import progress_bar
 from jaxguide._core.files import PathLike
 from jaxguide._core.typing import PyTree
 from jaxguide.models import arrays, folders
@@ -169,8 +170,6 @@ class Trainer:
 
   def train(self, held_out: Any, params: PyTree, callback: Callback | None, progress: bool) -> Model:
     """Train from the last checkpoint to the end."""
-    from tqdm.auto import tqdm
-
     training, folder = self.training, self.folder
     # Examples are distributed over the devices if the batch size is a multiple of their number.
     # Parameters are replicated.
@@ -191,7 +190,7 @@ class Trainer:
       self.desk = stack.enter_context(desk.Desk())
       self.writers = stack.enter_context(contextlib.closing(Writers(tuple(self.run.writers), folder)))
       self.bar = stack.enter_context(
-        tqdm(total=training.steps, initial=self.first, desc=name, unit="step", disable=not progress)
+        progress_bar(training.steps, initial=self.first, title=name, unit="step", show=progress)
       )
       self.journal = self._journal(int(state.skipped))
       self.held_out = HeldOut.resume(self.model, training, self.run, held_out, folder / run_folder.METRICS)

@@ -114,7 +114,7 @@ def _network(model: ModelConfig, training: TrainingConfig) -> Callable[..., Call
 
 def _continuous(model: ModelConfig, training: TrainingConfig, drop: dict[str, Any]) -> Objective:
   network, weight = _network(model, training), _weight(training)
-  draw = functools.partial(losses.noisy, noise_levels=_noise_levels(model, training), **drop)
+  draw = functools.partial(losses.noisy, noise_levels=noise_levels(model, training), **drop)
 
   def errors(params, batch, key):
     values = losses.denoising_errors(params, network(key), batch, scaling=model.scaling, weight=weight)
@@ -209,7 +209,7 @@ def _classifier(model: ModelConfig, training: TrainingConfig) -> Objective:
   if training.loss is not None or training.weight != "plain" or training.uncertainty:
     raise ValueError("loss, weight and uncertainty are for denoisers: leave them out")
   if model.diffusion_steps is None:
-    levels = _noise_levels(model, training)
+    levels = noise_levels(model, training)
   else:
     _check_no_levels(training)
     levels = model.noise_schedule
@@ -237,7 +237,8 @@ OBJECTIVES: dict[str, Callable[[ModelConfig, TrainingConfig], Objective]] = {
 """The objective of each role, by the role's name."""
 
 
-def _noise_levels(model: ModelConfig, training: TrainingConfig) -> schedules.NoiseLevels:
+def noise_levels(model: ModelConfig, training: TrainingConfig) -> schedules.NoiseLevels:
+  """Return the distribution of the noise levels that a training in continuous time draws."""
   if training.noise not in (None, "log-normal"):
     return schedules.levels(training.noise, model.noise_schedule)
   mean = -0.6 if training.noise_mean is None else training.noise_mean

@@ -130,6 +130,7 @@ def recipe(sections: Mapping[str, Any], data: Any = None) -> Recipe:
   known = ("data", "model", "training", "run", "init_from", "preset")
   for name in sections:
     checks.lookup("section", name, dict.fromkeys(known))
+  _check_places(sections)
   where = toml.fill(DataConfig, "data", sections.get("data", {}))
   model, training, run = ({**_table(sections, name)} for name in ("model", "training", "run"))
   network = model.setdefault("network", "unet")
@@ -156,6 +157,19 @@ def recipe(sections: Mapping[str, Any], data: Any = None) -> Recipe:
     init_from,
     source,
   )
+
+
+def _check_places(sections: Mapping[str, Any]) -> None:
+  """Check that no name stands in a section to which it does not belong, such as ``model.steps``."""
+  classes = {"data": DataConfig, "model": ModelConfig, "training": TrainingConfig, "run": RunConfig}
+  network = networks.find(_table(sections, "model").get("network", "unet")).module
+  names = {section: {field.name for field in dataclasses.fields(cls)} for section, cls in classes.items()}
+  names["model.fields"] = {field.name for field in dataclasses.fields(network) if field.name not in NOT_FIELDS}
+  for section in classes:
+    for name in {*_table(sections, section)} - names[section]:
+      homes = [home for home, known in names.items() if name in known]
+      if homes:
+        raise ValueError(f"[{section}] has no {name!r}: write {homes[0]}.{name}")
 
 
 def _table(sections: Mapping[str, Any], name: str) -> Mapping[str, Any]:
