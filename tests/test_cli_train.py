@@ -18,7 +18,7 @@ from jaxguide.data import DataConfig
 from jaxguide.training import ModelConfig, RunConfig, TrainingConfig, loop, program, recipes
 
 # A network that compiles fast; the presets are for UNets.
-FAST = ("--network", "test_run_folder:Mlp", "--batch-size", 4, "--set", "run.sample_steps=2")
+FAST = ("--network", "tiny:Mlp", "--batch-size", 4, "--set", "run.sample_steps=2")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def trained(photos, tmp_path_factory):
   folder = tmp_path_factory.mktemp("trained") / "run"
   sections = {
     "data": {"source": str(photos), "size": 8},
-    "model": {"network": "test_run_folder:Mlp"},
+    "model": {"network": "tiny:Mlp"},
     "training": {"steps": 4, "batch_size": 4},
     "run": {"sample_every": 0},
   }
@@ -119,7 +119,7 @@ def test_a_run_goes_on_by_its_folder_alone(train, trained, photos, tmp_path, mon
   assert (status, "training.seed is 0 there, and 1 here" in errors) == (2, True)
   status, _, errors = train("--out", out, "--network", "classifier")
   assert status == 2
-  assert "model.network is 'test_run_folder:Mlp' there, and 'classifier' here" in errors
+  assert "model.network is 'tiny:Mlp' there, and 'classifier' here" in errors
   # A run that was refused keeps its own settings.
   assert (
     settings_of((out / "config.toml").read_text())["training"] | {"seed": 0, "steps": 6}

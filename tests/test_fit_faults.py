@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from tiny import Mlp
 
 from jaxguide import training
 from jaxguide._core.files import lock
@@ -30,12 +31,7 @@ pytestmark = [
   pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-UNET = ModelConfig(
-  "unet",
-  {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": (), "num_head_channels": 8},
-  (4, 4, 1),
-  2,
-)
+MODEL = ModelConfig(Mlp, {}, (4, 4, 1), 2)
 HOW = TrainingConfig(steps=6, batch_size=3, save_every=2)
 LOGS = RunConfig(log_every=2, sample_every=0)
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 1)).astype(np.uint8)
@@ -44,7 +40,7 @@ IMAGES = Images(PIXELS, np.arange(8, dtype=np.int32) % 2, 2, "mine")
 
 @pytest.fixture(scope="module")
 def compiled():
-  return step.train_step(UNET, HOW), step.init_state(UNET, HOW)
+  return step.train_step(MODEL, HOW), step.init_state(MODEL, HOW)
 
 
 def runs(compiled, patch):
@@ -68,7 +64,7 @@ def runs(compiled, patch):
       return state, metrics
 
     patch.setattr(loop, "train_step", lambda *args: faulty)
-    return training.fit(UNET, how, images, folder, run=run, progress=False, **options)
+    return training.fit(MODEL, how, images, folder, run=run, progress=False, **options)
 
   return fit
 
@@ -213,7 +209,7 @@ def test_parameters_whose_loss_is_not_finite_are_not_saved(run, tmp_path, step, 
 def test_one_step_with_a_huge_learning_rate(tmp_path):
   how = TrainingConfig(steps=1, batch_size=3, learning_rate=1e38)
   with pytest.raises(FloatingPointError, match=r"loss is not finite after step 0; there was no checkpoint yet.*lower"):
-    training.fit(UNET, how, IMAGES, tmp_path, progress=False)
+    training.fit(MODEL, how, IMAGES, tmp_path, progress=False)
   with pytest.raises(FileNotFoundError):
     training.load(tmp_path)
 
@@ -253,14 +249,16 @@ def test_each_setting_that_differs_is_named(run, whole):
   with pytest.raises(ValueError, match=r"training\.ema_decay is 0.995 there, and 0.5 here") as error:
     run(whole[1], how=dataclasses.replace(HOW, seed=2**40, ema_decay=0.5))
   assert "training.seed is 0 there, and 1099511627776 here" in str(error.value)
-  other = dataclasses.replace(UNET, fields={**UNET.fields, "dropout": 0.5}, prediction="eps")
+  other = dataclasses.replace(MODEL, fields={**MODEL.fields, "dropout": 0.5}, prediction="eps")
   with pytest.raises(ValueError, match=r"model\.prediction is 'v' there, and 'eps' here") as error:
     training.fit(other, HOW, IMAGES, whole[1])
   assert "model.fields.dropout is 0.0 there, and 0.5 here" in str(error.value)
 
 
 def test_explicit_defaults_equal_implicit_ones(whole):
-  spelled = dataclasses.replace(UNET, fields={**UNET.fields, "dropout": 0.0, "dtype": jnp.float32, "null_class": True})
+  spelled = dataclasses.replace(
+    MODEL, fields={**MODEL.fields, "dropout": 0.0, "dtype": jnp.float32, "null_class": True}
+  )
   assert same_bits(training.fit(spelled, HOW, IMAGES, whole[1]).params, whole[0].params)
 
 
@@ -300,11 +298,11 @@ def test_invalid_records(run, whole, content, message):
     path.unlink() if content is None else path.write_text(content)
   with pytest.raises(ValueError, match=message):
     run(whole[1])
-  assert training.load(whole[1]).config == UNET
+  assert training.load(whole[1]).config == MODEL
 
 
 def test_a_model_that_was_saved_without_training_is_not_accepted(run, whole, broken, tmp_path):
-  other = training.Model(UNET, jax.tree.map(jnp.zeros_like, whole[0].params))
+  other = training.Model(MODEL, jax.tree.map(jnp.zeros_like, whole[0].params))
   training.save(tmp_path / "saved", other)
   with pytest.raises(ValueError, match=r"contains a model, but no training\.json"):
     run(tmp_path / "saved")
@@ -422,7 +420,7 @@ from jaxguide import training
 from jaxguide.data import Images
 from jaxguide.training import ModelConfig, TrainingConfig
 images = Images(np.zeros((8, 4, 4, 1), np.uint8), np.zeros(8, np.int32), 2, "zeros")
-training.fit({UNET!r}, TrainingConfig(steps=10**6, batch_size=3), images, {str(tmp_path)!r}, progress=False)
+training.fit({MODEL!r}, TrainingConfig(steps=10**6, batch_size=3), images, {str(tmp_path)!r}, progress=False)
 """
   first = subprocess.Popen([sys.executable, "-c", code])
   try:
@@ -435,7 +433,7 @@ training.fit({UNET!r}, TrainingConfig(steps=10**6, batch_size=3), images, {str(t
   finally:
     first.send_signal(signal.SIGKILL)
     first.wait()
-  training.fit(UNET, TrainingConfig(steps=1, batch_size=3), IMAGES, tmp_path, retrain=True, progress=False)
+  training.fit(MODEL, TrainingConfig(steps=1, batch_size=3), IMAGES, tmp_path, retrain=True, progress=False)
 
 
 @pytest.fixture
@@ -497,7 +495,7 @@ def test_too_little_disk_space_is_noticed_before_writing(run, whole, broken, mon
     ({"data": (PIXELS, IMAGES.labels)}, "data must be a dataset, got tuple"),
     ({"run": {"keep": 3}}, "run must be a RunConfig, got dict"),
     ({"callback": 3}, "callback must be a function of step, state and metrics, got int"),
-    ({"model": HOW, "training": UNET}, "model must be a ModelConfig, got TrainingConfig"),
+    ({"model": HOW, "training": MODEL}, "model must be a ModelConfig, got TrainingConfig"),
     ({"training": None}, "training must be a TrainingConfig, got NoneType"),
     ({"model": "unet"}, "model must be a ModelConfig, got str"),
   ],
@@ -505,7 +503,7 @@ def test_too_little_disk_space_is_noticed_before_writing(run, whole, broken, mon
 )
 def test_arguments_of_wrong_types(tmp_path, monkeypatch, given, message):
   monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-  arguments = {"model": UNET, "training": HOW, "data": IMAGES, "folder": tmp_path / "folder", **given}
+  arguments = {"model": MODEL, "training": HOW, "data": IMAGES, "folder": tmp_path / "folder", **given}
   with pytest.raises(TypeError, match=message):
     training.fit(**arguments)
   assert not (tmp_path / "folder").exists()
@@ -515,7 +513,7 @@ def test_arguments_of_wrong_types(tmp_path, monkeypatch, given, message):
 def test_products_have_the_configured_precision(compiled, precision):
   how = dataclasses.replace(HOW, matmul_precision=precision)
   with jax.default_matmul_precision("bfloat16"):  # This outer setting has no effect.
-    program = jax.make_jaxpr(step.train_step(UNET, how))(compiled[1], PIXELS[:3], IMAGES.labels[:3])
+    program = jax.make_jaxpr(step.train_step(MODEL, how))(compiled[1], PIXELS[:3], IMAGES.labels[:3])
   precisions = re.findall(r"precision=(.*)", str(program))
   name = f"Precision.{precision.upper()}"
   assert {*precisions} == {f"({name}, {name})"}
@@ -532,7 +530,7 @@ def test_a_run_depends_on_the_whole_seed_and_not_on_jaxs_defaults(monkeypatch):
 
   def result(seed):
     how = dataclasses.replace(HOW, seed=seed)
-    state, metrics = step.train_step(UNET, how)(step.init_state(UNET, how), PIXELS[:3], IMAGES.labels[:3])
+    state, metrics = step.train_step(MODEL, how)(step.init_state(MODEL, how), PIXELS[:3], IMAGES.labels[:3])
     return *state.params["w"].tolist(), float(metrics["loss"])
 
   zero, large = result(0), result(2**32)

@@ -2,17 +2,15 @@
 
 import ast
 import dataclasses
-import math
 import subprocess
 import sys
 from pathlib import Path
 
 import chex
-import flax.linen as nn
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import readme
+from tiny import Mlp
 
 import jaxguide
 from jaxguide import data, generate, solvers, training
@@ -79,23 +77,6 @@ def test_heavy_libraries_are_imported_where_they_are_used():
 
 
 # --- what is new is one file and one entry --------------------------------------------------------
-
-
-class Mlp(nn.Module):
-  """A network that the package does not know."""
-
-  width: int = 8
-  num_classes: int | None = None
-  null_class: bool = True
-
-  @nn.compact
-  def __call__(self, x, t, label=None, *, train=False):
-    """Predict from the pixels, the time and the label."""
-    del train
-    hidden = nn.Dense(self.width)(x.reshape(x.shape[0], -1)) + nn.Dense(self.width)(jnp.log1p(t)[:, None])
-    if label is not None:
-      hidden += nn.Embed(self.num_classes + 1, self.width)(label)
-    return nn.Dense(math.prod(x.shape[1:]))(nn.silu(hidden)).reshape(x.shape)
 
 
 def test_a_new_network_is_an_entry(tmp_path, monkeypatch):

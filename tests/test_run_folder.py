@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -11,11 +10,11 @@ import signal
 import threading
 import time
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import Classify, Mlp
 
 from jaxguide import models, training
 from jaxguide.data import Images
@@ -33,37 +32,6 @@ from jaxguide.training import (
   signals,
   writers,
 )
-
-
-class Mlp(nn.Module):
-  """A network that compiles fast."""
-
-  width: int = 8
-  num_classes: int | None = None
-  null_class: bool = True
-
-  @nn.compact
-  def __call__(self, x, t, label=None):
-    """Predict from the pixels, the time and the label."""
-    hidden = nn.Dense(self.width)(x.reshape(x.shape[0], -1)) + nn.Dense(self.width)(jnp.log1p(t)[:, None])
-    if label is not None:
-      hidden += nn.Embed(self.num_classes + 1, self.width)(label)
-    return nn.Dense(math.prod(x.shape[1:]))(nn.silu(hidden)).reshape(x.shape)
-
-
-class Classify(nn.Module):
-  """A classifier that compiles fast."""
-
-  width: int = 8
-  out_channels: int = 2
-  role = "classifier"
-
-  @nn.compact
-  def __call__(self, x, t):
-    """Return logits."""
-    hidden = nn.Dense(self.width)(x.reshape(x.shape[0], -1)) + nn.Dense(self.width)(jnp.log1p(t)[:, None])
-    return nn.Dense(self.out_channels)(nn.silu(hidden))
-
 
 MODEL = ModelConfig(Mlp, {}, (4, 4, 1), 2, class_names=("top", "bottom"))
 CLASSIFIER = ModelConfig(Classify, {}, (4, 4, 1), 2)

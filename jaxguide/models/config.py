@@ -1,5 +1,6 @@
 """The configuration of a model, as plain data that can be stored in a JSON file."""
 
+import contextlib
 import dataclasses
 import math
 import reprlib
@@ -11,7 +12,7 @@ import numpy as np
 from flax import linen
 
 from jaxguide import schedules
-from jaxguide._core import checks
+from jaxguide._core import checks, records
 from jaxguide.denoisers import scaling
 from jaxguide.models import networks
 from jaxguide.models.encoders import ENCODERS, Encoder
@@ -206,22 +207,40 @@ class ModelConfig:
 def _network_fields(network: Network, fields: Mapping[str, Any]) -> dict[str, Any]:
   """Check the fields of a network, and return them as plain data."""
   cls, classes = network.module, network.role.classes
-  hints = typing.get_type_hints(cls)
-  known = {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.name not in NOT_FIELDS}
+  hints = _hints(cls)
+  own = [field for field in dataclasses.fields(cls) if field.name not in NOT_FIELDS]
+  known, default = {field.name: hints.get(field.name, Any) for field in own}, records.defaults(cls)
   checked: dict[str, Any] = {}
   for name, value in fields.items():
     if name == "perturbation":
       raise ValueError("perturbation is not one of a model's fields: give it to jaxguide.perturbed when you sample")
     kind = checks.lookup(f"field of {cls.__name__}", name, known)
     if name in (classes, "label_size"):
-      own = "num_classes" if name == classes else name
-      raise ValueError(f"{name} is not one of the fields: set {own} of the model instead")
-    if name == "dtype":
+      setting = "num_classes" if name == classes else name
+      raise ValueError(f"{name} is not one of the fields: set {setting} of the model instead")
+    if name == "dtype" and not (value is None and default.get(name, value) is None):
       checked[name] = dtype_name(value)
     else:
       checked[name] = checks.field(name, value, kind, *network.bounds.get(name, ANY_NUMBER))
   network.check(checked)
   return checked
+
+
+def _hints(cls: type) -> Mapping[str, Any]:
+  try:
+    return typing.get_type_hints(cls)
+  except (NameError, TypeError):  # An annotation that Python cannot look up, such as a name for type checkers alone.
+    return {}
+
+
+def default_fields(network: Network) -> dict[str, Any]:
+  """Return the defaults of a network's fields by name, where they are plain data."""
+  found = {}
+  for name, value in records.defaults(network.module).items():
+    if name not in (*NOT_FIELDS, network.role.classes, "label_size", "perturbation"):
+      with contextlib.suppress(ValueError):
+        found[name] = checks.plain(name, value)
+  return found
 
 
 def dtype_name(dtype: Any) -> str:

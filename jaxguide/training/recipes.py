@@ -15,7 +15,7 @@ from jaxguide import data as datasets
 from jaxguide._core import checks, records
 from jaxguide.data import DataConfig
 from jaxguide.models import Model, folders, networks, transplant
-from jaxguide.models.config import NOT_FIELDS, ModelConfig, dtype_name
+from jaxguide.models.config import NOT_FIELDS, ModelConfig, default_fields
 from jaxguide.models.networks import CLASSIFIER
 from jaxguide.training import presets, toml
 from jaxguide.training.config import TrainingConfig
@@ -93,12 +93,8 @@ def _section(name: str, values: Any, last: Sequence[str]) -> str:
 
 def _complete(model: Mapping[str, Any]) -> dict[str, Any]:
   """Return the fields of a model with all defaults, also those of the network's own fields."""
-  network = networks.find(model["network"])
-  derived = {*NOT_FIELDS, network.role.classes, "label_size", "perturbation"}
-  fields = {name: value for name, value in records.defaults(network.module).items() if name not in derived}
-  if "dtype" in fields:
-    fields["dtype"] = dtype_name(fields["dtype"])
-  fields = {name: value for name, value in fields.items() if value is not None}
+  known = default_fields(networks.find(model["network"]))
+  fields = {name: value for name, value in known.items() if value is not None}
   defaults = {name: value for name, value in records.defaults(ModelConfig).items() if name not in FROM_DATA}
   return {"network": model["network"], **defaults, **model, "fields": {**fields, **model.get("fields", {})}}
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from jaxguide._core import records
 from jaxguide._core.files import write_atomically
 from jaxguide.models import folders, networks
-from jaxguide.models.config import NOT_FIELDS, ModelConfig, dtype_name
+from jaxguide.models.config import ModelConfig, default_fields
 from jaxguide.training import checkpoints, inputs, snapshots
 from jaxguide.training.config import TrainingConfig
 from jaxguide.training.run_config import RunConfig
@@ -148,10 +148,7 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[re
     stored["data"] = data = {**data, "name": wanted["data"]["name"]}
   if isinstance(data, dict) and "fingerprint" not in data:  # Records of older versions have no fingerprint.
     wanted["data"] = {"name": wanted["data"]["name"]}
-  module = records.defaults(networks.find(wanted["model"]["network"]).module)
-  fields = {name: value for name, value in module.items() if name not in NOT_FIELDS}
-  if "dtype" in fields:
-    fields["dtype"] = dtype_name(fields["dtype"])
+  fields = default_fields(networks.find(wanted["model"]["network"]))
   default = {
     "model": {**records.defaults(ModelConfig), "fields": fields},
     "training": records.defaults(TrainingConfig),

@@ -5,7 +5,7 @@ message has the wrong value and the expected one, and often what to do instead.
 """
 
 from jaxguide._core.checks.arguments import LARGEST, cond, labels, scale, schedule, shape, sigmas, solver
-from jaxguide._core.checks.fields import field, lookup, options
+from jaxguide._core.checks.fields import field, lookup, options, plain
 from jaxguide._core.checks.numbers import (
   above,
   as_float,
@@ -37,6 +37,7 @@ __all__ = [
   "number",
   "number_field",
   "options",
+  "plain",
   "rising",
   "scale",
   "schedule",

@@ -19,7 +19,8 @@ def field(name: str, value: Any, kind: Any, *bounds: int | float) -> Any:
     name: the field's name.
     value: the field's value. It may contain NumPy's numbers, or lists instead of tuples, as JSON has them.
     kind: the annotation: ``bool``, ``int``, ``float`` (which allows ``int``), ``str``, a ``Mapping`` with text keys, a
-      ``Sequence`` of one of these, or a union of one of these with None.
+      ``Sequence``, ``list`` or ``tuple`` of one of these, or a union of one of these with None. For any other
+      annotation, the value may be all that `plain` returns.
     *bounds: the smallest and the largest number allowed, also for each element of a sequence. ``int`` needs both.
 
   Raises:
@@ -39,7 +40,7 @@ def field(name: str, value: Any, kind: Any, *bounds: int | float) -> Any:
       return None
     return field(name, value, kinds[0] if len(kinds) == 1 else typing.Union[kinds], *bounds)  # noqa: UP007
   origin = typing.get_origin(kind)
-  if origin is Sequence:
+  if origin in (Sequence, list) or (origin is tuple and kinds[1:] == (Ellipsis,)):
     if not isinstance(value, list | tuple | np.ndarray) or (isinstance(value, np.ndarray) and value.ndim != 1):
       raise ValueError(f"{name} must be a list, got {reprlib.repr(value)}")
     return tuple(field(f"each of {name}", item, kinds[0], *bounds) for item in value)
@@ -57,9 +58,38 @@ def field(name: str, value: Any, kind: Any, *bounds: int | float) -> Any:
   if int in (kind, *kinds):
     low, high = map(int, bounds)
     return whole(name, value, low, high)
+  if kind is not str:
+    return plain(name, value)
   if not isinstance(value, str):
     raise ValueError(f"{name} must be a text, got {reprlib.repr(value)}")
   return value
+
+
+def plain(name: str, value: Any) -> Any:
+  """Return a value as plain data: a number, a text, true or false, None, or tuples and mappings of these.
+
+  A dtype becomes its name.
+
+  Raises:
+    ValueError: if it is something else, such as a function.
+
+  >>> plain("sizes", [np.int64(8), None]), plain("param_dtype", np.float32)
+  ((8, None), 'float32')
+  """
+  if isinstance(value, np.generic):
+    value = value.item()
+  if value is None or isinstance(value, bool | int | float | str):
+    return value
+  if isinstance(value, list | tuple):
+    return tuple(plain(f"each of {name}", item) for item in value)
+  if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+    return {key: plain(f"{name}.{key}", item) for key, item in value.items()}
+  if isinstance(value, np.dtype | type) and np.dtype(value) != object:
+    return np.dtype(value).name
+  raise ValueError(
+    f"{name} must be plain data (numbers, texts, lists of them, or a dtype), which can be stored as text, got "
+    f"{reprlib.repr(value)}; for a network, make a subclass that has it as its default"
+  )
 
 
 def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
