@@ -1,8 +1,12 @@
 """Networks of one's own, and labels that are vectors: configured, trained, saved, loaded and guided."""
 
+import json
 import math
 import subprocess
 import sys
+import tomllib
+from collections.abc import Callable
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -55,6 +59,78 @@ class Normalised(nn.Module):
     """Predict nothing of use."""
     del t, cond
     return nn.BatchNorm(use_running_average=True)(x)
+
+
+class Fields(nn.Module):
+  """A network with the fields that Flax's own layers have, and others."""
+
+  features: tuple[int, ...] = (8, 8)
+  activation: Callable[..., Any] = nn.silu
+  kernel_init: Callable[..., Any] = nn.initializers.lecun_normal()
+  dtype: Any = None
+  param_dtype: Any = jnp.float32
+  rates: list[float] | None = None
+  anything: Any = None
+  unknown: "NoSuchName" = 1  # noqa: F821
+
+  @nn.compact
+  def __call__(self, x, t, cond):
+    """Predict from the pixels, the time and the label."""
+    hidden = x.reshape(x.shape[0], -1) + nn.Embed(3, 16)(cond) + t[:, None]
+    for width in self.features:
+      dense = nn.Dense(width, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=self.kernel_init)
+      hidden = self.activation(dense(hidden))
+    return nn.Dense(x[0].size, dtype=jnp.float32)(hidden).reshape(x.shape)
+
+
+@pytest.mark.parametrize(
+  ("network", "stored"),
+  [
+    (Fields(), {}),
+    (Fields(features=(4,), dtype=jnp.bfloat16), {"features": (4,), "dtype": "bfloat16"}),
+    (Fields(dtype=np.float32, param_dtype=jnp.bfloat16), {"dtype": "float32", "param_dtype": "bfloat16"}),
+    (Fields(rates=[0.5, 1]), {"rates": (0.5, 1)}),
+    (Fields(anything=[1, "two", None], unknown=2), {"anything": (1, "two", None), "unknown": 2}),
+    (Fields(anything={"a": np.float32(0.5)}), {"anything": {"a": 0.5}}),
+  ],
+  ids=range(6),
+)
+def test_fields_of_other_types_are_stored_as_plain_data(network, stored):
+  config = ModelConfig(network, {}, (4, 4, 1), 2)
+  assert config.fields == stored
+  again = ModelConfig(config.network, json.loads(json.dumps(stored)), (4, 4, 1), 2)
+  assert again == config
+  assert init_params(again, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+  ("network", "message"),
+  [
+    (Fields(activation=nn.gelu), "activation must be plain data .*make a subclass that has it as its default"),
+    (Fields(anything=np.ones(2)), "anything must be plain data"),
+    (Fields(anything=[nn.Dense]), "each of anything must be plain data"),
+    (Fields(features=(8, 2.5)), "each of features must be a whole number"),
+  ],
+)
+def test_fields_that_cannot_be_stored_are_refused(network, message):
+  with pytest.raises(ValueError, match=message):
+    ModelConfig(network, {}, (4, 4, 1), 2)
+
+
+def test_a_run_with_such_fields_is_continued_and_written_down(tmp_path):
+  np.savez(tmp_path / "data.npz", images=IMAGES.images, labels=IMAGES.labels)
+  sections = {
+    "data": {"source": str(tmp_path / "data.npz")},
+    "model": {"network": "test_own_networks:Fields", "fields": {"features": [4]}},
+    "training": {"steps": 2, "batch_size": 4},
+    "run": {"sample_every": 0},
+  }
+  for steps in (2, 4):
+    sections["training"]["steps"] = steps
+    model = training.train(training.recipe(sections), tmp_path / "run", progress=False)
+  assert model.config.fields == {"features": (4,)}
+  written = tomllib.loads((tmp_path / "run" / "config.toml").read_text())["model"]["fields"]
+  assert written == {"features": [4], "param_dtype": "float32", "unknown": 1}
 
 
 @pytest.mark.parametrize("network", [Plain(width=4), Plain, "test_own_networks:Plain"])

@@ -145,7 +145,7 @@ class ModelConfig:
         raise ValueError(f"fields are those of the module {type(network).__name__}: give {{}}")
       classes = networks.own(type(network))[1].role.classes
       values = {field.name: (getattr(network, field.name), field.default) for field in dataclasses.fields(network)}
-      changed = {name: value for name, (value, default) in values.items() if value is not default and value != default}
+      changed = {name: value for name, (value, default) in values.items() if not _same(value, default)}
       own = {name: value for name, value in changed.items() if name not in (*NOT_FIELDS, classes, "label_size")}
       object.__setattr__(self, "fields", own)
       network = type(network)
@@ -230,7 +230,12 @@ def _hints(cls: type) -> Mapping[str, Any]:
   try:
     return typing.get_type_hints(cls)
   except (NameError, TypeError):  # An annotation that Python cannot look up, such as a name for type checkers alone.
-    return {}
+    return {field.name: Any if isinstance(field.type, str) else field.type for field in dataclasses.fields(cls)}
+
+
+def _same(a: Any, b: Any) -> bool:
+  """Return whether two values of a field are the same; arrays and the like are not."""
+  return a is b or (isinstance(equal := a == b, bool | np.bool_) and bool(equal))
 
 
 def default_fields(network: Network) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Checks of the fields of configurations and of names in tables."""
 
+import contextlib
 import dataclasses
 import difflib
 import reprlib
@@ -84,8 +85,10 @@ def plain(name: str, value: Any) -> Any:
     return tuple(plain(f"each of {name}", item) for item in value)
   if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
     return {key: plain(f"{name}.{key}", item) for key, item in value.items()}
-  if isinstance(value, np.dtype | type) and np.dtype(value) != object:
-    return np.dtype(value).name
+  if isinstance(value, np.dtype | type):
+    with contextlib.suppress(TypeError, ValueError):
+      if np.dtype(value) != object:
+        return np.dtype(value).name
   raise ValueError(
     f"{name} must be plain data (numbers, texts, lists of them, or a dtype), which can be stored as text, got "
     f"{reprlib.repr(value)}; for a network, make a subclass that has it as its default"
