@@ -31,7 +31,7 @@ pytestmark = [
   pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-MODEL = ModelConfig(Mlp, {}, (4, 4, 1), 2)
+MODEL = ModelConfig(Mlp, {"width": 256}, (4, 4, 1), 2)
 HOW = TrainingConfig(steps=6, batch_size=3, save_every=2)
 LOGS = RunConfig(log_every=2, sample_every=0)
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 1)).astype(np.uint8)
@@ -59,8 +59,8 @@ def runs(compiled, patch):
         raise KeyboardInterrupt
       state, metrics = compiled_step(state, *batch)
       if number == poison:
-        kernel = state.params["params"]["out_2"]["kernel"]
-        state.params["params"]["out_2"]["kernel"] = kernel.at[0, 0].set(value)
+        kernel = state.params["params"]["Dense_2"]["kernel"]
+        state.params["params"]["Dense_2"]["kernel"] = kernel.at[0, 0].set(value)
       return state, metrics
 
     patch.setattr(loop, "train_step", lambda *args: faulty)
@@ -127,14 +127,14 @@ def replace_an_array(step):
 
   with ocp.StandardCheckpointer() as checkpointer:
     state = checkpointer.restore(step / "state")
-    state["opt_state"][1][0]["mu"]["params"]["out_2"]["bias"] += 1e-7
+    state["opt_state"][1][0]["mu"]["params"]["Dense_2"]["bias"] += 1e-7
     checkpointer.save(step / "state", state, force=True)
 
 
 @pytest.mark.parametrize(
   ("damage", "named"),
   [
-    (replace_an_array, "mu/params/out_2/bias does not match its checksum"),
+    (replace_an_array, "mu/params/Dense_2/bias does not match its checksum"),
     (lambda step: cut(largest(step / "state")), "damaged"),
     (lambda step: largest(step / "state").unlink(), "damaged"),
     (lambda step: cut(step / "checksums" / "metadata"), "damaged"),
@@ -157,7 +157,7 @@ def test_if_all_checkpoints_are_damaged_the_last_is_named(run, broken):
   for number in (2, 4):
     replace_an_array(broken / "checkpoints" / str(number))
   with pytest.raises(
-    ValueError, match=r"step 4 in .* is damaged \(.*out_2/bias does not match.*there is no undamaged one: retrain"
+    ValueError, match=r"step 4 in .* is damaged \(.*Dense_2/bias does not match.*there is no undamaged one: retrain"
   ):
     run(broken)
   assert (broken / "checkpoints" / "2").is_dir()
@@ -188,7 +188,7 @@ def test_damaged_checkpoints_change_nothing(run, whole, broken, tmp_path):
 
 @pytest.mark.parametrize("step", [3, 5])
 def test_a_state_that_is_not_finite_is_not_saved(run, whole, tmp_path, step):
-  message = rf"params/params/out_2/kernel is not finite after step {step}; the checkpoint of step {step - 1} is kept"
+  message = rf"params/params/Dense_2/kernel is not finite after step {step}; the checkpoint of step {step - 1} is kept"
   with pytest.raises(FloatingPointError, match=message):
     run(tmp_path / "run", poison=step)
   assert not np.isinf(jax.tree.leaves(training.load(tmp_path / "run").params)[0]).any()

@@ -14,7 +14,7 @@ class Mlp(nn.Module):
   num_classes: int | None = None
   null_class: bool = True
   dropout: float = 0.0
-  dtype: Any = None
+  dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x, t, label=None, *, train: bool = False):
