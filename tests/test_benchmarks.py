@@ -3,6 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks import memory, startup, timing
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +26,7 @@ def test_an_unknown_benchmark_is_one_sentence_that_names_the_nearest():
   assert "Traceback" not in made.stderr
 
 
+@pytest.mark.slow
 def test_programs_of_sampling_are_lowered():
   """They call what `sample_batch` compiles, which is not public."""
   assert "stablehlo" in memory.sampling_program(2, 1, 8).as_text()

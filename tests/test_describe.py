@@ -126,6 +126,7 @@ def test_the_estimate_is_near_what_xla_plans(config):
   assert 0.5 < estimate.activations / compiled.activations < 1.5
 
 
+@pytest.mark.slow
 def test_rematerialisation_keeps_less(monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
   jax.clear_caches()

@@ -196,13 +196,17 @@ def test_labels_that_are_vectors():
   params = jax.tree.map(lambda leaf: leaf + 0.1, training.init_state(config, TrainingConfig(steps=1)).params)
   examples, vectors = RNG.integers(0, 256, (8, 4, 4, 1)).astype(np.uint8), RNG.normal(size=(8, 3)).astype(np.float32)
 
-  def loss(vectors, p_uncond):
+  def losses(p_uncond):
     how = TrainingConfig(steps=2, batch_size=8, p_uncond=p_uncond)
-    state = training.init_state(config, how, {"params": params["params"]})
-    return float(training.train_step(config, how)(state, examples, vectors)[1]["loss"])
+    step, state = training.train_step(config, how), training.init_state(config, how, {"params": params["params"]})
+    states = state, jax.tree.map(jnp.copy, state)
+    return [
+      float(step(*given)[1]["loss"]) for given in zip(states, 2 * [examples], (vectors, 0 * vectors), strict=True)
+    ]
 
-  assert loss(vectors, 0.0) != loss(np.zeros_like(vectors), 0.0)
-  assert loss(vectors, 1.0) == loss(np.zeros_like(vectors), 1.0)
+  kept, dropped = losses(0.0), losses(1.0)
+  assert kept[0] != kept[1]
+  assert dropped[0] == dropped[1]
   denoise = training.Model(config, {"params": params["params"]}).denoiser
   guided = jg.classifier_free(config.null_cond, 2.0)(denoise)
   x = jg.sample_batch(

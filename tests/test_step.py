@@ -59,7 +59,9 @@ def change(how=HOW, **fields):
   return dataclasses.replace(how, **fields)
 
 
-@pytest.mark.parametrize("model", [TINY, UNET, CLASSIFIER], ids=["tiny", "unet", "classifier"])
+@pytest.mark.parametrize(
+  "model", [TINY, UNET, pytest.param(CLASSIFIER, marks=pytest.mark.slow)], ids=["tiny", "unet", "classifier"]
+)
 def test_accumulated_gradients_equal_those_of_the_whole_batch(model):
   """The first step of plain SGD shows the gradient: the parameters agree to 1e-6, and so do all figures."""
   how = change(optimizer="sgd", learning_rate=0.1, clip_norm=1e6)
@@ -83,7 +85,9 @@ class Deep(nn.Module):
     return nn.Dense(x[0].size)(hidden).reshape(x.shape)
 
 
-@pytest.mark.parametrize("model", [ModelConfig(Deep, {}, (4, 4, 1), None), UNET], ids=["own", "unet"])
+@pytest.mark.parametrize(
+  "model", [ModelConfig(Deep, {}, (4, 4, 1), None), pytest.param(UNET, marks=pytest.mark.slow)], ids=["own", "unet"]
+)
 def test_accumulation_needs_less_memory(model):
   """Four parts need half of the memory of the whole batch, or less, with a loop (UNet) or without one (own network)."""
 
@@ -96,6 +100,7 @@ def test_accumulation_needs_less_memory(model):
   assert temporary(change(how, accumulation=4)) < 0.5 * temporary(how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["blocks", "all"])
 def test_what_is_computed_again_is_the_same(remat):
   state, history = run(UNET, HOW)
@@ -112,6 +117,7 @@ def test_the_program_computes_again_what_it_should(remat, expected):
   assert expected or "checkpoint[" not in program
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_and_float32_keeps():
   """The network computes in bfloat16; parameters, means, moments and the loss stay float32."""
   half = dataclasses.replace(UNET, fields={**FIELDS, "dtype": "bfloat16"})

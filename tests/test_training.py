@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import Mlp
 
 import jaxguide as jg
 from jaxguide import training
@@ -23,6 +24,7 @@ TINY = {
   "num_head_channels": 8,
 }
 UNET = ModelConfig("unet", TINY, image_shape=(4, 4, 1), num_classes=2)
+FAST = ModelConfig(Mlp, {}, image_shape=(4, 4, 1), num_classes=2)
 CLASSIFIER = ModelConfig("classifier", TINY, image_shape=(4, 4, 1), num_classes=2)
 
 
@@ -336,9 +338,9 @@ def test_denoisers_of_one_configuration_are_one_program(trained):
 def one_step(images, **options):
   """The initial parameters, the state after one step, and the metrics; without dropout."""
   config = TrainingConfig(steps=4, batch_size=3, warmup=0, clip_norm=1e9, **options)
-  state = step.init_state(UNET, config)
+  state = step.init_state(FAST, config)
   first = jax.tree.map(jnp.copy, state.params)
-  after, metrics = step.train_step(UNET, config)(state, images.images[:3], images.labels[:3])
+  after, metrics = step.train_step(FAST, config)(state, images.images[:3], images.labels[:3])
   return first, after, metrics
 
 
@@ -372,7 +374,7 @@ def test_the_loss_has_the_named_weight(images, weight, of_sigma):
   plain = float(one_step(images, **level)[2]["loss"])
   weighted = float(one_step(images, weight=weight, **level)[2]["loss"])
   sigma = np.exp(0.5)
-  c_out = float(UNET.scaling(sigma).c_out)
+  c_out = float(FAST.scaling(sigma).c_out)
   np.testing.assert_allclose(weighted / plain, of_sigma(sigma) * c_out**2, rtol=1e-4)
 
 
@@ -381,7 +383,7 @@ def test_a_learned_uncertainty_is_trained_and_not_saved(images, tmp_path):
   assert jnp.abs(after.params["uncertainty"]["Dense_0"]["kernel"]).max() > 0
   assert np.isfinite(metrics["loss"])
   config = TrainingConfig(steps=2, batch_size=3, uncertainty=True)
-  trained = training.fit(UNET, config, images, tmp_path / "model", progress=False)
+  trained = training.fit(FAST, config, images, tmp_path / "model", progress=False)
   assert list(trained.params) == ["params"]
   assert list(training.load(tmp_path / "model").params) == ["params"]
 

@@ -208,7 +208,13 @@ def test_a_classifier_from_the_encoder_of_a_unet():
 
 
 @pytest.mark.parametrize(
-  "change", [{}, {"num_classes": None}, {"network": "classifier"}], ids=["conditional", "unconditional", "classifier"]
+  "change",
+  [
+    {},
+    pytest.param({"num_classes": None}, marks=pytest.mark.slow),
+    pytest.param({"network": "classifier"}, marks=pytest.mark.slow),
+  ],
+  ids=["conditional", "unconditional", "classifier"],
 )
 def test_an_imported_network_can_be_fine_tuned(change):
   """ADM's structure with weights at random, to other classes in grey: one step of training changes every part."""
