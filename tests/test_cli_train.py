@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 import sys
 import tomllib
@@ -14,6 +16,7 @@ import pytest
 from PIL import Image
 
 from jaxguide import cli, data, models, training
+from jaxguide._core import devices
 from jaxguide.data import DataConfig
 from jaxguide.training import ModelConfig, RunConfig, TrainingConfig, loop, program, recipes
 
@@ -80,7 +83,7 @@ def settings_of(text):
 def test_from_a_folder_of_pictures_to_samples_of_a_named_class(run, train, photos, tmp_path):
   out = tmp_path / "run"
   status, printed, errors = train("--data", photos, "--size", 8, "--out", out, "--steps", 6, *FAST)
-  assert (status, errors) == (0, "")
+  assert (status, errors) == (0, "jaxguide: compiling the training step, once; this can take minutes\n")
   assert f"jaxguide sample --model {out} --label cat --out new.png" in printed
   assert {"config.toml", "metrics.jsonl", "samples", "checkpoints", "model", "index.html"} <= {*os.listdir(out)}
   assert len(list((out / "samples").iterdir())) == 6
@@ -324,3 +327,86 @@ def test_the_commands_of_the_documentation(run, train, photos, tmp_path):
     picture = tmp_path / f"{guided[0]}.png"
     status, _, errors = run("sample", "--model", tmp_path / "run", *guided, "--label", "dog", "--out", picture)
     assert (status, "Traceback" in errors) == (0, False)
+
+
+def test_a_section_that_is_no_table_is_refused(train, tmp_path):
+  for name, value in (("data", "5"), ("model", '"classifier"'), ("training", "5"), ("run", '"x"')):
+    path = tmp_path / "c.toml"
+    path.write_text(f"{name} = {value}\n" + ('[data]\nsource = "digits"\n' if name != "data" else ""))
+    status, _, errors = train("--config", path, "--print-config")
+    assert status == 2
+    assert f"[{name}] must be a section with names and values" in errors
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    ('preset = "none"\n[model]\nfields = 5', "[fields] must be a section"),
+    ('[model]\nnetwork = ["unet"]', "model.network must be a text"),
+    ("[run]\npatience = 3", "run.patience is for a classifier with held-out data: leave it out"),
+    ("[run]\nheld_out_every = 3", "run.held_out_every is for a classifier with held-out data: leave it out"),
+    ("[training]\nema = " + 3000 * "[" + 3000 * "]", "is not valid TOML: it is nested too deeply"),
+  ],
+  ids=range(5),
+)
+def test_files_of_settings_that_are_refused(train, tmp_path, content, message):
+  path = tmp_path / "c.toml"
+  path.write_text(content + '\n[data]\nsource = "digits"\n')
+  status, _, errors = train("--config", path, "--print-config")
+  assert status == 2
+  assert message in errors
+  assert "Traceback" not in errors
+
+
+def test_a_network_without_fields_needs_none(train, photos, tmp_path):
+  path = tmp_path / "c.toml"
+  path.write_text(
+    f'preset = "none"\n[data]\nsource = "{photos}"\nsize = 8\n[model]\nnetwork = "tiny:Mlp"\n'
+    "[training]\nsteps = 2\nbatch_size = 4\n[run]\nsample_every = 0\n"
+  )
+  assert train("--config", path, "--out", tmp_path / "run")[0] == 0
+
+
+@pytest.mark.parametrize(("width", "heads"), [(16, 16), (24, 8), (128, 64)])
+def test_heads_fit_a_width_that_is_given(train, width, heads):
+  options = ("--data", "digits", "--network", "classifier", "--set", f"model.fields.model_channels={width}")
+  status, out, _ = train(*options, "--set", "data.size=16", "--print-config")
+  assert (status, f"num_head_channels = {heads}\n" in out) == (0, True)
+
+
+def test_another_running_mean_replaces_the_decay_of_a_file(train, tmp_path):
+  path = tmp_path / "c.toml"
+  path.write_text(train("--data", "digits", "--set", "training.ema_decay=0.9", "--print-config")[1])
+  status, out, _ = train("--config", path, "--set", 'training.ema="power:std=0.1"', "--print-config")
+  assert (status, 'ema = "power:std=0.1"' in out) == (0, True)
+
+
+def test_data_that_were_read_otherwise_are_refused_by_name(train, trained, tmp_path):
+  out = shutil.copytree(trained, tmp_path / "run")
+  for option, message in (
+    (("--held-out", 0.3), "data.held_out is None in the run in {}, and 0.3 here"),
+    (("--size", 4), "data.size is 8 in the run in {}, and 4 here"),
+    (("--set", "data.contents=true"), "data.contents is False in the run in {}, and True here"),
+  ):
+    status, _, errors = train("--out", out, "--steps", 8, *option)
+    assert status == 2
+    assert message.format(out) in errors
+
+
+def test_a_run_goes_on_without_the_model_that_it_began_with(train, photos, trained, tmp_path):
+  start, out = shutil.copytree(trained, tmp_path / "start"), tmp_path / "run"
+  first = ("--data", photos, "--size", 8, *FAST, "--init-from", start, "--set", "run.sample_every=0")
+  assert train(*first, "--out", out, "--steps", 2)[0] == 0
+  shutil.rmtree(start)
+  status, _, errors = train("--out", out, "--steps", 4)
+  assert (status, "from step 2 on, training.steps is 4 instead of 2" in errors) == (0, True)
+
+
+def test_a_step_that_needs_more_memory_than_there_is_is_said(train, photos, tmp_path, monkeypatch):
+  monkeypatch.setattr(devices, "free_bytes", lambda: 1000)
+  options = ("--data", photos, "--size", 8, *FAST, "--steps", 2, "--set", "run.sample_every=0", "--out", tmp_path)
+  message = "a step needs about .* and 1,000 bytes of memory are free: give a smaller network"
+  assert re.search(message, train(*options, "--dry-run")[1].lower())
+  status, _, errors = train(*options)
+  assert status == 0
+  assert re.search(message, errors)

@@ -121,7 +121,7 @@ def test_the_command_writes_a_model(run, tmp_path):
 
 
 def test_what_cannot_be_made_is_refused(run, tmp_path):
-  out = ("--out", tmp_path / "model")
+  out = ("--out", tmp_path / "made")
   assert "std must be above 0" in str(command(run, "--std", 0.5, *out).exception)
   assert "choose a width nearer to 0.05 and 0.1" in str(command(run, "--std", 0.005, *out).exception)
   too_few = str(command(run, "--std", 0.2, "--step", 2 * EVERY, *out).exception)
@@ -130,7 +130,10 @@ def test_what_cannot_be_made_is_refused(run, tmp_path):
   assert "there is no training in" in str(command(tmp_path, "--std", 0.08, *out).exception)
   (tmp_path / "training.json").write_text((run / "training.json").read_text())
   assert "there are no snapshots in" in str(command(tmp_path, "--std", 0.08, *out).exception)
-  assert not (tmp_path / "model").exists()
+  assert not (tmp_path / "made").exists()
+  for own in (run, run / "model"):
+    refused = str(command(run, "--std", 0.08, "--out", own, "--overwrite").exception)
+    assert "belongs to the training, which goes on from it: choose another folder" in refused
 
 
 @pytest.fixture

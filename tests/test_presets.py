@@ -92,7 +92,7 @@ def test_other_sizes_have_the_levels_that_they_allow():
   assert preset("unet", 20).model["fields"]["attention_resolutions"] == (2, 4)
   odd = preset("unet", 33)
   assert (odd.model["fields"]["channel_mult"], odd.model["fields"]["attention_resolutions"]) == ((1,), ())
-  assert "halved not at all" in odd.source
+  assert "the sides cannot be halved" in odd.source
   assert preset("unet", (48, 40)).model["fields"]["channel_mult"] == (1, 2, 3, 4)
   assert preset("unet", (48, 36)).model["fields"]["channel_mult"] == (1, 2, 3)
   shapes(preset("unet", (12, 20)).model_config((12, 20, 3), 2))

@@ -87,3 +87,20 @@ def host() -> jax.Device | None:
     return jax.local_devices(backend="cpu")[0]
   except RuntimeError:
     return None
+
+
+def free_bytes() -> int | None:
+  """Return the memory in bytes that a device of this process has left; None where the system does not say.
+
+  For a CPU it is the host's.
+  """
+  device = jax.local_devices()[0]
+  if device.platform != "cpu":
+    facts = device.memory_stats() or {}
+    return facts["bytes_limit"] - facts.get("bytes_in_use", 0) if "bytes_limit" in facts else None
+  try:
+    with open("/proc/meminfo") as file:
+      host = dict(line.split(":", 1) for line in file)
+    return int(host["MemAvailable"].split()[0]) * 1024
+  except (OSError, KeyError, ValueError):
+    return None

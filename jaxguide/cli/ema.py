@@ -36,6 +36,8 @@ def ema(
     raise FileNotFoundError(f"there is no training in {run}: give the folder of one, which has training.json") from None
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(f"{record} does not describe a training ({error}): restore it from a copy") from error
+  if out.resolve() in (run.resolve(), (run / "model").resolve()):
+    raise ValueError(f"{out} belongs to the training, which goes on from it: choose another folder")
   mean = snapshots.reconstruct(run / snapshots.FOLDER, std, step, shapes(config))
   folders.save(out, Model(config, mean.params))
   print(

@@ -105,10 +105,13 @@ def _sections(config: Path | None, out: Path | None, given: dict[str, Any]) -> d
       raise ValueError(f"there are no data{where}: give them (--data), or a file of settings (--config)")
     return given
   models = [sections.get("model") for sections in (below, given)]
-  networks = {model["network"] for model in models if isinstance(model, dict) and "network" in model}
-  if config is None and len(networks) > 1:
+  networks = [model["network"] for model in models if isinstance(model, dict) and "network" in model]
+  if config is None and networks != networks[:1] * len(networks):
     # The settings of another network do not fit; the preset's are compared with those of the run.
     below = {name: value for name, value in below.items() if name in ("data", "run")}
+  training = below.get("training")
+  if "ema" in given["training"] and "ema_decay" not in given["training"] and isinstance(training, dict):
+    training.pop("ema_decay", None)  # It belongs to the running mean that the other one replaces.
   return toml.merge(below, given)
 
 
@@ -125,11 +128,10 @@ def _train(recipe: Any, out: Path, retrain: bool, progress: bool) -> None:
     )
     raise SystemExit(stop.status) from stop
   except KeyboardInterrupt:
-    print(
-      "\njaxguide: stopped at once; the steps since the last checkpoint are lost. To go on: "
-      f"jaxguide train --out {shlex.quote(str(out))}",
-      file=sys.stderr,
-    )
+    begun = "the steps since the last checkpoint are lost. To go on: jaxguide train --out " + shlex.quote(str(out))
+    if not (out / "config.toml").exists():
+      begun = "the training had not begun. Start the same command again"
+    print(f"\njaxguide: stopped at once; {begun}", file=sys.stderr)
     sys.stderr.flush()
     os._exit(INTERRUPTED)  # Without waiting for what is being written.
   labels = model.config.class_names

@@ -102,7 +102,7 @@ def save_png(
     classes = np.unique(labels)
     if names is not None and not 0 <= classes[0] <= classes[-1] < len(names):
       raise ValueError(f"there are names for {len(names)} classes, but labels from {classes[0]} to {classes[-1]}")
-    captions = [str(label) if names is None else names[label] for label in classes]
+    captions = [str(label) if names is None else _on_one_line(names[label]) for label in classes]
     members = [np.flatnonzero(labels == label)[:columns] for label in classes]
     columns = max(map(len, members))
     rows = np.full((len(classes), columns, h, w, c), WHITE, np.uint8)
@@ -111,7 +111,7 @@ def save_png(
     images = rows.reshape(-1, h, w, c)
   grid = image_grid(images.repeat(zoom, axis=1).repeat(zoom, axis=2), columns, GAP)
 
-  cell = h * zoom
+  cell, title = h * zoom, _on_one_line(title or "")
   name_font, title_font = _font(min(14, max(8, cell - 2))), _font(TITLE_SIZE)
   left = PADDING + max((round(name_font.getlength(name)) + PADDING for name in captions), default=0)
   top = PADDING + (TITLE_SIZE + 2 * PADDING if title else 0)
@@ -130,6 +130,10 @@ def save_png(
     info.add_text("settings", settings)
   with replacing(path) as file:
     canvas.save(file, "PNG", pnginfo=info)
+
+
+def _on_one_line(text: str) -> str:
+  return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def _font(size: int) -> Any:

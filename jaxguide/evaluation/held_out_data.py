@@ -30,7 +30,7 @@ def held_out_data(folder: PathLike, model: ModelConfig, source: str | None = Non
   """
   folder = Path(folder)
   trained_on = _configured(folder)
-  if trained_on is not None and source in (None, trained_on.source):
+  if trained_on is not None and (source is None or _is_same(source, str(trained_on.source))):
     share = SHARE if trained_on.held_out is None else trained_on.held_out
     if not share:
       raise ValueError(f"the training of {folder} held no data out: give other data (--data)")
@@ -51,6 +51,11 @@ def held_out_data(folder: PathLike, model: ModelConfig, source: str | None = Non
     channels=channels if channels in (1, 3) and not is_named else None,
   )
   return datasets.open_data(config)
+
+
+def _is_same(source: str, other: str) -> bool:
+  """Return whether two sources of data are the same, by name or by path."""
+  return source == other or (Path(source).exists() and Path(source).resolve() == Path(other).resolve())
 
 
 def _configured(folder: Path) -> Any:

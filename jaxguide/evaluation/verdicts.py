@@ -154,11 +154,11 @@ def _norm(gradients: Gradients) -> str:
   long, short = ratio > LENGTH_FACTOR, ratio < 1 / LENGTH_FACTOR
   parts = [first]
   if not (long | short).all():
-    parts.append(f"It is that of the diffusion model within a factor 2 {where(~(long | short), sigmas)}.")
+    parts.append(f"It is within a factor 2 of the diffusion model's {where(~(long | short), sigmas)}.")
   if short.any():
-    parts.append(f"It is less than half of that {where(short, sigmas)}.")
+    parts.append(f"It is less than half of the diffusion model's {where(short, sigmas)}.")
   if long.any():
-    parts.append(f"It is more than twice that {where(long, sigmas)}: there a smaller scale would do.")
+    parts.append(f"It is more than twice the diffusion model's {where(long, sigmas)}: there a smaller scale would do.")
   return " ".join(parts)
 
 

@@ -156,6 +156,11 @@ def _check_null(denoise: Denoiser, cond: PyTree, null_cond: PyTree) -> None:
   structure, null_structure = jax.tree.structure(cond), jax.tree.structure(null_cond)
   if str(structure) != str(null_structure):
     missing = ": give a cond, such as the labels" if cond is None else ""
+    if null_cond is None:
+      missing = (
+        ": the model has no condition that means no label. A network of your own has one if it has the field "
+        "null_class = True and is trained with p_uncond"
+      )
     raise ValueError(f"null_cond must have the structure of cond, {structure}; got {null_structure}{missing}")
   if not jax.tree.leaves(cond):
     raise ValueError("the guidance needs a condition, but cond is empty: give the sample's cond")

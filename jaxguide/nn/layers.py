@@ -268,7 +268,10 @@ def count_heads(channels: int, num_heads: int, num_head_channels: int) -> int:
   """Return the number of heads: ``num_heads`` if ``num_head_channels`` is -1, else channels / num_head_channels."""
   if num_head_channels != -1:
     if channels % num_head_channels:
-      raise ValueError(f"num_head_channels {num_head_channels} must divide the {channels} channels that attend")
+      raise ValueError(
+        f"num_head_channels {num_head_channels} must divide the {channels} channels that attend: give a divisor, such "
+        f"as {math.gcd(num_head_channels, channels)}"
+      )
     return channels // num_head_channels
   if channels % num_heads:
     raise ValueError(f"num_heads {num_heads} must divide the {channels} channels that attend")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxguide._core import devices
 from jaxguide._core.files import PathLike
 from jaxguide._core.typing import PyTree
 from jaxguide.models.config import ModelConfig
@@ -135,6 +136,24 @@ def describe(
 
 def _cudnn(model: ModelConfig) -> bool:
   return bool(model.fields.get("cudnn_attention"))
+
+
+def shortage(model: ModelConfig, training: TrainingConfig) -> str | None:
+  """Return a warning if a step is estimated to need more memory than there is; None if it fits."""
+  free = devices.free_bytes()
+  state = state_shapes(model, training)
+  part = training.batch_size // training.accumulation
+  activations = _estimate(model, training, state.params, part)
+  place = devices.for_batches(training.batch_size)
+  if jax.default_backend() != "cpu":  # The memory of each device, which has its share of the batch.
+    activations //= len(place.devices)
+  needed = operations.size(state) + operations.size(state.params) + activations
+  if free is None or needed <= free:
+    return None
+  return (
+    f"a step needs about {in_bytes(needed)}, and {in_bytes(free)} of memory are free: give a smaller network or "
+    f"batch_size, or a higher accumulation; now {part} examples are computed at once"
+  )
 
 
 def state_shapes(model: ModelConfig, training: TrainingConfig) -> TrainState:

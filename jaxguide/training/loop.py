@@ -109,15 +109,19 @@ def fit_with(
   init: Any,
   callback: Callback | None,
   *,
+  begun: str | None = None,
   retrain: bool,
   progress: bool,
 ) -> Model:
-  """Train like `fit`, and keep ``config`` as the run's ``config.toml``; None for what `fit` knows."""
+  """Train like `fit`, and keep ``config`` as the run's ``config.toml``; None for what `fit` knows.
+
+  ``begun`` is the checksum of the parameters that an earlier part of the run began with, in place of ``init``.
+  """
   checks.flag("retrain", retrain)
   _check_arguments(model, training, data, run, held_out, callback)
   params = _initial_params(model, init)
   folder = Path(folder).absolute()
-  record = run_folder.record(model, training, data, run, None if params is None else _fingerprint(params))
+  record = run_folder.record(model, training, data, run, begun if params is None else _fingerprint(params))
   files.check_writable(folder / run_folder.RECORD)
   with files.lock(folder / ".lock", folder):
     files.remove_parts(folder)
@@ -231,8 +235,9 @@ class Trainer:
     for number in range(self.first, training.steps):
       if request.number is not None:
         self._stop(state, request.number)
-      batch = next(self.source)
-      # The first call compiles the step.
+      batch = self._next(state)
+      if number == self.first:
+        LOG.info("compiling the training step, once; this can take minutes")
       with self.journal.pause() if number == self.first else contextlib.nullcontext():
         state, metrics = self.step(state, *self.place.rows((batch.examples, batch.labels)))
       self.done = number + 1
@@ -242,6 +247,15 @@ class Trainer:
       if self._at_end_of_interval(state):
         break
     return state
+
+  def _next(self, state: TrainState) -> Any:
+    """Return the next batch. If the data cannot be read any more, nothing of the training is lost."""
+    try:
+      return next(self.source)
+    except (OSError, ValueError) as error:
+      self._keep(state)
+      kept = f"everything up to step {self.done} is saved in {self.folder}" if self.done else "there was no step yet"
+      raise type(error)(f"{error}; {kept}: restore the data, and start the training again to go on") from error
 
   def _at_end_of_interval(self, state: TrainState) -> bool:
     """Log, evaluate, draw and save what is due after a step. Return whether the training stops early."""
@@ -336,12 +350,16 @@ class Trainer:
 
   def _stop(self, state: TrainState, number: int) -> None:
     """Save everything, and end the training because of a signal."""
+    self._keep(state)
+    raise Interrupted(number, self.done, self.folder)
+
+  def _keep(self, state: TrainState) -> None:
+    """Save everything up to now."""
     self.journal.flush()
     if self.saved_step < self.done:
       self._save(state, last=False)
     self.saved.wait()
     self.desk.finish()
-    raise Interrupted(number, self.done, self.folder)
 
   def _finish(self, state: TrainState) -> Model:
     """Check the final parameters, and publish the model."""
@@ -411,6 +429,11 @@ def _check_arguments(
     inputs.check_fits("held_out", held_out, model)
   if run.patience is not None and held_out is None:
     raise ValueError("patience counts evaluations on held-out data: give held_out, or leave it out")
+  if run.snapshot_every and not snapshots.widths(training.means):
+    raise ValueError(
+      "snapshot_every keeps power-function means: give two of them, such as ema = "
+      '["power:std=0.05", "power:std=0.1"], or leave it out'
+    )
   folders.shapes(model)
   objective(model, training)
 

@@ -232,10 +232,10 @@ def preset(network: str, size: int | Sequence[int]) -> Preset:
   fields, note = _with_levels(published.fields, sides)
   if network == "super_res_unet" and any(side % UPSAMPLING for side in sides):
     raise ValueError(f"the sides of a super_res_unet's images must be multiples of {UPSAMPLING}, got size {size}")
-  source = published.source if largest == nearest else f"the preset for {nearest}x{nearest}{note}: {published.source}"
+  source = published.source if largest == nearest else f"{nearest}x{nearest}{note}: {published.source}"
   changes = f"{PROCESS}{LABELS}, and no learned variance. Gradients are clipped to a norm of 1."
   if network == "classifier":
-    changes = f"{PROCESS}. The learning rate falls by a cosine, and there linearly."
+    changes = f"{PROCESS}. The learning rate falls by a cosine; the published one falls linearly."
   model = {"network": network, "fields": fields, "prediction": "v", "schedule": "cosine"}
   return Preset(model, dict(published.training), f"{source}." if nearest == DEMO else f"{source}. {changes}")
 
@@ -250,5 +250,5 @@ def _with_levels(fields: Mapping[str, Any], sides: Sequence[int]) -> tuple[dict[
   if "attention_resolutions" in fields:
     factors = tuple(factor for factor in fields["attention_resolutions"] if factor < 2**possible)
     changed["attention_resolutions"] = factors
-  times = {1: "not at all", 2: "once"}.get(possible, f"{possible - 1} times")
-  return changed, f" with {possible} of its {levels} levels, since the sides can be halved {times}"
+  times = {1: "cannot be halved", 2: "can be halved once"}.get(possible, f"can be halved {possible - 1} times")
+  return changed, f" with {possible} of its {levels} levels, since the sides {times}"

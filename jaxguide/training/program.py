@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxguide import data as datasets
-from jaxguide._core import keys
+from jaxguide._core import keys, records
 from jaxguide._core.files import PathLike, check_writable
 from jaxguide.models import Model, ModelConfig
-from jaxguide.training import describe, loop, run_folder, toml
+from jaxguide.training import checkpoints, describe, loop, run_folder, toml
 from jaxguide.training.recipes import Recipe, absolute, initial_params
 
 LOG = logging.getLogger("jaxguide.training")
+
+SAME_DATA = ("split", "size", "channels", "crop", "filter", "background", "flip", "labels", "contents", "held_out")
+"""The settings of the data that cannot change in a run."""
 
 
 class Parts(NamedTuple):
@@ -60,11 +63,15 @@ def train(
   """
   check_writable(Path(out) / run_folder.RECORD)
   recipe = absolute(recipe)
+  begun = None if retrain else _begun(recipe, Path(out))
   parts = open_parts(recipe, progress)
   init = None
-  if recipe.init_from is not None:
+  if recipe.init_from is not None and begun is None:
     init, report = initial_params(recipe, parts.model, keys.seed_key(recipe.training.seed))
     LOG.info("beginning with the parameters of %s:\n%s", recipe.init_from, report)
+  short = describe.shortage(parts.model, recipe.training)
+  if short is not None:
+    LOG.warning("%s", short)
   run = recipe.run if parts.held_out is not None else dataclasses.replace(recipe.run, patience=None)
   return loop.fit_with(
     recipe.text(),
@@ -76,9 +83,31 @@ def train(
     parts.held_out,
     init,
     callback,
+    begun=begun,
     retrain=retrain,
     progress=progress,
   )
+
+
+def _begun(recipe: Recipe, out: Path) -> str | None:
+  """Return the checksum of the parameters that the run in a folder began with, if it has begun; None if there is none.
+
+  Raises:
+    ValueError: if the data were read or divided otherwise then.
+  """
+  if not checkpoints.steps(out / run_folder.CHECKPOINTS):
+    return None
+  stored = (stored_sections(out) or {}).get("data", {})
+  default = records.defaults(datasets.DataConfig)
+  for name in SAME_DATA:
+    now, then = toml.plain(getattr(recipe.data, name)), stored.get(name, default.get(name))
+    if now != then:
+      raise ValueError(
+        f"data.{name} is {then!r} in the run in {out}, and {now!r} here: leave it as it was, retrain the run, or "
+        "choose another folder"
+      )
+  init = records.read(out / run_folder.RECORD).get("init")
+  return init if isinstance(init, str) else None
 
 
 def open_parts(recipe: Recipe, progress: bool = True) -> Parts:
@@ -106,6 +135,9 @@ def dry_run(recipe: Recipe, out: PathLike, progress: bool = True) -> tuple[str, 
   """
   parts = open_parts(recipe, progress)
   text = str(describe.describe(parts.model, recipe.training, len(parts.data)))
+  short = describe.shortage(parts.model, recipe.training)
+  if short is not None:
+    text += f"\ntoo large   {short[0].upper()}{short[1:]}"
   if recipe.source:
     text += f"\npreset      {recipe.source}"
   if parts.model.class_names is not None:

@@ -7,6 +7,7 @@ network and the size of the images, and then from the defaults.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,11 @@ class Recipe:
 
   def text(self) -> str:
     """Return the recipe as a TOML file with every default, which gives the same run again."""
-    head = [f"# The preset: {self.source}\n"] if self.source else []
+    head = (
+      [f"# All settings of a preset, whose values are written out below. Preset: {self.source}\n"]
+      if self.source
+      else []
+    )
     above: dict[str, Any] = {"preset": "none", "init_from": self.init_from}
     parts = [*head, _section("", above, ())]
     for name, values in (("data", self.data), ("model", _complete(self.model)), ("training", self.training)):
@@ -130,6 +135,7 @@ def recipe(sections: Mapping[str, Any], data: Any = None) -> Recipe:
   where = toml.fill(DataConfig, "data", sections.get("data", {}))
   model, training, run = ({**_table(sections, name)} for name in ("model", "training", "run"))
   network = model.setdefault("network", "unet")
+  model["fields"] = {**_table(model, "fields")} if "fields" in model else {}
   classifies = networks.find(network).role is CLASSIFIER
   init_from = sections.get("init_from")
   if init_from is not None and not isinstance(init_from, str):
@@ -145,7 +151,7 @@ def recipe(sections: Mapping[str, Any], data: Any = None) -> Recipe:
     share = HELD_OUT if where.held_out is None else where.held_out
     if classifies and share and "patience" not in run:
       run["patience"] = PATIENCE
-  return Recipe(
+  made = Recipe(
     where,
     model,
     toml.fill(TrainingConfig, "training", training),
@@ -153,12 +159,16 @@ def recipe(sections: Mapping[str, Any], data: Any = None) -> Recipe:
     init_from,
     source,
   )
+  for name in ("patience", "held_out_every"):
+    if getattr(made.run, name) is not None and not (made.is_classifier and made.held_out):
+      raise ValueError(f"run.{name} is for a classifier with held-out data: leave it out")
+  return made
 
 
 def _check_places(sections: Mapping[str, Any]) -> None:
   """Check that no name stands in a section to which it does not belong, such as ``model.steps``."""
   classes = {"data": DataConfig, "model": ModelConfig, "training": TrainingConfig, "run": RunConfig}
-  network = networks.find(_table(sections, "model").get("network", "unet")).module
+  network = networks.find(checks.field("model.network", _table(sections, "model").get("network", "unet"), str)).module
   names = {section: {field.name for field in dataclasses.fields(cls)} for section, cls in classes.items()}
   names["model.fields"] = {field.name for field in dataclasses.fields(network) if field.name not in NOT_FIELDS}
   for section in classes:
@@ -183,7 +193,7 @@ def _fill_from_preset(model: dict[str, Any], training: dict[str, Any], data: Any
   network, derived = model["network"], _from_data(data)
   preset, sides = None, tuple(data.image_shape[:2])
   if network in presets.PUBLISHED:
-    complete = "fields" in model and "steps" in training
+    complete = bool(model["fields"]) and "steps" in training
     # Images that are too large for the presets need all settings; this raises the error otherwise.
     if not complete or max(sides) <= max(presets.PUBLISHED[network]):
       preset = presets.preset(network, sides)
@@ -197,7 +207,7 @@ def _fill_from_preset(model: dict[str, Any], training: dict[str, Any], data: Any
     config = preset.model_config(derived["image_shape"], derived["num_classes"])
     _add(model, {"low_res_shape": config.low_res_shape} if config.low_res_shape else {})
     _add(model, {name: value for name, value in preset.model.items() if name != "fields"})
-    model["fields"] = {**preset.model["fields"], **given}
+    model["fields"] = {**preset.model["fields"], **_fitting_heads(preset.model["fields"], given), **given}
   else:
     model["fields"] = given
   if preset is None:
@@ -210,6 +220,14 @@ def _fill_from_preset(model: dict[str, Any], training: dict[str, Any], data: Any
     dropped |= {"ema_decay"}
   _add(training, {name: value for name, value in preset.training.items() if name not in dropped})
   return preset.source
+
+
+def _fitting_heads(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+  """Return the channels of an attention head, if those of the preset do not divide the width that is given."""
+  width, heads = given.get("model_channels"), fields.get("num_head_channels", -1)
+  if type(width) is not int or width < 1 or heads == -1 or width % heads == 0:
+    return {}
+  return {"num_head_channels": math.gcd(width, heads)}
 
 
 def _add(values: dict[str, Any], further: Mapping[str, Any]) -> None:

@@ -43,7 +43,8 @@ class RunConfig:
     writers: Further places for metrics and pictures: tensorboard, wandb.
     held_out_every: Number of steps between two evaluations on held-out data. If left out: about twenty a run.
     patience: Stop after this many evaluations without a lower negative log-likelihood on held-out data. The model is
-      then the best one. If left out, all steps are taken. For a classifier.
+      then the best one. For a classifier. If left out, jaxguide train takes 5 with the settings of a preset; otherwise
+      all steps are taken.
 
   Raises:
     ValueError: for a value that is out of range or of a wrong type, naming the field.

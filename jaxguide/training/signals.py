@@ -1,12 +1,15 @@
 """Signals that stop a training after the current step, with everything saved."""
 
 import contextlib
+import logging
 import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+LOG = logging.getLogger("jaxguide.training")
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """Ctrl-C; the end of a process, as `kill` and preemption send it; and SLURM's notice (``--signal=USR1@60``)."""
@@ -52,6 +55,8 @@ class Request:
     if self.number is not None and number == signal.SIGINT:
       self.at_once = True
       raise KeyboardInterrupt
+    if self.number is None:
+      LOG.warning("stopping after this step; a second Ctrl-C stops at once, without saving")
     self.number = self.number or number
 
 

@@ -24,8 +24,8 @@ def read(path: PathLike) -> dict[str, Any]:
     return tomllib.loads(path.read_bytes().decode())
   except FileNotFoundError:
     raise FileNotFoundError(f"there is no configuration file {path}") from None
-  except ValueError as error:
-    raise ValueError(f"{path} is not valid TOML: {error}") from None
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{path} is not valid TOML: {_reason(error)}") from None
 
 
 def value(text: str) -> Any:
@@ -38,6 +38,12 @@ def value(text: str) -> Any:
     return tomllib.loads(f"value = {text}")["value"] if "\n" not in text else text
   except ValueError:
     return text
+  except RecursionError as error:
+    raise ValueError(f"a value is not valid TOML: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+  return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def assign(sections: dict[str, Any], assignment: str) -> None:
@@ -66,12 +72,17 @@ def assign(sections: dict[str, Any], assignment: str) -> None:
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
   """Return nested dictionaries as one; a value of ``above`` replaces that of ``below``.
 
+  Raises:
+    ValueError: if ``below`` has a value where ``above`` has a dictionary.
+
   >>> merge({"run": {"keep": 2, "patience": 5}}, {"run": {"keep": 3}})
   {'run': {'keep': 3, 'patience': 5}}
   """
   merged = dict(below)
   for name, item in above.items():
     under = merged.get(name)
+    if isinstance(item, Mapping) and name in merged and not isinstance(under, Mapping):
+      raise ValueError(f"[{name}] must be a section with names and values, got {under!r}")
     merged[name] = merge(under, item) if isinstance(under, Mapping) and isinstance(item, Mapping) else item
   return merged
 
