@@ -139,9 +139,9 @@ def test_miscalibration_has_a_direction():
 
 def test_gradients_of_another_length_and_direction_are_named():
   poor = said(cosine=(0.1, 0.3, 0.15), ratio=(0.2, 1.5, 7.0))
-  assert "within a factor 2 at sigma 1." in poor.norm
-  assert "less than half of that at sigma 0.1." in poor.norm
-  assert "more than twice that at sigma 10 and above: there a smaller scale would do." in poor.norm
+  assert "within a factor 2 of the diffusion model's at sigma 1." in poor.norm
+  assert "less than half of the diffusion model's at sigma 0.1." in poor.norm
+  assert "more than twice the diffusion model's at sigma 10 and above: there a smaller scale would do." in poor.norm
   assert "nowhere as high as 0.5" in poor.cosine
   assert "below 0.2 at sigma 0.1 and 10." in poor.cosine
   assert poor.useful.tolist() == [False, True, False]
@@ -326,7 +326,8 @@ def test_the_command_is_the_function(folders, images, run, tmp_path, monkeypatch
 
   def report(out, classifier, held_out, **options):
     seen.update(options, out=out, classifier=classifier.config.network, data=held_out.name)
-    return SimpleNamespace(path=out, verdicts=SimpleNamespace(summary="It is of use."))
+    said = SimpleNamespace(accuracy="High.", nll="Low.", cosine="Near 1.", summary="It is of use.")
+    return SimpleNamespace(path=out, verdicts=said)
 
   monkeypatch.setattr(evaluation, "classifier_report", report)
   out = tmp_path / "r.html"

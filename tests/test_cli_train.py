@@ -410,3 +410,20 @@ def test_a_step_that_needs_more_memory_than_there_is_is_said(train, photos, tmp_
   status, _, errors = train(*options)
   assert status == 0
   assert re.search(message, errors)
+
+
+def test_a_run_inside_its_data_is_refused(train, photos):
+  status, _, errors = train("--data", photos, "--size", 8, *FAST, "--steps", 2, "--out", photos / "run")
+  assert (status, "is in the folder of the data" in errors, (photos / "run").exists()) == (2, True, False)
+
+
+def test_models_beside_a_folder_without_one_are_named(run, trained, tmp_path):
+  shutil.copytree(trained, tmp_path / "cats")
+  status, _, errors = run("sample", "--model", tmp_path / "cat", "--out", tmp_path / "x.png")
+  assert (status, "beside it there are cats" in errors) == (2, True)
+
+
+def test_class_names_of_several_lines_are_drawn(tmp_path):
+  names = ["a", "new\nline\x1b[31m"]
+  data.save_png(tmp_path / "x.png", np.zeros((2, 8, 8, 3), np.uint8), np.array([0, 1]), names=names)
+  assert (tmp_path / "x.png").exists()

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -662,3 +663,29 @@ def test_held_out_data_are_for_classifiers(tmp_path):
   with pytest.raises(ValueError, match="patience counts evaluations on held-out data"):
     fit(tmp_path / "run", run=RunConfig(patience=2), model=CLASSIFIER)
   assert not os.listdir(tmp_path)
+
+
+def test_data_that_vanish_lose_nothing(tmp_path):
+  """The state is saved when a batch cannot be read, and the same call goes on to the same weights."""
+
+  class Vanishing(Images):
+    def example(self, row, rng=None):
+      if gone.is_set():
+        raise OSError("pictures/3.png cannot be read")
+      return super().example(row, rng)
+
+  gone, how = threading.Event(), dataclasses.replace(HOW, steps=300, save_every=1000)
+  images = Vanishing(DATA.images, DATA.labels, DATA.num_classes, DATA.name)
+
+  def vanish(step, state, metrics):
+    if step == 7:
+      gone.set()
+
+  with pytest.raises(OSError, match=r"3.png cannot be read; everything up to step \d+ is saved in .*restore the data"):
+    training.fit(MODEL, how, images, tmp_path / "run", run=LOGS, callback=vanish, progress=False)
+  (kept,) = checkpoints.steps(tmp_path / "run" / "checkpoints")
+  assert kept >= 7
+  gone.clear()
+  resumed = training.fit(MODEL, how, images, tmp_path / "run", run=LOGS, progress=False)
+  whole = training.fit(MODEL, how, images, tmp_path / "whole", run=LOGS, progress=False)
+  chex.assert_trees_all_equal(resumed.params, whole.params)

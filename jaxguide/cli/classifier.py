@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from jaxguide.cli.train import said_at_once
+
 app = typer.Typer()
 
 
@@ -42,25 +44,30 @@ def classifier_report(
   Example: jaxguide classifier-report runs/demo/classifier --denoiser runs/demo/denoiser --out report.html
   """
   from jaxguide import evaluation, models
+  from jaxguide._core import checks
   from jaxguide.evaluation.classifier_report import SCALES
   from jaxguide.evaluation.held_out_data import held_out_data
 
   if out.suffix != ".html":
     raise ValueError(f"out must be a file that ends in .html, got {out}")
+  for value in scale or ():
+    checks.finite("scale", value)
   if out.exists() and not overwrite:
     raise ValueError(f"{out} exists already: choose another file, or --overwrite it")
-  classifier = models.load(model)
-  report = evaluation.classifier_report(
-    out,
-    classifier,
-    held_out_data(model, classifier.config, data),
-    denoiser=None if denoiser is None else models.load(denoiser),
-    scales=scale or SCALES,
-    num=num,
-    samples_per_class=samples,
-    steps=steps,
-    seed=seed,
-    title=f"Noisy classifier {model}",
-  )
-  print(report.verdicts.summary)
+  with said_at_once():
+    classifier = models.load(model)
+    report = evaluation.classifier_report(
+      out,
+      classifier,
+      held_out_data(model, classifier.config, data),
+      denoiser=None if denoiser is None else models.load(denoiser),
+      scales=scale or SCALES,
+      num=num,
+      samples_per_class=samples,
+      steps=steps,
+      seed=seed,
+      title=f"Noisy classifier {model}",
+    )
+  said = report.verdicts
+  print("\n".join([said.accuracy, said.nll, said.cosine, said.summary]))
   print(f"The report is {report.path}: open it in a browser.")

@@ -188,6 +188,16 @@ def _identity(folder: Path) -> tuple[int, int] | None:
   return stat.st_ino, stat.st_mtime_ns
 
 
+def _instead(folder: Path) -> str:
+  """Say where there are models beside a folder that has none."""
+  parent = (folder.parent if folder.name == "model" else folder).parent
+  found = [path.parent for pattern in ("*/config.json", "*/model/config.json") for path in parent.glob(pattern)]
+  beside = sorted({path.relative_to(parent).parts[0] for path in found})
+  if not beside:
+    return "train one, with `jaxguide demo` for example"
+  return f"beside it there are {', '.join(beside[:5])}{', ...' if len(beside) > 5 else ''}"
+
+
 def _load(folder: Path, verify: bool) -> Model:
   import orbax.checkpoint as ocp
 
@@ -197,7 +207,7 @@ def _load(folder: Path, verify: bool) -> Model:
     config = ModelConfig(**fields)
     expected = shapes(config)
   except FileNotFoundError:
-    raise FileNotFoundError(f"there is no model in {folder}: train one, with `jaxguide demo` for example") from None
+    raise FileNotFoundError(f"there is no model in {folder}: {_instead(folder)}") from None
   except (TypeError, ValueError) as error:
     raise ValueError(f"{path} does not describe a model ({error}): train it again") from error
   checksums = _read_checksums(folder, fields, expected) if verify else {}

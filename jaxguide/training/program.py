@@ -63,6 +63,7 @@ def train(
   """
   check_writable(Path(out) / run_folder.RECORD)
   recipe = absolute(recipe)
+  _check_apart(recipe, Path(out))
   begun = None if retrain else _begun(recipe, Path(out))
   parts = open_parts(recipe, progress)
   init = None
@@ -87,6 +88,13 @@ def train(
     retrain=retrain,
     progress=progress,
   )
+
+
+def _check_apart(recipe: Recipe, out: Path) -> None:
+  """Check that the folder of the run is not in the folder of the data, whose pictures its own would become."""
+  source = Path(str(recipe.data.source))
+  if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+    raise ValueError(f"the folder of the run, {out}, is in the folder of the data, {source}: choose one outside it")
 
 
 def _begun(recipe: Recipe, out: Path) -> str | None:

@@ -118,8 +118,8 @@ def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
   if isinstance(name, str) and name in table:
     return table[name]
   written = str(name).replace("+", "p")  # DPM-Solver++ is written dpmpp.
-  nearest = max(table, key=lambda known: difflib.SequenceMatcher(None, known, written).ratio(), default=None)
-  hint = "." if nearest is None else f": did you mean {nearest!r}?"
+  nearest = difflib.get_close_matches(written, [*table], 1, cutoff=0.4)
+  hint = f": did you mean {nearest[0]!r}?" if nearest else "."
   raise ValueError(f"unknown {kind} {name!r}{hint} There are {', '.join(sorted(table))}")
 
 
