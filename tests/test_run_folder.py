@@ -676,7 +676,7 @@ def test_data_that_vanish_lose_nothing(tmp_path, monkeypatch):
 
   with monkeypatch.context() as patch:
     patch.setattr(loop.datasets, "stream", vanishing)
-    with pytest.raises(OSError, match="3.png cannot be read; everything up to step 7 is saved in .*restore the data"):
+    with pytest.raises(OSError, match=r"3\.png cannot be read; everything up to step 7 is saved in .*restore the data"):
       fit(tmp_path / "run", how)
   assert checkpoints.steps(tmp_path / "run" / "checkpoints") == [7]
   chex.assert_trees_all_equal(fit(tmp_path / "run", how).params, fit(tmp_path / "whole", how).params)
