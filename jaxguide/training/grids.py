@@ -74,9 +74,12 @@ def draw(path: Path, model: Model, run: RunConfig, seed: int, step: int, batch_s
   else:
     if scales[0] is not None:
       title += f", guidance scale {' | '.join(f'{scale:g}' for scale in scales)} (left to right)"
-    # All samples of a class are one row: those of the first scale, then those of the next.
-    images, rows = np.concatenate(drawn), np.tile(labels, len(drawn))
-    columns = len(scales) * run.samples_per_class
+    # All samples of a class are one row: those of the first scale, a gap, then those of the next.
+    classes = np.unique(labels)
+    gap = np.full((len(classes), *drawn[0].shape[1:]), 255, drawn[0].dtype)
+    parts = [part for images in drawn for part in ((gap, classes), (images, labels))][1:]
+    images, rows = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    columns = len(scales) * (run.samples_per_class + 1) - 1
     data.save_png(path, images, rows, columns=columns, title=title, names=config.class_names)
   return _pixels(path)
 

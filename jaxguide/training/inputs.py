@@ -1,14 +1,24 @@
-"""The data of a training: whether they fit the network, and whether they are those of an earlier run."""
+"""What a training begins with: whether data, network and settings fit, and are those of an earlier run."""
 
 import io
+import zlib
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxguide import data as datasets
 from jaxguide._core.files import write_atomically
+from jaxguide._core.typing import PyTree
+from jaxguide.models import arrays, folders
 from jaxguide.models.config import ModelConfig
+from jaxguide.models.model import Model, check
+from jaxguide.models.networks import CLASSIFIER
+from jaxguide.training import snapshots
+from jaxguide.training.config import TrainingConfig
+from jaxguide.training.objectives import objective
+from jaxguide.training.run_config import RunConfig
 
 NEEDED = ("name", "image_shape", "num_classes", "fingerprint", "example")
 
@@ -60,3 +70,50 @@ def write_stamps(folder: Path, data: Any) -> None:
     content = io.BytesIO()
     np.save(content, stamps)
     write_atomically(folder / STAMPS, content.getvalue())
+
+
+def check_arguments(
+  model: ModelConfig, training: TrainingConfig, data: Any, run: RunConfig, held_out: Any, callback: Any
+) -> None:
+  """Check, before anything is written, that network, training and data fit each other."""
+  for name, value, cls in (
+    ("model", model, ModelConfig),
+    ("training", training, TrainingConfig),
+    ("run", run, RunConfig),
+  ):
+    if not isinstance(value, cls):
+      raise TypeError(f"{name} must be a {cls.__name__}, got {type(value).__name__}")
+  if callback is not None and not callable(callback):
+    raise TypeError(f"callback must be a function of step, state and metrics, got {type(callback).__name__}")
+  check_fits("data", data, model)
+  if held_out is not None:
+    if model.role is not CLASSIFIER:
+      raise ValueError(f"held_out is for a classifier, and the network is a {model.network}: leave it out")
+    check_fits("held_out", held_out, model)
+  if run.patience is not None and held_out is None:
+    raise ValueError("patience counts evaluations on held-out data: give held_out, or leave it out")
+  if run.snapshot_every and not snapshots.widths(training.means):
+    raise ValueError(
+      "snapshot_every keeps power-function means: give two of them, such as ema = "
+      '["power:std=0.05", "power:std=0.1"], or leave it out'
+    )
+  folders.shapes(model)
+  objective(model, training)
+
+
+def initial_params(model: ModelConfig, init: Any) -> PyTree:
+  """Return the parameters that a training begins with, on the host; None for random ones.
+
+  Raises:
+    ValueError: if they do not fit the network.
+  """
+  if init is None:
+    return None
+  params = init.params if isinstance(init, Model) else init
+  check(Model(model, params))
+  return jax.device_get({"params": params["params"]})
+
+
+def checksum(params: PyTree) -> str:
+  """Return a checksum of the parameters that a training begins with."""
+  return f"{zlib.crc32(repr(arrays.checksums(params)).encode()):08x}"

@@ -8,7 +8,6 @@ batch ``k`` and the random key of step ``k`` are derived from the seed and ``k``
 
 import contextlib
 import logging
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,11 @@ from jaxguide._core.files import PathLike
 from jaxguide._core.typing import PyTree
 from jaxguide.models import arrays, folders
 from jaxguide.models.config import ModelConfig
-from jaxguide.models.model import Model, check
-from jaxguide.models.networks import CLASSIFIER
+from jaxguide.models.model import Model
 from jaxguide.training import checkpoints, desk, grids, inputs, page, run_folder, snapshots, toml
 from jaxguide.training.config import TrainingConfig
 from jaxguide.training.early_stopping import HeldOut
 from jaxguide.training.journal import Journal, NotFinite, Step
-from jaxguide.training.objectives import objective
 from jaxguide.training.run_config import RunConfig
 from jaxguide.training.signals import Interrupted, Request, stop_requests
 from jaxguide.training.step import TrainState, init_state, train_step
@@ -118,10 +115,10 @@ def fit_with(
   ``begun`` is the checksum of the parameters that an earlier part of the run began with, in place of ``init``.
   """
   checks.flag("retrain", retrain)
-  _check_arguments(model, training, data, run, held_out, callback)
-  params = _initial_params(model, init)
+  inputs.check_arguments(model, training, data, run, held_out, callback)
+  params = inputs.initial_params(model, init)
   folder = Path(folder).absolute()
-  record = run_folder.record(model, training, data, run, begun if params is None else _fingerprint(params))
+  record = run_folder.record(model, training, data, run, begun if params is None else inputs.checksum(params))
   files.check_writable(folder / run_folder.RECORD)
   with files.lock(folder / ".lock", folder):
     files.remove_parts(folder)
@@ -345,6 +342,8 @@ class Trainer:
 
   def _write_page(self) -> None:
     facts = {"folder": str(self.folder), "network": self.model.network, "data": self.data.name}
+    if self.held_out is not None and self.held_out.chooses and self.held_out.best_step:
+      facts["model"] = f"that of step {self.held_out.best_step:,}, the best on held-out data"
     done, steps = self.done, self.training.steps
     self.desk.submit(lambda: page.write(self.folder, facts, done, steps))
 
@@ -407,52 +406,6 @@ class Trainer:
     last = f"the checkpoint of step {max(steps)} is kept in {folder}" if steps else "there was no checkpoint yet"
     named = f" {examples}." if examples else ""
     return FloatingPointError(f"{problem}; {last}.{named} Try a lower learning_rate")
-
-
-def _check_arguments(
-  model: ModelConfig, training: TrainingConfig, data: Any, run: RunConfig, held_out: Any, callback: Any
-) -> None:
-  """Check, before anything is written, that network, training and data fit each other."""
-  for name, value, cls in (
-    ("model", model, ModelConfig),
-    ("training", training, TrainingConfig),
-    ("run", run, RunConfig),
-  ):
-    if not isinstance(value, cls):
-      raise TypeError(f"{name} must be a {cls.__name__}, got {type(value).__name__}")
-  if callback is not None and not callable(callback):
-    raise TypeError(f"callback must be a function of step, state and metrics, got {type(callback).__name__}")
-  inputs.check_fits("data", data, model)
-  if held_out is not None:
-    if model.role is not CLASSIFIER:
-      raise ValueError(f"held_out is for a classifier, and the network is a {model.network}: leave it out")
-    inputs.check_fits("held_out", held_out, model)
-  if run.patience is not None and held_out is None:
-    raise ValueError("patience counts evaluations on held-out data: give held_out, or leave it out")
-  if run.snapshot_every and not snapshots.widths(training.means):
-    raise ValueError(
-      "snapshot_every keeps power-function means: give two of them, such as ema = "
-      '["power:std=0.05", "power:std=0.1"], or leave it out'
-    )
-  folders.shapes(model)
-  objective(model, training)
-
-
-def _initial_params(model: ModelConfig, init: Any) -> PyTree:
-  """Return the parameters that a training begins with, on the host; None for random ones.
-
-  Raises:
-    ValueError: if they do not fit the network.
-  """
-  if init is None:
-    return None
-  params = init.params if isinstance(init, Model) else init
-  check(Model(model, params))
-  return jax.device_get({"params": params["params"]})
-
-
-def _fingerprint(params: PyTree) -> str:
-  return f"{zlib.crc32(repr(arrays.checksums(params)).encode()):08x}"
 
 
 def _flat(line: Mapping[str, Any]) -> dict[str, float]:
