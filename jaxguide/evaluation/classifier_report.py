@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,9 @@ from jaxguide.models.model import Model
 from jaxguide.models.networks import CLASSIFIER, DENOISER
 from jaxguide.training import held_out
 from jaxguide.training.held_out import Levels
+
+FEW = 100
+"""With fewer held-out examples there is a warning."""
 
 LEVELS = 12
 
@@ -97,6 +101,12 @@ def classifier_report(
   ends = level_ends(classifier, LOWEST, HIGHEST)
   at = np.geomspace(max(ends[0], 1e-4), ends[1], LEVELS) if sigmas is None else np.asarray(sigmas, np.float64)
   examples, labels = _examples(data, checks.at_least("num", num, 1), seed)
+  if len(examples) < FEW:
+    warnings.warn(
+      f"there are {len(examples)} held-out examples, so an accuracy is known within about "
+      f"{1 / math.sqrt(len(examples)):.0%}: hold out more, or give other data",
+      stacklevel=2,
+    )
   levels = held_out.evaluate(config, classifier.params, _in_batches(examples, labels), key_levels, at)
   few = checks.at_least("num_gradients", num_gradients, 1)
   null = None if denoiser is None or config.num_classes != denoiser.config.num_classes else denoiser.null_cond
