@@ -114,8 +114,8 @@ def _nll(levels: Levels, misleading: np.ndarray, classes: int) -> str:
   return (
     f"The likelihood is worse than that of a uniform guess ({uniform:.2f} nats) {where(misleading, levels.sigmas)}, up "
     f"to {levels.nll[worst]:.2f} nats: the classifier is confident and wrong there, and its gradient misleads. Train "
-    "it for longer or on more data, with these levels among its own, or on a part of the levels (noise_range), outside of "
-    "which its guidance is off."
+    "it for longer or on more data, with these levels among its own, or on a part of the levels (noise_range): its "
+    "guidance is off outside of them."
   )
 
 
