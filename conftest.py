@@ -21,7 +21,9 @@ os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
 _tests = itertools.count(1)
 _MAPPINGS = 40_000  # of the 65,530 that a process may have
-_KILOBYTES = 3_000_000  # of memory that a process holds
+_KILOBYTES = 4_000_000  # of memory that a process holds
+_MORE = 1_000_000  # that it may hold after programs were let go, since not all memory returns to the system
+_limit = _KILOBYTES
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +33,13 @@ def forget_programs():
   Past the limit the next program to be compiled is a segmentation fault. Until then programs are kept, since the next
   test may need them again.
   """
+  global _limit
   yield
-  if next(_tests) % 10 == 0 and (_mappings() > _MAPPINGS or _resident() > _KILOBYTES):
+  if next(_tests) % 10 == 0 and (_mappings() > _MAPPINGS or _resident() > _limit):
     import jax
 
     jax.clear_caches()
+    _limit = max(_KILOBYTES, _resident() + _MORE)
 
 
 def _mappings():
