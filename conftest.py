@@ -39,7 +39,7 @@ def forget_programs():
     import jax
 
     jax.clear_caches()
-    _limit = max(_KILOBYTES, _resident() + _MORE)
+    _limit = max(_KILOBYTES, min(_resident() + _MORE, 2 * _KILOBYTES))
 
 
 def _mappings():
