@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxguide import data
+from jaxguide import data, training
 from jaxguide.data import config as data_config
 from jaxguide.data import decode
 from jaxguide.data.records import BadRecord
@@ -288,6 +288,20 @@ def test_bad_files_are_named_before_anything_else(tmp_path):
     opened(messy(tmp_path))
   assert "and 6 more" in str(error.value)
   assert "skip_bad" in str(error.value)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_first_file_that_is_bad_does_not_hide_the_others(tmp_path, name):
+  """Without a check, as a recipe opens the data to choose its preset."""
+  folder = write(tmp_path / "d", {f"0{name}": BAD[name][0], "1.png": encoded(noise()), "2.png": encoded(noise())})
+  assert training.recipe({"data": {"source": str(folder)}}).source is not None
+  assert opened(folder, check="none").image_shape == (8, 8, 3)
+  with pytest.raises(ValueError, match=rf"1 of 3 files of .*\n  0{name}: "):
+    opened(folder)
+  for number in (1, 2):
+    (folder / f"{number}.png").write_bytes(b"x")
+  with pytest.raises(ValueError, match=rf"none of the 3 files of .*d can be used, such as 0{name}: its? "):
+    opened(folder, check="none")
 
 
 def test_bad_files_are_left_out_and_counted(tmp_path):

@@ -192,10 +192,26 @@ def _prepared(records: Records, config: DataConfig, progress: bool) -> Dataset:
     warnings.warn(f"{count} are left out:\n{named}{more}", stacklevel=3)
   rows = np.delete(np.arange(len(records)), list(bad))
   records, rows = _without_empty_classes(records, rows)
-  dataset = Pictures(records, preparation, rows, (0, 0, 0), _contents(records, rows) if config.contents else None)
-  shape = preparation.picture(records.read(int(rows[0])), np.random.default_rng(0)).shape
-  dataset = dataclasses.replace(dataset, image_shape=shape, workers=config.workers, processes=config.processes)
+  contents = _contents(records, rows) if config.contents else None
+  dataset = Pictures(records, preparation, rows, (0, 0, 0), contents, config.workers, config.processes)
+  dataset = dataclasses.replace(dataset, image_shape=_shape(dataset))
   return prepared.in_memory(dataset, config.threads(), progress) if config.cache else dataset
+
+
+def _shape(dataset: Pictures) -> tuple[int, ...]:
+  """Return the shape of the first example that can be read. Without a check, those before it may be bad files.
+
+  Raises:
+    ValueError: if none can be read, with the name of the first and the reason.
+  """
+  reason = ""
+  for row in dataset.rows:
+    try:
+      return dataset.preparation.picture(dataset.records.read(int(row)), np.random.default_rng(0)).shape
+    except BadRecord as error:
+      reason = reason or str(error)
+  count = f"none of the {len(dataset):,} files of {dataset.name} can be used"
+  raise ValueError(f"{count}, such as {dataset.records.names[int(dataset.rows[0])]}: {reason}")
 
 
 def _without_empty_classes(records: Records, rows: np.ndarray) -> tuple[Records, np.ndarray]:
@@ -241,10 +257,13 @@ def cache_folder() -> Path:
 
 
 def _contents(records: Records, rows: np.ndarray) -> str:
-  """Return a hash of the contents of all files."""
+  """Return a hash of the contents of all files. Without a check, some may be files that cannot be read."""
   digest = hashlib.sha256()
   for row in rows:
-    content = records.read(int(row))
+    try:
+      content = records.read(int(row))
+    except BadRecord:
+      content = b""
     digest.update(hashlib.sha256(content if isinstance(content, bytes) else content.tobytes()).digest())
   return digest.hexdigest()
 
