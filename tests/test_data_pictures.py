@@ -14,8 +14,9 @@ from PIL import Image
 
 from jaxguide import data, training
 from jaxguide.data import config as data_config
-from jaxguide.data import decode
+from jaxguide.data import decode, resize
 from jaxguide.data.records import BadRecord
+from jaxguide.data.sources import folder as data_folder
 
 RNG = np.random.default_rng(0)
 
@@ -323,6 +324,78 @@ def test_the_check_is_made_once(tmp_path, monkeypatch):
       opened(folder)
     monkeypatch.setattr(data_config.prepared, "check", None)  # A second check would fail.
   monkeypatch.undo()
+
+
+def damaged_in_a_zip(path, folder):
+  """Other bytes where the list of contents says that a picture is, so that its stamp stays."""
+  content = path.read_bytes()
+  path.write_bytes(content[:60] + bytes(20) + content[80:])
+
+
+def encrypted_in_a_zip(path, folder):
+  content = path.read_bytes()
+  entry = content.index(b"PK\1\2")
+  path.write_bytes(content[: entry + 8] + b"\1\0" + content[entry + 10 :])
+
+
+def replaced_by_a_link(path, folder):
+  """A link out of the folder to a file of the same size and time."""
+  picture = path / "0.png"
+  picture.rename(folder / "outside.png")
+  picture.symlink_to(folder / "outside.png")
+
+
+def damaged_in_place(path, folder):
+  picture = path / "0.png"
+  status, content = picture.stat(), picture.read_bytes()
+  picture.write_bytes(bytes(len(content)))
+  os.utime(picture, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+  ("change", "reason"),
+  [
+    (damaged_in_a_zip, "it cannot be read from the archive"),
+    (encrypted_in_a_zip, "it is encrypted"),
+    (replaced_by_a_link, "it is a link out of the folder"),
+    (damaged_in_place, "it is not a picture"),
+  ],
+)
+@pytest.mark.filterwarnings("ignore:.*are left out")
+def test_the_check_is_made_again_for_files_that_changed(tmp_path, change, reason):
+  files = {f"{number}.png": encoded(noise()) for number in range(3)}
+  path = archive(tmp_path / "d.zip", files) if "zip" in change.__name__ else write(tmp_path / "d", files)
+  before = opened(path)
+  change(path, tmp_path)
+  if change is not replaced_by_a_link:
+    np.testing.assert_array_equal(opened(path, check="none", skip_bad=True).records.stamps, before.stamps)
+  with pytest.raises(ValueError, match=rf"1 of 3 files of .*\n  0.png: {reason}"):
+    opened(path)
+
+
+@pytest.mark.parametrize(("first", "then"), [({"crop": "squash"}, {}), ({}, {"crop": "squash"})])
+def test_the_check_is_made_again_for_another_crop(tmp_path, monkeypatch, first, then):
+  monkeypatch.setattr(resize, "LARGEST", 10_000)
+  folder = write(tmp_path / "d", {"1.png": encoded(noise()), "2.png": encoded(noise(1, 300))})
+  for options in (first, then):
+    if options:
+      assert len(opened(folder, size=8, **options)) == 2
+    else:
+      with pytest.raises(ValueError, match=r"2.png: it has 300x1 pixels: one side is so much longer"):
+        opened(folder, size=8)
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_a_file_that_could_not_be_read_is_checked_again(tmp_path, monkeypatch, error):
+  def refused(*_, **__):
+    raise error
+
+  folder = write(tmp_path / "d", {"1.png": encoded(noise()), "2.png": encoded(noise())})
+  with monkeypatch.context() as patch:
+    patch.setattr(data_folder, "open", refused, raising=False)
+    with pytest.raises(ValueError, match=rf"2 of 2 files.*\n  1.png: it cannot be read \({error.strerror}"):
+      opened(folder)
+  assert len(opened(folder)) == 2
 
 
 def test_a_class_of_bad_files_alone_is_left_out(tmp_path):

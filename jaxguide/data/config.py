@@ -233,17 +233,24 @@ def _without_empty_classes(records: Records, rows: np.ndarray) -> tuple[Records,
 
 
 def _checked(records: Records, preparation: Preparation, config: DataConfig, progress: bool) -> dict[int, str]:
-  """Return why records cannot be used. The result of decoding all pictures is kept in the cache folder."""
+  """Return why records cannot be used. The result of decoding all pictures is kept in the cache folder.
+
+  It is kept for these files and this way of preparing them, and not if the system could not read one of them.
+  """
   if config.check == "none":
     return dict(records.bad)
-  facts = (records.name, preparation.size, preparation.channels, len(records))
+  how = (preparation.size, preparation.channels, preparation.crop, preparation.filter)
+  facts = (records.name, *how, len(records), records.state)
   digest = hashlib.sha256(repr(facts).encode() + records.stamps.tobytes()).hexdigest()
   path = cache_folder() / "checked" / f"{digest}.json"
   try:
-    return {int(row): str(reason) for row, reason in json.loads(path.read_bytes()).items()}
+    kept = {int(row): str(reason) for row, reason in json.loads(path.read_bytes()).items()}
+    return dict(sorted({**kept, **records.bad}.items()))
   except (OSError, ValueError, AttributeError):
     pass
-  bad = prepared.check(records, preparation, config.threads(), progress)
+  bad, is_final = prepared.check(records, preparation, config.threads(), progress)
+  if not is_final:
+    return bad
   try:
     write_atomically(path, json.dumps(bad).encode())
   except OSError as error:

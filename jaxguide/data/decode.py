@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxguide.data.records import BadRecord
+from jaxguide.data.records import BadRecord, Unreadable
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """The formats that are decoded, by Pillow's names."""
@@ -49,6 +49,8 @@ def decode(content: bytes, background: tuple[int, ...] = (255, 255, 255)) -> Any
     raise BadRecord(f"it has far too many pixels; a picture may have at most {LARGEST:,}") from None
   except UnidentifiedImageError:
     raise BadRecord(f"it is not a picture of the formats {', '.join(FORMATS)}") from None
+  except MemoryError as error:
+    raise Unreadable("there is not enough memory to decode it") from error
   except Exception as error:  # The decoders raise many kinds of exceptions for damaged files.
     raise BadRecord(f"it is damaged ({next(iter(str(error).splitlines()), type(error).__name__)})") from error
 

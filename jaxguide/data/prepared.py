@@ -14,7 +14,7 @@ from jaxguide.data import decode, resize
 from jaxguide.data.dataset import Dataset
 from jaxguide.data.images import Images
 from jaxguide.data.pixels import saturation
-from jaxguide.data.records import BadRecord, Records
+from jaxguide.data.records import BadRecord, Records, Unreadable
 
 SATURATION_SAMPLES = 512
 
@@ -252,29 +252,31 @@ def _in_threads(function: Any, items: Sequence[Any], workers: int, title: str, p
         yield result
 
 
-def check(records: Records, preparation: Preparation, workers: int, progress: bool) -> dict[int, str]:
+def check(records: Records, preparation: Preparation, workers: int, progress: bool) -> tuple[dict[int, str], bool]:
   """Decode every picture once.
 
   Returns:
     The reason of each record that cannot be used, by its row. Without a size, a picture whose size differs from that of
-    most is one of them.
+    most is one of them. And whether the system could read all records, so that the reasons stay true.
   """
   deterministic = dataclasses.replace(preparation, flip=False)
 
-  def shape_of(row: int) -> tuple[int, ...] | str:
+  def shape_of(row: int) -> tuple[int, ...] | BadRecord:
     if row in records.bad:
-      return records.bad[row]
+      return BadRecord(records.bad[row])
     try:
       return deterministic.picture(records.read(row), np.random.default_rng(0)).shape
     except BadRecord as error:
-      return str(error)
+      return error.with_traceback(None)  # It would keep the picture in memory.
 
   bad: dict[int, str] = {}
+  is_final = True
   shapes: dict[tuple[int, ...], list[int]] = {}
   checked = _in_threads(shape_of, range(len(records)), workers, "checking pictures", progress)
   for row, result in enumerate(checked):
-    if isinstance(result, str):
-      bad[row] = result
+    if isinstance(result, BadRecord):
+      bad[row] = str(result)
+      is_final &= not isinstance(result, Unreadable)
     else:
       shapes.setdefault(result, []).append(row)
   if len(shapes) > 1:
@@ -283,4 +285,4 @@ def check(records: Records, preparation: Preparation, workers: int, progress: bo
       if shape != usual:
         reason = f"it has {shape[1]}x{shape[0]} pixels, and most have {usual[1]}x{usual[0]}: give size"
         bad.update(dict.fromkeys(rows, reason))
-  return dict(sorted(bad.items()))
+  return dict(sorted(bad.items())), is_final

@@ -1,6 +1,7 @@
 """A zip file of pictures, with a folder for each class, or with EDM's ``dataset.json``."""
 
 import functools
+import os
 import threading
 import zipfile
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from jaxguide._core.files import check_readable
-from jaxguide.data.records import BadRecord, OncePerProcess, Records, stamp
+from jaxguide.data.records import BadRecord, OncePerProcess, Records, Unreadable, stamp, state_of
 from jaxguide.data.sources import folder
 
 LARGEST_RATIO = 1000
@@ -31,6 +32,7 @@ def open_archive(path: Path, is_labelled: bool = True) -> Records:
   """
   check_readable(path)
   try:
+    status = os.stat(path)
     with zipfile.ZipFile(path) as archive:
       members = [member for member in archive.infolist() if not member.is_dir()]
       described = next((member for member in members if _is_description(member)), None)
@@ -59,12 +61,14 @@ def open_archive(path: Path, is_labelled: bool = True) -> Records:
     described_by = folder.labelled_by_folder(path, names, bad)
   elif is_labelled and labels is not None:
     described_by = folder.labelled_by_json(path, names, labels)
-  return Records(str(path), names, *described_by, read, np.array(stamps, np.uint64), bad)
+  return Records(str(path), names, *described_by, read, np.array(stamps, np.uint64), bad, state_of([status]))
 
 
 def _read(handle: OncePerProcess, members: Sequence[zipfile.ZipInfo], row: int) -> bytes:
   try:
     return handle().archive.read(members[row])
+  except OSError as error:
+    raise Unreadable(f"it cannot be read from the archive ({error.strerror or error})") from error
   except Exception as error:  # A damaged archive raises many kinds of exceptions.
     raise BadRecord(f"it cannot be read from the archive ({error})") from error
 

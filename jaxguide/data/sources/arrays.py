@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
 import struct
 import warnings
 import zipfile
@@ -15,7 +16,7 @@ import numpy as np
 
 from jaxguide._core.files import check_readable
 from jaxguide.data.files import check_sizes
-from jaxguide.data.records import BadRecord, Records
+from jaxguide.data.records import BadRecord, Records, Unreadable, state_of
 from jaxguide.data.sources.folder import describe_labels
 from jaxguide.data.sources.rows import Numbered, stamps_of_rows
 
@@ -58,7 +59,7 @@ class FileRows:
         file.seek(self.offset + row * size)
         content = file.read(size)
     except OSError as error:
-      raise BadRecord(f"it cannot be read ({error.strerror or error})") from error
+      raise Unreadable(f"it cannot be read ({error.strerror or error})") from error
     if len(content) < size:
       raise BadRecord("the file ends before it")
     return np.frombuffer(content, self.dtype).reshape(self.shape[1:])
@@ -89,6 +90,7 @@ def open_arrays(path: Path) -> Records:
     UserWarning: if the file has arrays of other names, which are not used.
   """
   arrays = _read(path)
+  state = state_of([os.stat(path)])
   try:
     main = _main_array(arrays)
     rows = arrays.pop(main)
@@ -104,7 +106,7 @@ def open_arrays(path: Path) -> Records:
   if arrays:
     warnings.warn(f"{path} has arrays that are not used: {', '.join(sorted(arrays))}", stacklevel=4)
   names = Numbered("latent " if main == LATENTS else "image ", rows.shape[0])
-  return Records(str(path), names, *described, read, stamps_of_rows(path, len(names)))
+  return Records(str(path), names, *described, read, stamps_of_rows(path, len(names)), state=state)
 
 
 def _main_array(arrays: Mapping[str, Any]) -> str:

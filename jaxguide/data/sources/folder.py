@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxguide.data.records import BadRecord, Records, stamp
+from jaxguide.data.records import BadRecord, Records, Unreadable, stamp, state_of
 
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -53,7 +53,7 @@ def open_folder(path: Path, is_labelled: bool = True) -> Records:
       are splits, such as ``train`` and ``test``.
   """
   names: list[str] = []
-  stamps: list[int] = []
+  statuses: list[os.stat_result] = []
   bad: dict[int, str] = {}
   others: list[str] = []
   root = path.resolve()
@@ -66,7 +66,7 @@ def open_folder(path: Path, is_labelled: bool = True) -> Records:
     if reason is not None:
       bad[len(names)] = reason
     names.append(name)
-    stamps.append(stamp(name, status.st_size, status.st_mtime_ns))
+    statuses.append(status)
   if others:
     warn_of_others(path, others)
   if not names:
@@ -80,7 +80,8 @@ def open_folder(path: Path, is_labelled: bool = True) -> Records:
     _warn_of_empty(path, described[1] or ())
 
   read = functools.partial(_read, os.path.join(path, ""), names)
-  return Records(str(path), names, *described, read, np.array(stamps, np.uint64), bad)
+  stamps = [stamp(name, each.st_size, each.st_mtime_ns) for name, each in zip(names, statuses, strict=True)]
+  return Records(str(path), names, *described, read, np.array(stamps, np.uint64), bad, state_of(statuses))
 
 
 def _read(folder: str, names: Sequence[str], row: int) -> bytes:
@@ -91,7 +92,7 @@ def _read(folder: str, names: Sequence[str], row: int) -> bytes:
         raise BadRecord(f"it is larger than {LARGEST_FILE:,} bytes")
       return file.readall()
   except OSError as error:
-    raise BadRecord(f"it cannot be read ({error.strerror or error})") from error
+    raise Unreadable(f"it cannot be read ({error.strerror or error})") from error
 
 
 def _files(path: Path, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:

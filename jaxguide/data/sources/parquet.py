@@ -4,6 +4,7 @@ import difflib
 import functools
 import importlib.util
 import json
+import os
 import re
 import threading
 import warnings
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxguide._core.files import check_readable
-from jaxguide.data.records import BadRecord, OncePerProcess, Records
+from jaxguide.data.records import BadRecord, OncePerProcess, Records, Unreadable, state_of
 from jaxguide.data.sources.folder import Described, describe_labels
 from jaxguide.data.sources.rows import Joined, Numbered, part_of, stamps_of_rows
 
@@ -72,7 +73,8 @@ def open_parquet(
   stamps = np.concatenate([stamps_of_rows(table.path, len(table)) for table in tables])
   groups().warn_if_slow(path)
   names = Joined([Numbered(f"{table.path.name} row ", len(table)) for table in tables])
-  return Records(str(path), names, *described, read, stamps)
+  state = state_of(os.stat(table.path) for table in tables)
+  return Records(str(path), names, *described, read, stamps, state=state)
 
 
 def _read(groups: OncePerProcess, starts: np.ndarray, row: int) -> bytes:
@@ -272,7 +274,8 @@ class _Groups:
         try:
           column = self.tables[table].pictures(group)
         except ValueError as error:
-          raise BadRecord(str(error)) from error
+          kind = Unreadable if isinstance(error.__cause__, OSError) else BadRecord
+          raise kind(str(error)) from error
         self._keep(key, column)
     return column
 
