@@ -274,7 +274,7 @@ def test_folders_that_are_refused(tmp_path, files, message):
 
 
 def messy(tmp_path):
-  files = {f"{'ab'[i % 2]}/{i}.png": encoded(noise()) for i in range(8)}
+  files = {f"{'ab'[i % 2]}/{i}.png": encoded(noise()) for i in range(12)}
   folder = write(tmp_path / "d", files | {f"a/{name}": content for name, (content, _) in BAD.items()})
   write(tmp_path, {"outside.png": encoded(noise())})
   (folder / "b" / "link.png").symlink_to(tmp_path / "outside.png")
@@ -285,7 +285,7 @@ def messy(tmp_path):
 
 
 def test_bad_files_are_named_before_anything_else(tmp_path):
-  with pytest.raises(ValueError, match=r"11 of 20 files of .*d cannot be used:\n  a/bomb.png: it has far") as error:
+  with pytest.raises(ValueError, match=r"11 of 24 files of .*d cannot be used:\n  a/bomb.png: it has far") as error:
     opened(messy(tmp_path))
   assert "and 6 more" in str(error.value)
   assert "skip_bad" in str(error.value)
@@ -307,10 +307,10 @@ def test_a_first_file_that_is_bad_does_not_hide_the_others(tmp_path, name):
 
 def test_bad_files_are_left_out_and_counted(tmp_path):
   folder = messy(tmp_path)
-  with pytest.warns(UserWarning, match="11 of 20 files of .* are left out"):
+  with pytest.warns(UserWarning, match="11 of 24 files of .* are left out"):
     dataset = opened(folder, skip_bad=True)
-  assert len(dataset) == 9
-  names = [dataset.example_name(row).rpartition("/")[2] for row in range(9)]
+  assert len(dataset) == 13
+  names = [dataset.example_name(row).rpartition("/")[2] for row in range(13)]
   assert "inside.png" in names
   assert not {"link.png", "dangling.png", "pipe.png", *BAD} & {*names}
   for batch in islice(data.stream(dataset, 4, 0), 5):
@@ -398,18 +398,44 @@ def test_a_file_that_could_not_be_read_is_checked_again(tmp_path, monkeypatch, e
   assert len(opened(folder)) == 2
 
 
-def test_a_class_of_bad_files_alone_is_left_out(tmp_path):
-  folder = write(tmp_path / "d", {"a/1.png": encoded(noise()), "b/1.png": b"x", "c/1.png": encoded(noise())})
-  with pytest.warns(UserWarning, match="no picture of these classes can be used, so they are left out: b"):
-    dataset = opened(folder, skip_bad=True)
-  assert (dataset.class_names, [dataset.example(row)[1] for row in (0, 1)]) == (["a", "c"], [0, 1])
+@pytest.mark.parametrize("kind", ["folder", "archive", "json"])
+def test_a_class_of_bad_files_alone_is_not_left_out(tmp_path, kind):
+  files = {"a/1.png": encoded(noise()), "b/1.png": b"x", "b/2.png": b"x", "c/1.png": encoded(noise())}
+  files |= {"c/2.png": encoded(noise())}
+  if kind == "json":
+    files["dataset.json"] = json.dumps({"labels": [[name, "abc".index(name[0])] for name in files]}).encode()
+  source = archive(tmp_path / "d.zip", files) if kind == "archive" else write(tmp_path / "d", files)
+  name = 1 if kind == "json" else "b"
+  lost = rf"2 of 5 files .*no picture would be left of the classes {name}:\n  b/1.png: it is not"
+  with pytest.raises(ValueError, match=lost):
+    opened(source, skip_bad=True)
+  assert opened(source, check="none").num_classes == 3
+  without = opened(source, skip_bad=True, labels="none") if kind != "json" else None
+  assert without is None or len(without) == 3
 
 
-def test_pictures_of_several_sizes_need_a_size(tmp_path):
-  folder = write(tmp_path / "d", {"1.png": encoded(noise()), "2.png": encoded(noise()), "3.png": encoded(noise(4, 6))})
-  with pytest.raises(ValueError, match=r"3.png: it has 6x4 pixels, and most have 8x8: give size"):
-    opened(folder)
-  assert len(opened(folder, size=4)) == 3
+@pytest.mark.parametrize(("good", "bad"), [(1, 2), (3, 4), (0, 2)])
+def test_most_of_the_files_are_not_left_out(tmp_path, good, bad):
+  files = {f"{number}.png": b"x" for number in range(bad)} | {f"good{i}.png": encoded(noise()) for i in range(good)}
+  folder = write(tmp_path / "d", files)
+  with pytest.raises(ValueError, match=rf"{bad} of {good + bad} files .* at most half of them:\n  0.png: it is not a"):
+    opened(folder, skip_bad=True)
+  write(folder, {f"more{number}.png": encoded(noise()) for number in range(bad - good)})
+  with pytest.warns(UserWarning, match=f"{bad} of {2 * bad} files .* are left out"):
+    assert len(opened(folder, skip_bad=True)) == bad
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+@pytest.mark.parametrize("others", [{}, {"0.png": b"x"}])
+def test_pictures_of_several_sizes_need_a_size(tmp_path, skip_bad, others):
+  """A picture of another size is no bad file."""
+  sizes = {"1.png": (8, 8), "2.png": (8, 8), "3.png": (4, 6), "4.png": (5, 5)}
+  folder = write(tmp_path / "d", {name: encoded(noise(*size)) for name, size in sizes.items()} | others)
+  message = r"have 3 sizes: 1.png has 8x8 pixels and 3.png has 6x4. Give the side to which .*: size \(--size\)"
+  with pytest.raises(ValueError, match=message):
+    opened(folder, skip_bad=skip_bad)
+  if not others:
+    assert len(opened(folder, size=4, skip_bad=skip_bad)) == 4
 
 
 def test_a_file_that_breaks_later_is_named(tmp_path):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,8 @@ class DataConfig:
     background: the colour behind transparent pixels, by name or as #rrggbb.
     flip: whether half of the examples are mirrored from left to right, at random.
     labels: auto, or none to train without the labels that the data have.
-    skip_bad: whether files that cannot be used are left out. If not, they are named before the work starts.
+    skip_bad: whether files that cannot be used are left out, up to half of all and not a whole class. If not, they are
+      named before the work starts.
     check: all, to decode every picture once before the work starts (once for each data set, the result is kept in the
       cache folder); or none.
     held_out: the share of the examples that is held out of the training, chosen by a hash of their names. If left out,
@@ -139,8 +140,9 @@ def open_data(config: DataConfig, progress: bool = True) -> Dataset:
 
   Raises:
     FileNotFoundError: if there is no such file or folder.
-    ValueError: if the source is unknown; if there are no pictures; or if some cannot be used and ``skip_bad`` is off,
-      with the names of some.
+    ValueError: if the source is unknown; if there are no pictures; if they have several sizes and no ``size`` is given;
+      or if some cannot be used, with the names of some, and ``skip_bad`` is off or would leave out more than half of
+      them or a whole class.
 
   Warns:
     UserWarning: if files are left out, with their number and the names of some.
@@ -180,18 +182,8 @@ def _prepared(records: Records, config: DataConfig, progress: bool) -> Dataset:
     raise ValueError(f"crop {config.crop!r} needs the side of the square: give size")
   bad = _checked(records, preparation, config, progress)
   if bad:
-    named = "\n".join(f"  {records.names[row]}: {reason}" for row, reason in list(bad.items())[:SHOWN])
-    count = f"{len(bad):,} of {len(records):,} files of {records.name}"
-    more = f"\n  and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
-    if len(bad) == len(records):
-      raise ValueError(f"{count} cannot be used:\n{named}{more}")
-    if not config.skip_bad:
-      raise ValueError(
-        f"{count} cannot be used:\n{named}{more}\nMend or remove them, or leave them out with skip_bad (--skip-bad)"
-      )
-    warnings.warn(f"{count} are left out:\n{named}{more}", stacklevel=3)
+    _report(records, bad, config.skip_bad)
   rows = np.delete(np.arange(len(records)), list(bad))
-  records, rows = _without_empty_classes(records, rows)
   contents = _contents(records, rows) if config.contents else None
   dataset = Pictures(records, preparation, rows, (0, 0, 0), contents, config.workers, config.processes)
   dataset = dataclasses.replace(dataset, image_shape=_shape(dataset))
@@ -214,22 +206,38 @@ def _shape(dataset: Pictures) -> tuple[int, ...]:
   raise ValueError(f"{count}, such as {dataset.records.names[int(dataset.rows[0])]}: {reason}")
 
 
-def _without_empty_classes(records: Records, rows: np.ndarray) -> tuple[Records, np.ndarray]:
-  """Leave out named classes all of whose pictures were left out."""
-  if records.class_names is None or records.labels is None:
-    return records, rows
-  counts = np.bincount(records.labels[rows], minlength=len(records.class_names))
-  empty = [name for name, count in zip(records.class_names, counts, strict=True) if not count]
-  all_counts = np.bincount(records.labels, minlength=len(records.class_names))
-  lost = [name for name, count in zip(records.class_names, all_counts, strict=True) if count and name in empty]
-  if not lost:
-    return records, rows
-  warnings.warn(f"no picture of these classes can be used, so they are left out: {', '.join(lost)}", stacklevel=4)
-  kept = [number for number, name in enumerate(records.class_names) if name not in lost]
-  numbers = np.full(len(records.class_names), -1, np.int32)
-  numbers[kept] = np.arange(len(kept))
-  names = [records.class_names[number] for number in kept]
-  return dataclasses.replace(records, labels=numbers[records.labels], class_names=names, num_classes=len(kept)), rows
+def _report(records: Records, bad: Mapping[int, str], skip_bad: bool) -> None:
+  """Warn of the files that are left out.
+
+  Raises:
+    ValueError: if they are not to be left out, or they are more than half of the files, or all files of a class.
+  """
+  count = f"{len(bad):,} of {len(records):,} files of {records.name}"
+  named = "".join(f"\n  {records.names[row]}: {reason}" for row, reason in list(bad.items())[:SHOWN])
+  named += f"\n  and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
+  mend = "Mend or remove them"
+  if not skip_bad:
+    remedy = mend if len(bad) == len(records) else f"{mend}, or leave them out with skip_bad (--skip-bad)"
+    raise ValueError(f"{count} cannot be used:{named}\n{remedy}")
+  if 2 * len(bad) > len(records):
+    raise ValueError(f"{count} cannot be used, and skip_bad leaves out at most half of them:{named}\n{mend}")
+  lost = _lost_classes(records, bad)
+  if lost:
+    more = f" and {len(lost) - SHOWN:,} more" if len(lost) > SHOWN else ""
+    raise ValueError(
+      f"{count} cannot be used, and no picture would be left of the classes {', '.join(lost[:SHOWN])}{more}:{named}\n"
+      f"{mend}, or remove the classes"
+    )
+  warnings.warn(f"{count} are left out:{named}", stacklevel=4)
+
+
+def _lost_classes(records: Records, bad: Mapping[int, str]) -> list[str]:
+  """Return the classes all of whose pictures are bad, by their names or numbers."""
+  labels = records.labels
+  if labels is None or records.num_classes is None:
+    return []
+  lost = np.setdiff1d(labels[list(bad)], np.delete(labels, list(bad)))
+  return [str(number) if records.class_names is None else records.class_names[number] for number in lost]
 
 
 def _checked(records: Records, preparation: Preparation, config: DataConfig, progress: bool) -> dict[int, str]:

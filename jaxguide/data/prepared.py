@@ -256,8 +256,11 @@ def check(records: Records, preparation: Preparation, workers: int, progress: bo
   """Decode every picture once.
 
   Returns:
-    The reason of each record that cannot be used, by its row. Without a size, a picture whose size differs from that of
-    most is one of them. And whether the system could read all records, so that the reasons stay true.
+    The reason of each record that cannot be used, by its row; and whether the system could read all records, so that
+    the reasons stay true.
+
+  Raises:
+    ValueError: if there is no size to resize to, and the pictures have several.
   """
   deterministic = dataclasses.replace(preparation, flip=False)
 
@@ -271,18 +274,18 @@ def check(records: Records, preparation: Preparation, workers: int, progress: bo
 
   bad: dict[int, str] = {}
   is_final = True
-  shapes: dict[tuple[int, ...], list[int]] = {}
+  shapes: dict[tuple[int, ...], int] = {}  # The first picture of each.
   checked = _in_threads(shape_of, range(len(records)), workers, "checking pictures", progress)
   for row, result in enumerate(checked):
     if isinstance(result, BadRecord):
       bad[row] = str(result)
       is_final &= not isinstance(result, Unreadable)
     else:
-      shapes.setdefault(result, []).append(row)
+      shapes.setdefault(result, row)
   if len(shapes) > 1:
-    usual = max(shapes, key=lambda shape: len(shapes[shape]))
-    for shape, rows in shapes.items():
-      if shape != usual:
-        reason = f"it has {shape[1]}x{shape[0]} pixels, and most have {usual[1]}x{usual[0]}: give size"
-        bad.update(dict.fromkeys(rows, reason))
-  return dict(sorted(bad.items())), is_final
+    (one, first), (other, second) = list(shapes.items())[:2]
+    raise ValueError(
+      f"the pictures of {records.name} have {len(shapes):,} sizes: {records.names[first]} has {one[1]}x{one[0]} pixels "
+      f"and {records.names[second]} has {other[1]}x{other[0]}. Give the side to which all are resized: size (--size)"
+    )
+  return bad, is_final
