@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zipfile
 import zlib
 
@@ -138,6 +139,33 @@ def test_names_that_are_not_utf_8(tmp_path):
   assert len(train) + len(held_out) == 21
   assert next(data.stream(dataset, 21, 0)).examples.shape == (21, 8, 8, 3)
   assert len(dataset.fingerprint) == 64
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "a\rb", "\u202egnp", "tab\t", "\u2028"])
+@pytest.mark.parametrize("kind", ["folder", "archive"])
+@pytest.mark.filterwarnings("ignore:.*(no pictures|without pictures|link to a folder)")
+def test_names_in_messages_cannot_move_the_cursor(tmp_path, name, kind):
+  files = {f"c{name}/{name}{end}": b"x" for end in (".png", ".txt")}
+  files |= {f"c/{i}{name}.png": encoded(noise(8, 8 + i)) for i in range(2)}
+  source = write(tmp_path / "d", files) if kind == "folder" else zipped(tmp_path / "d.zip", files)
+  if kind == "folder":
+    (source / f"empty{name}").mkdir()
+    (source / f"link{name}").symlink_to(source / "c")
+  messages = []
+  for options in ({"size": 8}, {"size": 8, "skip_bad": True}, {"labels": "none"}):
+    with warnings.catch_warnings(record=True) as warned:
+      warnings.simplefilter("always")
+      with pytest.raises(ValueError, match=r"cannot be used|have 2 sizes") as error:
+        opened(source, **options)
+    messages += [str(error.value), *(str(each.message) for each in warned)]
+  unchecked = opened(source, check="none", size=8)
+  with pytest.raises(ValueError, match="cannot be used") as error:
+    unchecked.example(unchecked.records.names.index(f"c{name}/{name}.png"))
+  messages.append(str(error.value))
+  escaped = name.encode("unicode_escape").decode()
+  assert all(escaped in message for message in messages)
+  assert not any(name in message for message in messages)
+  assert len(messages) > 6
 
 
 def test_folders_of_splits_are_no_classes(tmp_path):

@@ -19,7 +19,7 @@ from jaxguide.data.batches import default_workers
 from jaxguide.data.dataset import Dataset
 from jaxguide.data.images import Images
 from jaxguide.data.prepared import DecodedPictures, Pictures, Preparation
-from jaxguide.data.records import BadRecord, Records
+from jaxguide.data.records import BadRecord, Records, shown
 
 BOUNDS: dict[str, tuple[int | float, int | float]] = {
   "size": (1, 2**16),
@@ -203,7 +203,7 @@ def _shape(dataset: Pictures) -> tuple[int, ...]:
     except BadRecord as error:
       reason = reason or str(error)
   count = f"none of the {len(dataset):,} files of {dataset.name} can be used"
-  raise ValueError(f"{count}, such as {dataset.records.names[int(dataset.rows[0])]}: {reason}")
+  raise ValueError(f"{count}, such as {shown(dataset.records.names[int(dataset.rows[0])])}: {reason}")
 
 
 def _report(records: Records, bad: Mapping[int, str], skip_bad: bool) -> None:
@@ -213,7 +213,7 @@ def _report(records: Records, bad: Mapping[int, str], skip_bad: bool) -> None:
     ValueError: if they are not to be left out, or they are more than half of the files, or all files of a class.
   """
   count = f"{len(bad):,} of {len(records):,} files of {records.name}"
-  named = "".join(f"\n  {records.names[row]}: {reason}" for row, reason in list(bad.items())[:SHOWN])
+  named = "".join(f"\n  {shown(f'{records.names[row]}: {reason}')}" for row, reason in list(bad.items())[:SHOWN])
   named += f"\n  and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
   mend = "Mend or remove them"
   if not skip_bad:
@@ -223,9 +223,9 @@ def _report(records: Records, bad: Mapping[int, str], skip_bad: bool) -> None:
     raise ValueError(f"{count} cannot be used, and skip_bad leaves out at most half of them:{named}\n{mend}")
   lost = _lost_classes(records, bad)
   if lost:
-    more = f" and {len(lost) - SHOWN:,} more" if len(lost) > SHOWN else ""
+    classes = shown(", ".join(lost[:SHOWN])) + (f" and {len(lost) - SHOWN:,} more" if len(lost) > SHOWN else "")
     raise ValueError(
-      f"{count} cannot be used, and no picture would be left of the classes {', '.join(lost[:SHOWN])}{more}:{named}\n"
+      f"{count} cannot be used, and no picture would be left of the classes {classes}:{named}\n"
       f"{mend}, or remove the classes"
     )
   warnings.warn(f"{count} are left out:{named}", stacklevel=4)

@@ -14,7 +14,7 @@ from jaxguide.data import decode, resize
 from jaxguide.data.dataset import Dataset
 from jaxguide.data.images import Images
 from jaxguide.data.pixels import saturation
-from jaxguide.data.records import BadRecord, Records, Unreadable
+from jaxguide.data.records import BadRecord, Records, Unreadable, shown
 
 SATURATION_SAMPLES = 512
 
@@ -136,7 +136,7 @@ class Pictures(Dataset):
 
   def example_name(self, row: int) -> str:
     """Return the name of an example's file."""
-    return f"{self.name}: {self.records.names[int(self.rows[row])]}"
+    return f"{self.name}: {shown(self.records.names[int(self.rows[row])])}"
 
   @functools.cached_property
   def stamps(self) -> np.ndarray:
@@ -284,8 +284,11 @@ def check(records: Records, preparation: Preparation, workers: int, progress: bo
       shapes.setdefault(result, row)
   if len(shapes) > 1:
     (one, first), (other, second) = list(shapes.items())[:2]
+    examples = (
+      f"{records.names[first]} has {one[1]}x{one[0]} pixels and {records.names[second]} has {other[1]}x{other[0]}"
+    )
     raise ValueError(
-      f"the pictures of {records.name} have {len(shapes):,} sizes: {records.names[first]} has {one[1]}x{one[0]} pixels "
-      f"and {records.names[second]} has {other[1]}x{other[0]}. Give the side to which all are resized: size (--size)"
+      f"the pictures of {records.name} have {len(shapes):,} sizes: {shown(examples)}. Give the side to which all are "
+      "resized: size (--size)"
     )
   return bad, is_final

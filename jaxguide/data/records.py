@@ -61,6 +61,15 @@ def stamp(*parts: object) -> int:
   return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
+def shown(text: str) -> str:
+  r"""Return a text for messages: what moves the cursor or cannot be printed is escaped, so that names are harmless.
+
+  >>> shown("été\n\x1b[31m.png")
+  'été\\n\\x1b[31m.png'
+  """
+  return text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
 def state_of(statuses: Iterable[os.stat_result]) -> str:
   """Return a hash of what the file system knows of files, by which it is seen that one was changed or replaced.
 

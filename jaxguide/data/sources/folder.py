@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxguide.data.records import BadRecord, Records, Unreadable, stamp, state_of
+from jaxguide.data.records import BadRecord, Records, Unreadable, shown, stamp, state_of
 
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -97,13 +97,14 @@ def _read(folder: str, names: Sequence[str], row: int) -> bytes:
 
 def _files(path: Path, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
   """Yield all files that are not hidden, in the order of their names, with their paths inside the folder."""
-  with os.scandir(path) as entries:
+  with os.scandir(path / prefix) as entries:
     found = sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name)
   for entry in found:
     if entry.is_dir(follow_symlinks=False):
-      yield from _files(path / entry.name, f"{prefix}{entry.name}/")
+      yield from _files(path, f"{prefix}{entry.name}/")
     elif entry.is_symlink() and os.path.isdir(entry.path):  # `entry.is_dir` raises an error for a link to itself.
-      warnings.warn(f"{path / entry.name} is a link to a folder, which is not followed: give that folder", stacklevel=4)
+      link = shown(prefix + entry.name)
+      warnings.warn(f"{path}: {link} is a link to a folder, which is not followed: give that folder", stacklevel=4)
     else:
       yield prefix + entry.name, entry
 
@@ -123,8 +124,8 @@ def _checked(entry: os.DirEntry[str], root: Path) -> tuple[str | None, os.stat_r
 
 def warn_of_others(path: Path, others: Sequence[str]) -> None:
   """Warn of files that are no pictures."""
-  shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-  warnings.warn(f"{path} has {len(others)} files that are no pictures and are left out: {shown}", stacklevel=4)
+  named = shown(", ".join(others[:3])) + (", ..." if len(others) > 3 else "")
+  warnings.warn(f"{path} has {len(others)} files that are no pictures and are left out: {named}", stacklevel=4)
 
 
 def _warn_of_empty(path: Path, classes: Sequence[str]) -> None:
@@ -133,7 +134,8 @@ def _warn_of_empty(path: Path, classes: Sequence[str]) -> None:
     folders = {entry.name for entry in entries if entry.is_dir(follow_symlinks=False) and not is_hidden(entry.name)}
   empty = sorted(folders - {*classes})
   if empty:
-    warnings.warn(f"{path} has folders without pictures, which are no classes: {', '.join(empty[:5])}", stacklevel=4)
+    named = shown(", ".join(empty[:5]))
+    warnings.warn(f"{path} has folders without pictures, which are no classes: {named}", stacklevel=4)
 
 
 Described = tuple[np.ndarray | None, Sequence[str] | None, int | None]
@@ -154,8 +156,8 @@ def labelled_by_folder(path: Path, names: Sequence[str], bad: Container[int] = (
     return None, None, None
   if outside:
     raise ValueError(
-      f"{path} has pictures beside folders of pictures, such as {outside[0]}: move them into the folder of their "
-      "class, or give labels none (--set data.labels=none) for a model without classes"
+      f"{path} has pictures beside folders of pictures, such as {shown(outside[0])}: move them into the folder of "
+      "their class, or give labels none (--set data.labels=none) for a model without classes"
     )
   classes = sorted({folder for row in good if (folder := folders[row]) is not None})
   if SPLITS.issuperset(name.lower() for name in classes) and all(names[row].count("/") > 1 for row in good):
