@@ -21,6 +21,7 @@ from jaxguide.data.records import BadRecord
 from jaxguide.data.sources import array_record, arrays, catalogue, parquet
 from jaxguide.data.sources.array_record import open_array_record
 from jaxguide.data.sources.arrays import open_arrays
+from jaxguide.data.sources.folder import describe_labels
 from jaxguide.data.sources.parquet import open_parquet
 
 RNG = np.random.default_rng(0)
@@ -149,11 +150,17 @@ IMAGES = noise(3, 4, 4, 3)
     ({"images": IMAGES[0, 0]}, "images must be uint8"),
     ({"images": IMAGES, "labels": [0, 1]}, r"it has 3 examples, and labels of shape \(2,\)"),
     ({"images": IMAGES, "labels": 1}, r"it has 3 examples, and labels of shape \(\)"),
-    ({"images": IMAGES, "labels": [0, 1, -1]}, "labels must be whole numbers of at least 0"),
-    ({"images": IMAGES, "labels": [0.0, 1, 2]}, "labels must be whole numbers of at least 0"),
-    ({"images": IMAGES, "labels": [[0.0], [np.nan], [1]]}, "a vector of finite numbers"),
+    ({"images": IMAGES, "labels": [0, 1, -1]}, "image 2: label -1 is not a whole number from 0 to 16777215"),
+    ({"images": IMAGES, "labels": [0.0, 1, 2]}, "image 0: label 0.0 is not a whole number"),
+    (
+      {"images": IMAGES, "labels": [[0.0], [np.nan], [1]]},
+      r"image 1: label \[nan\] is not .* a vector of 1 finite numbers",
+    ),
     ({"images": IMAGES, "labels": [[0], [2], [1]]}, r"whole numbers of shape \(3, 1\): make them \(3,\)"),
-    ({"images": IMAGES, "labels": [0, 1, 2], "class_names": ["a", "b"]}, "label 2 is not one of the 2 classes"),
+    (
+      {"images": IMAGES, "labels": [0, 1, 2], "class_names": ["a", "b"]},
+      "image 2: label 2 is not one of the 2 classes",
+    ),
     ({"images": IMAGES, "labels": [0, 1, 2], "class_names": [1, 2, 3]}, "class_names must be texts"),
     ({"images": IMAGES, "class_names": ["a"]}, "class_names must be texts.* there are no labels"),
     ({"images": IMAGES, "labels": np.array([0, "x", None])}, "contains pickled objects, which are not read"),
@@ -251,9 +258,9 @@ def test_array_record_alone_and_with_vectors(tmp_path):
   [
     ({"labels": [0, 1]}, "there are 3 records, and 2 labels"),
     ({"labels": 1}, "there are 3 records, and no list of labels"),
-    ({"labels": [0, [1], 2]}, "labels must be whole numbers, or vectors of one length"),
-    ({"labels": [0, 1, 2], "class_names": ["a"]}, "label 2 is not one of the 1 classes"),
-    ({"labels": ["a", "b", "c"]}, "labels must be whole numbers"),
+    ({"labels": [0, [1], 2]}, r"record 1: label \[1\] is not a whole number"),
+    ({"labels": [0, 1, 2], "class_names": ["a"]}, "record 1: label 1 is not one of the 1 classes"),
+    ({"labels": ["a", "b", "c"]}, "record 0: label 'a' is not a whole number"),
     ({"class_names": ["a"]}, "class_names need labels"),
     ({"labels": [0, 0, 0], "class_names": "a"}, "class_names must be a list of texts"),
     ({"names": ["a", "b", "a"]}, "names has 'a' twice"),
@@ -333,6 +340,78 @@ def test_a_dataset_of_hugging_face(tmp_path):
     opened(tmp_path / "d", split="tset")
 
 
+WRONG_LABELS = [
+  ([0, 2**24, 1], 1, "16777216"),
+  ([0, 2**31, 1], 1, "2147483648"),
+  ([0, 1, 2**33], 2, "8589934592"),
+  ([2**63, 0, 1], 0, r"9\.?22337203685477\S+"),
+  ([0, -1, -2], 1, "-1"),
+  ([[0.5], [1e300], [1.0]], 1, r"\[1e\+300\]"),
+  ([[1.0, 2.0], [1.0, 1e39], [1.0, 2.0]], 1, r"\[1.0, 1e\+39\]"),
+  ([[], [], []], 0, r"\[\]"),
+]
+"""Labels, the first wrong record, and its label as it is written."""
+
+
+@pytest.mark.parametrize(("labels", "row", "shown"), WRONG_LABELS)
+@pytest.mark.parametrize("kind", ["json", "zip", "npz", "array_record", "parquet"])
+def test_a_wrong_label_is_named_with_its_record(tmp_path, labels, row, shown, kind):
+  contents = [encoded(each) for each in pictures(3)]
+  names = [f"{number}.png" for number in range(3)]
+  path, name = tmp_path / f"d.{kind}", {"npz": f"image {row}", "parquet": f"d.parquet row {row}"}.get(kind, names[row])
+  described = json.dumps({"labels": [*zip(names, labels, strict=True)]})
+  if kind == "json":
+    path.mkdir()
+    (path / "dataset.json").write_text(described)
+    for each, content in zip(names, contents, strict=True):
+      (path / each).write_bytes(content)
+  elif kind == "zip":
+    with zipfile.ZipFile(path, "w") as archive:
+      for each, content in zip(["dataset.json", *names], [described, *contents], strict=True):
+        archive.writestr(each, content)
+  elif kind == "npz":
+    np.savez(path, images=pictures(3), labels=np.array(labels))
+  elif kind == "array_record":
+    data.write_array_record(path, contents, labels, names=names)
+  else:
+    stored = pa.list_(pa.float64()) if isinstance(labels[0], list) else pa.uint64() if min(labels) >= 0 else pa.int64()
+    pq.write_table(table(contents, pa.array(labels, stored)), path)
+  with pytest.raises(ValueError, match=rf"{name}: label {shown} is not a whole number from 0 to 16777215, or a vector"):
+    opened(path)
+
+
+@pytest.mark.parametrize(
+  ("labels", "row", "shown"),
+  [
+    ([0, 1.5, 1], 1, "1.5"),
+    ([0, None, 1], 1, "None"),
+    ([0, "1", 1], 1, "'1'"),
+    ([0, float("nan"), 1], 1, "nan"),
+    ([0, 10**30, 1], 1, "10{30}"),
+    ([[1], [1, 2], [1]], 1, r"\[1, 2\]"),
+    ([[1], 1, [1]], 1, "1"),
+    ([[1], [float("inf")], [1]], 1, r"\[inf\]"),
+    ([[[1]], [[1]], [[1]]], 0, r"\[\[1\]\]"),
+    ([{}, {}, {}], 0, "{}"),
+  ],
+)
+def test_a_wrong_label_of_json_is_named(labels, row, shown):
+  with pytest.raises(ValueError, match=rf"name {row}: label {shown} is not a whole number"):
+    describe_labels(labels, [f"name {number}" for number in range(3)])
+
+
+@pytest.mark.parametrize("kind", ["npz", "array_record"])
+def test_names_of_classes_stand_once(tmp_path, kind):
+  names = ["ant", "bee", "ant"]
+  if kind == "npz":
+    path = npz(tmp_path / "d.npz", images=pictures(3), labels=[0, 1, 2], class_names=names)
+  else:
+    data.write_array_record(tmp_path / "d.array_record", map(encoded, pictures(3)), [0, 1, 2], names)
+    path = tmp_path / "d.array_record"
+  with pytest.raises(ValueError, match=r"d\.(npz|array_record\.json): class_names has 'ant' twice"):
+    opened(path)
+
+
 def test_plain_binary_and_no_labels(tmp_path):
   originals = pictures(5)
   content = pa.table({"jpg": pa.array([encoded(each) for each in originals], pa.large_binary())})
@@ -380,8 +459,8 @@ PICTURES = [encoded(each) for each in pictures(3)]
     (pa.table({"image": ["a.png"], "label": [0]}), "column 'image' must hold encoded pictures.*got string"),
     (pa.table({"image": [{"path": "a.png"}], "label": [0]}), "column 'image' must hold encoded pictures"),
     (table(PICTURES, [0, None, None]), "row 1 has no 'label', and 1 others"),
-    (table(PICTURES, [0, -1, 1]), "column 'label': labels must be whole numbers of at least 0"),
-    (table(PICTURES, [0, 2, 1], ["a", "b"]), "column 'label': label 2 is not one of the 2 classes"),
+    (table(PICTURES, [0, -1, 1]), "column 'label': d.parquet row 1: label -1 is not a whole number"),
+    (table(PICTURES, [0, 2, 1], ["a", "b"]), "column 'label': d.parquet row 1: label 2 is not one of the 2 classes"),
     (
       table(PICTURES, [0.5, 1.0, 2.0]),
       "column 'label' must hold whole numbers, texts, or lists of numbers, got double",

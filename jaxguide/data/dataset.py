@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+MOST_CLASSES = 2**24
+"""The largest number of classes, as for models."""
+
 
 class Dataset:
   """Examples that can be read one by one: `jaxguide.data.Images` in memory, or files on a disk. Derive yours from it.

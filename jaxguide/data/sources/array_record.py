@@ -100,16 +100,9 @@ def _described(path: Path, number: int) -> tuple[Described, Sequence[str]]:
     if class_names is not None and labels is None:
       raise ValueError("class_names need labels")
     names = names or Numbered("record ", number)
-    return (None, None, None) if labels is None else describe_labels(_array(labels), class_names), names
+    return (None, None, None) if labels is None else describe_labels(labels, names, class_names), names
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
-
-
-def _array(labels: Any) -> np.ndarray:
-  try:
-    return np.array(labels)
-  except ValueError:
-    raise ValueError("labels must be whole numbers, or vectors of one length") from None
 
 
 def _check_texts(name: str, values: Any) -> None:

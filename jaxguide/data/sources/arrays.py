@@ -8,7 +8,7 @@ import os
 import struct
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +100,12 @@ def open_arrays(path: Path) -> Records:
       read = _latents(rows, arrays.pop("shift", None), arrays.pop("scale", None))
     else:
       read = _images(main, rows)
-    described = _labels(labels, class_names, rows.shape[0])
+    names = Numbered("latent " if main == LATENTS else "image ", rows.shape[0])
+    described = _labels(labels, class_names, names)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
   if arrays:
     warnings.warn(f"{path} has arrays that are not used: {', '.join(sorted(arrays))}", stacklevel=4)
-  names = Numbered("latent " if main == LATENTS else "image ", rows.shape[0])
   return Records(str(path), names, *described, read, stamps_of_rows(path, len(names)), state=state)
 
 
@@ -212,7 +212,7 @@ def _read_latent(rows: np.ndarray | FileRows, shift: np.ndarray, scale: np.ndarr
   return ((rows[row] - shift) * scale).astype(np.float32)
 
 
-def _labels(labels: Any, class_names: Any, number: int) -> tuple[Any, Any, int | None]:
+def _labels(labels: Any, class_names: Any, names: Sequence[str]) -> tuple[Any, Any, int | None]:
   """Return labels, class names and the number of classes.
 
   Raises:
@@ -225,6 +225,7 @@ def _labels(labels: Any, class_names: Any, number: int) -> tuple[Any, Any, int |
       raise ValueError(f"class_names must be texts, one for each class of the labels, but {problem}")
   if labels is None:
     return None, None, None
+  number = len(names)
   if labels.shape[:1] != (number,):
     raise ValueError(f"it has {number} examples, and labels of shape {labels.shape}: give one label for each")
   if labels.dtype.kind in "iub" and labels.shape[1:] == (1,):
@@ -234,4 +235,4 @@ def _labels(labels: Any, class_names: Any, number: int) -> tuple[Any, Any, int |
     )
   if labels.dtype.kind == "U" and labels.ndim == 1 and class_names is None:
     class_names, labels = np.unique(labels, return_inverse=True)
-  return describe_labels(labels, None if class_names is None else class_names.tolist())
+  return describe_labels(labels, names, None if class_names is None else class_names.tolist())

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import reprlib
 import stat
 import warnings
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxguide.data.dataset import MOST_CLASSES
 from jaxguide.data.records import BadRecord, Records, Unreadable, shown, stamp, state_of
 
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -183,26 +185,57 @@ def labelled_by_json(path: Path, names: Sequence[str], content: bytes) -> Descri
     missing = next((name for name in names if name not in table), None)
     if missing is not None:
       raise ValueError(f"{missing} has no label")
-    return describe_labels([table[name] for name in names])
+    return describe_labels([table[name] for name in names], names)
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(f"{path}: {DATASET_JSON} is not a valid list of labels ({error})") from error
 
 
-def describe_labels(labels: Any, class_names: Sequence[str] | None = None) -> Described:
+def describe_labels(labels: Any, names: Sequence[str], class_names: Sequence[str] | None = None) -> Described:
   """Return labels, class names and the number of classes, for labels that are whole numbers or vectors.
 
+  Args:
+    labels: a label for each record.
+    names: the names of the records, for errors.
+    class_names: the names of the classes, if they have some.
+
   Raises:
-    ValueError: if the labels are neither.
+    ValueError: if the labels are neither, with the first wrong one and its record; or a class's name stands twice.
   """
-  array = np.asarray(labels)
-  if array.ndim == 1 and array.dtype.kind in "iub" and array.size and array.min() >= 0:
-    number = int(array.max()) + 1 if class_names is None else len(class_names)
-    if array.max() >= number:
-      raise ValueError(f"label {array.max()} is not one of the {number} classes")
-    return array.astype(np.int32), class_names, number
-  if array.ndim == 2 and array.dtype.kind in "iufb" and class_names is None and np.isfinite(array).all():
-    return array.astype(np.float32), None, None
+  if class_names is not None and len({*class_names}) < len(class_names):
+    name = next(name for name in class_names if class_names.count(name) > 1)
+    raise ValueError(f"class_names has {name!r} twice: give each class a name of its own")
+  try:
+    array = np.asarray(labels)
+  except ValueError:  # Vectors of several lengths.
+    array = np.empty(0)
+  number = MOST_CLASSES if class_names is None else len(class_names)
+  if array.ndim == 1 and array.dtype.kind in "iub" and array.size and array.min() >= 0 and array.max() < number:
+    return array.astype(np.int32), class_names, int(array.max()) + 1 if class_names is None else number
+  if array.ndim == 2 and array.dtype.kind in "iufb" and array.size and class_names is None:
+    vectors = _float32(array)
+    if np.isfinite(vectors).all():
+      return vectors, None, None
+  row = next((row for row, label in enumerate(labels) if not _fits(label, labels[0], number)), 0)
+  label = labels[row].tolist() if isinstance(labels[row], np.ndarray | np.generic) else labels[row]
+  text = f"{shown(names[row])}: label {reprlib.repr(label)} is not"
+  if class_names is not None:
+    raise ValueError(f"{text} one of the {number} classes, a whole number from 0 to {number - 1}")
+  size = f"{np.size(labels[0])} " if np.ndim(labels[0]) == 1 and np.size(labels[0]) else ""
   raise ValueError(
-    f"labels must be whole numbers of at least 0, or a vector of finite numbers for each record, got {array.dtype} of "
-    f"shape {array.shape}"
+    f"{text} a whole number from 0 to {MOST_CLASSES - 1}, or a vector of {size}finite numbers: give each record such a "
+    "label, all of one kind"
   )
+
+
+def _fits(label: Any, first: Any, number: int) -> bool:
+  """Whether a label is one of some number of classes, or a vector of float32 numbers, as the first label is."""
+  if np.ndim(first) == 0:
+    return isinstance(label, int | np.integer | np.bool_) and bool(0 <= label < number)
+  array = np.asarray(label)
+  is_vector = array.ndim == 1 and array.size == np.size(first) and array.size and array.dtype.kind in "iufb"
+  return bool(is_vector and np.isfinite(_float32(array)).all())
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+  with np.errstate(over="ignore"):  # Numbers that are too large become infinite.
+    return array.astype(np.float32)

@@ -63,16 +63,16 @@ def open_parquet(
   tables = [_Table(file, image_column, label_column) for file in paths]
   if not sum(len(table) for table in tables):
     raise ValueError(f"{path} contains no rows")
+  names = Joined([Numbered(f"{table.path.name} row ", len(table)) for table in tables])
   described: Described = (None, None, None)
   if label_column is not None:
-    described = _labels(tables, label_column)
+    described = _labels(tables, label_column, names)
   groups = OncePerProcess(_Groups, tables)
   starts = np.cumsum([0, *(len(table) for table in tables)])
 
   read = functools.partial(_read, groups, starts)
   stamps = np.concatenate([stamps_of_rows(table.path, len(table)) for table in tables])
   groups().warn_if_slow(path)
-  names = Joined([Numbered(f"{table.path.name} row ", len(table)) for table in tables])
   state = state_of(os.stat(table.path) for table in tables)
   return Records(str(path), names, *described, read, stamps, state=state)
 
@@ -178,7 +178,7 @@ def _bytes_of(path: Path, name: str, kind: Any) -> str:
   raise ValueError(f"{path}: column {name!r} must hold encoded pictures, as bytes or {{bytes, path}}, got {kind}")
 
 
-def _labels(tables: Sequence[_Table], name: str) -> Described:
+def _labels(tables: Sequence[_Table], name: str, rows: Sequence[str]) -> Described:
   """Return labels, class names and the number of classes of all files.
 
   Raises:
@@ -203,7 +203,7 @@ def _labels(tables: Sequence[_Table], name: str) -> Described:
     if labels.dtype.kind in "OU":
       found, labels = np.unique(labels.astype(str), return_inverse=True)
       class_names = found.tolist()
-    return describe_labels(labels, class_names)
+    return describe_labels(labels, rows, class_names)
   except ValueError as error:
     raise ValueError(f"{tables[0].path}: column {name!r}: {error}") from error
 
@@ -219,7 +219,8 @@ def _array(column: Any) -> np.ndarray:
   kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
   column = column.cast(kind)
   if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
-    return column.to_numpy().astype(np.int64)
+    values = column.to_numpy()
+    return values if values.dtype == np.uint64 else values.astype(np.int64)
   if pa.types.is_string(kind) or pa.types.is_large_string(kind):
     return column.to_numpy().astype(str)
   is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
@@ -228,7 +229,7 @@ def _array(column: Any) -> np.ndarray:
     lengths = {len(row) for row in rows}
     if len(lengths) > 1 or any(value is None for row in rows for value in row):
       raise ValueError("must hold lists of one length without missing numbers")
-    return np.array(rows, np.float32)
+    return np.array(rows, np.float64)
   raise ValueError(f"must hold whole numbers, texts, or lists of numbers, got {kind}")
 
 
