@@ -1,6 +1,8 @@
 """Folders and archives of pictures, continued: other layouts, strange names, extremes, and parts of datasets."""
 
+import functools
 import io
+import itertools
 import json
 import os
 import struct
@@ -257,6 +259,110 @@ class Squares(data.Dataset):
 
   def example_name(self, row):
     return f"square {row}"
+
+
+class Own(data.Dataset):
+  """A dataset of one's own, of which one part is replaced."""
+
+  name, image_shape, num_classes, class_names, label_shape = "own", (8, 8, 1), 3, None, ()
+  fingerprint, saturation = "0", None
+
+  def __init__(self, example=None, label=None, **parts):
+    self.made = example or (lambda row: np.zeros((8, 8, 1), np.uint8))
+    self.label = label or (lambda row: row % 3)
+    self.__dict__.update(parts)
+
+  def __len__(self):
+    return 16
+
+  def example(self, row, rng):
+    return self.made(row), self.label(row)
+
+  def example_name(self, row):
+    return f"own {row}"
+
+
+VECTORS = {"num_classes": None, "label_shape": (2,)}
+
+UNLABELLED = {"num_classes": None, "label_shape": None}
+
+
+@pytest.mark.parametrize("batch_size", [16, 13])
+@pytest.mark.parametrize(
+  ("label", "expected", "parts"),
+  [
+    *((label, "a whole number from 0 to 2", {}) for label in (-1, 3, 1.7, float("nan"), "1", 2**40, 10**30, None)),
+    *((label, "a whole number from 0 to 2", {}) for label in (np.zeros(2), np.array([1]), [1], 1.0)),
+    *((label, r"an array of finite numbers of shape \(2,\)", VECTORS) for label in ([1], [1, 2, 3], 1, None, "12")),
+    *((label, r"an array of finite numbers", VECTORS) for label in ([1, np.nan], np.array([1e300, 0]), [[1, 2]])),
+    *((label, "None, because the dataset has neither", UNLABELLED) for label in (0, "a", [1.0])),
+  ],
+)
+def test_a_wrong_label_of_ones_own_dataset_is_named(label, expected, parts, batch_size):
+  good = {"a whole number from 0 to 2": 0, "None, because the dataset has neither": None}.get(expected, (0, 0.5))
+  dataset = Own(label=lambda row: label if row == 5 else good, **parts)
+  with pytest.raises(ValueError, match=rf"own 5 has the label .*, expected {expected}"):
+    list(itertools.islice(data.stream(dataset, batch_size, 0), 2))
+
+
+@pytest.mark.parametrize("rows", ["one", "all"])
+@pytest.mark.parametrize(
+  ("example", "got"),
+  [
+    (np.zeros((8, 8, 1), np.int64), "int64 of shape"),
+    (np.zeros((8, 8, 1)), "float64 of shape"),
+    (np.zeros((8, 8, 1), np.float16), "float16 of shape"),
+    (np.zeros((8, 8, 1), bool), "bool of shape"),
+    (np.zeros((8, 8, 1), object), "object of shape"),
+    (np.zeros((8, 1, 1), np.uint8), r"uint8 of shape \(8, 1, 1\)"),
+    (np.zeros((8, 8), np.uint8), r"uint8 of shape \(8, 8\)"),
+    (np.zeros((8, 8, 3), np.float32), r"float32 of shape \(8, 8, 3\)"),
+    ([[[0]] * 8] * 8, "list"),
+    (None, "NoneType"),
+  ],
+)
+def test_a_wrong_example_of_ones_own_dataset_is_named(example, got, rows):
+  dataset = Own(lambda row: example if rows == "all" or row == 5 else np.zeros((8, 8, 1), np.uint8))
+  name = "5" if rows == "one" else r"\d+"
+  with pytest.raises(
+    ValueError, match=rf"own {name} is {got}.*, expected an array of uint8 or float32 of shape \(8, 8, 1"
+  ):
+    next(data.stream(dataset, 16, 0))
+
+
+@pytest.mark.parametrize("batch_size", [16, 13])
+def test_examples_of_ones_own_dataset_have_one_type_and_are_finite(batch_size):
+  def example(row, value=0.0):
+    return np.full((8, 8, 1), value if row == 5 else 0, np.float32)
+
+  mixed = Own(lambda row: example(row) if row == 5 else np.zeros((8, 8, 1), np.uint8))
+  with pytest.raises(ValueError, match=r"is (float32|uint8) and .* is (float32|uint8): make them one type"):
+    list(itertools.islice(data.stream(mixed, batch_size, 0), 2))
+  for value in (np.nan, np.inf):
+    dataset = Own(functools.partial(example, value=value))
+    with pytest.raises(ValueError, match="own 5 has values that are not finite"):
+      list(itertools.islice(data.stream(dataset, batch_size, 0), 2))
+
+
+@pytest.mark.parametrize(
+  ("label", "dtype", "parts"),
+  [
+    (lambda row: row % 3, np.int32, {}),
+    (lambda row: (np.int64, np.uint64)[row % 2](row % 3), np.int32, {}),
+    (lambda row: np.array(row % 3), np.int32, {}),
+    (lambda row: row % 2 == 0, np.int32, {}),
+    (lambda row: (row, 0.5), np.float32, VECTORS),
+    (lambda row: np.array([row, 1]), np.float32, VECTORS),
+    (lambda row: None, None, UNLABELLED),
+  ],
+)
+def test_labels_of_ones_own_dataset(label, dtype, parts):
+  batch = next(data.stream(Own(label=label, **parts), 16, 0))
+  if dtype is None:
+    assert batch.labels is None
+  else:
+    np.testing.assert_array_equal(batch.labels, [np.asarray(label(row), dtype) for row in batch.rows])
+    assert batch.labels.dtype == dtype
 
 
 def test_a_dataset_of_ones_own_is_split():
