@@ -20,6 +20,7 @@ from PIL import Image
 
 from jaxguide import data
 from jaxguide.data import decode, resize
+from jaxguide.data.prepared import Preparation
 from jaxguide.data.records import BadRecord
 
 RNG = np.random.default_rng(0)
@@ -60,12 +61,12 @@ def opened(source, **options):
   return data.open_data(data.DataConfig(source, **options), progress=False)
 
 
+def chunk(kind, content):
+  return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
 def png(width, height, depth, colour, rows, extra=b""):
   """A PNG file, put together by its specification."""
-
-  def chunk(kind, content):
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
   header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
   body = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
   return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", body) + chunk(b"IEND", b"")
@@ -83,6 +84,55 @@ def test_sixteen_bits_in_each_kind_of_png(colour, channels):
     pixels[..., -1] = 0xFFFF
   picture = decode.decode(png(4, 1, 16, colour, pixels.astype(">u2")))
   np.testing.assert_array_equal(np.asarray(picture.convert("L"))[0], [0, 0x40, 0x80, 0xFF])
+
+
+def packed(values, depth):
+  """A row of PNG: numbers of some bits, one after the other."""
+  bits = "".join(f"{value:0{depth}b}" for value in np.ravel(values))
+  bits += "0" * (-len(bits) % 8)
+  return np.array([int(bits[start : start + 8], 2) for start in range(0, len(bits), 8)], np.uint8)
+
+
+GREY = {
+  1: [0, 1, 0],
+  2: [0, 1, 3],
+  4: [15, 5, 3],
+  8: [5, 85, 255],
+  16: [0, 0x0102, 0xFFFF],
+}
+"""Levels by depth. In Pillow's 8 bits, some are others' numbers: 3 of 2 bits is 255, and 1 of 2 bits is 85."""
+
+COLOURS = {
+  8: [[1, 2, 3], [3, 2, 1], [4, 5, 6]],
+  16: [[0x1234, 0x5678, 0x9ABC], [0x1234, 0x5678, 0x9ABD], [0x3434, 0x7878, 0xBCBC]],
+}
+"""Colours by depth. Of 16 bits, the first two have one high byte, and the first and the last one low byte."""
+
+
+@pytest.mark.parametrize("orientation", [None, 3])
+@pytest.mark.parametrize("chosen", [0, 1, 2])
+@pytest.mark.parametrize(
+  ("colour", "depth", "values"),
+  [*((0, depth, values) for depth, values in GREY.items()), *((2, depth, values) for depth, values in COLOURS.items())],
+)
+def test_the_transparent_colour_of_a_png(colour, depth, values, chosen, orientation):
+  """By the specification of PNG: the pixels that are equal to it in the file, in all bits, and no others."""
+  key, background = np.atleast_1d(values[chosen]), (255, 0, 0)
+  extra = chunk(b"tRNS", key.astype(">u2").tobytes())
+  if orientation:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    extra += chunk(b"eXIf", exif.tobytes()[6:])
+  content = png(3, 1, depth, colour, [packed(values, depth)], extra)
+  pixels = [np.broadcast_to(np.atleast_1d(value), 3) for value in values]
+  scaled = [pixel // 256 if (colour, depth) == (2, 16) else np.rint(pixel * 255 / (2**depth - 1)) for pixel in pixels]
+  behind = [value == values[chosen] for value in values]
+  expected = np.array([background if each else pixel for each, pixel in zip(behind, scaled, strict=True)])
+  expected = expected[::-1] if orientation else expected
+  np.testing.assert_array_equal(np.asarray(decode.decode(content, background))[0], expected)
+  grey = Preparation(channels=1, background=background).picture(content, RNG)[0, :, 0]
+  rgb = Image.fromarray(expected[None].astype(np.uint8))
+  np.testing.assert_array_equal(grey, np.asarray(rgb.convert("L"))[0])
 
 
 def test_photos_of_telephones_with_several_pictures_are_their_first():
