@@ -546,6 +546,8 @@ def test_hostile_archives(tmp_path):
     ({"crop": "centre"}, "did you mean 'center'"),
     ({"filter": "cubic"}, "unknown filter 'cubic': did you mean 'bicubic'"),
     ({"background": "octarine"}, "background must be a colour such as white"),
+    *(({"background": name}, "which is transparent itself") for name in ("#ff000080", "#f008", "rgba(1,2,3,0)")),
+    *(({"background": name}, "not all from 0 to 255") for name in ("rgb(300,0,0)", "rgb(0,0,256)", "rgb(101%,0%,0%)")),
     ({"held_out": 1.0}, "held_out must be below 1"),
     ({"workers": 0}, "workers must be"),
     ({"check": "some"}, "unknown check 'some'"),

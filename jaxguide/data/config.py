@@ -114,10 +114,16 @@ class DataConfig:
   def _colour(self) -> tuple[int, ...]:
     from PIL import ImageColor
 
+    wanted = f"background must be a colour such as white or #80a0ff, got {self.background!r}"
     try:
-      return ImageColor.getrgb(self.background)[:3]
+      colour = ImageColor.getrgb(self.background)
     except ValueError:
-      raise ValueError(f"background must be a colour such as white or #80a0ff, got {self.background!r}") from None
+      raise ValueError(wanted) from None
+    if len(colour) > 3:
+      raise ValueError(f"{wanted}, which is transparent itself: leave out its fourth number")
+    if not all(0 <= part <= 255 for part in colour):
+      raise ValueError(f"{wanted}, whose numbers are not all from 0 to 255")
+    return colour
 
   def threads(self) -> int:
     """Return the number of threads that read pictures."""
