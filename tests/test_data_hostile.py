@@ -277,6 +277,78 @@ def test_a_pipe_is_no_file_of_data(tmp_path, name):
     opened(tmp_path / name)
 
 
+@pytest.mark.parametrize("odd", ["./c/x.png", "c//x.png", ".//c/./x.png"])
+def test_names_in_archives_are_those_of_a_folder(tmp_path, odd):
+  files = {"a/1.png": encoded(noise()), "b/1.png": encoded(noise()), odd: encoded(noise())}
+  dataset = opened(zipped(tmp_path / "d.zip", files))
+  assert (dataset.class_names, [*dataset.records.names]) == (["a", "b", "c"], ["a/1.png", "b/1.png", "c/x.png"])
+  np.testing.assert_array_equal(dataset.example(2)[0], np.asarray(decode.decode(files[odd])))
+  with pytest.raises(ValueError, match=r"c/x\.png: the archive has it twice"):
+    opened(zipped(tmp_path / "d.zip", files | {"c/x.png": encoded(noise())}))
+
+
+LABELS = [["0.png", 0], ["1.png", 1], ["2.png", 1]]
+
+
+@pytest.mark.parametrize("kind", ["folder", "archive"])
+@pytest.mark.parametrize(
+  ("content", "reason"),
+  [
+    (json.dumps({"labels": [*LABELS, ["1.png", 2]]}), r"1\.png has two labels, 1 and 2"),
+    ('{"labels": {"0.png": 0, "1.png": 1, "2.png": 1, "1.png": 0}}', r"it has '1\.png' twice"),
+    ('{"labels": null, "labels": [["0.png", 0], ["1.png", 0], ["2.png", 0]]}', "it has 'labels' twice"),
+    ('{"labels": ' + "[" * 100_000 + "]" * 100_000 + "}", "it is nested too deeply"),
+    ('{"labels": ' + '{"a":' * 100_000, "it is nested too deeply"),
+    (json.dumps({"labels": [*LABELS, [5, 2]]}), "5 is not the name of a picture"),
+    (json.dumps({"labels": [*LABELS, [["a"], 2]]}), "unhashable"),
+    (json.dumps({"labels": LABELS[:2]}), r"2\.png has no label"),
+    (b"\xff\xfe\xfd", "codec can't decode"),
+  ],
+)
+def test_labels_that_are_damaged_name_their_file(tmp_path, kind, content, reason):
+  files = {name: encoded(noise()) for name, _ in LABELS}
+  files["dataset.json"] = content if isinstance(content, bytes) else content.encode()
+  source = write(tmp_path / "d", files) if kind == "folder" else zipped(tmp_path / "d.zip", files)
+  with pytest.raises(ValueError, match=rf"{source.name}: dataset\.json is not a valid list of labels \(.*{reason}"):
+    opened(source)
+
+
+@pytest.mark.parametrize("kind", ["folder", "archive"])
+def test_labels_of_pictures_that_are_missing_are_counted(tmp_path, kind):
+  described = json.dumps({"labels": [*LABELS, ["gone.png", 1], ["0.png", 0]]}).encode()
+  files = {name: encoded(noise()) for name, _ in LABELS} | {"dataset.json": described}
+  source = write(tmp_path / "d", files) if kind == "folder" else zipped(tmp_path / "d.zip", files)
+  with pytest.raises(
+    ValueError, match=r"1 of 4 files .*\n  gone\.png: dataset\.json names it, and there is no such pict"
+  ):
+    opened(source)
+  with pytest.warns(UserWarning, match=r"1 of 4 files .* are left out"):
+    dataset = opened(source, skip_bad=True)
+  assert [dataset.example(row)[1] for row in range(len(dataset))] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("nothing")])
+def test_labels_that_are_no_regular_file_are_refused(tmp_path, make):
+  folder = write(tmp_path / "d", {"1.png": encoded(noise()), "2.png": encoded(noise())})
+  make(folder / "dataset.json")
+  with pytest.raises(ValueError, match=r"dataset\.json is not a regular file: give the labels in one, or remove it"):
+    opened(folder)
+  assert opened(folder, labels="none").num_classes is None
+
+
+def test_damaged_labels_in_an_archive_name_it(tmp_path):
+  path = tmp_path / "d.zip"
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    archive.writestr("dataset.json", json.dumps({"labels": LABELS}))
+    for name, _ in LABELS:
+      archive.writestr(name, encoded(noise()))
+  content = path.read_bytes()
+  start = 30 + len("dataset.json")
+  path.write_bytes(content[:start] + b"\xff" * 6 + content[start + 6 :])
+  with pytest.raises(ValueError, match=r"d\.zip is not a valid zip file \(Error -3 while decompressing"):
+    opened(path)
+
+
 # --- parts of datasets ------------------------------------------------------------------------------
 
 

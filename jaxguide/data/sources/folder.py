@@ -6,6 +6,7 @@ import os
 import reprlib
 import stat
 import warnings
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,16 +74,18 @@ def open_folder(path: Path, is_labelled: bool = True) -> Records:
     warn_of_others(path, others)
   if not names:
     raise ValueError(f"{path} contains no pictures; their names end in {', '.join(ENDINGS)}")
+  stamps = [stamp(name, each.st_size, each.st_mtime_ns) for name, each in zip(names, statuses, strict=True)]
   labels = path / DATASET_JSON
   described: Described = (None, None, None)
-  if is_labelled and labels.is_file():
-    described = labelled_by_json(path, names, labels.read_bytes())
+  if is_labelled and os.path.lexists(labels):
+    if not labels.is_file():
+      raise ValueError(f"{labels} is not a regular file: give the labels in one, or remove it")
+    described = labelled_by_json(path, names, stamps, bad, labels.read_bytes())
   elif is_labelled:
     described = labelled_by_folder(path, names)
     _warn_of_empty(path, described[1] or ())
 
   read = functools.partial(_read, os.path.join(path, ""), names)
-  stamps = [stamp(name, each.st_size, each.st_mtime_ns) for name, each in zip(names, statuses, strict=True)]
   return Records(str(path), names, *described, read, np.array(stamps, np.uint64), bad, state_of(statuses))
 
 
@@ -171,23 +174,45 @@ def labelled_by_folder(path: Path, names: Sequence[str], bad: Container[int] = (
   return np.array([numbers.get(folder, 0) for folder in folders], np.int32), classes, len(classes)
 
 
-def labelled_by_json(path: Path, names: Sequence[str], content: bytes) -> Described:
+def labelled_by_json(path: Path, names: list[str], stamps: list[int], bad: dict[int, str], content: bytes) -> Described:
   """Return labels, class names and the number of classes by EDM's ``dataset.json``.
 
+  Pictures that it names and that are not there are added to the names, the stamps and the bad records.
+
   Raises:
-    ValueError: if it is damaged, or a record has no label in it.
+    ValueError: if it is damaged, names a picture with two labels, or a record has no label in it.
   """
   try:
-    described = json.loads(content)["labels"]
+    described = json.loads(content, object_pairs_hook=_unique)["labels"]
     if described is None:
       return None, None, None
-    table = dict(described) if isinstance(described, Mapping) else {name: label for name, label in described}
+    pairs = [*described.items()] if isinstance(described, Mapping) else [(name, label) for name, label in described]
+    table = dict(pairs)
+    for name, label in pairs:
+      if not isinstance(name, str):
+        raise ValueError(f"{name!r} is not the name of a picture")
+      if len(table) < len(pairs) and label != table[name]:
+        raise ValueError(f"{shown(name)} has two labels, {label!r} and {table[name]!r}")
     missing = next((name for name in names if name not in table), None)
     if missing is not None:
-      raise ValueError(f"{missing} has no label")
+      raise ValueError(f"{shown(missing)} has no label")
+    for name in sorted(table.keys() - {*names}):
+      bad[len(names)] = f"{DATASET_JSON} names it, and there is no such picture"
+      names.append(name)
+      stamps.append(stamp(name))
     return describe_labels([table[name] for name in names], names)
+  except RecursionError:
+    raise ValueError(f"{path}: {DATASET_JSON} is not a valid list of labels (it is nested too deeply)") from None
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(f"{path}: {DATASET_JSON} is not a valid list of labels ({error})") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  fields = dict(pairs)
+  if len(fields) < len(pairs):
+    names = Counter(name for name, _ in pairs)
+    raise ValueError(f"it has {names.most_common(1)[0][0]!r} twice")
+  return fields
 
 
 def describe_labels(labels: Any, names: Sequence[str], class_names: Sequence[str] | None = None) -> Described:
