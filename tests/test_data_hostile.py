@@ -327,6 +327,16 @@ def test_labels_of_pictures_that_are_missing_are_counted(tmp_path, kind):
   assert [dataset.example(row)[1] for row in range(len(dataset))] == [0, 1, 1]
 
 
+def test_a_class_of_files_that_are_not_read_is_not_left_out(tmp_path):
+  path = tmp_path / "d.zip"
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    for name in ("a/1.png", "a/2.png"):
+      archive.writestr(name, encoded(noise()))
+    archive.writestr("b/bomb.png", b"\0" * 10_000_000)
+  with pytest.raises(ValueError, match=r"no picture would be left of the classes b:\n  b/bomb\.png: it would have"):
+    opened(path, skip_bad=True)
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("nothing")])
 def test_labels_that_are_no_regular_file_are_refused(tmp_path, make):
   folder = write(tmp_path / "d", {"1.png": encoded(noise()), "2.png": encoded(noise())})

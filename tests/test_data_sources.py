@@ -208,6 +208,20 @@ def test_damaged_arrays(tmp_path, compressed):
     open_arrays(path)
 
 
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.99])
+@pytest.mark.parametrize("values", ["images", "latents"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_flipped_bit_of_arrays_is_seen(tmp_path, compressed, values, place):
+  made = {"images": noise(40, 8, 8, 3), "latents": RNG.normal(size=(40, 8, 8, 3)).astype(np.float32)}[values]
+  path = npz(tmp_path / "d.npz", compressed, **{values: made})
+  opened(path)
+  content = bytearray(path.read_bytes())
+  content[int(made.nbytes * place * (0.8 if compressed else 1))] ^= 1
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match=r"d\.npz is (damaged: .* does not have the checksum|not a valid \.npz file)"):
+    opened(path)
+
+
 def test_latents_that_are_not_finite_are_named(tmp_path):
   latents = np.zeros((3, 2, 2, 1), np.float32)
   latents[1, 0, 0, 0] = np.nan
@@ -504,6 +518,55 @@ def test_names_of_classes_that_differ_between_files(tmp_path):
     pq.write_table(table(PICTURES, [0, 1, 1], classes), tmp_path / f"{name}.parquet")
   with pytest.raises(ValueError, match=r"a.parquet and .*b.parquet have other names for the classes"):
     opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("first", "second", "message"),
+  [
+    ([0, 1, 0], ["x", "y", "x"], r"whole numbers in .*a\.parquet and texts in .*b\.parquet"),
+    (["x", "y", "x"], [0, 1, 0], r"texts in .*a\.parquet and whole numbers in .*b\.parquet"),
+    ([0, 1, 0], [[1.0, 2.0]] * 3, "whole numbers in .* and lists of 2 numbers in"),
+    ([[1.0] * 3] * 3, [[1.0, 2.0]] * 3, "lists of 3 numbers in .* and lists of 2 numbers in"),
+  ],
+)
+def test_kinds_of_labels_that_differ_between_files(tmp_path, first, second, message):
+  for name, labels in (("a", first), ("b", second)):
+    pq.write_table(table(PICTURES, labels), tmp_path / f"{name}.parquet")
+  with pytest.raises(ValueError, match=rf"column 'label' has {message}"):
+    opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("there", "missing"),
+  [
+    ([0], r"lacks 1 of the 2 files of the split 'train': train-00001-of-00002\.parquet"),
+    ([1], r"lacks 1 of the 2 files of the split 'train': train-00000-of-00002\.parquet"),
+    ([0, 1], None),
+  ],
+)
+@pytest.mark.parametrize("folder", [".", "data"])
+def test_parts_of_a_split_that_are_missing_are_named(tmp_path, there, missing, folder):
+  (tmp_path / folder).mkdir(exist_ok=True)
+  for name in (*(f"train-0000{number}-of-00002" for number in there), "test-00000-of-00001"):
+    pq.write_table(table(PICTURES, [0, 1, 1]), tmp_path / folder / f"{name}.parquet")
+  if missing is None:
+    assert len(opened(tmp_path)) == 6
+  else:
+    with pytest.raises(ValueError, match=missing):
+      opened(tmp_path)
+    assert len(opened(tmp_path / folder / f"train-0000{there[0]}-of-00002.parquet")) == 3
+  assert len(opened(tmp_path, split="test")) == 3
+
+
+@pytest.mark.parametrize("name", ["image", "label"])
+def test_columns_of_one_name_are_refused(tmp_path, name):
+  columns = {"image": pa.array(PICTURES), "label": pa.array([0, 1, 2])}
+  names = [*columns, name]
+  pq.write_table(pa.table([columns[each] for each in names], names=names), tmp_path / "d.parquet")
+  with pytest.raises(
+    ValueError, match=rf"d\.parquet has several columns '{name}': rename them, or .* as {name}_column"
+  ):
+    opened(tmp_path / "d.parquet")
 
 
 def test_row_groups_are_kept_within_bounds(tmp_path, monkeypatch):

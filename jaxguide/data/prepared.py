@@ -260,8 +260,10 @@ def check(records: Records, preparation: Preparation, workers: int, progress: bo
     the reasons stay true.
 
   Raises:
-    ValueError: if there is no size to resize to, and the pictures have several.
+    ValueError: if the file of all records is damaged; or there is no size to resize to, and the pictures have several.
   """
+  if records.verify is not None:
+    records.verify()
   deterministic = dataclasses.replace(preparation, flip=False)
 
   def shape_of(row: int) -> tuple[int, ...] | BadRecord:

@@ -36,6 +36,8 @@ class Records:
     stamps: (n,) ``uint64``; a hash of what is known of each record without reading it, see `stamp`.
     bad: reasons by row, for records that are known to be unusable without reading them.
     state: what the file system knows of the files, see `state_of`. The result of the check holds as long as it stays.
+    verify: reads all bytes and raises ValueError if some are not those that were written, for sources in which `read`
+      does not see this.
   """
 
   name: str
@@ -47,6 +49,7 @@ class Records:
   stamps: np.ndarray
   bad: dict[int, str] = dataclasses.field(default_factory=dict)
   state: str = ""
+  verify: Callable[[], None] | None = None
 
   def __len__(self) -> int:
     return len(self.names)

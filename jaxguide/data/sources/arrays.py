@@ -79,7 +79,8 @@ def open_arrays(path: Path) -> Records:
   Labels are (n,) whole numbers or texts, which are classes, or (n, d) numbers, which are vectors. ``class_names`` may
   hold the names of the classes. A record's stamp is a hash of the file's name, size and time and of its row.
 
-  An array that ``np.savez`` wrote in C order is read row by row. One of ``np.savez_compressed``, or in Fortran order,
+  An array that ``np.savez`` wrote in C order is read row by row, without its checksum, which the check of the data
+  looks at once. One of ``np.savez_compressed``, or in Fortran order,
   is read into memory. The arrays must not be pickled objects, so that no code of the file can run.
 
   Raises:
@@ -104,9 +105,25 @@ def open_arrays(path: Path) -> Records:
     described = _labels(labels, class_names, names)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
+  verify = functools.partial(_verify, path) if isinstance(rows, FileRows) else None
   if arrays:
     warnings.warn(f"{path} has arrays that are not used: {', '.join(sorted(arrays))}", stacklevel=4)
-  return Records(str(path), names, *described, read, stamps_of_rows(path, len(names)), state=state)
+  return Records(str(path), names, *described, read, stamps_of_rows(path, len(names)), state=state, verify=verify)
+
+
+def _verify(path: Path) -> None:
+  """Compare all arrays of a file with their checksums.
+
+  Raises:
+    ValueError: if one is damaged.
+  """
+  try:
+    with zipfile.ZipFile(path) as archive:
+      damaged = archive.testzip()
+  except Exception as error:  # A damaged archive can raise any kind of exception.
+    raise ValueError(f"{path} is not a valid .npz file ({error})") from error
+  if damaged is not None:
+    raise ValueError(f"{path} is damaged: {damaged} does not have the checksum that is stored with it: copy it again")
 
 
 def _main_array(arrays: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ CACHE = 2**28
 LOADS = 4
 """The number of row groups that are read at the same time."""
 
-SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(-.*)?\.parquet")
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(-.*)?\.parquet")
 """The name of a part of a split in Hugging Face's datasets, such as ``train-00000-of-00002.parquet``."""
 
 
@@ -86,7 +86,7 @@ def _paths(path: Path, split: str) -> list[Path]:
   """Return the files of a split.
 
   Raises:
-    ValueError: if there are files of other splits alone.
+    ValueError: if there are files of other splits alone, or a file of the split is missing.
   """
   if not path.is_dir():
     return [path]
@@ -100,7 +100,16 @@ def _paths(path: Path, split: str) -> list[Path]:
   if split not in splits:
     known = ", ".join(sorted(name for name in splits if name))
     raise ValueError(f"{path} has no files of the split {split!r}; it has {known}")
-  return [file for file, match in zip(paths, matches, strict=True) if match and match[1] == split]
+  chosen = {file: match for file, match in zip(paths, matches, strict=True) if match and match[1] == split}
+  for number in {int(match[3]) for match in chosen.values()}:
+    missing = sorted({*range(number)} - {int(match[2]) for match in chosen.values() if int(match[3]) == number})
+    if missing:
+      names = ", ".join(f"{split}-{index:05}-of-{number:05}.parquet" for index in missing[:3])
+      raise ValueError(
+        f"{path} lacks {len(missing)} of the {number} files of the split {split!r}: {names}"
+        f"{', ...' if len(missing) > 3 else ''}. Add them, or give one file alone as the source"
+      )
+  return [*chosen]
 
 
 class _Table:
@@ -120,6 +129,8 @@ class _Table:
         raise
       raise ValueError(f"{path} is not a complete Parquet file ({_line(error)})") from error
     for option, name in (("image_column", image_column), ("label_column", label_column)):
+      if name is not None and self.schema.names.count(name) > 1:
+        raise ValueError(f"{path} has several columns {name!r}: rename them, or give another one as {option}")
       if name is not None and name not in self.schema.names:
         near = difflib.get_close_matches(name, self.schema.names, n=1)
         hint = f": did you mean {near[0]!r}?" if near else "."
@@ -198,6 +209,10 @@ def _labels(tables: Sequence[_Table], name: str, rows: Sequence[str]) -> Describ
       values.append(_array(column))
     except ValueError as error:
       raise ValueError(f"{table.path}: column {name!r} {error}") from error
+  for table, array in zip(tables, values, strict=True):
+    if _kind(array) != _kind(values[0]):
+      kinds = f"{_kind(values[0])} in {tables[0].path} and {_kind(array)} in {table.path}"
+      raise ValueError(f"column {name!r} has {kinds}: give all files labels of one kind")
   try:
     labels = np.concatenate(values)
     if labels.dtype.kind in "OU":
@@ -206,6 +221,13 @@ def _labels(tables: Sequence[_Table], name: str, rows: Sequence[str]) -> Describ
     return describe_labels(labels, rows, class_names)
   except ValueError as error:
     raise ValueError(f"{tables[0].path}: column {name!r}: {error}") from error
+
+
+def _kind(labels: np.ndarray) -> str:
+  """Return what labels are, in words."""
+  if labels.ndim > 1:
+    return f"lists of {labels.shape[1]} numbers"
+  return "texts" if labels.dtype.kind in "OU" else "whole numbers"
 
 
 def _array(column: Any) -> np.ndarray:
