@@ -283,6 +283,9 @@ def test_names_in_archives_are_those_of_a_folder(tmp_path, odd):
   dataset = opened(zipped(tmp_path / "d.zip", files))
   assert (dataset.class_names, [*dataset.records.names]) == (["a", "b", "c"], ["a/1.png", "b/1.png", "c/x.png"])
   np.testing.assert_array_equal(dataset.example(2)[0], np.asarray(decode.decode(files[odd])))
+  described = json.dumps({"labels": [["a/1.png", 2], ["b/1.png", 1], [odd, 0]]}).encode()
+  labelled = opened(zipped(tmp_path / "l.zip", files | {"dataset.json": described}))
+  assert [labelled.example(row)[1] for row in range(3)] == [2, 1, 0]
   with pytest.raises(ValueError, match=r"c/x\.png: the archive has it twice"):
     opened(zipped(tmp_path / "d.zip", files | {"c/x.png": encoded(noise())}))
 
@@ -300,7 +303,8 @@ LABELS = [["0.png", 0], ["1.png", 1], ["2.png", 1]]
     ('{"labels": ' + "[" * 100_000 + "]" * 100_000 + "}", "it is nested too deeply"),
     ('{"labels": ' + '{"a":' * 100_000, "it is nested too deeply"),
     (json.dumps({"labels": [*LABELS, [5, 2]]}), "5 is not the name of a picture"),
-    (json.dumps({"labels": [*LABELS, [["a"], 2]]}), "unhashable"),
+    (json.dumps({"labels": [*LABELS, [["a"], 2]]}), r"\['a'\] is not the name of a picture"),
+    (json.dumps({"labels": [*LABELS, ["./1.png", 2]]}), r"1\.png has two labels, 1 and 2"),
     (json.dumps({"labels": LABELS[:2]}), r"2\.png has no label"),
     (b"\xff\xfe\xfd", "codec can't decode"),
   ],

@@ -398,6 +398,18 @@ def test_a_file_that_could_not_be_read_is_checked_again(tmp_path, monkeypatch, e
   assert len(opened(folder)) == 2
 
 
+def test_a_file_for_which_there_was_no_memory_is_checked_again(tmp_path, monkeypatch):
+  def full(*_):
+    raise MemoryError
+
+  folder = write(tmp_path / "d", {"1.png": encoded(noise()), "2.png": encoded(noise())})
+  with monkeypatch.context() as patch:
+    patch.setattr(decode, "to_mode", full)
+    with pytest.raises(ValueError, match=r"2 of 2 files.*\n  1.png: there is not enough memory to decode it"):
+      opened(folder)
+  assert len(opened(folder)) == 2
+
+
 @pytest.mark.parametrize("kind", ["folder", "archive", "json"])
 def test_a_class_of_bad_files_alone_is_not_left_out(tmp_path, kind):
   files = {"a/1.png": encoded(noise()), "b/1.png": b"x", "b/2.png": b"x", "c/1.png": encoded(noise())}
@@ -436,6 +448,8 @@ def test_pictures_of_several_sizes_need_a_size(tmp_path, skip_bad, others):
     opened(folder, skip_bad=skip_bad)
   if not others:
     assert len(opened(folder, size=4, skip_bad=skip_bad)) == 4
+    with pytest.raises(ValueError, match=r"3.png has shape \(4, 6, 3\), expected \(8, 8, 3\): give size \(--size\)"):
+      opened(folder, skip_bad=skip_bad, check="none").example(2)
 
 
 def test_a_file_that_breaks_later_is_named(tmp_path):

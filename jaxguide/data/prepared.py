@@ -131,7 +131,8 @@ class Pictures(Dataset):
     except BadRecord as error:
       raise ValueError(f"{self.example_name(row)} cannot be used: {error}") from error
     if array.shape != tuple(self.image_shape):
-      raise ValueError(f"{self.example_name(row)} has shape {array.shape}, expected {tuple(self.image_shape)}")
+      remedy = ": give size (--size)" if self.preparation.size is None else ""
+      raise ValueError(f"{self.example_name(row)} has shape {array.shape}, expected {tuple(self.image_shape)}{remedy}")
     return array, None if self.records.labels is None else self.records.labels[record]
 
   def example_name(self, row: int) -> str:

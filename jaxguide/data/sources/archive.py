@@ -91,8 +91,7 @@ def _parts(member: zipfile.ZipInfo) -> tuple[str, ...]:
 
 
 def _name(member: zipfile.ZipInfo) -> str:
-  """Return the name of a member without empty parts and dots, such as ``a/1.png`` for ``./a//1.png``."""
-  return str(PurePosixPath(member.filename))
+  return folder.normal(member.filename)
 
 
 def _leads_out(member: zipfile.ZipInfo) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxguide._core.files import check_readable
 from jaxguide.data.files import check_sizes
-from jaxguide.data.records import BadRecord, Records, Unreadable, state_of
+from jaxguide.data.records import BadRecord, Records, Unreadable, shown, state_of
 from jaxguide.data.sources.folder import describe_labels
 from jaxguide.data.sources.rows import Numbered, stamps_of_rows
 
@@ -107,7 +107,7 @@ def open_arrays(path: Path) -> Records:
     raise ValueError(f"{path}: {error}") from error
   verify = functools.partial(_verify, path) if isinstance(rows, FileRows) else None
   if arrays:
-    warnings.warn(f"{path} has arrays that are not used: {', '.join(sorted(arrays))}", stacklevel=4)
+    warnings.warn(f"{path} has arrays that are not used: {shown(', '.join(sorted(arrays)))}", stacklevel=4)
   return Records(str(path), names, *described, read, stamps_of_rows(path, len(names)), state=state, verify=verify)
 
 
@@ -135,7 +135,8 @@ def _main_array(arrays: Mapping[str, Any]) -> str:
     return present[0]
   near = [(name, match) for name in arrays for match in difflib.get_close_matches(name, EXAMPLES, n=1)]
   hint = f": did you mean {near[0][1]!r} by {near[0][0]!r}?" if near else ""
-  raise ValueError(f"it needs an array {', '.join(EXAMPLES[:-1])} or {LATENTS}; it has {', '.join(arrays)}{hint}")
+  others = shown(", ".join(arrays))
+  raise ValueError(f"it needs an array {', '.join(EXAMPLES[:-1])} or {LATENTS}; it has {others}{hint}")
 
 
 def _read(path: Path) -> dict[str, Any]:

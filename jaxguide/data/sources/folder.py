@@ -1,6 +1,7 @@
 """A folder of pictures: a sub-folder for each class, or pictures alone."""
 
 import functools
+import hashlib
 import json
 import os
 import reprlib
@@ -8,13 +9,13 @@ import stat
 import warnings
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from jaxguide.data.dataset import MOST_CLASSES
-from jaxguide.data.records import BadRecord, Records, Unreadable, shown, stamp, state_of
+from jaxguide.data.records import BadRecord, Records, Unreadable, facts_of, shown, stamp
 
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -40,6 +41,17 @@ def is_picture(name: str) -> bool:
   return name.lower().endswith(ENDINGS)
 
 
+def normal(name: Any) -> str:
+  """Return the name of a file without empty parts and dots.
+
+  >>> normal("./a//1.png")
+  'a/1.png'
+  """
+  if not isinstance(name, str):
+    raise ValueError(f"{name!r} is not the name of a picture")
+  return str(PurePosixPath(name)) if "./" in name or "//" in name else name
+
+
 def open_folder(path: Path, is_labelled: bool = True) -> Records:
   """Return the records of a folder.
 
@@ -56,7 +68,8 @@ def open_folder(path: Path, is_labelled: bool = True) -> Records:
       are splits, such as ``train`` and ``test``.
   """
   names: list[str] = []
-  statuses: list[os.stat_result] = []
+  stamps: list[int] = []
+  state = hashlib.sha256()
   bad: dict[int, str] = {}
   others: list[str] = []
   root = path.resolve()
@@ -69,12 +82,12 @@ def open_folder(path: Path, is_labelled: bool = True) -> Records:
     if reason is not None:
       bad[len(names)] = reason
     names.append(name)
-    statuses.append(status)
+    stamps.append(stamp(name, status.st_size, status.st_mtime_ns))
+    state.update(facts_of(status))
   if others:
     warn_of_others(path, others)
   if not names:
     raise ValueError(f"{path} contains no pictures; their names end in {', '.join(ENDINGS)}")
-  stamps = [stamp(name, each.st_size, each.st_mtime_ns) for name, each in zip(names, statuses, strict=True)]
   labels = path / DATASET_JSON
   described: Described = (None, None, None)
   if is_labelled and os.path.lexists(labels):
@@ -86,7 +99,7 @@ def open_folder(path: Path, is_labelled: bool = True) -> Records:
     _warn_of_empty(path, described[1] or ())
 
   read = functools.partial(_read, os.path.join(path, ""), names)
-  return Records(str(path), names, *described, read, np.array(stamps, np.uint64), bad, state_of(statuses))
+  return Records(str(path), names, *described, read, np.array(stamps, np.uint64), bad, state.hexdigest())
 
 
 def _read(folder: str, names: Sequence[str], row: int) -> bytes:
@@ -186,11 +199,10 @@ def labelled_by_json(path: Path, names: list[str], stamps: list[int], bad: dict[
     described = json.loads(content, object_pairs_hook=_unique)["labels"]
     if described is None:
       return None, None, None
-    pairs = [*described.items()] if isinstance(described, Mapping) else [(name, label) for name, label in described]
+    pairs = described.items() if isinstance(described, Mapping) else described
+    pairs = [(normal(name), label) for name, label in pairs]
     table = dict(pairs)
     for name, label in pairs:
-      if not isinstance(name, str):
-        raise ValueError(f"{name!r} is not the name of a picture")
       if len(table) < len(pairs) and label != table[name]:
         raise ValueError(f"{shown(name)} has two labels, {label!r} and {table[name]!r}")
     missing = next((name for name in names if name not in table), None)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxguide._core.files import check_readable
-from jaxguide.data.records import BadRecord, OncePerProcess, Records, Unreadable, state_of
+from jaxguide.data.records import BadRecord, OncePerProcess, Records, Unreadable, shown, state_of
 from jaxguide.data.sources.folder import Described, describe_labels
 from jaxguide.data.sources.rows import Joined, Numbered, part_of, stamps_of_rows
 
@@ -135,9 +135,8 @@ class _Table:
         near = difflib.get_close_matches(name, self.schema.names, n=1)
         hint = f": did you mean {near[0]!r}?" if near else "."
         without = "" if option == "image_column" else ", or labels none to train without labels"
-        raise ValueError(
-          f"{path} has no column {name!r}{hint} It has {', '.join(self.schema.names)}; give one as {option}{without}"
-        )
+        names = shown(", ".join(self.schema.names))
+        raise ValueError(f"{path} has no column {name!r}{hint} It has {names}; give one as {option}{without}")
     self.leaf = _bytes_of(path, image_column, self.schema.field(image_column).type)
     self.is_plain = self.leaf == image_column
     groups = [self.metadata.row_group(group) for group in range(self.metadata.num_row_groups)]
