@@ -373,6 +373,19 @@ def test_the_check_is_made_again_for_files_that_changed(tmp_path, change, reason
     opened(path)
 
 
+def test_a_link_that_leads_elsewhere_now_is_checked_again(tmp_path):
+  """To the same file by another way, which was out of the folder."""
+  folder = write(tmp_path / "d", {"1.png": encoded(noise()), "2.png": encoded(noise())})
+  outside = write(tmp_path, {"outside/3.png": encoded(noise())}) / "outside"
+  (folder / "link.png").symlink_to(outside / "3.png")
+  with pytest.raises(ValueError, match=r"1 of 3 files .*\n  link.png: it is a link out of the folder"):
+    opened(folder)
+  outside.rename(folder / "inside")
+  (folder / "link.png").unlink()
+  (folder / "link.png").symlink_to(folder / "inside" / "3.png")
+  assert len(opened(folder, labels="none")) == 4
+
+
 @pytest.mark.parametrize(("first", "then"), [({"crop": "squash"}, {}), ({}, {"crop": "squash"})])
 def test_the_check_is_made_again_for_another_crop(tmp_path, monkeypatch, first, then):
   monkeypatch.setattr(resize, "LARGEST", 10_000)

@@ -254,12 +254,11 @@ def _checked(records: Records, preparation: Preparation, config: DataConfig, pro
   if config.check == "none":
     return dict(records.bad)
   how = (preparation.size, preparation.channels, preparation.crop, preparation.filter)
-  facts = (records.name, *how, len(records), records.state)
+  facts = (records.name, *how, len(records), records.state, records.bad)
   digest = hashlib.sha256(repr(facts).encode() + records.stamps.tobytes()).hexdigest()
   path = cache_folder() / "checked" / f"{digest}.json"
   try:
-    kept = {int(row): str(reason) for row, reason in json.loads(path.read_bytes()).items()}
-    return dict(sorted({**kept, **records.bad}.items()))
+    return {int(row): str(reason) for row, reason in json.loads(path.read_bytes()).items()}
   except (OSError, ValueError, AttributeError):
     pass
   bad, is_final = prepared.check(records, preparation, config.threads(), progress)
