@@ -649,6 +649,20 @@ def test_contents_are_part_of_the_fingerprint_on_request(tmp_path):
   assert opened(folder, contents=True, check="none").fingerprint != before
 
 
+def test_contents_of_files_that_cannot_be_read(tmp_path):
+  path = archive(tmp_path / "d.zip", {f"{number}.png": encoded(noise()) for number in range(3)})
+  damaged_in_a_zip(path, tmp_path)
+  assert opened(path, contents=True, check="none").image_shape == (8, 8, 3)
+  with pytest.raises(ValueError, match=r"1 of 3 files .*\n  0.png: it cannot be read from the archive"):
+    opened(path, contents=True)
+  folder = write(tmp_path / "d", {"1.png": encoded(noise()), "2.png": encoded(noise())})
+  (folder / "0.png").symlink_to(folder / "2.png")
+  dataset = opened(folder)
+  (folder / "2.png").unlink()
+  with pytest.raises(ValueError, match=r"d: 0.png cannot be used: it cannot be read \(No such file"):
+    data_config._contents(dataset.records, dataset.rows)
+
+
 def test_data_that_have_grown(tmp_path):
   folder = write(tmp_path / "d", {"a/1.png": encoded(noise()), "c/2.png": encoded(noise())})
   before = opened(folder).stamps

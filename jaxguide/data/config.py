@@ -19,7 +19,7 @@ from jaxguide.data.batches import default_workers
 from jaxguide.data.dataset import Dataset
 from jaxguide.data.images import Images
 from jaxguide.data.prepared import DecodedPictures, Pictures, Preparation
-from jaxguide.data.records import BadRecord, Records, shown
+from jaxguide.data.records import BadRecord, Records, Unreadable, shown
 
 BOUNDS: dict[str, tuple[int | float, int | float]] = {
   "size": (1, 2**16),
@@ -277,11 +277,17 @@ def cache_folder() -> Path:
 
 
 def _contents(records: Records, rows: np.ndarray) -> str:
-  """Return a hash of the contents of all files. Without a check, some may be files that cannot be read."""
+  """Return a hash of the contents of all files. Without a check, some may be damaged, which count as empty.
+
+  Raises:
+    ValueError: if the system cannot read a file, with its name.
+  """
   digest = hashlib.sha256()
   for row in rows:
     try:
       content = records.read(int(row))
+    except Unreadable as error:
+      raise ValueError(f"{records.name}: {shown(records.names[int(row)])} cannot be used: {error}") from error
     except BadRecord:
       content = b""
     digest.update(hashlib.sha256(content if isinstance(content, bytes) else content.tobytes()).digest())
