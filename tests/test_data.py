@@ -513,7 +513,9 @@ def test_label_vectors_and_images_without_labels():
   [
     (None, 2, None, "images of 2 classes need labels"),
     ([0, 1], None, None, r"labels must be a vector of numbers for each of the 2 images, of shape \(2, d\)"),
-    ([[1.0], [np.nan]], None, None, "labels must be finite"),
+    ([[1.0], [np.nan]], None, None, "labels must be finite float32 numbers, got .nan. for image 1"),
+    ([[1.0], [1e300]], None, None, r"labels must be finite float32 numbers, got \[1e\+300\] for image 1"),
+    ([0, 2**33], 2**34, None, "num_classes must be at most 16777216, got 17179869184"),
     ([0, 1], 2, ["a"], "class_names must have one name for each of 2 classes, got 1"),
     (None, None, ["a"], "class_names must have one name for each of None classes"),
     ([0, 1], 2, "ab", "class_names must be a list"),

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxguide import data
+from jaxguide import data, training
 from jaxguide.data import config as data_config
-from jaxguide.data import decode
+from jaxguide.data import decode, resize
 from jaxguide.data.records import BadRecord
+from jaxguide.data.sources import folder as data_folder
 
 RNG = np.random.default_rng(0)
 
@@ -273,7 +274,7 @@ def test_folders_that_are_refused(tmp_path, files, message):
 
 
 def messy(tmp_path):
-  files = {f"{'ab'[i % 2]}/{i}.png": encoded(noise()) for i in range(8)}
+  files = {f"{'ab'[i % 2]}/{i}.png": encoded(noise()) for i in range(12)}
   folder = write(tmp_path / "d", files | {f"a/{name}": content for name, (content, _) in BAD.items()})
   write(tmp_path, {"outside.png": encoded(noise())})
   (folder / "b" / "link.png").symlink_to(tmp_path / "outside.png")
@@ -284,18 +285,32 @@ def messy(tmp_path):
 
 
 def test_bad_files_are_named_before_anything_else(tmp_path):
-  with pytest.raises(ValueError, match=r"11 of 20 files of .*d cannot be used:\n  a/bomb.png: it has far") as error:
+  with pytest.raises(ValueError, match=r"11 of 24 files of .*d cannot be used:\n  a/bomb.png: it has far") as error:
     opened(messy(tmp_path))
   assert "and 6 more" in str(error.value)
   assert "skip_bad" in str(error.value)
 
 
+@pytest.mark.parametrize("name", BAD)
+def test_a_first_file_that_is_bad_does_not_hide_the_others(tmp_path, name):
+  """Without a check, as a recipe opens the data to choose its preset."""
+  folder = write(tmp_path / "d", {f"0{name}": BAD[name][0], "1.png": encoded(noise()), "2.png": encoded(noise())})
+  assert training.recipe({"data": {"source": str(folder)}}).source is not None
+  assert opened(folder, check="none").image_shape == (8, 8, 3)
+  with pytest.raises(ValueError, match=rf"1 of 3 files of .*\n  0{name}: "):
+    opened(folder)
+  for number in (1, 2):
+    (folder / f"{number}.png").write_bytes(b"x")
+  with pytest.raises(ValueError, match=rf"none of the 3 files of .*d can be used, such as 0{name}: its? "):
+    opened(folder, check="none")
+
+
 def test_bad_files_are_left_out_and_counted(tmp_path):
   folder = messy(tmp_path)
-  with pytest.warns(UserWarning, match="11 of 20 files of .* are left out"):
+  with pytest.warns(UserWarning, match="11 of 24 files of .* are left out"):
     dataset = opened(folder, skip_bad=True)
-  assert len(dataset) == 9
-  names = [dataset.example_name(row).rpartition("/")[2] for row in range(9)]
+  assert len(dataset) == 13
+  names = [dataset.example_name(row).rpartition("/")[2] for row in range(13)]
   assert "inside.png" in names
   assert not {"link.png", "dangling.png", "pipe.png", *BAD} & {*names}
   for batch in islice(data.stream(dataset, 4, 0), 5):
@@ -311,18 +326,143 @@ def test_the_check_is_made_once(tmp_path, monkeypatch):
   monkeypatch.undo()
 
 
-def test_a_class_of_bad_files_alone_is_left_out(tmp_path):
-  folder = write(tmp_path / "d", {"a/1.png": encoded(noise()), "b/1.png": b"x", "c/1.png": encoded(noise())})
-  with pytest.warns(UserWarning, match="no picture of these classes can be used, so they are left out: b"):
-    dataset = opened(folder, skip_bad=True)
-  assert (dataset.class_names, [dataset.example(row)[1] for row in (0, 1)]) == (["a", "c"], [0, 1])
+def damaged_in_a_zip(path, folder):
+  """Other bytes where the list of contents says that a picture is, so that its stamp stays."""
+  content = path.read_bytes()
+  path.write_bytes(content[:60] + bytes(20) + content[80:])
 
 
-def test_pictures_of_several_sizes_need_a_size(tmp_path):
-  folder = write(tmp_path / "d", {"1.png": encoded(noise()), "2.png": encoded(noise()), "3.png": encoded(noise(4, 6))})
-  with pytest.raises(ValueError, match=r"3.png: it has 6x4 pixels, and most have 8x8: give size"):
+def encrypted_in_a_zip(path, folder):
+  content = path.read_bytes()
+  entry = content.index(b"PK\1\2")
+  path.write_bytes(content[: entry + 8] + b"\1\0" + content[entry + 10 :])
+
+
+def replaced_by_a_link(path, folder):
+  """A link out of the folder to a file of the same size and time."""
+  picture = path / "0.png"
+  picture.rename(folder / "outside.png")
+  picture.symlink_to(folder / "outside.png")
+
+
+def damaged_in_place(path, folder):
+  picture = path / "0.png"
+  status, content = picture.stat(), picture.read_bytes()
+  picture.write_bytes(bytes(len(content)))
+  os.utime(picture, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+  ("change", "reason"),
+  [
+    (damaged_in_a_zip, "it cannot be read from the archive"),
+    (encrypted_in_a_zip, "it is encrypted"),
+    (replaced_by_a_link, "it is a link out of the folder"),
+    (damaged_in_place, "it is not a picture"),
+  ],
+)
+@pytest.mark.filterwarnings("ignore:.*are left out")
+def test_the_check_is_made_again_for_files_that_changed(tmp_path, change, reason):
+  files = {f"{number}.png": encoded(noise()) for number in range(3)}
+  path = archive(tmp_path / "d.zip", files) if "zip" in change.__name__ else write(tmp_path / "d", files)
+  before = opened(path)
+  change(path, tmp_path)
+  if change is not replaced_by_a_link:
+    np.testing.assert_array_equal(opened(path, check="none", skip_bad=True).records.stamps, before.stamps)
+  with pytest.raises(ValueError, match=rf"1 of 3 files of .*\n  0.png: {reason}"):
+    opened(path)
+
+
+def test_a_link_that_leads_elsewhere_now_is_checked_again(tmp_path):
+  """To the same file by another way, which was out of the folder."""
+  folder = write(tmp_path / "d", {"1.png": encoded(noise()), "2.png": encoded(noise())})
+  outside = write(tmp_path, {"outside/3.png": encoded(noise())}) / "outside"
+  (folder / "link.png").symlink_to(outside / "3.png")
+  with pytest.raises(ValueError, match=r"1 of 3 files .*\n  link.png: it is a link out of the folder"):
     opened(folder)
-  assert len(opened(folder, size=4)) == 3
+  outside.rename(folder / "inside")
+  (folder / "link.png").unlink()
+  (folder / "link.png").symlink_to(folder / "inside" / "3.png")
+  assert len(opened(folder, labels="none")) == 4
+
+
+@pytest.mark.parametrize(("first", "then"), [({"crop": "squash"}, {}), ({}, {"crop": "squash"})])
+def test_the_check_is_made_again_for_another_crop(tmp_path, monkeypatch, first, then):
+  monkeypatch.setattr(resize, "LARGEST", 10_000)
+  folder = write(tmp_path / "d", {"1.png": encoded(noise()), "2.png": encoded(noise(1, 300))})
+  for options in (first, then):
+    if options:
+      assert len(opened(folder, size=8, **options)) == 2
+    else:
+      with pytest.raises(ValueError, match=r"2.png: it has 300x1 pixels: one side is so much longer"):
+        opened(folder, size=8)
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_a_file_that_could_not_be_read_is_checked_again(tmp_path, monkeypatch, error):
+  def refused(*_, **__):
+    raise error
+
+  folder = write(tmp_path / "d", {"1.png": encoded(noise()), "2.png": encoded(noise())})
+  with monkeypatch.context() as patch:
+    patch.setattr(data_folder, "open", refused, raising=False)
+    with pytest.raises(ValueError, match=rf"2 of 2 files.*\n  1.png: it cannot be read \({error.strerror}"):
+      opened(folder)
+  assert len(opened(folder)) == 2
+
+
+def test_a_file_for_which_there_was_no_memory_is_checked_again(tmp_path, monkeypatch):
+  def full(*_):
+    raise MemoryError
+
+  folder = write(tmp_path / "d", {"1.png": encoded(noise()), "2.png": encoded(noise())})
+  with monkeypatch.context() as patch:
+    patch.setattr(decode, "to_mode", full)
+    with pytest.raises(ValueError, match=r"2 of 2 files.*\n  1.png: there is not enough memory to decode it"):
+      opened(folder)
+  assert len(opened(folder)) == 2
+
+
+@pytest.mark.parametrize("kind", ["folder", "archive", "json"])
+def test_a_class_of_bad_files_alone_is_not_left_out(tmp_path, kind):
+  files = {"a/1.png": encoded(noise()), "b/1.png": b"x", "b/2.png": b"x", "c/1.png": encoded(noise())}
+  files |= {"c/2.png": encoded(noise())}
+  if kind == "json":
+    files["dataset.json"] = json.dumps({"labels": [[name, "abc".index(name[0])] for name in files]}).encode()
+  source = archive(tmp_path / "d.zip", files) if kind == "archive" else write(tmp_path / "d", files)
+  name = 1 if kind == "json" else "b"
+  lost = rf"2 of 5 files .*no picture would be left of the classes {name}:\n  b/1.png: it is not"
+  with pytest.raises(ValueError, match=lost):
+    opened(source, skip_bad=True)
+  assert opened(source, check="none").num_classes == 3
+  without = opened(source, skip_bad=True, labels="none") if kind != "json" else None
+  assert without is None or len(without) == 3
+
+
+@pytest.mark.parametrize(("good", "bad"), [(1, 2), (3, 4), (0, 2)])
+def test_most_of_the_files_are_not_left_out(tmp_path, good, bad):
+  files = {f"{number}.png": b"x" for number in range(bad)} | {f"good{i}.png": encoded(noise()) for i in range(good)}
+  folder = write(tmp_path / "d", files)
+  with pytest.raises(ValueError, match=rf"{bad} of {good + bad} files .* at most half of them:\n  0.png: it is not a"):
+    opened(folder, skip_bad=True)
+  write(folder, {f"more{number}.png": encoded(noise()) for number in range(bad - good)})
+  with pytest.warns(UserWarning, match=f"{bad} of {2 * bad} files .* are left out"):
+    assert len(opened(folder, skip_bad=True)) == bad
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+@pytest.mark.parametrize("others", [{}, {"0.png": b"x"}])
+def test_pictures_of_several_sizes_need_a_size(tmp_path, skip_bad, others):
+  """A picture of another size is no bad file."""
+  sizes = {"1.png": (8, 8), "2.png": (8, 8), "3.png": (4, 6), "4.png": (5, 5)}
+  folder = write(tmp_path / "d", {name: encoded(noise(*size)) for name, size in sizes.items()} | others)
+  message = r"have 3 sizes: 1.png has 8x8 pixels and 3.png has 6x4. Give the side to which .*: size \(--size\)"
+  with pytest.raises(ValueError, match=message):
+    opened(folder, skip_bad=skip_bad)
+  if not others:
+    assert len(opened(folder, size=4, skip_bad=skip_bad)) == 4
+    with pytest.raises(ValueError, match=r"3.png has shape \(4, 6, 3\), expected \(8, 8, 3\): give size \(--size\)"):
+      opened(folder, skip_bad=skip_bad, check="none").example(2)
 
 
 def test_a_file_that_breaks_later_is_named(tmp_path):
@@ -433,6 +573,8 @@ def test_hostile_archives(tmp_path):
     ({"crop": "centre"}, "did you mean 'center'"),
     ({"filter": "cubic"}, "unknown filter 'cubic': did you mean 'bicubic'"),
     ({"background": "octarine"}, "background must be a colour such as white"),
+    *(({"background": name}, "which is transparent itself") for name in ("#ff000080", "#f008", "rgba(1,2,3,0)")),
+    *(({"background": name}, "not all from 0 to 255") for name in ("rgb(300,0,0)", "rgb(0,0,256)", "rgb(101%,0%,0%)")),
     ({"held_out": 1.0}, "held_out must be below 1"),
     ({"workers": 0}, "workers must be"),
     ({"check": "some"}, "unknown check 'some'"),
@@ -505,6 +647,20 @@ def test_contents_are_part_of_the_fingerprint_on_request(tmp_path):
   os.utime(folder / "1.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
   assert (folder / "1.png").stat().st_size == stat.st_size
   assert opened(folder, contents=True, check="none").fingerprint != before
+
+
+def test_contents_of_files_that_cannot_be_read(tmp_path):
+  path = archive(tmp_path / "d.zip", {f"{number}.png": encoded(noise()) for number in range(3)})
+  damaged_in_a_zip(path, tmp_path)
+  assert opened(path, contents=True, check="none").image_shape == (8, 8, 3)
+  with pytest.raises(ValueError, match=r"1 of 3 files .*\n  0.png: it cannot be read from the archive"):
+    opened(path, contents=True)
+  folder = write(tmp_path / "d", {"1.png": encoded(noise()), "2.png": encoded(noise())})
+  (folder / "0.png").symlink_to(folder / "2.png")
+  dataset = opened(folder)
+  (folder / "2.png").unlink()
+  with pytest.raises(ValueError, match=r"d: 0.png cannot be used: it cannot be read \(No such file"):
+    data_config._contents(dataset.records, dataset.rows)
 
 
 def test_data_that_have_grown(tmp_path):

@@ -21,6 +21,7 @@ from jaxguide.data.records import BadRecord
 from jaxguide.data.sources import array_record, arrays, catalogue, parquet
 from jaxguide.data.sources.array_record import open_array_record
 from jaxguide.data.sources.arrays import open_arrays
+from jaxguide.data.sources.folder import describe_labels
 from jaxguide.data.sources.parquet import open_parquet
 
 RNG = np.random.default_rng(0)
@@ -149,11 +150,17 @@ IMAGES = noise(3, 4, 4, 3)
     ({"images": IMAGES[0, 0]}, "images must be uint8"),
     ({"images": IMAGES, "labels": [0, 1]}, r"it has 3 examples, and labels of shape \(2,\)"),
     ({"images": IMAGES, "labels": 1}, r"it has 3 examples, and labels of shape \(\)"),
-    ({"images": IMAGES, "labels": [0, 1, -1]}, "labels must be whole numbers of at least 0"),
-    ({"images": IMAGES, "labels": [0.0, 1, 2]}, "labels must be whole numbers of at least 0"),
-    ({"images": IMAGES, "labels": [[0.0], [np.nan], [1]]}, "a vector of finite numbers"),
+    ({"images": IMAGES, "labels": [0, 1, -1]}, "image 2: label -1 is not a whole number from 0 to 16777215"),
+    ({"images": IMAGES, "labels": [0.0, 1, 2]}, "image 0: label 0.0 is not a whole number"),
+    (
+      {"images": IMAGES, "labels": [[0.0], [np.nan], [1]]},
+      r"image 1: label \[nan\] is not .* a vector of 1 finite numbers",
+    ),
     ({"images": IMAGES, "labels": [[0], [2], [1]]}, r"whole numbers of shape \(3, 1\): make them \(3,\)"),
-    ({"images": IMAGES, "labels": [0, 1, 2], "class_names": ["a", "b"]}, "label 2 is not one of the 2 classes"),
+    (
+      {"images": IMAGES, "labels": [0, 1, 2], "class_names": ["a", "b"]},
+      "image 2: label 2 is not one of the 2 classes",
+    ),
     ({"images": IMAGES, "labels": [0, 1, 2], "class_names": [1, 2, 3]}, "class_names must be texts"),
     ({"images": IMAGES, "class_names": ["a"]}, "class_names must be texts.* there are no labels"),
     ({"images": IMAGES, "labels": np.array([0, "x", None])}, "contains pickled objects, which are not read"),
@@ -199,6 +206,20 @@ def test_damaged_arrays(tmp_path, compressed):
     archive.writestr("images.npy", b"no array")
   with pytest.raises(ValueError, match=r"d.npz is not a valid .npz file"):
     open_arrays(path)
+
+
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.99])
+@pytest.mark.parametrize("values", ["images", "latents"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_flipped_bit_of_arrays_is_seen(tmp_path, compressed, values, place):
+  made = {"images": noise(40, 8, 8, 3), "latents": RNG.normal(size=(40, 8, 8, 3)).astype(np.float32)}[values]
+  path = npz(tmp_path / "d.npz", compressed, **{values: made})
+  opened(path)
+  content = bytearray(path.read_bytes())
+  content[int(made.nbytes * place * (0.8 if compressed else 1))] ^= 1
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match=r"d\.npz is (damaged: .* does not have the checksum|not a valid \.npz file)"):
+    opened(path)
 
 
 def test_latents_that_are_not_finite_are_named(tmp_path):
@@ -251,9 +272,9 @@ def test_array_record_alone_and_with_vectors(tmp_path):
   [
     ({"labels": [0, 1]}, "there are 3 records, and 2 labels"),
     ({"labels": 1}, "there are 3 records, and no list of labels"),
-    ({"labels": [0, [1], 2]}, "labels must be whole numbers, or vectors of one length"),
-    ({"labels": [0, 1, 2], "class_names": ["a"]}, "label 2 is not one of the 1 classes"),
-    ({"labels": ["a", "b", "c"]}, "labels must be whole numbers"),
+    ({"labels": [0, [1], 2]}, r"record 1: label \[1\] is not a whole number"),
+    ({"labels": [0, 1, 2], "class_names": ["a"]}, "record 1: label 1 is not one of the 1 classes"),
+    ({"labels": ["a", "b", "c"]}, "record 0: label 'a' is not a whole number"),
     ({"class_names": ["a"]}, "class_names need labels"),
     ({"labels": [0, 0, 0], "class_names": "a"}, "class_names must be a list of texts"),
     ({"names": ["a", "b", "a"]}, "names has 'a' twice"),
@@ -333,6 +354,78 @@ def test_a_dataset_of_hugging_face(tmp_path):
     opened(tmp_path / "d", split="tset")
 
 
+WRONG_LABELS = [
+  ([0, 2**24, 1], 1, "16777216"),
+  ([0, 2**31, 1], 1, "2147483648"),
+  ([0, 1, 2**33], 2, "8589934592"),
+  ([2**63, 0, 1], 0, r"9\.?22337203685477\S+"),
+  ([0, -1, -2], 1, "-1"),
+  ([[0.5], [1e300], [1.0]], 1, r"\[1e\+300\]"),
+  ([[1.0, 2.0], [1.0, 1e39], [1.0, 2.0]], 1, r"\[1.0, 1e\+39\]"),
+  ([[], [], []], 0, r"\[\]"),
+]
+"""Labels, the first wrong record, and its label as it is written."""
+
+
+@pytest.mark.parametrize(("labels", "row", "shown"), WRONG_LABELS)
+@pytest.mark.parametrize("kind", ["json", "zip", "npz", "array_record", "parquet"])
+def test_a_wrong_label_is_named_with_its_record(tmp_path, labels, row, shown, kind):
+  contents = [encoded(each) for each in pictures(3)]
+  names = [f"{number}.png" for number in range(3)]
+  path, name = tmp_path / f"d.{kind}", {"npz": f"image {row}", "parquet": f"d.parquet row {row}"}.get(kind, names[row])
+  described = json.dumps({"labels": [*zip(names, labels, strict=True)]})
+  if kind == "json":
+    path.mkdir()
+    (path / "dataset.json").write_text(described)
+    for each, content in zip(names, contents, strict=True):
+      (path / each).write_bytes(content)
+  elif kind == "zip":
+    with zipfile.ZipFile(path, "w") as archive:
+      for each, content in zip(["dataset.json", *names], [described, *contents], strict=True):
+        archive.writestr(each, content)
+  elif kind == "npz":
+    np.savez(path, images=pictures(3), labels=np.array(labels))
+  elif kind == "array_record":
+    data.write_array_record(path, contents, labels, names=names)
+  else:
+    stored = pa.list_(pa.float64()) if isinstance(labels[0], list) else pa.uint64() if min(labels) >= 0 else pa.int64()
+    pq.write_table(table(contents, pa.array(labels, stored)), path)
+  with pytest.raises(ValueError, match=rf"{name}: label {shown} is not a whole number from 0 to 16777215, or a vector"):
+    opened(path)
+
+
+@pytest.mark.parametrize(
+  ("labels", "row", "shown"),
+  [
+    ([0, 1.5, 1], 1, "1.5"),
+    ([0, None, 1], 1, "None"),
+    ([0, "1", 1], 1, "'1'"),
+    ([0, float("nan"), 1], 1, "nan"),
+    ([0, 10**30, 1], 1, "10{30}"),
+    ([[1], [1, 2], [1]], 1, r"\[1, 2\]"),
+    ([[1], 1, [1]], 1, "1"),
+    ([[1], [float("inf")], [1]], 1, r"\[inf\]"),
+    ([[[1]], [[1]], [[1]]], 0, r"\[\[1\]\]"),
+    ([{}, {}, {}], 0, "{}"),
+  ],
+)
+def test_a_wrong_label_of_json_is_named(labels, row, shown):
+  with pytest.raises(ValueError, match=rf"name {row}: label {shown} is not a whole number"):
+    describe_labels(labels, [f"name {number}" for number in range(3)])
+
+
+@pytest.mark.parametrize("kind", ["npz", "array_record"])
+def test_names_of_classes_stand_once(tmp_path, kind):
+  names = ["ant", "bee", "ant"]
+  if kind == "npz":
+    path = npz(tmp_path / "d.npz", images=pictures(3), labels=[0, 1, 2], class_names=names)
+  else:
+    data.write_array_record(tmp_path / "d.array_record", map(encoded, pictures(3)), [0, 1, 2], names)
+    path = tmp_path / "d.array_record"
+  with pytest.raises(ValueError, match=r"d\.(npz|array_record\.json): class_names has 'ant' twice"):
+    opened(path)
+
+
 def test_plain_binary_and_no_labels(tmp_path):
   originals = pictures(5)
   content = pa.table({"jpg": pa.array([encoded(each) for each in originals], pa.large_binary())})
@@ -380,8 +473,8 @@ PICTURES = [encoded(each) for each in pictures(3)]
     (pa.table({"image": ["a.png"], "label": [0]}), "column 'image' must hold encoded pictures.*got string"),
     (pa.table({"image": [{"path": "a.png"}], "label": [0]}), "column 'image' must hold encoded pictures"),
     (table(PICTURES, [0, None, None]), "row 1 has no 'label', and 1 others"),
-    (table(PICTURES, [0, -1, 1]), "column 'label': labels must be whole numbers of at least 0"),
-    (table(PICTURES, [0, 2, 1], ["a", "b"]), "column 'label': label 2 is not one of the 2 classes"),
+    (table(PICTURES, [0, -1, 1]), "column 'label': d.parquet row 1: label -1 is not a whole number"),
+    (table(PICTURES, [0, 2, 1], ["a", "b"]), "column 'label': d.parquet row 1: label 2 is not one of the 2 classes"),
     (
       table(PICTURES, [0.5, 1.0, 2.0]),
       "column 'label' must hold whole numbers, texts, or lists of numbers, got double",
@@ -425,6 +518,55 @@ def test_names_of_classes_that_differ_between_files(tmp_path):
     pq.write_table(table(PICTURES, [0, 1, 1], classes), tmp_path / f"{name}.parquet")
   with pytest.raises(ValueError, match=r"a.parquet and .*b.parquet have other names for the classes"):
     opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("first", "second", "message"),
+  [
+    ([0, 1, 0], ["x", "y", "x"], r"whole numbers in .*a\.parquet and texts in .*b\.parquet"),
+    (["x", "y", "x"], [0, 1, 0], r"texts in .*a\.parquet and whole numbers in .*b\.parquet"),
+    ([0, 1, 0], [[1.0, 2.0]] * 3, "whole numbers in .* and lists of 2 numbers in"),
+    ([[1.0] * 3] * 3, [[1.0, 2.0]] * 3, "lists of 3 numbers in .* and lists of 2 numbers in"),
+  ],
+)
+def test_kinds_of_labels_that_differ_between_files(tmp_path, first, second, message):
+  for name, labels in (("a", first), ("b", second)):
+    pq.write_table(table(PICTURES, labels), tmp_path / f"{name}.parquet")
+  with pytest.raises(ValueError, match=rf"column 'label' has {message}"):
+    opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("there", "missing"),
+  [
+    ([0], r"lacks 1 of the 2 files of the split 'train': train-00001-of-00002\.parquet"),
+    ([1], r"lacks 1 of the 2 files of the split 'train': train-00000-of-00002\.parquet"),
+    ([0, 1], None),
+  ],
+)
+@pytest.mark.parametrize("folder", [".", "data"])
+def test_parts_of_a_split_that_are_missing_are_named(tmp_path, there, missing, folder):
+  (tmp_path / folder).mkdir(exist_ok=True)
+  for name in (*(f"train-0000{number}-of-00002" for number in there), "test-00000-of-00001"):
+    pq.write_table(table(PICTURES, [0, 1, 1]), tmp_path / folder / f"{name}.parquet")
+  if missing is None:
+    assert len(opened(tmp_path)) == 6
+  else:
+    with pytest.raises(ValueError, match=missing):
+      opened(tmp_path)
+    assert len(opened(tmp_path / folder / f"train-0000{there[0]}-of-00002.parquet")) == 3
+  assert len(opened(tmp_path, split="test")) == 3
+
+
+@pytest.mark.parametrize("name", ["image", "label"])
+def test_columns_of_one_name_are_refused(tmp_path, name):
+  columns = {"image": pa.array(PICTURES), "label": pa.array([0, 1, 2])}
+  names = [*columns, name]
+  pq.write_table(pa.table([columns[each] for each in names], names=names), tmp_path / "d.parquet")
+  with pytest.raises(
+    ValueError, match=rf"d\.parquet has several columns '{name}': rename them, or .* as {name}_column"
+  ):
+    opened(tmp_path / "d.parquet")
 
 
 def test_row_groups_are_kept_within_bounds(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import reprlib
 import signal
 import sys
 import threading
@@ -23,6 +24,9 @@ from jaxguide.data.images import Images
 
 LARGEST_PART = 8
 """The largest number of examples that a thread reads at a time."""
+
+EXAMPLE_TYPES = (np.dtype(np.uint8), np.dtype(np.float32))
+"""The types of examples."""
 
 
 def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0) -> Iterator[tuple[np.ndarray, Any]]:
@@ -81,7 +85,8 @@ def stream(
     `Batch`.
 
   Raises:
-    ValueError: if ``batch_size`` or ``workers`` is below 1, or ``seed``, ``start`` or ``processes`` is out of range.
+    ValueError: if ``batch_size`` or ``workers`` is below 1, or ``seed``, ``start`` or ``processes`` is out of range;
+      and while batches are read, if an example or its label is not what the dataset says, with the example's name.
 
   >>> data = Images(np.zeros((3, 2, 2, 1), np.uint8), None, None, "three")
   >>> sorted(next(stream(data, batch_size=3, seed=0)).rows.tolist())
@@ -233,13 +238,73 @@ def _in_memory(images: Images, order: Order, start: int) -> Iterator[Batch]:
 
 
 def _read(dataset: Dataset, rows: np.ndarray, rng: np.random.Generator) -> Batch:
-  """Read some examples, one after the other."""
+  """Read some examples, one after the other, and check them: the dataset may be one of the user's own.
+
+  Raises:
+    ValueError: if an example or a label is not what the dataset says it is, with the example's name.
+  """
   examples, labels = zip(*(dataset.example(int(row), rng) for row in rows), strict=True)
-  if labels[0] is None:
-    return Batch(np.stack(examples), None, rows)
-  return Batch(np.stack(examples), np.stack(labels).astype(np.float32 if np.ndim(labels[0]) else np.int32), rows)
+  shape, first = tuple(dataset.image_shape), getattr(examples[0], "dtype", None)
+  for row, example in zip(rows, examples, strict=True):
+    kind = getattr(example, "dtype", None)
+    if kind not in EXAMPLE_TYPES or example.shape != shape:
+      got = type(example).__name__ if kind is None else f"{kind} of shape {tuple(example.shape)}"
+      raise ValueError(f"{_name(dataset, row)} is {got}, expected an array of uint8 or float32 of shape {shape}")
+    if kind != first:
+      raise ValueError(f"{_name(dataset, row)} is {kind} and {_name(dataset, rows[0])} is {first}: make them one type")
+  batch = np.stack(examples)
+  if batch.dtype == np.float32 and not np.isfinite(batch).all():
+    row = next(row for row, example in zip(rows, batch, strict=True) if not np.isfinite(example).all())
+    raise ValueError(f"{_name(dataset, row)} has values that are not finite: mend or remove it")
+  checked = _as_labels(dataset, labels)
+  if checked is None:  # Then one by one, to name the wrong one.
+    parts = [_as_labels(dataset, [label]) for label in labels]
+    for row, label, part in zip(rows, labels, parts, strict=True):
+      if part is None:
+        raise ValueError(f"{_name(dataset, row)} has the label {reprlib.repr(label)}, expected {_label_of(dataset)}")
+    checked = np.concatenate([part for part in parts if part is not None])  # Such as int64 and uint64.
+  return Batch(batch, checked if checked.ndim else None, rows)
+
+
+def _as_labels(dataset: Dataset, labels: Sequence[Any]) -> np.ndarray | None:
+  """Return labels as an array, which is () for a dataset without labels; None if one is not as the dataset says."""
+  number, shape = dataset.num_classes, dataset.label_shape
+  if number is None and shape is None:
+    return None if any(label is not None for label in labels) else np.empty(())
+  try:
+    array = np.asarray(labels)
+  except ValueError:  # Vectors of several lengths.
+    return None
+  if number is not None:
+    is_valid = array.ndim == 1 and array.dtype.kind in "iub" and array.min() >= 0 and array.max() < number
+    return array.astype(np.int32) if is_valid else None
+  if array.shape[1:] != tuple(shape or ()) or array.dtype.kind not in "iufb":
+    return None
+  with np.errstate(over="ignore"):  # Numbers that are too large become infinite.
+    array = array.astype(np.float32)
+  return array if np.isfinite(array).all() else None
+
+
+def _label_of(dataset: Dataset) -> str:
+  """Return what a label of a dataset is, in words."""
+  if dataset.num_classes is not None:
+    return f"a whole number from 0 to {dataset.num_classes - 1}"
+  if dataset.label_shape is None:
+    return "None, because the dataset has neither num_classes nor label_shape"
+  return f"an array of finite numbers of shape {tuple(dataset.label_shape)}"
+
+
+def _name(dataset: Dataset, row: int | np.integer) -> str:
+  try:
+    return dataset.example_name(int(row))
+  except NotImplementedError:
+    return f"{dataset.name}[{row}]"
 
 
 def _join(parts: Sequence[Batch]) -> Batch:
   examples, labels, rows = zip(*parts, strict=True)
+  other = next((part for part in parts if part.examples.dtype != examples[0].dtype), None)
+  if other is not None:
+    kinds = f"row {other.rows[0]} is {other.examples.dtype} and row {rows[0][0]} is {examples[0].dtype}"
+    raise ValueError(f"the examples have several types: {kinds}: make them one type")
   return Batch(np.concatenate(examples), None if labels[0] is None else np.concatenate(labels), np.concatenate(rows))

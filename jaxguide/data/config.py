@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from jaxguide.data.batches import default_workers
 from jaxguide.data.dataset import Dataset
 from jaxguide.data.images import Images
 from jaxguide.data.prepared import DecodedPictures, Pictures, Preparation
-from jaxguide.data.records import BadRecord, Records
+from jaxguide.data.records import BadRecord, Records, Unreadable, shown
 
 BOUNDS: dict[str, tuple[int | float, int | float]] = {
   "size": (1, 2**16),
@@ -54,7 +54,8 @@ class DataConfig:
     background: the colour behind transparent pixels, by name or as #rrggbb.
     flip: whether half of the examples are mirrored from left to right, at random.
     labels: auto, or none to train without the labels that the data have.
-    skip_bad: whether files that cannot be used are left out. If not, they are named before the work starts.
+    skip_bad: whether files that cannot be used are left out, up to half of all and not a whole class. If not, they are
+      named before the work starts.
     check: all, to decode every picture once before the work starts (once for each data set, the result is kept in the
       cache folder); or none.
     held_out: the share of the examples that is held out of the training, chosen by a hash of their names. If left out,
@@ -113,10 +114,16 @@ class DataConfig:
   def _colour(self) -> tuple[int, ...]:
     from PIL import ImageColor
 
+    wanted = f"background must be a colour such as white or #80a0ff, got {self.background!r}"
     try:
-      return ImageColor.getrgb(self.background)[:3]
+      colour = ImageColor.getrgb(self.background)
     except ValueError:
-      raise ValueError(f"background must be a colour such as white or #80a0ff, got {self.background!r}") from None
+      raise ValueError(wanted) from None
+    if len(colour) > 3:
+      raise ValueError(f"{wanted}, which is transparent itself: leave out its fourth number")
+    if not all(0 <= part <= 255 for part in colour):
+      raise ValueError(f"{wanted}, whose numbers are not all from 0 to 255")
+    return colour
 
   def threads(self) -> int:
     """Return the number of threads that read pictures."""
@@ -139,8 +146,9 @@ def open_data(config: DataConfig, progress: bool = True) -> Dataset:
 
   Raises:
     FileNotFoundError: if there is no such file or folder.
-    ValueError: if the source is unknown; if there are no pictures; or if some cannot be used and ``skip_bad`` is off,
-      with the names of some.
+    ValueError: if the source is unknown; if there are no pictures; if they have several sizes and no ``size`` is given;
+      or if some cannot be used, with the names of some, and ``skip_bad`` is off or would leave out more than half of
+      them or a whole class.
 
   Warns:
     UserWarning: if files are left out, with their number and the names of some.
@@ -180,54 +188,82 @@ def _prepared(records: Records, config: DataConfig, progress: bool) -> Dataset:
     raise ValueError(f"crop {config.crop!r} needs the side of the square: give size")
   bad = _checked(records, preparation, config, progress)
   if bad:
-    named = "\n".join(f"  {records.names[row]}: {reason}" for row, reason in list(bad.items())[:SHOWN])
-    count = f"{len(bad):,} of {len(records):,} files of {records.name}"
-    more = f"\n  and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
-    if len(bad) == len(records):
-      raise ValueError(f"{count} cannot be used:\n{named}{more}")
-    if not config.skip_bad:
-      raise ValueError(
-        f"{count} cannot be used:\n{named}{more}\nMend or remove them, or leave them out with skip_bad (--skip-bad)"
-      )
-    warnings.warn(f"{count} are left out:\n{named}{more}", stacklevel=3)
+    _report(records, bad, config.skip_bad)
   rows = np.delete(np.arange(len(records)), list(bad))
-  records, rows = _without_empty_classes(records, rows)
-  dataset = Pictures(records, preparation, rows, (0, 0, 0), _contents(records, rows) if config.contents else None)
-  shape = preparation.picture(records.read(int(rows[0])), np.random.default_rng(0)).shape
-  dataset = dataclasses.replace(dataset, image_shape=shape, workers=config.workers, processes=config.processes)
+  contents = _contents(records, rows) if config.contents else None
+  dataset = Pictures(records, preparation, rows, (0, 0, 0), contents, config.workers, config.processes)
+  dataset = dataclasses.replace(dataset, image_shape=_shape(dataset))
   return prepared.in_memory(dataset, config.threads(), progress) if config.cache else dataset
 
 
-def _without_empty_classes(records: Records, rows: np.ndarray) -> tuple[Records, np.ndarray]:
-  """Leave out named classes all of whose pictures were left out."""
-  if records.class_names is None or records.labels is None:
-    return records, rows
-  counts = np.bincount(records.labels[rows], minlength=len(records.class_names))
-  empty = [name for name, count in zip(records.class_names, counts, strict=True) if not count]
-  all_counts = np.bincount(records.labels, minlength=len(records.class_names))
-  lost = [name for name, count in zip(records.class_names, all_counts, strict=True) if count and name in empty]
-  if not lost:
-    return records, rows
-  warnings.warn(f"no picture of these classes can be used, so they are left out: {', '.join(lost)}", stacklevel=4)
-  kept = [number for number, name in enumerate(records.class_names) if name not in lost]
-  numbers = np.full(len(records.class_names), -1, np.int32)
-  numbers[kept] = np.arange(len(kept))
-  names = [records.class_names[number] for number in kept]
-  return dataclasses.replace(records, labels=numbers[records.labels], class_names=names, num_classes=len(kept)), rows
+def _shape(dataset: Pictures) -> tuple[int, ...]:
+  """Return the shape of the first example that can be read. Without a check, those before it may be bad files.
+
+  Raises:
+    ValueError: if none can be read, with the name of the first and the reason.
+  """
+  reason = ""
+  for row in dataset.rows:
+    try:
+      return dataset.preparation.picture(dataset.records.read(int(row)), np.random.default_rng(0)).shape
+    except BadRecord as error:
+      reason = reason or str(error)
+  count = f"none of the {len(dataset):,} files of {dataset.name} can be used"
+  raise ValueError(f"{count}, such as {shown(dataset.records.names[int(dataset.rows[0])])}: {reason}")
+
+
+def _report(records: Records, bad: Mapping[int, str], skip_bad: bool) -> None:
+  """Warn of the files that are left out.
+
+  Raises:
+    ValueError: if they are not to be left out, or they are more than half of the files, or all files of a class.
+  """
+  count = f"{len(bad):,} of {len(records):,} files of {records.name}"
+  named = "".join(f"\n  {shown(f'{records.names[row]}: {reason}')}" for row, reason in list(bad.items())[:SHOWN])
+  named += f"\n  and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
+  mend = "Mend or remove them"
+  if not skip_bad:
+    remedy = mend if len(bad) == len(records) else f"{mend}, or leave them out with skip_bad (--skip-bad)"
+    raise ValueError(f"{count} cannot be used:{named}\n{remedy}")
+  if 2 * len(bad) > len(records):
+    raise ValueError(f"{count} cannot be used, and skip_bad leaves out at most half of them:{named}\n{mend}")
+  lost = _lost_classes(records, bad)
+  if lost:
+    classes = shown(", ".join(lost[:SHOWN])) + (f" and {len(lost) - SHOWN:,} more" if len(lost) > SHOWN else "")
+    raise ValueError(
+      f"{count} cannot be used, and no picture would be left of the classes {classes}:{named}\n"
+      f"{mend}, or remove the classes"
+    )
+  warnings.warn(f"{count} are left out:{named}", stacklevel=4)
+
+
+def _lost_classes(records: Records, bad: Mapping[int, str]) -> list[str]:
+  """Return the classes all of whose pictures are bad, by their names or numbers."""
+  labels = records.labels
+  if labels is None or records.num_classes is None:
+    return []
+  lost = np.setdiff1d(labels[list(bad)], np.delete(labels, list(bad)))
+  return [str(number) if records.class_names is None else records.class_names[number] for number in lost]
 
 
 def _checked(records: Records, preparation: Preparation, config: DataConfig, progress: bool) -> dict[int, str]:
-  """Return why records cannot be used. The result of decoding all pictures is kept in the cache folder."""
+  """Return why records cannot be used. The result of decoding all pictures is kept in the cache folder.
+
+  It is kept for these files and this way of preparing them, and not if the system could not read one of them.
+  """
   if config.check == "none":
     return dict(records.bad)
-  facts = (records.name, preparation.size, preparation.channels, len(records))
+  how = (preparation.size, preparation.channels, preparation.crop, preparation.filter)
+  facts = (records.name, *how, len(records), records.state, records.bad)
   digest = hashlib.sha256(repr(facts).encode() + records.stamps.tobytes()).hexdigest()
   path = cache_folder() / "checked" / f"{digest}.json"
   try:
     return {int(row): str(reason) for row, reason in json.loads(path.read_bytes()).items()}
   except (OSError, ValueError, AttributeError):
     pass
-  bad = prepared.check(records, preparation, config.threads(), progress)
+  bad, is_final = prepared.check(records, preparation, config.threads(), progress)
+  if not is_final:
+    return bad
   try:
     write_atomically(path, json.dumps(bad).encode())
   except OSError as error:
@@ -241,10 +277,19 @@ def cache_folder() -> Path:
 
 
 def _contents(records: Records, rows: np.ndarray) -> str:
-  """Return a hash of the contents of all files."""
+  """Return a hash of the contents of all files. Without a check, some may be damaged, which count as empty.
+
+  Raises:
+    ValueError: if the system cannot read a file, with its name.
+  """
   digest = hashlib.sha256()
   for row in rows:
-    content = records.read(int(row))
+    try:
+      content = records.read(int(row))
+    except Unreadable as error:
+      raise ValueError(f"{records.name}: {shown(records.names[int(row)])} cannot be used: {error}") from error
+    except BadRecord:
+      content = b""
     digest.update(hashlib.sha256(content if isinstance(content, bytes) else content.tobytes()).digest())
   return digest.hexdigest()
 

@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+MOST_CLASSES = 2**24
+"""The largest number of classes, as for models."""
+
 
 class Dataset:
   """Examples that can be read one by one: `jaxguide.data.Images` in memory, or files on a disk. Derive yours from it.
@@ -57,8 +60,8 @@ class Dataset:
       rng: the randomness of augmentations, such as flips.
 
     Returns:
-      The example, ``uint8`` or ``float32`` of `image_shape`; and its label, a whole number, a ``float32`` vector, or
-      None.
+      The example, ``uint8`` or finite ``float32`` of `image_shape`, of the same type in all examples; and its label: a
+      whole number from 0 to ``num_classes - 1``, or finite numbers of `label_shape`, or None if both are None.
     """
     raise NotImplementedError
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxguide.data.records import BadRecord
+from jaxguide.data.records import BadRecord, Unreadable
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """The formats that are decoded, by Pillow's names."""
@@ -42,13 +42,15 @@ def decode(content: bytes, background: tuple[int, ...] = (255, 255, 255)) -> Any
       width, height = picture.size
       if width * height > LARGEST:
         raise BadRecord(f"it has {width}x{height} pixels; a picture may have at most {LARGEST:,}")
-      return to_mode(picture, background)
+      return to_mode(_with_alpha(picture, content), background)
   except BadRecord:
     raise
   except Image.DecompressionBombError:
     raise BadRecord(f"it has far too many pixels; a picture may have at most {LARGEST:,}") from None
   except UnidentifiedImageError:
     raise BadRecord(f"it is not a picture of the formats {', '.join(FORMATS)}") from None
+  except MemoryError as error:
+    raise Unreadable("there is not enough memory to decode it") from error
   except Exception as error:  # The decoders raise many kinds of exceptions for damaged files.
     raise BadRecord(f"it is damaged ({next(iter(str(error).splitlines()), type(error).__name__)})") from error
 
@@ -64,6 +66,39 @@ def _prepare_pillow() -> None:
 
   Image.init()
   warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+RAW_LEVELS = {"L;2": 85, "L;4": 17, "I;16B": 1}
+"""What Pillow multiplies grey levels of a PNG by, by the name that it has for their storage."""
+
+
+def _with_alpha(picture: Any, content: bytes) -> Any:
+  """Give a PNG with a transparent colour an alpha channel.
+
+  Pillow compares that colour, which has the bits of the file, with pixels that it has converted to 8 bits. So it finds
+  other pixels in grey of 2, 4 and 16 bits and in RGB of 16 bits. They are compared here as they are in the file.
+  """
+  from PIL import Image
+
+  stored = picture.tile[0].args if picture.format == "PNG" and picture.tile else None
+  key = picture.info.get("transparency")
+  if key is None or (stored != "RGB;16B" and stored not in RAW_LEVELS):
+    return picture
+  picture.load()
+  pixels = np.asarray(picture)
+  if stored == "RGB;16B":  # Pillow keeps the high bytes. By the other order of bytes, it keeps the low ones.
+    with Image.open(io.BytesIO(content), formats=("PNG",)) as low:
+      low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
+      low.load()
+      values = pixels.astype(np.uint16) * 256 + np.asarray(low)
+    opaque = (values != np.array(key, np.uint16)).any(axis=-1)
+  else:
+    bits = {"L;2": 3, "L;4": 15}.get(stored, 65535)  # Higher bits of the colour have no meaning.
+    opaque = pixels != (key & bits) * RAW_LEVELS[stored]
+  alone = Image.fromarray(_from_16_bits(pixels) if stored == "I;16B" else pixels)
+  alone.info = {name: value for name, value in picture.info.items() if name != "transparency"}  # EXIF data stay.
+  alone.putalpha(Image.fromarray(opaque.astype(np.uint8) * 255))
+  return alone
 
 
 def to_mode(picture: Any, background: tuple[int, ...]) -> Any:

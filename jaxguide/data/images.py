@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import hashlib
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxguide._core import checks
-from jaxguide.data.dataset import Dataset
+from jaxguide.data.dataset import MOST_CLASSES, Dataset
 from jaxguide.data.pixels import saturation
 
 
@@ -65,7 +66,9 @@ class Images(Dataset):
       if labels is None:
         raise ValueError(f"images of {self.num_classes} classes need labels: give them, or num_classes None")
       check_images(images, labels)
-      checks.labels("label", labels, checks.at_least("num_classes", self.num_classes, 1))
+      if checks.at_least("num_classes", self.num_classes, 1) > MOST_CLASSES:
+        raise ValueError(f"num_classes must be at most {MOST_CLASSES}, got {self.num_classes}")
+      checks.labels("label", labels, self.num_classes)
       labels = labels.astype(np.int32)
     if self.class_names is not None:
       names = tuple(checks.field("class_names", self.class_names, Sequence[str]))
@@ -126,6 +129,9 @@ def _check_vectors(labels: np.ndarray, number: int) -> np.ndarray:
       f"without num_classes, labels must be a vector of numbers for each of the {number} images, of shape "
       f"({number}, d), got {labels.dtype} of shape {labels.shape}: give num_classes if they are classes"
     )
-  if not np.isfinite(labels).all():
-    raise ValueError("labels must be finite")
-  return labels.astype(np.float32)
+  with np.errstate(over="ignore"):  # Numbers that are too large become infinite.
+    vectors = labels.astype(np.float32)
+  if not np.isfinite(vectors).all():
+    row = int(np.argmin(np.isfinite(vectors).all(axis=1)))
+    raise ValueError(f"labels must be finite float32 numbers, got {reprlib.repr(labels[row].tolist())} for image {row}")
+  return vectors

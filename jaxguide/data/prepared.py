@@ -14,7 +14,7 @@ from jaxguide.data import decode, resize
 from jaxguide.data.dataset import Dataset
 from jaxguide.data.images import Images
 from jaxguide.data.pixels import saturation
-from jaxguide.data.records import BadRecord, Records
+from jaxguide.data.records import BadRecord, Records, Unreadable, shown
 
 SATURATION_SAMPLES = 512
 
@@ -131,12 +131,13 @@ class Pictures(Dataset):
     except BadRecord as error:
       raise ValueError(f"{self.example_name(row)} cannot be used: {error}") from error
     if array.shape != tuple(self.image_shape):
-      raise ValueError(f"{self.example_name(row)} has shape {array.shape}, expected {tuple(self.image_shape)}")
+      remedy = ": give size (--size)" if self.preparation.size is None else ""
+      raise ValueError(f"{self.example_name(row)} has shape {array.shape}, expected {tuple(self.image_shape)}{remedy}")
     return array, None if self.records.labels is None else self.records.labels[record]
 
   def example_name(self, row: int) -> str:
     """Return the name of an example's file."""
-    return f"{self.name}: {self.records.names[int(self.rows[row])]}"
+    return f"{self.name}: {shown(self.records.names[int(self.rows[row])])}"
 
   @functools.cached_property
   def stamps(self) -> np.ndarray:
@@ -252,35 +253,45 @@ def _in_threads(function: Any, items: Sequence[Any], workers: int, title: str, p
         yield result
 
 
-def check(records: Records, preparation: Preparation, workers: int, progress: bool) -> dict[int, str]:
+def check(records: Records, preparation: Preparation, workers: int, progress: bool) -> tuple[dict[int, str], bool]:
   """Decode every picture once.
 
   Returns:
-    The reason of each record that cannot be used, by its row. Without a size, a picture whose size differs from that of
-    most is one of them.
+    The reason of each record that cannot be used, by its row; and whether the system could read all records, so that
+    the reasons stay true.
+
+  Raises:
+    ValueError: if the file of all records is damaged; or there is no size to resize to, and the pictures have several.
   """
+  if records.verify is not None:
+    records.verify()
   deterministic = dataclasses.replace(preparation, flip=False)
 
-  def shape_of(row: int) -> tuple[int, ...] | str:
+  def shape_of(row: int) -> tuple[int, ...] | BadRecord:
     if row in records.bad:
-      return records.bad[row]
+      return BadRecord(records.bad[row])
     try:
       return deterministic.picture(records.read(row), np.random.default_rng(0)).shape
     except BadRecord as error:
-      return str(error)
+      return type(error)(str(error))  # Another one: the traceback of this one keeps the picture in memory.
 
   bad: dict[int, str] = {}
-  shapes: dict[tuple[int, ...], list[int]] = {}
+  is_final = True
+  shapes: dict[tuple[int, ...], int] = {}  # The first picture of each.
   checked = _in_threads(shape_of, range(len(records)), workers, "checking pictures", progress)
   for row, result in enumerate(checked):
-    if isinstance(result, str):
-      bad[row] = result
+    if isinstance(result, BadRecord):
+      bad[row] = str(result)
+      is_final &= not isinstance(result, Unreadable)
     else:
-      shapes.setdefault(result, []).append(row)
+      shapes.setdefault(result, row)
   if len(shapes) > 1:
-    usual = max(shapes, key=lambda shape: len(shapes[shape]))
-    for shape, rows in shapes.items():
-      if shape != usual:
-        reason = f"it has {shape[1]}x{shape[0]} pixels, and most have {usual[1]}x{usual[0]}: give size"
-        bad.update(dict.fromkeys(rows, reason))
-  return dict(sorted(bad.items()))
+    (one, first), (other, second) = list(shapes.items())[:2]
+    examples = (
+      f"{records.names[first]} has {one[1]}x{one[0]} pixels and {records.names[second]} has {other[1]}x{other[0]}"
+    )
+    raise ValueError(
+      f"the pictures of {records.name} have {len(shapes):,} sizes: {shown(examples)}. Give the side to which all are "
+      "resized: size (--size)"
+    )
+  return bad, is_final

@@ -2,8 +2,9 @@
 
 import dataclasses
 import hashlib
+import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,13 @@ import numpy as np
 
 class BadRecord(ValueError):
   """A record that cannot be used, such as a damaged picture. The message is the reason, without the record's name."""
+
+
+class Unreadable(BadRecord):
+  """A record that the system could not read this time, for want of a permission, a network or memory.
+
+  Nothing is known of its content, so the result of the check is not kept.
+  """
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,6 +35,9 @@ class Records:
       It raises BadRecord for a record that cannot be used.
     stamps: (n,) ``uint64``; a hash of what is known of each record without reading it, see `stamp`.
     bad: reasons by row, for records that are known to be unusable without reading them.
+    state: what the file system knows of the files, see `state_of`. The result of the check holds as long as it stays.
+    verify: reads all bytes and raises ValueError if some are not those that were written, for sources in which `read`
+      does not see this.
   """
 
   name: str
@@ -37,6 +48,8 @@ class Records:
   read: Callable[[int], bytes | np.ndarray]
   stamps: np.ndarray
   bad: dict[int, str] = dataclasses.field(default_factory=dict)
+  state: str = ""
+  verify: Callable[[], None] | None = None
 
   def __len__(self) -> int:
     return len(self.names)
@@ -49,6 +62,29 @@ def stamp(*parts: object) -> int:
   True
   """
   return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+
+
+def shown(text: str) -> str:
+  r"""Return a text for messages: what moves the cursor or cannot be printed is escaped, so that names are harmless.
+
+  >>> shown("été\n\x1b[31m.png")
+  'été\\n\\x1b[31m.png'
+  """
+  return text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
+def state_of(statuses: Iterable[os.stat_result]) -> str:
+  """Return a hash of what the file system knows of files, by which it is seen that one was changed or replaced.
+
+  It changes more often than stamps do: also with permissions, and when the files are copied or moved.
+  """
+  return hashlib.sha256(b"".join(map(facts_of, statuses))).hexdigest()
+
+
+def facts_of(status: os.stat_result) -> bytes:
+  """Return what `state_of` hashes of a file."""
+  facts = (status.st_ino, status.st_mode, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+  return repr(facts).encode()
 
 
 class OncePerProcess:

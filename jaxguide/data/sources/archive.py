@@ -1,6 +1,7 @@
 """A zip file of pictures, with a folder for each class, or with EDM's ``dataset.json``."""
 
 import functools
+import os
 import threading
 import zipfile
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from jaxguide._core.files import check_readable
-from jaxguide.data.records import BadRecord, OncePerProcess, Records, stamp
+from jaxguide.data.records import BadRecord, OncePerProcess, Records, Unreadable, stamp, state_of
 from jaxguide.data.sources import folder
 
 LARGEST_RATIO = 1000
@@ -31,40 +32,45 @@ def open_archive(path: Path, is_labelled: bool = True) -> Records:
   """
   check_readable(path)
   try:
+    status = os.stat(path)
     with zipfile.ZipFile(path) as archive:
       members = [member for member in archive.infolist() if not member.is_dir()]
       described = next((member for member in members if _is_description(member)), None)
-      if described is not None and described.file_size > folder.LARGEST_FILE:
-        raise ValueError(f"{path}: {described.filename} would have {described.file_size:,} bytes, and is not read")
-      labels = None if described is None else archive.read(described)
-  except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError) as error:
+      is_large = described is not None and described.file_size > folder.LARGEST_FILE
+      labels = None if described is None or is_large else archive.read(described)
+  except Exception as error:  # A damaged archive raises many kinds of exceptions.
     raise ValueError(f"{path} is not a valid zip file ({error})") from error
+  if described is not None and is_large:
+    raise ValueError(f"{path}: {described.filename} would have {described.file_size:,} bytes, and is not read")
   members = [m for m in members if not any(map(folder.is_hidden, _parts(m)))]
   others = [m.filename for m in members if not folder.is_picture(m.filename) and m is not described]
-  members = sorted((m for m in members if folder.is_picture(m.filename)), key=lambda member: member.filename)
+  members = sorted((m for m in members if folder.is_picture(m.filename)), key=_name)
   if others:
     folder.warn_of_others(path, others)
   if not members:
     raise ValueError(f"{path} contains no pictures; their names end in {', '.join(folder.ENDINGS)}")
-  start = _common_folder([m.filename for m in members if _reason(m) is None] or [""])
+  outside = {row for row, member in enumerate(members) if _leads_out(member)}
+  start = _common_folder([_name(member) for row, member in enumerate(members) if row not in outside] or [""])
   if described is not None:
-    start = described.filename.removesuffix(folder.DATASET_JSON)
-  names = [member.filename.removeprefix(start) for member in members]
+    start = _name(described).removesuffix(folder.DATASET_JSON)
+  names = [_name(member).removeprefix(start) for member in members]
   bad = {row: reason for row, member in enumerate(members) if (reason := _reason(member)) is not None}
   bad |= {row: "the archive has it twice" for row in range(1, len(names)) if names[row] == names[row - 1]}
   stamps = [stamp(name, member.file_size, member.CRC) for name, member in zip(names, members, strict=True)]
   read = functools.partial(_read, OncePerProcess(_Handle, path), members)
   described_by: folder.Described = (None, None, None)
   if is_labelled and labels is None:
-    described_by = folder.labelled_by_folder(path, names, bad)
+    described_by = folder.labelled_by_folder(path, names, outside)
   elif is_labelled and labels is not None:
-    described_by = folder.labelled_by_json(path, names, labels)
-  return Records(str(path), names, *described_by, read, np.array(stamps, np.uint64), bad)
+    described_by = folder.labelled_by_json(path, names, stamps, bad, labels)
+  return Records(str(path), names, *described_by, read, np.array(stamps, np.uint64), bad, state_of([status]))
 
 
 def _read(handle: OncePerProcess, members: Sequence[zipfile.ZipInfo], row: int) -> bytes:
   try:
     return handle().archive.read(members[row])
+  except OSError as error:
+    raise Unreadable(f"it cannot be read from the archive ({error.strerror or error})") from error
   except Exception as error:  # A damaged archive raises many kinds of exceptions.
     raise BadRecord(f"it cannot be read from the archive ({error})") from error
 
@@ -84,6 +90,15 @@ def _parts(member: zipfile.ZipInfo) -> tuple[str, ...]:
   return tuple(part for part in PurePosixPath(member.filename).parts if part not in ("..", "/"))
 
 
+def _name(member: zipfile.ZipInfo) -> str:
+  return folder.normal(member.filename)
+
+
+def _leads_out(member: zipfile.ZipInfo) -> bool:
+  path = PurePosixPath(member.filename)
+  return path.is_absolute() or ".." in path.parts
+
+
 def _common_folder(names: list[str]) -> str:
   """Return the folders that contain everything, such as ``photos/``."""
   start = ""
@@ -96,8 +111,7 @@ def _common_folder(names: list[str]) -> str:
 
 def _reason(member: zipfile.ZipInfo) -> str | None:
   """Return why a member is not read, or None."""
-  path = PurePosixPath(member.filename)
-  if path.is_absolute() or ".." in path.parts:
+  if _leads_out(member):
     return "its path leads out of the archive"
   if member.flag_bits & 1:
     return "it is encrypted"

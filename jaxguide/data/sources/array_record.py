@@ -12,8 +12,8 @@ import numpy as np
 
 from jaxguide._core import records as json_records
 from jaxguide._core.files import PathLike, check_readable, replacing, write_atomically
-from jaxguide.data.records import BadRecord, OncePerProcess, Records
-from jaxguide.data.sources.folder import describe_labels
+from jaxguide.data.records import BadRecord, OncePerProcess, Records, state_of
+from jaxguide.data.sources.folder import Described, describe_labels
 from jaxguide.data.sources.rows import Numbered, stamps_of_rows
 
 OPTIONS = "readahead_buffer_size:0"
@@ -58,7 +58,8 @@ def open_array_record(path: Path) -> Records:
   described, names = _described(side_file(path), number)
 
   read = functools.partial(_read, reader)
-  return Records(str(path), names or Numbered("record ", number), *described, read, stamps_of_rows(path, number))
+  stamps = stamps_of_rows(path, number)
+  return Records(str(path), names, *described, read, stamps, state=state_of([os.stat(path)]))
 
 
 def _reader(path: Path) -> Any:
@@ -74,14 +75,14 @@ def _read(reader: OncePerProcess, row: int) -> bytes:
     raise BadRecord(f"it is damaged ({next(iter(str(error).splitlines()), 'unreadable')})") from error
 
 
-def _described(path: Path, number: int) -> tuple[tuple[Any, Any, Any], list[str] | None]:
+def _described(path: Path, number: int) -> tuple[Described, Sequence[str]]:
   """Return labels, class names and the number of classes, and the names of records, from the JSON file.
 
   Raises:
     ValueError: if it is damaged or does not fit.
   """
   if not path.exists():
-    return (None, None, None), None
+    return (None, None, None), Numbered("record ", number)
   fields = json_records.read(path)
   try:
     unknown = sorted(fields.keys() - {*FIELDS})
@@ -98,16 +99,10 @@ def _described(path: Path, number: int) -> tuple[tuple[Any, Any, Any], list[str]
       raise ValueError(f"names has {next(name for name in names if names.count(name) > 1)!r} twice")
     if class_names is not None and labels is None:
       raise ValueError("class_names need labels")
-    return (None, None, None) if labels is None else describe_labels(_array(labels), class_names), names
+    names = names or Numbered("record ", number)
+    return (None, None, None) if labels is None else describe_labels(labels, names, class_names), names
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
-
-
-def _array(labels: Any) -> np.ndarray:
-  try:
-    return np.array(labels)
-  except ValueError:
-    raise ValueError("labels must be whole numbers, or vectors of one length") from None
 
 
 def _check_texts(name: str, values: Any) -> None:

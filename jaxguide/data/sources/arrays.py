@@ -4,10 +4,11 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
 import struct
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from jaxguide._core.files import check_readable
 from jaxguide.data.files import check_sizes
-from jaxguide.data.records import BadRecord, Records
+from jaxguide.data.records import BadRecord, Records, Unreadable, shown, state_of
 from jaxguide.data.sources.folder import describe_labels
 from jaxguide.data.sources.rows import Numbered, stamps_of_rows
 
@@ -58,7 +59,7 @@ class FileRows:
         file.seek(self.offset + row * size)
         content = file.read(size)
     except OSError as error:
-      raise BadRecord(f"it cannot be read ({error.strerror or error})") from error
+      raise Unreadable(f"it cannot be read ({error.strerror or error})") from error
     if len(content) < size:
       raise BadRecord("the file ends before it")
     return np.frombuffer(content, self.dtype).reshape(self.shape[1:])
@@ -78,7 +79,8 @@ def open_arrays(path: Path) -> Records:
   Labels are (n,) whole numbers or texts, which are classes, or (n, d) numbers, which are vectors. ``class_names`` may
   hold the names of the classes. A record's stamp is a hash of the file's name, size and time and of its row.
 
-  An array that ``np.savez`` wrote in C order is read row by row. One of ``np.savez_compressed``, or in Fortran order,
+  An array that ``np.savez`` wrote in C order is read row by row, without its checksum, which the check of the data
+  looks at once. One of ``np.savez_compressed``, or in Fortran order,
   is read into memory. The arrays must not be pickled objects, so that no code of the file can run.
 
   Raises:
@@ -89,6 +91,7 @@ def open_arrays(path: Path) -> Records:
     UserWarning: if the file has arrays of other names, which are not used.
   """
   arrays = _read(path)
+  state = state_of([os.stat(path)])
   try:
     main = _main_array(arrays)
     rows = arrays.pop(main)
@@ -98,13 +101,29 @@ def open_arrays(path: Path) -> Records:
       read = _latents(rows, arrays.pop("shift", None), arrays.pop("scale", None))
     else:
       read = _images(main, rows)
-    described = _labels(labels, class_names, rows.shape[0])
+    names = Numbered("latent " if main == LATENTS else "image ", rows.shape[0])
+    described = _labels(labels, class_names, names)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
+  verify = functools.partial(_verify, path) if isinstance(rows, FileRows) else None
   if arrays:
-    warnings.warn(f"{path} has arrays that are not used: {', '.join(sorted(arrays))}", stacklevel=4)
-  names = Numbered("latent " if main == LATENTS else "image ", rows.shape[0])
-  return Records(str(path), names, *described, read, stamps_of_rows(path, len(names)))
+    warnings.warn(f"{path} has arrays that are not used: {shown(', '.join(sorted(arrays)))}", stacklevel=4)
+  return Records(str(path), names, *described, read, stamps_of_rows(path, len(names)), state=state, verify=verify)
+
+
+def _verify(path: Path) -> None:
+  """Compare all arrays of a file with their checksums.
+
+  Raises:
+    ValueError: if one is damaged.
+  """
+  try:
+    with zipfile.ZipFile(path) as archive:
+      damaged = archive.testzip()
+  except Exception as error:  # A damaged archive can raise any kind of exception.
+    raise ValueError(f"{path} is not a valid .npz file ({error})") from error
+  if damaged is not None:
+    raise ValueError(f"{path} is damaged: {damaged} does not have the checksum that is stored with it: copy it again")
 
 
 def _main_array(arrays: Mapping[str, Any]) -> str:
@@ -116,7 +135,8 @@ def _main_array(arrays: Mapping[str, Any]) -> str:
     return present[0]
   near = [(name, match) for name in arrays for match in difflib.get_close_matches(name, EXAMPLES, n=1)]
   hint = f": did you mean {near[0][1]!r} by {near[0][0]!r}?" if near else ""
-  raise ValueError(f"it needs an array {', '.join(EXAMPLES[:-1])} or {LATENTS}; it has {', '.join(arrays)}{hint}")
+  others = shown(", ".join(arrays))
+  raise ValueError(f"it needs an array {', '.join(EXAMPLES[:-1])} or {LATENTS}; it has {others}{hint}")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -210,7 +230,7 @@ def _read_latent(rows: np.ndarray | FileRows, shift: np.ndarray, scale: np.ndarr
   return ((rows[row] - shift) * scale).astype(np.float32)
 
 
-def _labels(labels: Any, class_names: Any, number: int) -> tuple[Any, Any, int | None]:
+def _labels(labels: Any, class_names: Any, names: Sequence[str]) -> tuple[Any, Any, int | None]:
   """Return labels, class names and the number of classes.
 
   Raises:
@@ -223,6 +243,7 @@ def _labels(labels: Any, class_names: Any, number: int) -> tuple[Any, Any, int |
       raise ValueError(f"class_names must be texts, one for each class of the labels, but {problem}")
   if labels is None:
     return None, None, None
+  number = len(names)
   if labels.shape[:1] != (number,):
     raise ValueError(f"it has {number} examples, and labels of shape {labels.shape}: give one label for each")
   if labels.dtype.kind in "iub" and labels.shape[1:] == (1,):
@@ -232,4 +253,4 @@ def _labels(labels: Any, class_names: Any, number: int) -> tuple[Any, Any, int |
     )
   if labels.dtype.kind == "U" and labels.ndim == 1 and class_names is None:
     class_names, labels = np.unique(labels, return_inverse=True)
-  return describe_labels(labels, None if class_names is None else class_names.tolist())
+  return describe_labels(labels, names, None if class_names is None else class_names.tolist())

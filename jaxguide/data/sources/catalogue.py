@@ -19,7 +19,7 @@ import numpy as np
 from jaxguide._core import checks
 from jaxguide._core.files import replacing
 from jaxguide.data.images import Images
-from jaxguide.data.records import BadRecord, OncePerProcess, Records, stamp
+from jaxguide.data.records import BadRecord, OncePerProcess, Records, Unreadable, stamp, state_of
 from jaxguide.data.sources.rows import Joined, Numbered, spread
 
 DIGITS = "digits"
@@ -66,9 +66,10 @@ def open_catalogue(name: str, split: str, data_dir: str | os.PathLike[str] | Non
     return load(name, split, data_dir)
   paths = [(Path(part.filename), part.take) for part in info.file_instructions]
   try:
-    sizes = [path.stat().st_size for path, _ in paths]
+    statuses = [path.stat() for path, _ in paths]
     source = _encoded(builder, split)
-    common = [stamp(name, str(builder.version), path.name, size) for (path, _), size in zip(paths, sizes, strict=True)]
+    facts = [(path.name, status.st_size) for (path, _), status in zip(paths, statuses, strict=True)]
+    common = [stamp(name, str(builder.version), *each) for each in facts]
     labels = _labels(source, str(stamp(split, *common)))
   except (RuntimeError, OSError) as error:
     raise OSError(_damaged(name, builder.data_path, error)) from error
@@ -81,13 +82,16 @@ def open_catalogue(name: str, split: str, data_dir: str | os.PathLike[str] | Non
     num_classes,
     functools.partial(_read_image, OncePerProcess(_encoded, builder, split)),
     np.concatenate([spread(each, number) for each, (_, number) in zip(common, paths, strict=True)]),
+    state=state_of(statuses),
   )
 
 
 def _read_image(source: OncePerProcess, row: int) -> bytes | np.ndarray:
   try:
     return source()[row]["image"]
-  except (RuntimeError, OSError) as error:
+  except OSError as error:
+    raise Unreadable(f"it cannot be read ({_line(error)})") from error
+  except RuntimeError as error:
     raise BadRecord(f"it is damaged ({_line(error)})") from error
 
 

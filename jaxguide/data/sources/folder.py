@@ -1,17 +1,21 @@
 """A folder of pictures: a sub-folder for each class, or pictures alone."""
 
 import functools
+import hashlib
 import json
 import os
+import reprlib
 import stat
 import warnings
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from jaxguide.data.records import BadRecord, Records, stamp
+from jaxguide.data.dataset import MOST_CLASSES
+from jaxguide.data.records import BadRecord, Records, Unreadable, facts_of, shown, stamp
 
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -37,6 +41,17 @@ def is_picture(name: str) -> bool:
   return name.lower().endswith(ENDINGS)
 
 
+def normal(name: Any) -> str:
+  """Return the name of a file without empty parts and dots.
+
+  >>> normal("./a//1.png")
+  'a/1.png'
+  """
+  if not isinstance(name, str):
+    raise ValueError(f"{name!r} is not the name of a picture")
+  return str(PurePosixPath(name)) if "./" in name or "//" in name else name
+
+
 def open_folder(path: Path, is_labelled: bool = True) -> Records:
   """Return the records of a folder.
 
@@ -54,6 +69,7 @@ def open_folder(path: Path, is_labelled: bool = True) -> Records:
   """
   names: list[str] = []
   stamps: list[int] = []
+  state = hashlib.sha256()
   bad: dict[int, str] = {}
   others: list[str] = []
   root = path.resolve()
@@ -67,20 +83,23 @@ def open_folder(path: Path, is_labelled: bool = True) -> Records:
       bad[len(names)] = reason
     names.append(name)
     stamps.append(stamp(name, status.st_size, status.st_mtime_ns))
+    state.update(facts_of(status))
   if others:
     warn_of_others(path, others)
   if not names:
     raise ValueError(f"{path} contains no pictures; their names end in {', '.join(ENDINGS)}")
   labels = path / DATASET_JSON
   described: Described = (None, None, None)
-  if is_labelled and labels.is_file():
-    described = labelled_by_json(path, names, labels.read_bytes())
+  if is_labelled and os.path.lexists(labels):
+    if not labels.is_file():
+      raise ValueError(f"{labels} is not a regular file: give the labels in one, or remove it")
+    described = labelled_by_json(path, names, stamps, bad, labels.read_bytes())
   elif is_labelled:
     described = labelled_by_folder(path, names)
     _warn_of_empty(path, described[1] or ())
 
   read = functools.partial(_read, os.path.join(path, ""), names)
-  return Records(str(path), names, *described, read, np.array(stamps, np.uint64), bad)
+  return Records(str(path), names, *described, read, np.array(stamps, np.uint64), bad, state.hexdigest())
 
 
 def _read(folder: str, names: Sequence[str], row: int) -> bytes:
@@ -91,18 +110,19 @@ def _read(folder: str, names: Sequence[str], row: int) -> bytes:
         raise BadRecord(f"it is larger than {LARGEST_FILE:,} bytes")
       return file.readall()
   except OSError as error:
-    raise BadRecord(f"it cannot be read ({error.strerror or error})") from error
+    raise Unreadable(f"it cannot be read ({error.strerror or error})") from error
 
 
 def _files(path: Path, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
   """Yield all files that are not hidden, in the order of their names, with their paths inside the folder."""
-  with os.scandir(path) as entries:
+  with os.scandir(path / prefix) as entries:
     found = sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name)
   for entry in found:
     if entry.is_dir(follow_symlinks=False):
-      yield from _files(path / entry.name, f"{prefix}{entry.name}/")
+      yield from _files(path, f"{prefix}{entry.name}/")
     elif entry.is_symlink() and os.path.isdir(entry.path):  # `entry.is_dir` raises an error for a link to itself.
-      warnings.warn(f"{path / entry.name} is a link to a folder, which is not followed: give that folder", stacklevel=4)
+      link = shown(prefix + entry.name)
+      warnings.warn(f"{path}: {link} is a link to a folder, which is not followed: give that folder", stacklevel=4)
     else:
       yield prefix + entry.name, entry
 
@@ -122,8 +142,8 @@ def _checked(entry: os.DirEntry[str], root: Path) -> tuple[str | None, os.stat_r
 
 def warn_of_others(path: Path, others: Sequence[str]) -> None:
   """Warn of files that are no pictures."""
-  shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-  warnings.warn(f"{path} has {len(others)} files that are no pictures and are left out: {shown}", stacklevel=4)
+  named = shown(", ".join(others[:3])) + (", ..." if len(others) > 3 else "")
+  warnings.warn(f"{path} has {len(others)} files that are no pictures and are left out: {named}", stacklevel=4)
 
 
 def _warn_of_empty(path: Path, classes: Sequence[str]) -> None:
@@ -132,7 +152,8 @@ def _warn_of_empty(path: Path, classes: Sequence[str]) -> None:
     folders = {entry.name for entry in entries if entry.is_dir(follow_symlinks=False) and not is_hidden(entry.name)}
   empty = sorted(folders - {*classes})
   if empty:
-    warnings.warn(f"{path} has folders without pictures, which are no classes: {', '.join(empty[:5])}", stacklevel=4)
+    named = shown(", ".join(empty[:5]))
+    warnings.warn(f"{path} has folders without pictures, which are no classes: {named}", stacklevel=4)
 
 
 Described = tuple[np.ndarray | None, Sequence[str] | None, int | None]
@@ -153,8 +174,8 @@ def labelled_by_folder(path: Path, names: Sequence[str], bad: Container[int] = (
     return None, None, None
   if outside:
     raise ValueError(
-      f"{path} has pictures beside folders of pictures, such as {outside[0]}: move them into the folder of their "
-      "class, or give labels none (--set data.labels=none) for a model without classes"
+      f"{path} has pictures beside folders of pictures, such as {shown(outside[0])}: move them into the folder of "
+      "their class, or give labels none (--set data.labels=none) for a model without classes"
     )
   classes = sorted({folder for row in good if (folder := folders[row]) is not None})
   if SPLITS.issuperset(name.lower() for name in classes) and all(names[row].count("/") > 1 for row in good):
@@ -166,40 +187,92 @@ def labelled_by_folder(path: Path, names: Sequence[str], bad: Container[int] = (
   return np.array([numbers.get(folder, 0) for folder in folders], np.int32), classes, len(classes)
 
 
-def labelled_by_json(path: Path, names: Sequence[str], content: bytes) -> Described:
+def labelled_by_json(path: Path, names: list[str], stamps: list[int], bad: dict[int, str], content: bytes) -> Described:
   """Return labels, class names and the number of classes by EDM's ``dataset.json``.
 
+  Pictures that it names and that are not there are added to the names, the stamps and the bad records.
+
   Raises:
-    ValueError: if it is damaged, or a record has no label in it.
+    ValueError: if it is damaged, names a picture with two labels, or a record has no label in it.
   """
   try:
-    described = json.loads(content)["labels"]
+    described = json.loads(content, object_pairs_hook=_unique)["labels"]
     if described is None:
       return None, None, None
-    table = dict(described) if isinstance(described, Mapping) else {name: label for name, label in described}
+    pairs = described.items() if isinstance(described, Mapping) else described
+    pairs = [(normal(name), label) for name, label in pairs]
+    table = dict(pairs)
+    for name, label in pairs:
+      if len(table) < len(pairs) and label != table[name]:
+        raise ValueError(f"{shown(name)} has two labels, {label!r} and {table[name]!r}")
     missing = next((name for name in names if name not in table), None)
     if missing is not None:
-      raise ValueError(f"{missing} has no label")
-    return describe_labels([table[name] for name in names])
+      raise ValueError(f"{shown(missing)} has no label")
+    for name in sorted(table.keys() - {*names}):
+      bad[len(names)] = f"{DATASET_JSON} names it, and there is no such picture"
+      names.append(name)
+      stamps.append(stamp(name))
+    return describe_labels([table[name] for name in names], names)
+  except RecursionError:
+    raise ValueError(f"{path}: {DATASET_JSON} is not a valid list of labels (it is nested too deeply)") from None
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(f"{path}: {DATASET_JSON} is not a valid list of labels ({error})") from error
 
 
-def describe_labels(labels: Any, class_names: Sequence[str] | None = None) -> Described:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  fields = dict(pairs)
+  if len(fields) < len(pairs):
+    names = Counter(name for name, _ in pairs)
+    raise ValueError(f"it has {names.most_common(1)[0][0]!r} twice")
+  return fields
+
+
+def describe_labels(labels: Any, names: Sequence[str], class_names: Sequence[str] | None = None) -> Described:
   """Return labels, class names and the number of classes, for labels that are whole numbers or vectors.
 
+  Args:
+    labels: a label for each record.
+    names: the names of the records, for errors.
+    class_names: the names of the classes, if they have some.
+
   Raises:
-    ValueError: if the labels are neither.
+    ValueError: if the labels are neither, with the first wrong one and its record; or a class's name stands twice.
   """
-  array = np.asarray(labels)
-  if array.ndim == 1 and array.dtype.kind in "iub" and array.size and array.min() >= 0:
-    number = int(array.max()) + 1 if class_names is None else len(class_names)
-    if array.max() >= number:
-      raise ValueError(f"label {array.max()} is not one of the {number} classes")
-    return array.astype(np.int32), class_names, number
-  if array.ndim == 2 and array.dtype.kind in "iufb" and class_names is None and np.isfinite(array).all():
-    return array.astype(np.float32), None, None
+  if class_names is not None and len({*class_names}) < len(class_names):
+    name = next(name for name in class_names if class_names.count(name) > 1)
+    raise ValueError(f"class_names has {name!r} twice: give each class a name of its own")
+  try:
+    array = np.asarray(labels)
+  except ValueError:  # Vectors of several lengths.
+    array = np.empty(0)
+  number = MOST_CLASSES if class_names is None else len(class_names)
+  if array.ndim == 1 and array.dtype.kind in "iub" and array.size and array.min() >= 0 and array.max() < number:
+    return array.astype(np.int32), class_names, int(array.max()) + 1 if class_names is None else number
+  if array.ndim == 2 and array.dtype.kind in "iufb" and array.size and class_names is None:
+    vectors = _float32(array)
+    if np.isfinite(vectors).all():
+      return vectors, None, None
+  row = next((row for row, label in enumerate(labels) if not _fits(label, labels[0], number)), 0)
+  label = labels[row].tolist() if isinstance(labels[row], np.ndarray | np.generic) else labels[row]
+  text = f"{shown(names[row])}: label {reprlib.repr(label)} is not"
+  if class_names is not None:
+    raise ValueError(f"{text} one of the {number} classes, a whole number from 0 to {number - 1}")
+  size = f"{np.size(labels[0])} " if np.ndim(labels[0]) == 1 and np.size(labels[0]) else ""
   raise ValueError(
-    f"labels must be whole numbers of at least 0, or a vector of finite numbers for each record, got {array.dtype} of "
-    f"shape {array.shape}"
+    f"{text} a whole number from 0 to {MOST_CLASSES - 1}, or a vector of {size}finite numbers: give each record such a "
+    "label, all of one kind"
   )
+
+
+def _fits(label: Any, first: Any, number: int) -> bool:
+  """Whether a label is one of some number of classes, or a vector of float32 numbers, as the first label is."""
+  if np.ndim(first) == 0:
+    return isinstance(label, int | np.integer | np.bool_) and bool(0 <= label < number)
+  array = np.asarray(label)
+  is_vector = array.ndim == 1 and array.size == np.size(first) and array.size and array.dtype.kind in "iufb"
+  return bool(is_vector and np.isfinite(_float32(array)).all())
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+  with np.errstate(over="ignore"):  # Numbers that are too large become infinite.
+    return array.astype(np.float32)

@@ -4,6 +4,7 @@ import difflib
 import functools
 import importlib.util
 import json
+import os
 import re
 import threading
 import warnings
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxguide._core.files import check_readable
-from jaxguide.data.records import BadRecord, OncePerProcess, Records
+from jaxguide.data.records import BadRecord, OncePerProcess, Records, Unreadable, shown, state_of
 from jaxguide.data.sources.folder import Described, describe_labels
 from jaxguide.data.sources.rows import Joined, Numbered, part_of, stamps_of_rows
 
@@ -25,7 +26,7 @@ CACHE = 2**28
 LOADS = 4
 """The number of row groups that are read at the same time."""
 
-SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(-.*)?\.parquet")
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(-.*)?\.parquet")
 """The name of a part of a split in Hugging Face's datasets, such as ``train-00000-of-00002.parquet``."""
 
 
@@ -62,17 +63,18 @@ def open_parquet(
   tables = [_Table(file, image_column, label_column) for file in paths]
   if not sum(len(table) for table in tables):
     raise ValueError(f"{path} contains no rows")
+  names = Joined([Numbered(f"{table.path.name} row ", len(table)) for table in tables])
   described: Described = (None, None, None)
   if label_column is not None:
-    described = _labels(tables, label_column)
+    described = _labels(tables, label_column, names)
   groups = OncePerProcess(_Groups, tables)
   starts = np.cumsum([0, *(len(table) for table in tables)])
 
   read = functools.partial(_read, groups, starts)
   stamps = np.concatenate([stamps_of_rows(table.path, len(table)) for table in tables])
   groups().warn_if_slow(path)
-  names = Joined([Numbered(f"{table.path.name} row ", len(table)) for table in tables])
-  return Records(str(path), names, *described, read, stamps)
+  state = state_of(os.stat(table.path) for table in tables)
+  return Records(str(path), names, *described, read, stamps, state=state)
 
 
 def _read(groups: OncePerProcess, starts: np.ndarray, row: int) -> bytes:
@@ -84,7 +86,7 @@ def _paths(path: Path, split: str) -> list[Path]:
   """Return the files of a split.
 
   Raises:
-    ValueError: if there are files of other splits alone.
+    ValueError: if there are files of other splits alone, or a file of the split is missing.
   """
   if not path.is_dir():
     return [path]
@@ -98,7 +100,16 @@ def _paths(path: Path, split: str) -> list[Path]:
   if split not in splits:
     known = ", ".join(sorted(name for name in splits if name))
     raise ValueError(f"{path} has no files of the split {split!r}; it has {known}")
-  return [file for file, match in zip(paths, matches, strict=True) if match and match[1] == split]
+  chosen = {file: match for file, match in zip(paths, matches, strict=True) if match and match[1] == split}
+  for number in {int(match[3]) for match in chosen.values()}:
+    missing = sorted({*range(number)} - {int(match[2]) for match in chosen.values() if int(match[3]) == number})
+    if missing:
+      names = ", ".join(f"{split}-{index:05}-of-{number:05}.parquet" for index in missing[:3])
+      raise ValueError(
+        f"{path} lacks {len(missing)} of the {number} files of the split {split!r}: {names}"
+        f"{', ...' if len(missing) > 3 else ''}. Add them, or give one file alone as the source"
+      )
+  return [*chosen]
 
 
 class _Table:
@@ -118,13 +129,14 @@ class _Table:
         raise
       raise ValueError(f"{path} is not a complete Parquet file ({_line(error)})") from error
     for option, name in (("image_column", image_column), ("label_column", label_column)):
+      if name is not None and self.schema.names.count(name) > 1:
+        raise ValueError(f"{path} has several columns {name!r}: rename them, or give another one as {option}")
       if name is not None and name not in self.schema.names:
         near = difflib.get_close_matches(name, self.schema.names, n=1)
         hint = f": did you mean {near[0]!r}?" if near else "."
         without = "" if option == "image_column" else ", or labels none to train without labels"
-        raise ValueError(
-          f"{path} has no column {name!r}{hint} It has {', '.join(self.schema.names)}; give one as {option}{without}"
-        )
+        names = shown(", ".join(self.schema.names))
+        raise ValueError(f"{path} has no column {name!r}{hint} It has {names}; give one as {option}{without}")
     self.leaf = _bytes_of(path, image_column, self.schema.field(image_column).type)
     self.is_plain = self.leaf == image_column
     groups = [self.metadata.row_group(group) for group in range(self.metadata.num_row_groups)]
@@ -176,7 +188,7 @@ def _bytes_of(path: Path, name: str, kind: Any) -> str:
   raise ValueError(f"{path}: column {name!r} must hold encoded pictures, as bytes or {{bytes, path}}, got {kind}")
 
 
-def _labels(tables: Sequence[_Table], name: str) -> Described:
+def _labels(tables: Sequence[_Table], name: str, rows: Sequence[str]) -> Described:
   """Return labels, class names and the number of classes of all files.
 
   Raises:
@@ -196,14 +208,25 @@ def _labels(tables: Sequence[_Table], name: str) -> Described:
       values.append(_array(column))
     except ValueError as error:
       raise ValueError(f"{table.path}: column {name!r} {error}") from error
+  for table, array in zip(tables, values, strict=True):
+    if _kind(array) != _kind(values[0]):
+      kinds = f"{_kind(values[0])} in {tables[0].path} and {_kind(array)} in {table.path}"
+      raise ValueError(f"column {name!r} has {kinds}: give all files labels of one kind")
   try:
     labels = np.concatenate(values)
     if labels.dtype.kind in "OU":
       found, labels = np.unique(labels.astype(str), return_inverse=True)
       class_names = found.tolist()
-    return describe_labels(labels, class_names)
+    return describe_labels(labels, rows, class_names)
   except ValueError as error:
     raise ValueError(f"{tables[0].path}: column {name!r}: {error}") from error
+
+
+def _kind(labels: np.ndarray) -> str:
+  """Return what labels are, in words."""
+  if labels.ndim > 1:
+    return f"lists of {labels.shape[1]} numbers"
+  return "texts" if labels.dtype.kind in "OU" else "whole numbers"
 
 
 def _array(column: Any) -> np.ndarray:
@@ -217,7 +240,8 @@ def _array(column: Any) -> np.ndarray:
   kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
   column = column.cast(kind)
   if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
-    return column.to_numpy().astype(np.int64)
+    values = column.to_numpy()
+    return values if values.dtype == np.uint64 else values.astype(np.int64)
   if pa.types.is_string(kind) or pa.types.is_large_string(kind):
     return column.to_numpy().astype(str)
   is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
@@ -226,7 +250,7 @@ def _array(column: Any) -> np.ndarray:
     lengths = {len(row) for row in rows}
     if len(lengths) > 1 or any(value is None for row in rows for value in row):
       raise ValueError("must hold lists of one length without missing numbers")
-    return np.array(rows, np.float32)
+    return np.array(rows, np.float64)
   raise ValueError(f"must hold whole numbers, texts, or lists of numbers, got {kind}")
 
 
@@ -272,7 +296,8 @@ class _Groups:
         try:
           column = self.tables[table].pictures(group)
         except ValueError as error:
-          raise BadRecord(str(error)) from error
+          kind = Unreadable if isinstance(error.__cause__, OSError) else BadRecord
+          raise kind(str(error)) from error
         self._keep(key, column)
     return column
 
