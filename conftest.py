@@ -23,7 +23,7 @@ _tests = itertools.count(1)
 _MAPPINGS = 40_000  # of the 65,530 that a process may have
 _KILOBYTES = 4_000_000  # of memory that a process holds
 _MORE = 1_000_000  # that it may hold after programs were let go, since not all memory returns to the system
-_limit = _KILOBYTES
+_limit = [_KILOBYTES]
 
 
 @pytest.fixture(autouse=True)
@@ -33,13 +33,12 @@ def forget_programs():
   Past the limit the next program to be compiled is a segmentation fault. Until then programs are kept, since the next
   test may need them again.
   """
-  global _limit
   yield
-  if next(_tests) % 10 == 0 and (_mappings() > _MAPPINGS or _resident() > _limit):
+  if next(_tests) % 10 == 0 and (_mappings() > _MAPPINGS or _resident() > _limit[0]):
     import jax
 
     jax.clear_caches()
-    _limit = max(_KILOBYTES, min(_resident() + _MORE, 2 * _KILOBYTES))
+    _limit[0] = max(_KILOBYTES, min(_resident() + _MORE, 2 * _KILOBYTES))
 
 
 def _mappings():

@@ -494,7 +494,7 @@ def test_pictures_kept_in_memory_are_the_same(tmp_path):
 
 def test_a_cache_that_does_not_fit(tmp_path, monkeypatch):
   folder = write(tmp_path / "d", {"1.png": encoded(noise())})
-  monkeypatch.setattr(data_config.prepared, "_free_memory", lambda: 100)
+  monkeypatch.setattr(data_config.prepared.devices, "free_host_bytes", lambda: 100)
   with pytest.raises(ValueError, match=r"cache needs 0\.0 GB for 1 pictures"):
     opened(folder, cache=True)
 

@@ -90,17 +90,19 @@ def host() -> jax.Device | None:
 
 
 def free_bytes() -> int | None:
-  """Return the memory in bytes that a device of this process has left; None where the system does not say.
-
-  For a CPU it is the host's.
-  """
+  """Return the memory in bytes that a device of this process has left; None where the system does not say."""
   device = jax.local_devices()[0]
-  if device.platform != "cpu":
-    facts = device.memory_stats() or {}
-    return facts["bytes_limit"] - facts.get("bytes_in_use", 0) if "bytes_limit" in facts else None
+  if device.platform == "cpu":
+    return free_host_bytes()
+  facts = device.memory_stats() or {}
+  return facts["bytes_limit"] - facts.get("bytes_in_use", 0) if "bytes_limit" in facts else None
+
+
+def free_host_bytes() -> int | None:
+  """Return the memory in bytes that the host has left; None where the system does not say."""
   try:
     with open("/proc/meminfo") as file:
-      host = dict(line.split(":", 1) for line in file)
-    return int(host["MemAvailable"].split()[0]) * 1024
+      facts = dict(line.split(":", 1) for line in file)
+    return int(facts["MemAvailable"].split()[0]) * 1024
   except (OSError, KeyError, ValueError):
     return None

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxguide._core import devices
 from jaxguide._core.bars import progress_bar
 from jaxguide.data import decode, resize
 from jaxguide.data.dataset import Dataset
@@ -216,7 +217,7 @@ def in_memory(dataset: Pictures, workers: int, progress: bool = True) -> Images:
   if dataset.preparation.is_random:
     raise ValueError("cache keeps decoded pictures, but crop 'random' and flip make others each time: leave one out")
   needed = len(dataset) * int(np.prod(dataset.image_shape))
-  free = _free_memory()
+  free = devices.free_host_bytes()
   if free is not None and needed > free / 2:
     raise ValueError(
       f"cache needs {needed / 1e9:.1f} GB for {len(dataset):,} pictures, and {free / 1e9:.1f} GB are free, of which "
@@ -231,16 +232,6 @@ def in_memory(dataset: Pictures, workers: int, progress: bool = True) -> Images:
     pass
   labels = None if dataset.records.labels is None else dataset.records.labels[dataset.rows]
   return DecodedPictures(images, labels, dataset.num_classes, dataset.name, dataset.class_names, dataset)
-
-
-def _free_memory() -> int | None:
-  """Return the free memory in bytes, or None where the system does not say."""
-  try:
-    with open("/proc/meminfo") as file:
-      facts = dict(line.split(":", 1) for line in file)
-    return int(facts["MemAvailable"].split()[0]) * 1024
-  except (OSError, KeyError, ValueError):
-    return None
 
 
 def _in_threads(function: Any, items: Sequence[Any], workers: int, title: str, progress: bool) -> Iterator[Any]:

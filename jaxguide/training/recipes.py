@@ -8,6 +8,7 @@ network and the size of the images, and then from the defaults.
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,7 @@ def recipe(sections: Mapping[str, Any], data: Any = None) -> Recipe:
     checks.lookup("name in [model]", name, {field.name: None for field in dataclasses.fields(ModelConfig)})
   source = None
   if checks.lookup("preset", sections.get("preset", "size"), {name: name for name in PRESETS}) == "size":
-    data = datasets.open_data(dataclasses.replace(where, check="none", cache=False), False) if data is None else data
+    data = _glance(where) if data is None else data
     source = _fill_from_preset(model, training, data, init_from)
     share = HELD_OUT if where.held_out is None else where.held_out
     if classifies and share and "patience" not in run:
@@ -176,6 +177,13 @@ def _check_places(sections: Mapping[str, Any]) -> None:
       homes = [home for home, known in names.items() if name in known]
       if homes:
         raise ValueError(f"[{section}] has no {name!r}: write {homes[0]}.{name}")
+
+
+def _glance(where: DataConfig) -> Any:
+  """Open data to see their images and classes alone; what is wrong with files is said when they are opened to train."""
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)
+    return datasets.open_data(dataclasses.replace(where, check="none", contents=False, cache=False), False)
 
 
 def _table(sections: Mapping[str, Any], name: str) -> Mapping[str, Any]:
