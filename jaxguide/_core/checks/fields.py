@@ -13,6 +13,10 @@ import numpy as np
 from jaxguide._core.checks.numbers import T, number, whole
 
 
+LEAST_ALIKE = 0.4
+"""A name that is less alike than this share is not proposed."""
+
+
 def field(name: str, value: Any, kind: Any, *bounds: int | float) -> Any:
   """Check that the value of a configuration's field fits its annotation, and return it as plain data.
 
@@ -118,8 +122,9 @@ def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
   if isinstance(name, str) and name in table:
     return table[name]
   written = str(name).replace("+", "p")  # DPM-Solver++ is written dpmpp.
-  nearest = difflib.get_close_matches(written, [*table], 1, cutoff=0.4)
-  hint = f": did you mean {nearest[0]!r}?" if nearest else "."
+  alike = {known: difflib.SequenceMatcher(None, known, written).ratio() for known in table}
+  nearest = max(alike, key=lambda known: alike[known], default=None)
+  hint = "." if nearest is None or alike[nearest] < LEAST_ALIKE else f": did you mean {nearest!r}?"
   raise ValueError(f"unknown {kind} {name!r}{hint} There are {', '.join(sorted(table))}")
 
 
