@@ -12,7 +12,6 @@ import numpy as np
 
 from jaxguide._core.checks.numbers import T, number, whole
 
-
 LEAST_ALIKE = 0.4
 """A name that is less alike than this share is not proposed."""
 
