@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from jaxguide import data
-from jaxguide.data import decode
+from jaxguide._core import files
+from jaxguide.data import DataConfig, decode, open_data
 from jaxguide.data.records import BadRecord
 from jaxguide.data.sources import array_record, arrays, catalogue, parquet
 from jaxguide.data.sources.array_record import open_array_record
@@ -733,3 +735,31 @@ def test_batches_do_not_depend_on_the_number_of_processes(tmp_path):
   for one, other in zip(in_threads[2:], in_processes, strict=True):
     for a, b in zip(one, other, strict=True):
       np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+  ("kind", "given"),
+  [
+    ("folder", {"split": "test"}),
+    ("folder", {"image_column": "picture"}),
+    ("npz", {"label_column": "class"}),
+    ("npz", {"data_dir": "."}),
+    ("digits", {"image_column": "picture"}),
+  ],
+)
+def test_settings_of_other_sources_are_refused(tmp_path, kind, given):
+  source = {"folder": tmp_path / "pictures", "npz": tmp_path / "data.npz", "digits": "digits"}[kind]
+  (tmp_path / "pictures" / "a").mkdir(parents=True)
+  Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "pictures" / "a" / "0.png")
+  np.savez(tmp_path / "data.npz", images=np.zeros((2, 4, 4, 1), np.uint8), labels=np.arange(2))
+  with pytest.raises(ValueError, match=f"{next(iter(given))} is not a setting for .*: leave it out"):
+    open_data(DataConfig(str(source), **given))
+
+
+def test_paths_that_are_not_utf8_are_refused(tmp_path):
+  folder = os.fsdecode(os.fsencode(tmp_path) + b"/d\xff")
+  os.mkdir(folder)
+  with pytest.raises(ValueError, match=r"d\\udcff' is not UTF-8 and cannot be stored: rename it"):
+    open_data(DataConfig(folder))
+  with pytest.raises(OSError, match="is not UTF-8; choose another path"):
+    files.check_writable(os.path.join(folder, "x.png"))

@@ -34,6 +34,10 @@ def check_writable(path: PathLike) -> None:
   OSError: cannot write .: it is a folder; give the path of a file in it
   """
   path = Path(path)
+  try:
+    str(path).encode()
+  except UnicodeEncodeError:
+    raise OSError(f"cannot write {str(path)!a}: it is not UTF-8; choose another path") from None
   if len(os.fsencode(path.name)) > LONGEST:
     raise OSError(f"cannot write {path}: its name is longer than {LONGEST} bytes; choose a shorter one")
   if path.is_dir():

@@ -47,6 +47,7 @@ def classifier_report(
   from jaxguide._core import checks
   from jaxguide.evaluation.classifier_report import SCALES
   from jaxguide.evaluation.held_out_data import held_out_data
+  from jaxguide.models.networks import CLASSIFIER
 
   if out.suffix != ".html":
     raise ValueError(f"out must be a file that ends in .html, got {out}")
@@ -56,6 +57,8 @@ def classifier_report(
     raise ValueError(f"{out} exists already: choose another file, or --overwrite it")
   with said_at_once():
     classifier = models.load(model)
+    if classifier.config.role is not CLASSIFIER:
+      raise ValueError(f"{model} is a {classifier.config.network}, and the report is for a classifier: give one")
     report = evaluation.classifier_report(
       out,
       classifier,

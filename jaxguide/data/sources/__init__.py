@@ -7,7 +7,7 @@ A name without a source is one of the TFDS catalogue, or ``digits``.
 import difflib
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,9 @@ def load(name: str, split: str = "train", data_dir: str | os.PathLike[str] | Non
   return catalogue.load(name, split, data_dir)  # A colon is also how TFDS names a version, as in mnist:3.0.1.
 
 
+SPECIAL = {"split": "train", "data_dir": None, "image_column": "image", "label_column": "label"}
+"""The settings that some sources have, with their defaults."""
+
 FILES: dict[str, tuple[str, str]] = {
   ".zip": ("archive", "open_archive"),
   ".npz": ("arrays", "open_arrays"),
@@ -63,6 +66,8 @@ def open_source(config: Any) -> Records | Images:
   """
   name = config.source
   source, colon, rest = name.partition(":")
+  if not Path(name).expanduser().exists() or name == catalogue.DIGITS:
+    _check_used(config, ("split", "data_dir"))
   if name == catalogue.DIGITS:
     return catalogue.load(name, config.split, config.data_dir)
   if colon and SOURCES.get(source) is catalogue.load:
@@ -70,19 +75,37 @@ def open_source(config: Any) -> Records | Images:
   if colon and source in SOURCES:
     return SOURCES[source](rest, config.split, config.data_dir)
   path = Path(name).expanduser()
+  _check_encoding(name)
   if not path.exists():
     near = difflib.get_close_matches(name, [catalogue.DIGITS], n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise FileNotFoundError(
-      f"there is no file or folder {name}: {hint}Give a folder of pictures, a file that ends in "
+      f"there is no file or folder {name}: {hint}give a folder of pictures, a file that ends in "
       f"{', '.join(FILES)}, {catalogue.DIGITS}, or tfds:NAME for a data set of TFDS"
     )
+  is_parquet = path.suffix.lower() == ".parquet"
   if path.is_dir():
-    has_parquet = any(path.glob("*.parquet")) or any(path.glob("data/*.parquet"))
-    return _open(".parquet", path, config) if has_parquet else folder.open_folder(path, config.labels != "none")
+    is_parquet = any(path.glob("*.parquet")) or any(path.glob("data/*.parquet"))
+  _check_used(config, ("split", "image_column", "label_column") if is_parquet else ())
+  if path.is_dir():
+    return _open(".parquet", path, config) if is_parquet else folder.open_folder(path, config.labels != "none")
   if path.suffix.lower() not in FILES:
     raise ValueError(f"{path} is not a file of data; their names end in {', '.join(FILES)}")
   return _open(path.suffix.lower(), path, config)
+
+
+def _check_used(config: Any, used: Sequence[str]) -> None:
+  """Check that no setting is given that this source does not have."""
+  for name, default in SPECIAL.items():
+    if name not in used and getattr(config, name) != default:
+      raise ValueError(f"{name} is not a setting for {config.source}: leave it out")
+
+
+def _check_encoding(name: str) -> None:
+  try:
+    name.encode()
+  except UnicodeEncodeError:
+    raise ValueError(f"the path {name!a} is not UTF-8 and cannot be stored: rename it") from None
 
 
 def _open(ending: str, path: Path, config: Any) -> Records:
