@@ -589,7 +589,7 @@ def test_options_that_do_not_fit(tmp_path, options, message):
 @pytest.mark.parametrize(
   ("source", "message"),
   [
-    ("nowhere", "there is no file or folder nowhere: Give a folder of pictures"),
+    ("nowhere", "there is no file or folder nowhere: give a folder of pictures"),
     ("digit", "did you mean 'digits'"),
     ("x.rar", "there is no file or folder"),
     (__file__, "is not a file of data; their names end in .zip, .npz"),

@@ -695,7 +695,8 @@ SOURCES = ["pictures", "d.zip", "d.npz", "compressed.npz", "latents.npz", "d.arr
 def test_every_source_can_be_sent_to_another_process(tmp_path, source):
   make_sources(tmp_path)
   size = None if source == "latents.npz" else 8
-  dataset = opened(source if ":" in source else tmp_path / source, size=size, data_dir=tmp_path)
+  named = ":" in source
+  dataset = opened(source if named else tmp_path / source, size=size, data_dir=tmp_path if named else None)
   dataset.example(0)
   sent = cloudpickle.loads(cloudpickle.dumps(dataset))
   for row in range(9):
