@@ -397,6 +397,10 @@ def test_a_run_goes_on_without_the_model_that_it_began_with(train, photos, train
   start, out = shutil.copytree(trained, tmp_path / "start"), tmp_path / "run"
   first = ("--data", photos, "--size", 8, *FAST, "--init-from", start, "--set", "run.sample_every=0")
   assert train(*first, "--out", out, "--steps", 2)[0] == 0
+  other = training.load(start)
+  training.save(tmp_path / "other", dataclasses.replace(other, params=jax.tree.map(jnp.ones_like, other.params)))
+  status, _, errors = train("--out", out, "--steps", 4, "--init-from", tmp_path / "other")
+  assert (status, "init is " in errors) == (2, True)
   shutil.rmtree(start)
   status, _, errors = train("--out", out, "--steps", 4)
   assert (status, "from step 2 on, training.steps is 4 instead of 2" in errors) == (0, True)

@@ -109,6 +109,7 @@ def test_fields_of_other_types_are_stored_as_plain_data(network, stored):
     (Fields(activation=nn.gelu), "activation must be plain data .*make a subclass that has it as its default"),
     (Fields(anything=np.ones(2)), "anything must be plain data"),
     (Fields(anything=[nn.Dense]), "each of anything must be plain data"),
+    (Fields(anything=[1.0, np.inf]), "each of anything must be finite"),
     (Fields(features=(8, 2.5)), "each of features must be a whole number"),
   ],
 )

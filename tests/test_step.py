@@ -15,7 +15,7 @@ import scipy.stats
 import jaxguide as jg
 from jaxguide import schedules, training
 from jaxguide._core import promotion
-from jaxguide.training import ModelConfig, TrainingConfig, optimizers
+from jaxguide.training import ModelConfig, TrainingConfig, optimizers, step
 from jaxguide.training.objectives import low_resolution
 
 RNG = np.random.default_rng(0)
@@ -98,6 +98,13 @@ def test_accumulation_needs_less_memory(model):
   batch = np.zeros((1024, *model.image_shape), np.uint8), None if model is not UNET else np.zeros(1024, np.int32)
   how = change(batch_size=1024)
   assert temporary(change(how, accumulation=4)) < 0.5 * temporary(how)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.5, np.nan, np.inf, -np.inf])
+def test_parts_that_wait_take_their_own_rows(value):
+  """What a part waits for is 0, whatever the gradient is, also one of several types."""
+  total = {"a": jnp.full(2, value), "b": jnp.full(3, value, jnp.bfloat16), "none": jnp.zeros(0)}
+  assert jax.jit(step._zero)(total) == 0
 
 
 @pytest.mark.slow

@@ -105,7 +105,8 @@ def _begun(recipe: Recipe, out: Path) -> str | None:
   """
   if not checkpoints.steps(out / run_folder.CHECKPOINTS):
     return None
-  stored = (stored_sections(out) or {}).get("data", {})
+  sections = stored_sections(out) or {}
+  stored = sections.get("data", {})
   default = records.defaults(datasets.DataConfig)
   for name in SAME_DATA:
     now, then = toml.plain(getattr(recipe.data, name)), stored.get(name, default.get(name))
@@ -114,8 +115,9 @@ def _begun(recipe: Recipe, out: Path) -> str | None:
         f"data.{name} is {then!r} in the run in {out}, and {now!r} here: leave it as it was, retrain the run, or "
         "choose another folder"
       )
-  init = records.read(out / run_folder.RECORD).get("init")
-  return init if isinstance(init, str) else None
+  if sections.get("init_from") != recipe.init_from:
+    return None  # Then it is compared with the parameters that are given here.
+  return records.read(out / run_folder.RECORD).get("init")
 
 
 def open_parts(recipe: Recipe, progress: bool = True) -> Parts:

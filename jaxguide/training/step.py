@@ -148,8 +148,8 @@ def _gradient(goal: Objective, parts: int, *, loop: bool) -> Callable[..., Any]:
 
 def _zero(total: PyTree) -> jax.Array:
   """Return 0, known only when ``total`` is: what needs it waits, so two parts of a batch are not in memory at once."""
-  first = [leaf.ravel()[0] for leaf in jax.tree.leaves(total) if leaf.size]
-  return jnp.minimum(0, jnp.abs(jnp.stack(first)).max().astype(jnp.int32))
+  first = [leaf.ravel()[0].astype(jnp.float32) for leaf in jax.tree.leaves(total) if leaf.size]
+  return jnp.where(jnp.abs(jnp.stack(first)).max() < 0, 1, 0)  # Never below 0, also if it is not finite.
 
 
 def init_state(model: ModelConfig, training: TrainingConfig, params: PyTree | None = None) -> TrainState:

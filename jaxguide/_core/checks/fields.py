@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import math
 import reprlib
 import typing
 from collections.abc import Mapping, Sequence
@@ -75,13 +76,15 @@ def plain(name: str, value: Any) -> Any:
   A dtype becomes its name.
 
   Raises:
-    ValueError: if it is something else, such as a function.
+    ValueError: if it is something else, such as a function or a number that is not finite.
 
   >>> plain("sizes", [np.int64(8), None]), plain("param_dtype", np.float32)
   ((8, None), 'float32')
   """
   if isinstance(value, np.generic):
     value = value.item()
+  if isinstance(value, float) and not math.isfinite(value):
+    raise ValueError(f"{name} must be finite, got {value}")
   if value is None or isinstance(value, bool | int | float | str):
     return value
   if isinstance(value, list | tuple):
