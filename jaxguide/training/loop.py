@@ -252,7 +252,8 @@ class Trainer:
     except (OSError, ValueError) as error:
       self._keep(state)
       kept = f"everything up to step {self.done} is saved in {self.folder}" if self.done else "there was no step yet"
-      raise type(error)(f"{error}; {kept}: restore the data, and start the training again to go on") from error
+      kind = OSError if isinstance(error, OSError) else ValueError
+      raise kind(f"{error}; {kept}: restore the data, and start the training again to go on") from error
 
   def _at_end_of_interval(self, state: TrainState) -> bool:
     """Log, evaluate, draw and save what is due after a step. Return whether the training stops early."""
