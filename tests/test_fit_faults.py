@@ -422,12 +422,13 @@ from jaxguide.training import ModelConfig, TrainingConfig
 images = Images(np.zeros((8, 4, 4, 1), np.uint8), np.zeros(8, np.int32), 2, "zeros")
 training.fit({MODEL!r}, TrainingConfig(steps=10**6, batch_size=3), images, {str(tmp_path)!r}, progress=False)
 """
-  first = subprocess.Popen([sys.executable, "-c", code])
+  environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+  first = subprocess.Popen([sys.executable, "-c", code], env=environment)
   try:
     while not (tmp_path / "training.json").exists():
       assert first.poll() is None
       time.sleep(0.1)
-    second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert second.returncode == 1
     assert second.stderr.strip().splitlines()[-1].startswith(f"OSError: {tmp_path} is in use by process {first.pid} on")
   finally:
