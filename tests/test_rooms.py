@@ -22,7 +22,7 @@ from jaxguide.solvers.base import Memoryless, State, move
 
 PACKAGE = Path(jaxguide.__file__).parent
 MATHEMATICS = ["_core", "schedules", "nn", "denoisers", "guidance", "solvers", "sampling"]
-PROGRAMS = ["data", "models", "training", "evaluation", "generate", "cli"]
+PROGRAMS = ["data", "models", "training", "generate", "evaluation", "cli"]
 ROOMS = [*MATHEMATICS, *PROGRAMS]
 LIBRARIES = {"flax", "jax", "jaxtyping", "numpy", *sys.stdlib_module_names}
 # Files of `_core` that need a library when they are used and not before.
