@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 
-_numpy = np.zeros(1).__reduce__()[0]
-_scalar = np.float64(1).__reduce__()[0]
+# The functions that NumPy names in its pickles, of the protocols 0 to 4 and 5, and of a single number.
+_ARRAY, _BUFFER, _SCALAR = (
+  make[0] for make in (np.zeros(1).__reduce__(), np.zeros(1).__reduce_ex__(5), np.float64(1).__reduce__())
+)
 
 ARRAYS: dict[tuple[str, str], Any] = {
-  **{(f"numpy.{core}.multiarray", "_reconstruct"): _numpy for core in ("core", "_core")},
-  **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
+  **{(f"numpy.{core}.multiarray", "_reconstruct"): _ARRAY for core in ("core", "_core")},
+  **{(f"numpy.{core}.numeric", "_frombuffer"): _BUFFER for core in ("core", "_core")},
+  **{(f"numpy.{core}.multiarray", "scalar"): _SCALAR for core in ("core", "_core")},
   ("numpy", "ndarray"): np.ndarray,
   ("numpy", "dtype"): np.dtype,
   ("_codecs", "encode"): codecs.encode,
