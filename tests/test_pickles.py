@@ -45,3 +45,13 @@ def test_objects_and_damage():
   for end in range(0, len(whole) - 1, 7):
     with pytest.raises(ValueError, match=r"f\.pkl cannot be read"):
       read(whole[:end])
+
+
+def test_parts_in_many_places_are_visited_once():
+  inside = []
+  inside.append(inside)
+  assert read(pickle.dumps(inside))[0][0] is not None
+  doubled = []
+  for _ in range(60):
+    doubled = [doubled, doubled]
+  assert len(read(pickle.dumps(doubled))) == 2

@@ -78,9 +78,12 @@ def read(
 
 def _check_no_objects(content: Any) -> None:
   """Check that no array in nested lists, tuples and dictionaries has elements that are Python objects."""
-  stack = [content]
+  stack, seen = [content], set()
   while stack:
     part = stack.pop()
+    if id(part) in seen:  # A part may be in many places, and a list even in itself.
+      continue
+    seen.add(id(part))
     if isinstance(part, np.ndarray) and part.dtype.hasobject:
       raise ValueError("it has an array of Python objects")
     if isinstance(part, dict):

@@ -232,7 +232,7 @@ def import_model(file: PathLike, out: PathLike, preset: str | None = None, **opt
   """Convert a state dict of guided-diffusion to a model folder, which `jaxguide.models.load` reads.
 
   Args:
-    file: a ``.safetensors`` or ``.pt`` file. A ``.pt`` file needs PyTorch, and is read in PyTorch's safe mode.
+    file: a ``.safetensors``, ``.pt`` or ``.pth`` file. None of them needs PyTorch, and nothing in them is run.
     out: the folder to write; it must be new or empty.
     preset: the name of a published model, from `PRESETS`.
     **options: without a preset, the settings that names and shapes do not determine; see `infer`.
@@ -244,7 +244,6 @@ def import_model(file: PathLike, out: PathLike, preset: str | None = None, **opt
     ValueError: if the file is incomplete, contains something else than tensors, or does not fit the preset or the
       options; if the preset is unknown; if options are missing or do not apply. Nothing is written.
     OSError: if there is no such file, or ``out`` is not empty or cannot be written.
-    ImportError: for a ``.pt`` file if PyTorch is not installed.
   """
   file, out = Path(file), Path(out)
   config = None if preset is None else checks.lookup("preset", preset, PRESETS)

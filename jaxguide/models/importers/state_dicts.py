@@ -1,12 +1,11 @@
 """Files of PyTorch state dicts. Reading loads one tensor at a time; writing replaces the whole file.
 
-``.safetensors`` files do not need PyTorch. ``.pt`` files do, and are only read in PyTorch's safe mode, which does not
-run code from the file.
+``.safetensors``, ``.pt`` and ``.pth`` files are read without PyTorch, and nothing in them is run. Writing ``.pt`` and
+``.pth`` files needs PyTorch.
 """
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,12 @@ import numpy as np
 
 from jaxguide._core import checks
 from jaxguide._core.files import PathLike, replacing
+from jaxguide.models.importers import torch_files
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
+
+COUNTER = "num_batches_tracked"
+"""The last part of the name of BatchNorm's counter of training steps, a whole number that no network computes with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,22 +45,22 @@ def read(path: PathLike) -> dict[str, Tensor]:
   """Open a state dict.
 
   Args:
-    path: a ``.safetensors`` or ``.pt`` file.
+    path: a ``.safetensors``, ``.pt`` or ``.pth`` file.
 
   Returns:
-    Its tensors by name. Each is read from the file when it is converted to an array.
+    Its tensors by name, without BatchNorm's counters of training steps (``num_batches_tracked``). Each is read from the
+    file when it is converted to an array; a ``.pt`` or ``.pth`` file that is damaged there gives a ValueError then.
 
   Raises:
     FileNotFoundError: if there is no such file.
     ValueError: if its extension is unknown, it is truncated, it contains something else than tensors, or a tensor's
       type is not a floating-point type.
-    ImportError: for a ``.pt`` file if PyTorch is not installed.
   """
   path = Path(path)
   _, opener = _format(path)
   if not path.is_file():
     raise FileNotFoundError(f"there is no file {path}")
-  tensors = opener(path)
+  tensors = {name: tensor for name, tensor in opener(path).items() if name.rpartition(".")[2] != COUNTER}
   if not tensors:
     raise ValueError(f"{path} contains no tensors")
   for name, tensor in tensors.items():
@@ -70,12 +73,12 @@ def write(path: PathLike, state_dict: Mapping[str, np.ndarray]) -> None:
   """Write a state dict to a file. A file that is already there is replaced.
 
   Args:
-    path: a ``.safetensors`` or ``.pt`` file.
+    path: a ``.safetensors``, ``.pt`` or ``.pth`` file.
     state_dict: the tensors by name.
 
   Raises:
     ValueError: if the extension is unknown.
-    ImportError: for a ``.pt`` file if PyTorch is not installed.
+    ImportError: for a ``.pt`` or ``.pth`` file if PyTorch is not installed.
     OSError: if the file cannot be written.
   """
   writer, _ = _format(Path(path))
@@ -84,13 +87,13 @@ def write(path: PathLike, state_dict: Mapping[str, np.ndarray]) -> None:
 
 
 def check_format(path: PathLike) -> None:
-  """Check that files with this extension can be read and written; to be called before long work.
+  """Check that files with this extension can be written; to be called before long work.
 
   Raises:
     ValueError: if the extension is unknown.
-    ImportError: for a ``.pt`` file if PyTorch is not installed.
+    ImportError: for a ``.pt`` or ``.pth`` file if PyTorch is not installed.
   """
-  if _format(Path(path)) is FORMATS[".pt"]:
+  if _format(Path(path))[0] is _write_torch:
     _torch()
 
 
@@ -125,53 +128,43 @@ def _write_safetensors(file: Any, state_dict: dict[str, np.ndarray]) -> None:
   save_file(state_dict, file.name, metadata={"format": "pt"})
 
 
+def _read_torch(path: Path) -> dict[str, Tensor]:
+  content = torch_files.read(path)
+  if not isinstance(content, dict):
+    raise ValueError(f"{path} must contain a state dict, got {type(content).__name__}")
+  for name, value in content.items():
+    if not isinstance(name, str):
+      raise ValueError(
+        f"{path} must contain a state dict of tensors by name, but a name is of type {type(name).__name__}"
+      )
+    if not isinstance(value, torch_files.StoredTensor):
+      kind = "dict" if isinstance(value, dict) else type(value).__name__
+      raise ValueError(f"{path} must contain a state dict of tensors, but {name!r} is of type {kind}")
+  return {name: of_torch(value) for name, value in content.items()}
+
+
+def of_torch(stored: torch_files.StoredTensor) -> Tensor:
+  """Return a tensor of `jaxguide.models.importers.torch_files.read`, which is read as float32."""
+  return Tensor(stored.shape, stored.dtype.name, lambda: stored.read().astype(np.float32, copy=False))
+
+
 def _torch() -> Any:
   try:
     import torch
   except ImportError as error:
     raise ImportError(
-      "a .pt file needs PyTorch: pip install '.[torch]' in the clone, or use a .safetensors file"
+      "writing a .pt file needs PyTorch: pip install '.[torch]' in the clone, or use a .safetensors file"
     ) from error
   return torch
 
 
-def _read_pt(path: Path) -> dict[str, Tensor]:
-  torch = _torch()
-  with path.open("rb") as file:
-    zipped = file.read(2) == b"PK"  # Files of PyTorch before 1.6 are not zip files, and cannot be memory-mapped.
-  try:
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore")  # PyTorch warns about TorchScript files, and then raises an error.
-      content = torch.load(path, weights_only=True, mmap=zipped, map_location="cpu")
-  except Exception as error:  # For an incomplete file PyTorch raises many kinds of exceptions, also KeyError.
-    forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if forbidden:
-      raise ValueError(
-        f"{path} contains code or objects besides weights ({forbidden[1]}); no code was run. Save its state dict alone"
-      ) from error
-    reason = re.split(r"\. |\n", str(error))[0]
-    raise ValueError(f"{path} is truncated or not a state dict of PyTorch ({reason})") from error
-  if not isinstance(content, dict):
-    raise ValueError(f"{path} must contain a state dict, got {type(content).__name__}")
-  for name, value in content.items():
-    if not isinstance(value, torch.Tensor):
-      raise ValueError(f"{path} must contain a state dict of tensors, but {name!r} is of type {type(value).__name__}")
-    if value.layout is not torch.strided or value.device.type != "cpu":
-      raise ValueError(f"{path} must contain plain tensors, but {name!r} is {value.layout} on {value.device}")
-
-  def tensor(value: Any) -> Tensor:
-    dtype = str(value.dtype).removeprefix("torch.")
-    return Tensor(tuple(value.shape), dtype, lambda: value.detach().to(torch.float32).numpy())
-
-  return {str(name): tensor(value) for name, value in content.items()}
-
-
-def _write_pt(file: Any, state_dict: dict[str, np.ndarray]) -> None:
+def _write_torch(file: Any, state_dict: dict[str, np.ndarray]) -> None:
   torch = _torch()
   torch.save({name: torch.from_numpy(array) for name, array in state_dict.items()}, file)
 
 
 FORMATS: dict[str, tuple[Callable[..., None], Callable[[Path], dict[str, Tensor]]]] = {
   ".safetensors": (_write_safetensors, _read_safetensors),
-  ".pt": (_write_pt, _read_pt),
+  ".pt": (_write_torch, _read_torch),
+  ".pth": (_write_torch, _read_torch),
 }
