@@ -35,6 +35,10 @@ INTERRUPTED = 130
   after="network",
 )
 def train(
+  name: Annotated[
+    str | None,
+    typer.Argument(metavar="[NAME]", help="Model that comes with the package, such as animals: train it anew."),
+  ] = None,
   out: Annotated[Path | None, typer.Option(help="Folder of the run; needed for all but --print-config.")] = None,
   network: Annotated[
     str | None,
@@ -64,6 +68,8 @@ def train(
   Stop it with Ctrl-C or a kill, and start it again with --out alone: it goes on where it stopped.
 
   Example: jaxguide train --data ./photos --size 64 --out runs/photos
+
+  With a NAME, the settings are those of that model: jaxguide train animals --out runs/animals
   """
   from jaxguide import training
   from jaxguide.training import program, toml
@@ -78,6 +84,8 @@ def train(
   for assignment in set_ or ():
     toml.assign(given, assignment)
   with said_at_once():
+    if name is not None:
+      config = _settings_of(name, config)
     recipe = training.recipe(_sections(config, out, given))
     if print_config:
       print(recipe.text(), end="")
@@ -88,6 +96,18 @@ def train(
       print(f"{text}\nThe first batch is in {picture}.")
     else:
       _train(recipe, out, retrain, progress)
+
+
+def _settings_of(name: str, config: Path | None) -> Path:
+  """Return the file of settings of a model that comes with the package."""
+  from jaxguide.models import pretrained
+
+  if config is not None:
+    raise ValueError(f"{name} has settings of its own: leave out the name, or --config")
+  if name not in pretrained.names():
+    known = ", ".join(pretrained.names())
+    raise ValueError(f"there is no model {name!r} in the package, only {known}; for data give --data {name}")
+  return pretrained.settings(name)
 
 
 def _sections(config: Path | None, out: Path | None, given: dict[str, Any]) -> dict[str, Any]:

@@ -42,10 +42,12 @@ class DataConfig:
   """The configuration of a dataset.
 
   Args:
-    source: where the examples are: ``digits``; ``tfds:NAME``; a folder of pictures with a sub-folder for each class, or
-      without sub-folders for a model without classes; a .zip file of such a folder, or with EDM's dataset.json; an
-      .npz, .array_record or .parquet file; or ``SOURCE:NAME`` with another source of `jaxguide.data.sources.SOURCES`.
-    split: the split, for a data set of TFDS, and for Parquet files with names such as train-00000-of-00002.parquet.
+    source: where the examples are: ``digits``; ``animals``; ``tfds:NAME``; a folder of pictures with a sub-folder for
+      each class, or without sub-folders for a model without classes; a .zip file of such a folder, or with EDM's
+      dataset.json; an .npz, .array_record or .parquet file; or ``SOURCE:NAME`` with another source of
+      `jaxguide.data.sources.SOURCES`. A folder named digits or animals is written ./digits or ./animals.
+    split: the split, for animals, for a data set of TFDS, and for Parquet files with names such as
+      train-00000-of-00002.parquet.
     size: the side of the square that pictures are resized to. If left out, all pictures must have one size.
     channels: 3 for RGB, 1 for grey. If left out, 3 for pictures, and as stored for arrays.
     crop: how a picture becomes a square: center, random (0.8 to 1 times the shorter side) or squash.

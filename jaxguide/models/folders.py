@@ -5,7 +5,8 @@ and ``checksums.json`` with checksums of both. ``config.json`` is written last a
 interrupted, the folder contains no model instead of an incomplete one.
 
 The folder of a training run has its model in the subfolder ``model``, which is replaced while the run goes on: the new
-model is written beside the old one, and then they are swapped by renames. `load` takes either kind of folder.
+model is written beside the old one, and then they are swapped by renames. `load` takes either kind of folder, and the
+name of a model that comes with the package.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 from jaxguide._core import devices, records
 from jaxguide._core.files import PathLike, check_writable, lock, remove_parts, sync_folder, write_atomically
 from jaxguide._core.typing import PyTree
-from jaxguide.models import arrays
+from jaxguide.models import arrays, pretrained
 from jaxguide.models.config import ModelConfig
 from jaxguide.models.model import Model, check, shapes
 
@@ -110,8 +111,12 @@ def located(folder: PathLike) -> Path:
 
 
 def exists(folder: PathLike) -> bool:
-  """Whether there is a model in a folder, which may be damaged."""
-  return (located(folder) / "config.json").exists()
+  """Whether there is a model in a folder, which may be damaged, or by that name in the package.
+
+  >>> exists("animals"), exists("no-animals")
+  (True, False)
+  """
+  return (located(folder) / "config.json").exists() or pretrained.name_of(folder) is not None
 
 
 def publish(run: Path, model: Model, record: Mapping[str, Any]) -> None:
@@ -153,12 +158,13 @@ def load(folder: PathLike, *, verify: bool = True) -> Model:
   """Read a model that `save` or a training wrote. The training may be going on: its newest model is read.
 
   Args:
-    folder: the folder of the model, or of a training run.
+    folder: the folder of the model, or of a training run; or, where there is no such folder, the name of a model that
+      comes with the package, one of `jaxguide.models.names`.
     verify: whether to compare configuration and parameters with the checksums that were saved with them. Use False for
       a model without checksums, or whose ``config.json`` was edited on purpose; then `save` it to update the checksums.
 
   Raises:
-    FileNotFoundError: if the folder contains no model.
+    FileNotFoundError: if the folder contains no model, with the names of models that there are.
     ValueError: if the model is damaged (a part is missing, was changed after it was saved, or does not fit the other
       parts), or if parameters are not finite.
 
@@ -167,6 +173,9 @@ def load(folder: PathLike, *, verify: bool = True) -> Model:
     model = load("runs/demo/denoiser")
     guided = jaxguide.classifier_free(model.null_cond, 2.0)(model.denoiser)
   """
+  name = pretrained.name_of(folder)
+  if name is not None:
+    return pretrained.load(name)
   folder = Path(folder).absolute()
   for _ in range(ATTEMPTS - 1):
     before = _identity(folder)
@@ -193,9 +202,10 @@ def _instead(folder: Path) -> str:
   parent = (folder.parent if folder.name == "model" else folder).parent
   found = [path.parent for pattern in ("*/config.json", "*/model/config.json") for path in parent.glob(pattern)]
   beside = sorted({path.relative_to(parent).parts[0] for path in found})
+  shipped = f"with jaxguide come {', '.join(pretrained.names())}"
   if not beside:
-    return "train one, with `jaxguide demo` for example"
-  return f"beside it there are {', '.join(beside[:5])}{', ...' if len(beside) > 5 else ''}"
+    return f"train one, with `jaxguide demo` for example; {shipped}"
+  return f"beside it there are {', '.join(beside[:5])}{', ...' if len(beside) > 5 else ''}; {shipped}"
 
 
 def _load(folder: Path, verify: bool) -> Model:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from jaxguide import data as datasets
 from jaxguide._core import keys, records
 from jaxguide._core.files import PathLike, check_writable
+from jaxguide.data.sources import NAMED
 from jaxguide.models import Model, ModelConfig
 from jaxguide.training import checkpoints, describe, loop, run_folder, toml
 from jaxguide.training.recipes import Recipe, absolute, initial_params
@@ -93,7 +94,7 @@ def train(
 def _check_apart(recipe: Recipe, out: Path) -> None:
   """Check that the folder of the run is not in the folder of the data, whose pictures its own would become."""
   source = Path(str(recipe.data.source))
-  if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+  if str(source) not in NAMED and source.is_dir() and out.resolve().is_relative_to(source.resolve()):
     raise ValueError(f"the folder of the run, {out}, is in the folder of the data, {source}: choose one outside it")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from jaxguide import data as datasets
 from jaxguide._core import checks, records
 from jaxguide.data import DataConfig
+from jaxguide.data.sources import NAMED
 from jaxguide.models import Model, folders, networks, transplant
 from jaxguide.models.config import NOT_FIELDS, ModelConfig, default_fields
 from jaxguide.models.networks import CLASSIFIER
@@ -44,7 +45,8 @@ class Recipe:
     model: the fields of `ModelConfig` that do not follow from the data.
     training: the training.
     run: how the run logs, saves and draws.
-    init_from: the folder of a trained or imported model whose parameters the training begins with.
+    init_from: the folder of a trained or imported model whose parameters the training begins with, or the name of a
+      model of `jaxguide.models.names`.
     source: where the numbers of the preset are from; None without a preset.
   """
 
@@ -250,10 +252,10 @@ def absolute(recipe: Recipe) -> Recipe:
   def of(path: str) -> str:
     return str(Path(path).absolute()) if Path(path).exists() else path
 
+  source = str(recipe.data.source)
+  data = recipe.data if source in NAMED else dataclasses.replace(recipe.data, source=of(source))
   init_from = None if recipe.init_from is None else of(recipe.init_from)
-  return dataclasses.replace(
-    recipe, data=dataclasses.replace(recipe.data, source=of(str(recipe.data.source))), init_from=init_from
-  )
+  return dataclasses.replace(recipe, data=data, init_from=init_from)
 
 
 def initial_params(recipe: Recipe, config: ModelConfig, key: Any) -> tuple[Any, str]:

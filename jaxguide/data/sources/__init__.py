@@ -1,7 +1,8 @@
 """Sources of data sets, by name.
 
-A source is one function and one entry in `SOURCES`. The name of a data set is ``SOURCE:NAME``, such as ``tfds:mnist``.
-A name without a source is one of the TFDS catalogue, or ``digits``.
+A source is one function and one entry in `SOURCES`. The name of a data set is ``SOURCE:NAME``, such as ``tfds:mnist``,
+or the source alone if it has one data set, such as ``animals``. Another name without a source is one of the TFDS
+catalogue, or ``digits``.
 """
 
 import difflib
@@ -13,18 +14,24 @@ from typing import Any
 
 from jaxguide.data.images import Images
 from jaxguide.data.records import Records
-from jaxguide.data.sources import catalogue, folder
+from jaxguide.data.sources import animals, catalogue, folder
 
-SOURCES: dict[str, Callable[[str, str, str | os.PathLike[str] | None], Images]] = {"tfds": catalogue.load}
-"""``(name, split, data_dir) -> Images``, by the name of the source."""
+SOURCES: dict[str, Callable[[str, str, str | os.PathLike[str] | None], Images]] = {
+  "tfds": catalogue.load,
+  animals.NAME: animals.load,
+}
+"""``(name, split, data_dir) -> Images``, by the name of the source. The name is empty if the source stands alone."""
+
+NAMED: dict[str, tuple[str, ...]] = {catalogue.DIGITS: ("split", "data_dir"), animals.NAME: ("split",)}
+"""The data sets whose name is one word, with the settings that each has."""
 
 
 def load(name: str, split: str = "train", data_dir: str | os.PathLike[str] | None = None) -> Images:
   """Read one split of a data set into memory. The data set is prepared on first use.
 
   Args:
-    name: ``"digits"``; or a data set of the TFDS catalogue with the features ``image`` and ``label``, such as
-      ``"mnist"`` or ``"tfds:mnist"``; or ``SOURCE:NAME`` of another source in `SOURCES`.
+    name: ``"digits"``; ``"animals"``; or a data set of the TFDS catalogue with the features ``image`` and ``label``,
+      such as ``"mnist"`` or ``"tfds:mnist"``; or ``SOURCE:NAME`` of another source in `SOURCES`.
     split: a split of the data set, such as ``"train"`` or ``"test"``.
     data_dir: the folder of prepared data sets. Default: TFDS's own, ``TFDS_DATA_DIR`` or ``~/tensorflow_datasets``.
 
@@ -40,7 +47,7 @@ def load(name: str, split: str = "train", data_dir: str | os.PathLike[str] | Non
   (360, (8, 8, 1), 10)
   """
   source, colon, rest = name.partition(":")
-  if colon and source in SOURCES:
+  if source in SOURCES and (colon or name in NAMED):
     return SOURCES[source](rest, split, data_dir)
   return catalogue.load(name, split, data_dir)  # A colon is also how TFDS names a version, as in mnist:3.0.1.
 
@@ -66,10 +73,11 @@ def open_source(config: Any) -> Records | Images:
   """
   name = config.source
   source, colon, rest = name.partition(":")
-  if not Path(name).expanduser().exists() or name == catalogue.DIGITS:
+  if name in NAMED:
+    _check_used(config, NAMED[name])
+    return load(name, config.split, config.data_dir)
+  if not Path(name).expanduser().exists():
     _check_used(config, ("split", "data_dir"))
-  if name == catalogue.DIGITS:
-    return catalogue.load(name, config.split, config.data_dir)
   if colon and SOURCES.get(source) is catalogue.load:
     return catalogue.open_catalogue(rest, config.split, config.data_dir)
   if colon and source in SOURCES:
@@ -77,11 +85,11 @@ def open_source(config: Any) -> Records | Images:
   path = Path(name).expanduser()
   _check_encoding(name)
   if not path.exists():
-    near = difflib.get_close_matches(name, [catalogue.DIGITS], n=1)
+    near = difflib.get_close_matches(name, NAMED, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise FileNotFoundError(
       f"there is no file or folder {name}: {hint}give a folder of pictures, a file that ends in "
-      f"{', '.join(FILES)}, {catalogue.DIGITS}, or tfds:NAME for a data set of TFDS"
+      f"{', '.join(FILES)}, {', '.join(NAMED)}, or tfds:NAME for a data set of TFDS"
     )
   is_parquet = path.suffix.lower() == ".parquet"
   if path.is_dir():
