@@ -269,3 +269,60 @@ def test_saturated_samples_are_said(settings, tmp_path, recwarn):
   assert not [warning for warning in recwarn if "saturated" in str(warning.message)]
   with pytest.warns(UserWarning, match=r"of the pixel values lie at the ends of their range.*lower the scale"):
     draw(tmp_path / "b.npz", settings(scale=1e30))
+
+
+# --- more samples ---------------------------------------------------------------------------------
+
+
+def test_a_finished_file_is_continued_by_more_samples(settings, tmp_path):
+  few, many = tmp_path / "few.npz", tmp_path / "many.npz"
+  draw(few, settings(num=3, batch_size=4))
+  draw(many, settings(num=11, batch_size=4))
+  told = []
+  assert generate.run(few, settings(num=11, batch_size=4), grow=True, progress=told.append)
+  assert told == [3, 4, 4]  # Three were there, and eight are new.
+  for ours, theirs in zip(data.load_npz(few), data.load_npz(many), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+  assert data.settings_of(few) == data.settings_of(many)
+  before = few.read_bytes()
+  for num in (11, 5):
+    assert not draw(few, settings(num=num, batch_size=4), grow=True)
+  assert few.read_bytes() == before
+  for changes in ({"seed": 1}, {"scale": 3.0}, {"num": 13, "seed": 1}, {"num": 2, "steps": 3}):
+    with pytest.raises(ValueError, match=r"few\.npz exists already, made with other settings"):
+      draw(few, settings(**{"num": 11, **changes}), grow=True)
+  with pytest.raises(ValueError, match=r"samples in \.png cannot be continued"):
+    draw(tmp_path / "s.png", settings(), grow=True)
+
+
+def test_a_killed_continuation_goes_on(settings, tmp_path):
+  few, many = tmp_path / "few.npz", tmp_path / "many.npz"
+  draw(few, settings(num=3, batch_size=4))
+  draw(many, settings(num=12, batch_size=4))
+  done = []
+
+  def stop(number):
+    done.append(number)
+    if sum(done) >= 7:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    generate.run(few, settings(num=12, batch_size=4), grow=True, progress=stop)
+  assert len(data.load_npz(few)[0]) == 3
+  told = []
+  generate.run(few, settings(num=12, batch_size=4), grow=True, progress=told.append)
+  assert told == [7, 4, 1]
+  np.testing.assert_array_equal(data.load_npz(few)[0], data.load_npz(many)[0])
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["few.npz", "many.npz"]
+
+
+def test_runs_of_one_process_share_their_program(settings, tmp_path):
+  from jaxguide.models import load as read
+  from jaxguide.sampling import batches
+
+  read = functools.cache(read)
+  sizes = []
+  for scale in (0.0, 1.0, 2.5):
+    draw(tmp_path / f"{scale}.npz", settings(guidance="cfg", scale=scale), load=read)
+    sizes.append(batches._sample_many._cache_size())
+  assert sizes[0] == sizes[1] == sizes[2]

@@ -6,8 +6,9 @@ of guidances, solvers and grids with their options.
 
 from jaxguide._core.specs import HelpRow
 from jaxguide.generate import guidances, walks
-from jaxguide.generate.run import FORMATS, run
+from jaxguide.generate.run import FORMATS, matches, run
 from jaxguide.generate.settings import Settings
+from jaxguide.generate.unfinished import clear
 
 
 def overview() -> dict[str, list[HelpRow]]:
@@ -15,4 +16,4 @@ def overview() -> dict[str, list[HelpRow]]:
   return {**guidances.help_rows(), **walks.help_rows()}
 
 
-__all__ = ["FORMATS", "Settings", "overview", "run"]
+__all__ = ["FORMATS", "Settings", "clear", "matches", "overview", "run"]

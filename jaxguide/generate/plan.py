@@ -1,9 +1,10 @@
 """From settings to a plan: a guided denoiser, a solver, and the noise levels of the walk."""
 
 import dataclasses
+import functools
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from jaxguide._core.typing import Array, Denoiser, Guidance, Solver
 from jaxguide.generate.guidances import GuidanceSpec, Networks
 from jaxguide.generate.settings import Settings
 from jaxguide.generate.walks import GridSpec, check_levels, ddim_eta
+from jaxguide.models import pretrained
 from jaxguide.models.encoders import Encoder
 from jaxguide.models.model import Model
 from jaxguide.models.networks import CLASSIFIER
@@ -54,17 +56,25 @@ class Plan(NamedTuple):
   data: Any
 
 
-def plan(settings: Settings) -> Plan:
+Load = Callable[[PathLike], Model]
+
+
+def plan(settings: Settings, load: Load = models.load) -> Plan:
   """Load the networks and put them together.
+
+  Args:
+    settings: everything that the samples depend on.
+    load: loads the model of a folder.
 
   Raises:
     ValueError: for a setting that does not suit the model, the guidance or the solver.
     FileNotFoundError: if there is no model.
   """
-  model = _load(settings.model, settings)
+  load = functools.partial(_load, settings, load)
+  model = load(settings.model)
   chosen = _chosen(settings, model)
-  classifier = _classifier(settings, model) if any(spec.method.gradient for spec in chosen) else None
-  _check_unused(settings, model, chosen, classifier)
+  classifier = _classifier(settings, model, load) if any(spec.method.gradient for spec in chosen) else None
+  _check_unused(settings, model, chosen, classifier, load)
   init = _init(settings, model)
   sigmas = _sigmas(settings, model)
   shifts_mean = settings.solver_spec.name == "ddpm" and any(spec.name == "classifier" for spec in chosen)
@@ -73,7 +83,7 @@ def plan(settings: Settings) -> Plan:
   others: list[Model] = []
 
   def load_other(folder: str) -> Model:
-    others.append(_load(folder, settings))
+    others.append(load(folder))
     return others[-1]
 
   networks = Networks(model, classifier, load_other, sigmas, ddim_eta(solver))
@@ -121,13 +131,15 @@ def _chosen(settings: Settings, model: Model) -> Sequence[GuidanceSpec]:
   return () if model.null_cond is None else (GuidanceSpec.parse("cfg"),)
 
 
-def _check_unused(settings: Settings, model: Model, chosen: Sequence[GuidanceSpec], classifier: Model | None) -> None:
+def _check_unused(
+  settings: Settings, model: Model, chosen: Sequence[GuidanceSpec], classifier: Model | None, load: Load
+) -> None:
   """Check that a scale is used, and warn of a classifier that is not. Such a classifier must fit the model, too."""
   names = ", ".join(spec.name for spec in chosen) or "none"
   if settings.scale is not None and not any(spec.takes_scale for spec in chosen):
     raise ValueError(f"guidance {names!r} takes no scale: leave it out, or choose another guidance")
   if settings.classifier is not None and classifier is None:
-    _classifier(settings, model)
+    _classifier(settings, model, load)
     warnings.warn(
       f"guidance {names!r} does not use the classifier; it does with guidance 'classifier' beside it", stacklevel=3
     )
@@ -221,9 +233,9 @@ def _runs_unconditionally(model: Model, chosen: Sequence[GuidanceSpec]) -> bool:
   return by_classifier and only_classifiers and model.null_cond is not None
 
 
-def _load(folder: PathLike, settings: Settings) -> Model:
+def _load(settings: Settings, load: Load, folder: PathLike) -> Model:
   """Load a model, and let its network compute as the settings say."""
-  model = models.load(folder)
+  model = load(folder)
   known = {field.name for field in dataclasses.fields(model.config.module)}
   fields = dict(model.config.fields)
   for name, value, default in (
@@ -237,11 +249,17 @@ def _load(folder: PathLike, settings: Settings) -> Model:
   return dataclasses.replace(model, config=dataclasses.replace(model.config, fields=fields))
 
 
-def _classifier(settings: Settings, model: Model) -> Model:
-  folder = settings.classifier or Path(settings.model).parent / "classifier"
+def classifier_folder(settings: Settings) -> PathLike:
+  """Return the folder of the classifier: the one that is named, or that which belongs to the model."""
+  own = settings.classifier or pretrained.classifier_of(settings.model)
+  return own or Path(settings.model).parent / "classifier"
+
+
+def _classifier(settings: Settings, model: Model, load: Load) -> Model:
+  folder = classifier_folder(settings)
   if settings.classifier is None and not models.exists(folder):
     raise FileNotFoundError(f"guidance by a classifier needs one, and there is none in {folder}: give classifier")
-  classifier = _load(folder, settings)
+  classifier = load(folder)
   if classifier.config.role is not CLASSIFIER:
     raise ValueError(f"{folder} holds a {classifier.config.network}, not a classifier")
   for name in ("image_shape", "num_classes"):

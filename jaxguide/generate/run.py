@@ -1,5 +1,6 @@
 """The run: draw the samples, keep those that are done, and write the file at the end."""
 
+import dataclasses
 import json
 import math
 import os
@@ -13,17 +14,21 @@ import jax
 import numpy as np
 
 import jaxguide
-from jaxguide import data, sampling
+from jaxguide import data, models, sampling
 from jaxguide._core import checks, keys, records
 from jaxguide._core.bars import progress_bar
 from jaxguide._core.files import PathLike, check_writable, lock, remove_parts
 from jaxguide._core.typing import PyTree
 from jaxguide.generate import unfinished
-from jaxguide.generate.plan import Plan, plan
+from jaxguide.generate.plan import Load, Plan, plan
 from jaxguide.generate.settings import Settings
+from jaxguide.models import pretrained
 from jaxguide.models.config import ModelConfig
 
 Names = Sequence[str] | None
+
+WITHOUT_EFFECT = ("model", "classifier", "init", "base_samples", "batch_size")
+"""The settings that may differ where the record has the arrays that the samples depend on."""
 
 
 def _save_npz(path: Path, images: np.ndarray, labels: np.ndarray | None, settings: str, names: Names) -> None:
@@ -44,7 +49,15 @@ def _save_png(path: Path, images: np.ndarray, labels: np.ndarray | None, setting
 FORMATS: dict[str, Callable[..., None]] = {".npz": _save_npz, ".png": _save_png}
 
 
-def run(out: PathLike, settings: Settings, *, overwrite: bool = False, progress: bool = True) -> bool:
+def run(
+  out: PathLike,
+  settings: Settings,
+  *,
+  overwrite: bool = False,
+  grow: bool = False,
+  progress: bool | Callable[[int], object] = True,
+  load: Load = models.load,
+) -> bool:
   """Sample, and write the samples to a file.
 
   While it runs, the samples so far are kept in the folder ``OUT.unfinished``. If the run is killed and started again
@@ -56,7 +69,11 @@ def run(out: PathLike, settings: Settings, *, overwrite: bool = False, progress:
       picture of all samples, with labels).
     settings: everything that the samples depend on.
     overwrite: whether to replace a finished file that was made with other settings.
-    progress: whether to show a progress bar.
+    grow: whether a finished file with fewer samples, made with the same settings otherwise, is continued: its samples
+      are the first of the new file, which replaces it. A file with more samples is left as it is.
+    progress: whether to show a progress bar; or a function that is called first with the number of samples that are
+      there from earlier, and then after each batch with its number of samples.
+    load: loads the model of a folder; for several runs one that keeps what it loaded.
 
   Returns:
     Whether samples were drawn; False if the file existed already.
@@ -75,17 +92,17 @@ def run(out: PathLike, settings: Settings, *, overwrite: bool = False, progress:
   if not out.suffix:
     raise ValueError(f"out must be a file that ends in {' or '.join(FORMATS)}, got {out}")
   write = checks.lookup("format", out.suffix, FORMATS)
+  if checks.flag("grow", grow) and out.suffix != ".npz":
+    raise ValueError(f"samples in {out.suffix} cannot be continued: give a file that ends in .npz, or leave out grow")
   check_writable(out)
   checks.flag("overwrite", overwrite)
-  run_plan = plan(settings)
+  run_plan = plan(settings, load)
   settings = run_plan.settings
   if out.suffix == ".png" and run_plan.image_shape[-1] not in (1, 3):
     raise ValueError(
       f"a PNG needs images of 1 (gray) or 3 (RGB) channels, and the model's have {run_plan.image_shape[-1]}: write .npz"
     )
-  record = records.record(
-    settings=settings, **run_plan.record, data={"crc32": _fingerprint(run_plan.data)}, jaxguide=jaxguide.__version__
-  )
+  record = _record(run_plan, settings.num)
   unfinished_at = out.with_name(out.name + ".unfinished")
   with lock(out.with_name(f".{out.name}.lock"), out):
     remove_parts(out.parent, out.name)
@@ -93,11 +110,19 @@ def run(out: PathLike, settings: Settings, *, overwrite: bool = False, progress:
       old_record = _settings_of(out)
       if old_record is not None:
         unfinished.clear_finished(unfinished_at, old_record)
-      if not overwrite:
+      grown = _grown(old_record, run_plan, load) if grow else None
+      if not overwrite and grown is None:
         _check_finished(out, old_record, record)
         return False
+      if grown is not None and grown >= settings.num:
+        return False
+    kept = _continued(unfinished_at, record, run_plan, load) if grow else None
     samples = unfinished.Unfinished(unfinished_at, record, (settings.num, *run_plan.image_shape), _DEFAULTS)
     try:
+      if grow and not samples.done and kept is None and out.exists():
+        kept = data.load_npz(out, labelled=False)[0]
+      if kept is not None and len(kept):
+        samples.append(kept[: settings.num])
       _sample(samples, settings, run_plan, progress)
     except BaseException:
       if not samples.done:
@@ -114,9 +139,63 @@ _DEFAULTS = {"settings": records.defaults(Settings), "network": records.defaults
 _DEFAULTS["classifier_network"] = _DEFAULTS["network"]
 
 
-def _sample(samples: unfinished.Unfinished, settings: Settings, run_plan: Plan, progress: bool) -> None:
+def _record(run_plan: Plan, num: int) -> dict[str, Any]:
+  """Give the record of everything that the first ``num`` samples depend on."""
+  params, *of_samples = run_plan.data
+  arrays = (params, jax.tree.map(lambda rows: rows[:num], of_samples))
+  return records.record(
+    settings=dataclasses.replace(run_plan.settings, num=num),
+    **run_plan.record,
+    data={"crc32": _fingerprint(arrays)},
+    jaxguide=jaxguide.__version__,
+  )
+
+
+def _grown(old_record: Mapping[str, Any] | None, run_plan: Plan, load: Load) -> int | None:
+  """Give the number of samples of a record, if they are those of a plan but for their number; else None.
+
+  The size of the batches and how paths are written may differ too: the record has what is in the files.
+  """
+  try:
+    stored: dict[str, Any] = {**(old_record or {})}
+    ours = dataclasses.asdict(run_plan.settings)
+    stored["settings"] = {**stored["settings"], **{name: ours[name] for name in WITHOUT_EFFECT}}
+    num = checks.whole("num", stored["settings"]["num"], 1, 2**63)
+  except (KeyError, TypeError, ValueError):
+    return None
+  # The plan of more samples has more labels.
+  other = run_plan if num <= run_plan.settings.num else plan(dataclasses.replace(run_plan.settings, num=num), load)
+  return None if records.differences(stored, _record(other, num), _DEFAULTS) else num
+
+
+def matches(out: PathLike, settings: Settings, load: Load = models.load) -> bool:
+  """Return whether a finished file has the samples of some settings, perhaps more or fewer of them."""
+  return _grown(_settings_of(Path(out)), plan(settings, load), load) is not None
+
+
+def _continued(folder: Path, record: Mapping[str, Any], run_plan: Plan, load: Load) -> np.ndarray | None:
+  """Take the samples of an unfinished run of another number of the same samples, and remove its folder."""
+  old_record = unfinished.settings_of(folder)
+  if old_record is None or not records.differences(old_record, record, _DEFAULTS):
+    return None
+  num = _grown(old_record, run_plan, load)
+  if num is None:
+    return None
+  old = unfinished.Unfinished(folder, old_record, (num, *run_plan.image_shape), _DEFAULTS)
+  kept = np.array(old.images[: old.done])
+  old.remove()
+  return kept
+
+
+def _sample(
+  samples: unfinished.Unfinished, settings: Settings, run_plan: Plan, progress: bool | Callable[[int], object]
+) -> None:
   init = run_plan.init
-  with progress_bar(settings.num, initial=samples.done, title="sampling", unit="sample", show=progress) as bar:
+  show = progress is True
+  with progress_bar(settings.num, initial=samples.done, title="sampling", unit="sample", show=show) as bar:
+    tell = progress if callable(progress) else bar.update
+    if callable(progress):
+      tell(samples.done)
     batches = sampling.sample_batches(
       run_plan.denoiser,
       keys.seed_key(settings.seed),
@@ -133,7 +212,7 @@ def _sample(samples: unfinished.Unfinished, settings: Settings, run_plan: Plan, 
     with jax.default_matmul_precision(settings.matmul_precision):
       for x in batches:
         samples.append(run_plan.encoder.decode(x))
-        bar.update(len(x))
+        tell(len(x))
 
 
 def _settings_of(out: Path) -> dict[str, Any] | None:
@@ -162,7 +241,8 @@ def _check_finished(out: Path, old_record: Mapping[str, Any] | None, record: Map
 def _warn_of_saturation(settings: Settings, share: float) -> None:
   """Warn if the share of saturated values is more than half way from the training data's share to 1."""
   try:
-    trained = float(records.read(Path(settings.model, "training.json"))["data"]["saturation"])
+    record = pretrained.training(settings.model) or records.read(Path(settings.model, "training.json"))
+    trained = float(record["data"]["saturation"])
   except (OSError, ValueError, KeyError, TypeError):
     trained = 0.8  # For a model without this figure. Only drawings have so many saturated pixels.
   if share > (1 + trained) / 2 and trained < 1:

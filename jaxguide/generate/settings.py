@@ -30,9 +30,10 @@ class Settings:
   lists the names and their options.
 
   Args:
-    model: Folder of the denoiser.
-    classifier: Folder of the classifier. If left out, guidance that needs a classifier takes the folder ``classifier``
-      beside the model. A classifier that was trained on a range of noise levels guides at these levels alone.
+    model: Folder of the denoiser, or the name of one that comes with the package, such as animals.
+    classifier: Folder of the classifier, or its name in the package. If left out, guidance that needs a classifier
+      takes the folder ``classifier`` beside the model, or the one that belongs to the model of the package. A
+      classifier that was trained on a range of noise levels guides at these levels alone.
     base_samples: An .npz of low-resolution samples, for a model of super-resolution. They are taken in turn, with the
       labels of the file where the model has classes.
     init: An .npz of images to start from, instead of noise (image to image); they are taken in turn. Files that

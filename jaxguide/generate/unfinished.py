@@ -46,6 +46,15 @@ def clear_finished(folder: Path, settings: Mapping[str, Any]) -> None:
     clear(folder)
 
 
+def settings_of(folder: Path) -> dict[str, Any] | None:
+  """Return the settings of the run in a folder; None if there are none, or they cannot be read."""
+  try:
+    settings = json.loads((folder / "settings.json").read_text())
+  except (OSError, ValueError, RecursionError):
+    return None
+  return settings if isinstance(settings, dict) else None
+
+
 class Unfinished:
   """A folder beside the output file. It holds the settings, the images so far, and their number with a checksum.
 
