@@ -5,7 +5,7 @@ on all devices of this process.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ class Features:
     resize: the resizing; None if images stay as they are, and must all have one size.
     channels: 3 if grey images are repeated to RGB; None if the number of channels stays.
     title: the name in figures and tables, such as ``"Inception"``.
+    outputs: the names of the outputs.
   """
 
   name: str
@@ -43,6 +44,7 @@ class Features:
   resize: Resize | None
   channels: int | None
   title: str
+  outputs: Sequence[str] = ("pool",)
 
   @property
   def protocol(self) -> dict[str, Any]:
