@@ -48,7 +48,7 @@ def counted(of: str) -> Iterator[list[str]]:
 
 def main() -> None:
   """Print the table."""
-  model = networks.random_model(demo.DENOISER)
+  model = networks.random_model(demo.DIGITS.denoiser)
   rows = []
   for name, solver in SOLVERS.items():
     with counted("_sample_many") as said:
@@ -58,7 +58,13 @@ def main() -> None:
           guided = jg.classifier_free(model.null_cond, float(scale))(model.denoiser)
           for label in range(4):
             jg.sample_batch(
-              guided, jax.random.key(label), label, num=2, shape=demo.SHAPE, sigmas=grid(STEPS), solver=solver()
+              guided,
+              jax.random.key(label),
+              label,
+              num=2,
+              shape=demo.DIGITS.denoiser.image_shape,
+              sigmas=grid(STEPS),
+              solver=solver(),
             )
             calls += 1
     rows.append({"solver": name, "calls": calls, "compilations": len(said)})

@@ -20,9 +20,10 @@ from jaxguide.evaluation import demo
 from jaxguide.generate.guidances import Networks
 from jaxguide.generate.walks import SolverSpec
 
+MEASURES = ("frechet_distance", "accuracy", "diversity")
 FOLDER = Path("runs/demo")
 NUM, EVALUATIONS, MODERATE, LARGE = 500, (10, 20), 2.0, 8.0
-SIGMAS = {"sigma_min": demo.SIGMA_MIN, "sigma_max": demo.SIGMA_MAX}
+SIGMAS = dict(zip(("sigma_min", "sigma_max"), demo.DIGITS.sigmas, strict=True))
 
 
 def solver_of(name: str, steps: int) -> Solver:
@@ -77,14 +78,23 @@ def main() -> None:
   denoiser, classifier = demo.train(FOLDER)
   train, test = data.load("digits", "train"), data.load("digits", "test")
   weak = training.fit(
-    demo.DENOISER,
-    dataclasses.replace(demo.DENOISER_TRAINING, steps=demo.DENOISER_TRAINING.steps // 8),
+    demo.DIGITS.denoiser,
+    dataclasses.replace(demo.DIGITS.denoiser_training, steps=demo.DIGITS.denoiser_training.steps // 8),
     train,
     FOLDER / "weak",
   )
   models = {"denoiser": denoiser, "classifier": classifier, "weak": weak}
   judge = evaluation.Judge.fit(train.images, train.labels)
   labels = np.arange(NUM, dtype=np.int32) % train.num_classes
+  pixels = evaluation.chosen_features("pixels", train.image_shape)
+  reference = evaluation.open_reference(train, pixels, progress=False)
+
+  def measured(images: np.ndarray, labels: np.ndarray) -> dict[str, str]:
+    found = evaluation.evaluate(
+      images, reference, labels=labels, features=pixels, judge=judge, measures=MEASURES,
+      options=evaluation.Options(interval="none"), progress=False,
+    )  # fmt: skip
+    return {name: evaluation.MEASURES[name].text(figure.value) for name, figure in found.figures.items()}
 
   def cells(guidance: Guidance, solver: str, evaluations: int) -> dict[str, str]:
     each = solver_of(solver, 1).evaluations
@@ -92,22 +102,13 @@ def main() -> None:
     grid = jg.karras(steps, **SIGMAS)
     images = data.to_uint8(
       jg.sample_batch(
-        guidance(denoiser.denoiser), jax.random.key(0), labels, shape=demo.SHAPE, sigmas=grid,
+        guidance(denoiser.denoiser), jax.random.key(0), labels, shape=demo.DIGITS.denoiser.image_shape, sigmas=grid,
         solver=solver_of(solver, steps), batch_size=NUM,
       )
     )  # fmt: skip
-    measures = evaluation.measure(images, labels, judge, train.images)
-    return {
-      f"accuracy at {evaluations}": f"{measures.accuracy:.3f}",
-      f"distance at {evaluations}": f"{measures.frechet_distance:.3f}",
-      f"diversity at {evaluations}": f"{measures.diversity:.2f}",
-    }
+    return {f"{name} at {evaluations}": text for name, text in measured(images, labels).items()}
 
-  real = evaluation.measure(test.images, test.labels, judge, train.images)
-  fact = (
-    f"real test digits: accuracy {real.accuracy:.3f}, distance {real.frechet_distance:.3f}, "
-    f"diversity {real.diversity:.2f}"
-  )
+  fact = "real test digits: " + ", ".join(f"{name} {text}" for name, text in measured(test.images, test.labels).items())
   moderate = jg.classifier_free(denoiser.null_cond, MODERATE)
   solvers = [
     {"solver": name} | cells(moderate, name, EVALUATIONS[0]) | cells(moderate, name, EVALUATIONS[1])

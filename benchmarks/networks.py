@@ -40,7 +40,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-  "8x8": Size(demo.DENOISER, demo.CLASSIFIER, 64, 15),
+  "8x8": Size(demo.DIGITS.denoiser, demo.DIGITS.classifier, 64, 15),
   "32x32": Size(SMALL, SMALL_CLASSIFIER, 16, 7),
   "ADM-64": Size(PRESETS["64x64_diffusion"], PRESETS["64x64_classifier"], 4 if ON_CPU else 64, 3 if ON_CPU else 15),
 }

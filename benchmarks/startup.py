@@ -77,7 +77,7 @@ def main(*sizes: str) -> None:
   """Print the tables; name sizes of ADM, ``64x64`` or ``256x256``, to leave the others out, or ``none``."""
   with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
-    training.save(folder / "model", networks.random_model(demo.DENOISER, "float32"))
+    training.save(folder / "model", networks.random_model(demo.DIGITS.denoiser, "float32"))
     taken: dict[str, list[dict[str, float]]] = {"no cache": [], "cache, empty": [], "cache, filled": []}
     for turn in range(ROUNDS):
       taken["no cache"].append(start(folder / "model", None))

@@ -295,9 +295,9 @@ MUTATIONS = [
   # --- evaluation, weights from elsewhere, the command line, checks, files ---
   Mutation(
     "the Fréchet distance takes the covariances' product once",
-    "evaluation/metrics.py",
-    "- 2 * cross",
-    "- cross",
+    "evaluation/metrics/frechet.py",
+    "b.trace - 2 * cross",
+    "b.trace - cross",
     "test_evaluation.py",
   ),
   Mutation(
@@ -326,7 +326,7 @@ MUTATIONS = [
     "_core/files.py",
     "part.unlink(missing_ok=True)",
     "part.exists()",
-    "test_data.py test_evaluation.py -k 'whole or failed'",
+    "test_data.py test_statistics.py -k 'whole or failed or atomic'",
   ),
 ]
 

@@ -10,13 +10,18 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import jax
+
 from jaxguide import generate, solvers
+from jaxguide.evaluation import MEASURES
 from jaxguide.generate import guidances
+from jaxguide.models import pretrained
 from jaxguide.schedules import SCHEDULES
 from jaxguide.training import presets
 from jaxguide.training.describe import describe, in_bytes
 
 ROOT = Path(__file__).parents[1]
+ANIMALS = pretrained.FOLDER / "animals-figures.json"
 TITLES = {
   "--guidance": "`--guidance`",
   "combine= of cfg, autoguidance, pag, seg and slg": "`combine=`",
@@ -158,10 +163,54 @@ def of_measured() -> str:
   return table(("preset", "machine", "batch", "type", "remat", "time a step", "examples/s", "memory a step"), rows)
 
 
+def of_animal_models() -> str:
+  """The trained models that come with the package."""
+  rows = []
+  for name in pretrained.names():
+    model, record = pretrained.load(name), pretrained.training(name)
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    size = pretrained.settings(name).with_suffix(".safetensors").stat().st_size
+    accuracy = [f"{share:.0%}" for share in record.get("held_out", {}).get("accuracy", ())]
+    rows.append(
+      (
+        f"`{name}`",
+        f"{numbers / 1e6:.2f} million",
+        f"{size / 1e6:.1f} MB",
+        f"{record['step']:,} of {record['training']['batch_size']}",
+        f"{record['hours']:g}",
+        f"{record['loss']:.3f}",
+        f"{accuracy[0]} to {accuracy[-1]}" if accuracy else "",
+      )
+    )
+  head = ("model", "parameters", "file", "steps", "hours", "loss", "accuracy on held-out images, by noise level")
+  return table(head, rows)
+
+
+def of_float16() -> str:
+  """What the float16 of the file of the animals changes."""
+  measured = json.loads(ANIMALS.read_text())["float16"]
+  return table(("float16 against float32", ""), [(what, f"{value:.4g}") for what, value in measured.items()])
+
+
+OF_ANIMALS = ("accuracy", "frechet_distance", "diversity")
+
+
+def of_animals() -> str:
+  """The figures of the animals, which `benchmarks.animals` measured."""
+  rows = []
+  for row in json.loads(ANIMALS.read_text())["rows"]:
+    scale = f"{row['scale']:g}" if "scale" in row else ""
+    figures = [MEASURES[name].text(row[name]) for name in OF_ANIMALS]
+    rows.append((row["guidance"], scale, f"{row['n']:,}", *figures))
+  titles = [MEASURES[name].title_on("pixels") for name in OF_ANIMALS]
+  return table(("guidance", "scale", "images", *titles), rows)
+
+
 FILES: dict[str, dict[str, Callable[[], str]]] = {
   "README.md": {"names": of_names},
   "docs/methods.md": {"guidance": of_guidances, "variants": of_variants, "solvers": of_solvers, "grids": of_grids},
   "docs/training.md": {"measured": of_measured},
+  "docs/animals.md": {"models": of_animal_models, "figures": of_animals, "float16": of_float16},
 }
 
 SLOW_FILES: dict[str, dict[str, Callable[[], str]]] = {"docs/training.md": {"presets": of_presets}}

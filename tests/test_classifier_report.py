@@ -425,15 +425,17 @@ def digits(tmp_path_factory):
   """Reports on classifiers that are trained, stopped after 50 steps, and trained on clean images alone."""
   folder = tmp_path_factory.mktemp("digits")
   images, test = data.load("digits", "train"), data.load("digits", "test")
-  denoiser = fit(demo.DENOISER, TrainingConfig(steps=300, p_uncond=0.15), images, folder / "denoiser", progress=False)
+  denoiser = fit(
+    demo.DIGITS.denoiser, TrainingConfig(steps=300, p_uncond=0.15), images, folder / "denoiser", progress=False
+  )
   trainings = {
-    "trained": dataclasses.replace(demo.CLASSIFIER_TRAINING, steps=300),
-    "stopped": dataclasses.replace(demo.CLASSIFIER_TRAINING, steps=50, warmup=10),
-    "clean": dataclasses.replace(demo.CLASSIFIER_TRAINING, steps=120, noise_mean=-4.0, noise_std=0.3),
+    "trained": dataclasses.replace(demo.DIGITS.classifier_training, steps=300),
+    "stopped": dataclasses.replace(demo.DIGITS.classifier_training, steps=50, warmup=10),
+    "clean": dataclasses.replace(demo.DIGITS.classifier_training, steps=120, noise_mean=-4.0, noise_std=0.3),
   }
   reports = {}
   for name, training in trainings.items():
-    classifier = fit(demo.CLASSIFIER, training, images, folder / name, progress=False)
+    classifier = fit(demo.DIGITS.classifier, training, images, folder / name, progress=False)
     reports[name] = evaluation.classifier_report(
       folder / f"{name}.html", classifier, test, denoiser=denoiser, num=300, num_gradients=128, samples_per_class=0
     )

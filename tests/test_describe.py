@@ -68,11 +68,11 @@ def test_loops_and_branches():
 
 def test_a_network_has_as_many_as_xla_counts():
   x, t, y = shape(2, 8, 8, 1), shape(2), shape(2, dtype="int32")
-  params = jax.eval_shape(lambda key: init_params(demo.DENOISER, key), jax.random.key(0))
+  params = jax.eval_shape(lambda key: init_params(demo.DIGITS.denoiser, key), jax.random.key(0))
   args = (params, x, t, y)
-  ours = operations.operations(demo.DENOISER.module.apply, *args)
+  ours = operations.operations(demo.DIGITS.denoiser.module.apply, *args)
   # XLA's count has sums, norms and activation functions as well.
-  assert 0.85 < ours / by_xla(demo.DENOISER.module.apply, *args) < 1.0
+  assert 0.85 < ours / by_xla(demo.DIGITS.denoiser.module.apply, *args) < 1.0
 
 
 def test_a_step_is_three_passes_and_accumulation_changes_nothing():
@@ -118,7 +118,7 @@ def test_what_is_kept_for_a_gradient():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [demo.DENOISER, demo.CLASSIFIER], ids=["denoiser", "classifier"])
+@pytest.mark.parametrize("config", [demo.DIGITS.denoiser, demo.DIGITS.classifier], ids=["denoiser", "classifier"])
 def test_the_estimate_is_near_what_xla_plans(config):
   how = TrainingConfig(steps=10, batch_size=64)
   estimate, compiled = describe.describe(config, how), describe.describe(config, how, compile=True)

@@ -1,20 +1,18 @@
-"""Metrics against closed forms, the table of measures, sweep tables, the plot and the report."""
+"""Figures of images: the table of measures, judges, references, protocols, tables, and the commands for them."""
 
-import base64
-import copy
+import contextlib
+import csv
 import io
-import pickle
-import re
+import json
 import subprocess
 import sys
-from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
 import pytest
 
-from jaxguide import evaluation
-from jaxguide.evaluation import Judge, Measures, Row
+from jaxguide import cli, data, evaluation
+from jaxguide.evaluation import Evaluation, Figure, Judge, Options, Point, Sweep
 
 
 @pytest.fixture
@@ -151,300 +149,391 @@ def test_judge_refuses(judge, digits):
     Judge.fit(images, np.zeros_like(labels))
 
 
-# --- rows ---
+# --- evaluate ---
 
 
-def test_evaluate_measures_samples_as_the_metrics_do(judge, digits):
+def evaluate(images, reference=None, **options):
+  return evaluation.evaluate(images, reference, **{"features": "pixels", "progress": False, **options})
+
+
+@pytest.fixture(scope="module")
+def measured(digits, judge):
+  (reference, reference_labels), (images, labels) = digits
+  real = data.Images(reference, reference_labels, 10, "training digits")
+  return evaluate(images, real, labels=labels, judge=judge)
+
+
+def test_every_figure_is_that_of_its_metric(measured, judge, digits):
   (reference, _), (images, labels) = digits
-  row = evaluation.evaluate("cfg", 2, images, labels, seconds=4, judge=judge, reference_images=reference)
-  assert row == Row(
-    method="cfg",
-    scale=2.0,
-    n=500,
-    figures={
-      "accuracy": judge.accuracy(images, labels),
-      "frechet_distance": evaluation.frechet_distance(
-        evaluation.pixel_features(images), evaluation.pixel_features(reference)
-      ),
-      "diversity": evaluation.diversity(images, labels),
-    },
-    samples_per_second=125.0,
-  )
-  inputs = {"judge": judge, "reference_images": reference}
-  with pytest.raises(ValueError, match="seconds must be more than 0"):
-    evaluation.evaluate("cfg", 2, images, labels, seconds=0, **inputs)
-  with pytest.raises(ValueError, match="scale must be finite"):
-    evaluation.evaluate("cfg", float("inf"), images, labels, seconds=1, **inputs)
-
-
-def figures(accuracy, frechet_distance, diversity):
-  return {"accuracy": accuracy, "frechet_distance": frechet_distance, "diversity": diversity}
-
-
-@pytest.fixture
-def rows():
-  scales = (4.0, 0.0, 1.0)  # not sorted: the report sorts them
-  cfg = [Row("cfg", s, 500, figures(0.5 + s / 8, 0.3 + (s - 1) ** 2, 2 - s / 10), 100 / 3) for s in scales]
-  other = [Row('odd, "<b>"', s, 400, figures(0.9, 1.5 - s / 8, 1.5), 12345.6) for s in scales]
-  return cfg + other
-
-
-def test_csv_round_trip(rows, tmp_path):
-  path = tmp_path / "new" / "sweep.csv"
-  evaluation.write_csv(path, rows)
-  assert evaluation.read_csv(path) == rows
-  assert path.read_text().splitlines()[0] == ("method,scale,n,accuracy,frechet_distance,diversity,samples_per_second")
-  evaluation.write_csv(path, rows[:1])
-  assert evaluation.read_csv(path) == rows[:1]
-  assert list(path.parent.iterdir()) == [path]
-
-
-def test_rows_may_come_from_a_generator(rows, tmp_path):
-  evaluation.write_csv(tmp_path / "t.csv", (row for row in rows))
-  assert evaluation.read_csv(tmp_path / "t.csv") == rows
-
-
-def test_a_failed_write_leaves_the_old_file(rows, tmp_path, monkeypatch):
-  path = tmp_path / "sweep.csv"
-  evaluation.write_csv(path, rows)
-
-  def full(self, target):
-    raise OSError("no space left on device")
-
-  monkeypatch.setattr("pathlib.Path.replace", full)
-  with pytest.raises(OSError, match="no space"):
-    evaluation.write_csv(path, rows[:1])
-  assert evaluation.read_csv(path) == rows
-  assert list(tmp_path.iterdir()) == [path]
-
-
-def test_read_csv_refuses(rows, tmp_path):
-  path = tmp_path / "sweep.csv"
-  path.write_text("a,b\n1,2\n")
-  with pytest.raises(ValueError, match="not a sweep table: its first line must be 'method,scale,"):
-    evaluation.read_csv(path)
-  evaluation.write_csv(path, rows)
-  path.write_text(path.read_text() + "cfg,two,500,1,1,1,1\n")
-  with pytest.raises(ValueError, match=f"line {len(rows) + 2} of .*'two'"):
-    evaluation.read_csv(path)
-  with pytest.raises(FileNotFoundError):
-    evaluation.read_csv(tmp_path / "absent.csv")
-
-
-def test_table_is_aligned(rows):
-  lines = evaluation.table(rows).splitlines()
-  assert len({len(line) for line in lines}) == 1
-  assert not any(line.endswith(" ") for line in lines)  # numbers are aligned on the right
-  assert lines[1].split() == ["cfg", "4", "500", "1.000", "9.300", "1.600", "33.3"]
-
-
-# --- the report ---
-
-
-def png(gray):
-  from PIL import Image
-
-  file = io.BytesIO()
-  Image.fromarray(np.full((9, 9), gray, np.uint8)).save(file, "png")
-  return file.getvalue()
-
-
-REAL = Measures(450, figures(0.987, 0.0625, 2.125))
-
-
-@pytest.fixture
-def grids(rows):
-  return {(row.method, row.scale): png(i) for i, row in enumerate(rows)}
-
-
-def write(path, rows, grids, **changes):
-  evaluation.write_report(
-    path,
-    **{
-      "title": "A sweep",
-      "rows": rows,
-      "grids": grids,
-      "plot": png(255),
-      "real": REAL,
-      "facts": {"Seed": "7"},
-      **changes,
-    },
-  )
-  return path.read_text("utf-8")
-
-
-def test_report_is_self_contained(rows, grids, tmp_path):
-  page = write(tmp_path / "report.html", rows, grids)
-  assert not re.search(r"https?:|<script|<link|<iframe|@import|url\(|\bon\w+=", page)
-  sources = re.findall(r'src="([^"]*)"', page)
-  assert len(sources) == len(grids) + 1
-  embedded = {base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in sources}
-  assert embedded == {*grids.values(), png(255)}
-  assert "{{" not in page
-  assert "{%" not in page
-
-
-def test_report_summarises_the_rows(rows, grids, tmp_path):
-  def text(rows):
-    html = write(tmp_path / "report.html", rows, grids)
-    return re.sub(r"\s+", " ", re.sub(r"<style>.*?</style>|<[^>]*>", "", html, flags=re.DOTALL))
-
-  page = text(rows)
-  assert (
-    "With classifier-free guidance, judged accuracy is highest at scale 4 (1.000); Fréchet distance on pixels is "
-    "lowest at scale 1 (0.300); diversity within a class is 2.000 at scale 0 and 1.600 at scale 4."
-  ) in page
-  assert "highest at scales 0, 1 and 4 (0.900)" in page
-  assert "For the real test split, judged accuracy is 0.987; Fréchet distance on pixels is 0.062; diversity" in page
-  assert "here 400, 500 per row" in page
-  assert "On the real test split its accuracy is 98.7%" in page
-  better = [replace(r, figures={**r.figures, "frechet_distance": 0.01}) if r.scale == 4 else r for r in rows]
-  assert "lowest at scale 4 (0.010)" in text(better)
-  assert "lowest at scale 1" not in text(better)
-
-
-def test_report_escapes_html(rows, grids, tmp_path):
-  hostile = '<script>alert("x")</script>'
-  page = write(tmp_path / "r.html", rows, grids, title=hostile, facts={hostile: hostile})
-  assert "<script" not in page
-  assert page.count("&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;") == 4
-  assert "odd, &#34;&lt;b&gt;&#34;" in page
-  assert "<b>" not in page
-
-
-def test_report_refuses(rows, grids, tmp_path):
-  path = tmp_path / "report.html"
-  with pytest.raises(ValueError, match="there are no rows"):
-    write(path, [], {})
-  with pytest.raises(ValueError, match="grid of 'cfg' at scale 3 but no such row"):
-    write(path, rows, {("cfg", 3.0): png(0)})
-  with pytest.raises(ValueError, match="grid of 'cfg' at scale 4 must be the bytes of a PNG"):
-    write(path, rows, {("cfg", 4.0): b"\xff\xd8\xff\xe0JFIF"})
-  assert not path.exists()
-
-
-def test_plot_shows_every_row_and_the_real_data(rows, monkeypatch):
-  from matplotlib.figure import Figure
-  from PIL import Image
-
-  plots = []
-  save = Figure.savefig
-  monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (plots.append(self), save(self, *a, **k))[1])
-  image = Image.open(io.BytesIO(evaluation.fidelity_plot(rows, REAL)))
-  assert image.format == "PNG"
-  assert min(image.size) > 800
-  (figure,) = plots
-  accuracy, frechet, diversity, plane = figure.axes
-  by_scale = sorted((r for r in rows if r.method == "cfg"), key=lambda r: r.scale)
-  for axes, column in ((accuracy, "accuracy"), (frechet, "frechet_distance"), (diversity, "diversity")):
-    real, line, _ = axes.lines
-    assert set(real.get_ydata()) == {getattr(REAL, column)}
-    np.testing.assert_array_equal(line.get_xdata(), [0, 1, 4])
-    np.testing.assert_array_equal(line.get_ydata(), [getattr(r, column) for r in by_scale])
-  assert [t.get_text() for t in plane.texts] == ["0", "1", "4"] * 2
-  names = [t.get_text() for t in figure.legends[0].get_texts()]
-  assert names == ["real test split", "classifier-free guidance", 'odd, "<b>"']
-  titles = [axes.get_title() for axes in figure.axes]
-  assert titles == [
-    "judged accuracy (higher is better)",
-    "Fréchet distance on pixels (lower is better)",
-    "diversity within a class",
-    "fidelity against diversity, points labelled by γ",
-  ]
-  assert evaluation.fidelity_plot(rows[:1])[:4] == b"\x89PNG"
-  with pytest.raises(ValueError, match="there are no rows"):
-    evaluation.fidelity_plot([])
-
-
-@pytest.fixture
-def brightness(monkeypatch):
-  """A new measure: one function and one entry in the table."""
-
-  def function(evidence):
-    return evidence.images.mean()
-
-  description = "The mean pixel, {real:.0f} for real digits."
-  entry = evaluation.Measure(function, "brightness", description, "lower", high=255.0, number_format=".1f")
-  monkeypatch.setitem(evaluation.MEASURES, "brightness", entry)
-
-
-def test_a_new_measure_is_measured_and_checked(brightness, digits, judge):
-  (reference, _), (images, labels) = digits
-  measures = evaluation.measure(images, labels, judge, reference)
-  assert list(measures.figures) == ["accuracy", "frechet_distance", "diversity", "brightness"]
-  assert measures.brightness == images.mean()
-  assert dict(evaluation.measure(images, labels, judge, reference, names=["brightness"]).figures) == {
-    "brightness": images.mean()
+  a, b = evaluation.pixel_features(images), evaluation.pixel_features(reference)
+  expected = {
+    "frechet_distance": evaluation.frechet_distance(a, b),
+    "accuracy": judge.accuracy(images, labels),
+    "diversity": evaluation.diversity(images, labels),
+    "saturated": np.isin(images, (0, 255)).mean(),
   }
-  for value in (-1.0, 256.0, float("nan")):
-    with pytest.raises(ValueError, match="brightness must be"):
-      Measures(500, {"brightness": value})
+  figures = measured.figures
+  assert list(figures) == [
+    *("frechet_distance", "kid", "precision", "recall", "density", "coverage", "accuracy", "diversity", "saturated")
+  ]
+  for name, value in expected.items():
+    assert figures[name].value == pytest.approx(value, rel=1e-4), name
+  for name, figure in figures.items():
+    if name != "diversity":
+      low, high = figure.interval
+      assert low <= figure.value <= high, name
+      assert figure.kind
+  assert measured.n == 500
+  # Both halves are real digits.
+  assert figures["precision"].value > 0.8
+  assert abs(figures["kid"].value) < 1e-3
 
 
-def test_a_new_measure_is_in_the_table_the_plot_and_the_report(
-  brightness, rows, grids, digits, judge, tmp_path, monkeypatch
-):
-  from matplotlib.figure import Figure
+def test_the_protocol_holds_what_figures_depend_on(measured, digits, judge):
+  (reference, reference_labels), (images, labels) = digits
+  parts = measured.protocol
+  assert parts["features"] == "pixels"
+  assert (parts["samples"], parts["image_shape"]) == (500, [8, 8, 1])
+  assert parts["reference"]["images"] == 1297
+  assert parts["judge"]["name"] == "a support vector machine on pixels"
+  assert json.loads(json.dumps(parts)) == parts
+  real = data.Images(reference, reference_labels, 10, "training digits")
+  changed = {
+    "options": {"options": Options(neighbours=4)},
+    "samples": {"images": images[:400], "labels": labels[:400]},
+    "judge": {"judge": "features"},
+    "reference": {"reference": data.Images(reference[1:], reference_labels[1:], 10, "training digits")},
+  }
+  for name, changes in changed.items():
+    arguments = {"images": images, "labels": labels, "reference": real, "judge": judge, "measures": ["saturated"]}
+    (found,) = evaluation.differences([parts, evaluate(**{**arguments, **changes}).protocol])
+    assert found.startswith(f"{name}: "), found
+  other = evaluate(255 - images, real, labels=labels, judge=judge, measures=["saturated"], sampling={"seed": 3})
+  assert evaluation.differences([parts, other.protocol]) == []
+  assert other.protocol["samples_hash"] != parts["samples_hash"]
+  reversed_labels = evaluate(images, real, labels=labels[::-1], judge=judge, measures=["accuracy"])
+  assert reversed_labels.protocol["labels_hash"] != parts["labels_hash"]
+  other_judge = Judge.fit(images, labels)
+  (found,) = evaluation.differences(
+    [parts, evaluate(images, real, labels=labels, judge=other_judge, measures=["saturated"]).protocol]
+  )
+  assert found.startswith("judge: ")
+  text = evaluation.protocol_text(other.protocol)
+  assert "sampling.seed=3" in text
+  assert "\n" not in text
 
+
+def test_figures_of_the_reference_itself_are_those_of_a_perfect_copy(digits):
+  reference = digits[0][0][:300]
+  figures = evaluate(reference, reference).figures
+  assert figures["frechet_distance"].value < 1e-6
+  assert figures["precision"].value == figures["recall"].value == figures["coverage"].value == 1
+
+
+def test_three_sets_give_the_least_distance_as_edm_does(digits):
+  (reference, _), (images, _) = digits
+  figures = evaluate(images, reference, options=Options(interval="min-of-3")).figures
+  thirds = [images[i * 166 : (i + 1) * 166] for i in range(3)]
+  plain = [evaluate(part, reference, options=Options(interval="none")).figures for part in thirds]
+  distances = [each["frechet_distance"].value for each in plain]
+  assert figures["frechet_distance"].value == pytest.approx(min(distances))
+  assert figures["frechet_distance"].interval == pytest.approx((min(distances), max(distances)))
+  assert "3 sets of 166" in figures["frechet_distance"].kind
+  assert figures["recall"].value == pytest.approx(np.mean([each["recall"].value for each in plain]))
+  assert plain[0]["frechet_distance"].interval is None
+
+
+def test_few_samples_are_warned_of(digits):
+  (reference, _), (images, _) = digits
+  (warning,) = evaluate(images[:40], reference).warnings
+  assert "40 samples are too few for 64 features" in warning
+  assert not evaluate(images, reference).warnings
+
+
+def test_what_evaluate_refuses(digits):
   (reference, _), (images, labels) = digits
-  real = evaluation.measure(images, labels, judge, reference)
-  rows = [replace(row, figures={**row.figures, "brightness": 60 + row.scale / 2}) for row in rows]
-
-  path = tmp_path / "sweep.csv"
-  evaluation.write_csv(path, rows)
-  header, first = path.read_text().splitlines()[:2]
-  assert header == "method,scale,n,accuracy,frechet_distance,diversity,brightness,samples_per_second"
-  assert first.split(",")[6] == "62.0"
-  assert evaluation.read_csv(path) == rows
-  path.write_text(path.read_text().replace(",62.0,", ",256,"))
-  with pytest.raises(ValueError, match=r"line 2 of .*brightness must be between 0.0 and 255.0"):
-    evaluation.read_csv(path)
-
-  lines = evaluation.table(rows).splitlines()
-  assert lines[0].split()[-2:] == ["brightness", "samples/s"]
-  assert lines[1].split()[-2] == "62.0"
-
-  plots = []
-  monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: plots.append(self))
-  evaluation.fidelity_plot(rows, real)
-  *_, panel, _plane = plots[0].axes
-  assert panel.get_title() == "brightness (lower is better)"
-  reference_line, line, _ = panel.lines
-  assert set(reference_line.get_ydata()) == {images.mean()}
-  np.testing.assert_array_equal(line.get_ydata(), [60, 60.5, 62])
-
-  html = write(tmp_path / "report.html", rows, grids, real=real)
-  assert "<th>brightness</th>" in html
-  assert html.count("<td>62.0</td>") == 2
-  assert "<br>brightness 62.0<" in html
-  assert "brightness is lowest at scale 0 (60.0)" in html
-  assert f"brightness is {images.mean():.1f}." in html
-  assert f"The mean pixel, {images.mean():.0f} for real digits." in html
+  for arguments, message in (
+    ({"images": images[:1]}, "at least 2 images"),
+    ({"images": images / 255}, "images must be uint8"),
+    ({"images": images, "labels": labels[:3]}, "labels must be whole numbers, one for each"),
+    ({"images": images, "reference": reference.reshape(-1, 4, 16, 1)}, "has images of shape"),
+    ({"images": images, "reference": reference, "measures": ["kdi"]}, "unknown measure 'kdi': did you mean 'kid'"),
+    ({"images": images, "measures": ["kid"]}, "kid needs the features of reference images"),
+    ({"images": images, "reference": reference, "measures": ["accuracy"]}, "accuracy needs labels"),
+    ({"images": images, "reference": reference, "measures": ["inception_score"]}, "inception_score needs logits"),
+    ({"images": images, "reference": reference, "measures": []}, "there is nothing to measure"),
+    ({"images": images, "labels": labels, "reference": reference, "judge": "pixels"}, "needs labels of the reference"),
+    ({"images": images, "labels": labels, "reference": reference, "judge": "svm"}, "unknown judge 'svm'"),
+    ({"images": images, "reference": reference, "features": "pixel"}, "did you mean 'pixels'"),
+    ({"images": images, "reference": "no/such/folder"}, "there is no file or folder"),
+  ):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+      evaluate(**arguments)
+  for options, message in (
+    ({"interval": "bootstrp"}, "did you mean 'bootstrap'"),
+    ({"neighbours": 0}, "neighbours must be"),
+    ({"subset_size": 1}, "subset_size must be"),
+    ({"resamples": 1}, "resamples must be"),
+    ({"figures_seed": -1}, "figures_seed must be"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      Options(**options)
 
 
-def test_tables_with_only_some_of_the_measures(rows, tmp_path):
-  path = tmp_path / "sweep.csv"
-  fewer = [replace(row, figures={"diversity": row.diversity}) for row in rows]
-  evaluation.write_csv(path, fewer)
-  assert evaluation.read_csv(path) == fewer
-  assert evaluation.fidelity_plot(fewer)[:4] == b"\x89PNG"
-  with pytest.raises(ValueError, match="all rows must have the same measures"):
-    evaluation.write_csv(path, [*rows, *fewer])
-  with pytest.raises(AttributeError, match="there is no measure 'accuracy' in this Row, only diversity"):
-    fewer[0].accuracy
-  path.write_text("method,scale,n,diversity,accuracy,samples_per_second\ncfg,1,2,3,0.5,6\n")
-  assert evaluation.read_csv(path) == [Row("cfg", 1.0, 2, {"accuracy": 0.5, "diversity": 3.0}, 6.0)]
-  path.write_text("method,scale,n,acuracy,samples_per_second\n")
-  with pytest.raises(ValueError, match="unknown measure 'acuracy': did you mean 'accuracy'"):
-    evaluation.read_csv(path)
-  path.write_text("method,scale,n,accuracy,accuracy,samples_per_second\n")
-  with pytest.raises(ValueError, match="has the column 'accuracy' twice"):
-    evaluation.read_csv(path)
+def test_images_without_a_reference_or_labels_have_the_figures_that_need_neither(digits):
+  images, labels = digits[1]
+  assert list(evaluate(images).figures) == ["saturated"]
+  assert list(evaluate(images, labels=labels).figures) == ["diversity", "saturated"]
 
 
-def test_rows_are_copied_and_pickled(rows):
-  assert pickle.loads(pickle.dumps(rows)) == copy.deepcopy(rows) == rows
-  assert len({*rows, *rows}) == len(rows)
+# --- judges ---
+
+
+def test_a_judge_on_features(digits):
+  (images, labels), (others, other_labels) = digits
+  judge = Judge.fit_features(evaluation.pixel_features(images), labels, "pixels")
+  assert judge.accuracy(others, other_labels, evaluation.pixel_features(others)) > 0.93
+  assert judge.name == "a logistic regression on features (pixels)"
+  for features in (None, np.zeros((500, 63)), np.zeros((3, 64))):
+    with pytest.raises(ValueError, match="this judge needs 64 features of each of the 500 images, got"):
+      judge.predict(others, features)
+  with pytest.raises(ValueError, match="features must have shape"):
+    Judge.fit_features(np.zeros((3, 2)), labels)
+
+
+def test_which_judge_is_fitted(digits):
+  images, labels = (part[:200] for part in digits[0])
+  features = evaluation.pixel_features(images)
+  assert evaluation.fit_judge("auto", images, features, labels).shape == (8, 8, 1)
+  assert evaluation.fit_judge("auto", None, features, labels).shape is None
+  assert evaluation.fit_judge("auto", images, features, None) is None
+  assert evaluation.fit_judge("auto", images, features, 0 * labels) is None
+  assert evaluation.fit_judge("none", images, features, labels) is None
+  with pytest.raises(ValueError, match="judge 'pixels' needs the images of the reference"):
+    evaluation.fit_judge("pixels", None, features, labels)
+
+
+# --- references ---
+
+
+def test_statistics_of_a_file_are_those_of_its_images(digits, tmp_path):
+  (reference, labels), (images, _) = digits
+  kept = tmp_path / "stats.npz"
+  pixels = evaluation.chosen_features("pixels", (8, 8, 1))
+  dataset = data.Images(reference, labels, 10, "digits")
+  evaluation.write_statistics(kept, evaluation.statistics_of(dataset, pixels, progress=False))
+  once, again = evaluate(images, dataset), evaluate(images, kept)
+  assert again.figures == once.figures
+  assert again.protocol["reference"] == {**once.protocol["reference"], "name": str(kept)}
+  data.save_npz(tmp_path / "batch.npz", reference, labels)
+  assert evaluate(images, tmp_path / "batch.npz").figures == once.figures
+
+
+def test_statistics_in_pieces_are_those_of_the_whole(digits, monkeypatch):
+  from jaxguide.evaluation import reference as module
+
+  images, labels = digits[0]
+  pixels = evaluation.chosen_features("pixels", (8, 8, 1))
+  monkeypatch.setattr(module, "PIECE", 100)
+  monkeypatch.setattr(module, "MOST_FEATURES", 250)
+  dataset = data.Images(images, labels, 10, "digits")
+  found = evaluation.statistics_of(dataset, pixels, progress=False)
+  features = evaluation.pixel_features(images)
+  np.testing.assert_allclose(found.mu, features.mean(0), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(found.sigma, np.cov(features.T), rtol=1e-4, atol=1e-6)
+  rows = module.chosen_rows(len(images))
+  assert len(found.features) == len(found.labels) == 250 == len(set(rows))
+  np.testing.assert_allclose(found.features, features[rows], rtol=1e-6)
+  np.testing.assert_array_equal(found.labels, labels[rows])
+  kept, kept_labels = evaluation.Reference("digits", found, dataset).labelled()
+  np.testing.assert_array_equal(kept, images[rows])
+  np.testing.assert_array_equal(kept_labels, labels[rows])
+
+
+def test_statistics_of_other_features_are_refused(digits, tmp_path):
+  images = digits[1][0]
+  np.savez(tmp_path / "theirs.npz", mu=np.zeros(64), sigma=np.eye(64))
+  with pytest.raises(ValueError, match=r"do not say what features they are of.*not of pixels"):
+    evaluate(images, tmp_path / "theirs.npz")
+  pixels = evaluation.chosen_features("pixels", (8, 8, 1))
+  statistics = evaluation.statistics_of(images, pixels, progress=False)
+  other = evaluation.Statistics(statistics.mu, statistics.sigma, 500, protocol={**pixels.protocol, "version": 0})
+  evaluation.write_statistics(tmp_path / "old.npz", other)
+  theirs = evaluation.Statistics(np.zeros(65), np.eye(65), 500, protocol=pixels.protocol)
+  with pytest.raises(ValueError, match="65 numbers there, and 64 here"):
+    evaluate(images, theirs)
+  wide = evaluation.statistics_of(images.reshape(-1, 4, 16, 1), pixels, progress=False)
+  with pytest.raises(ValueError, match=r"image_shape is \[4, 16, 1\] there, and \[8, 8, 1\] here"):
+    evaluate(images, wide)
+  with pytest.raises(ValueError, match=r"are of other features \(version is 0 there, and 1 here"):
+    evaluate(images, tmp_path / "old.npz")
+
+
+def test_pictures_of_a_folder_are_resized_to_the_samples(tmp_path, digits):
+  from PIL import Image
+
+  images = digits[0][0][:6]
+  for i, image in enumerate(images):
+    Image.fromarray(np.kron(image[..., 0], np.ones((2, 2), np.uint8))).save(tmp_path / f"{i}.png")
+  opened = evaluation.open_reference(
+    tmp_path, evaluation.chosen_features("pixels", (8, 8, 1)), (8, 8, 1), progress=False
+  )
+  np.testing.assert_allclose(opened.statistics.features, evaluation.pixel_features(images), atol=1 / 255)
+
+
+def test_statistics_of_other_numbers_are_another_reference():
+  one, other = (evaluation.Statistics(np.full(3, mean), np.eye(3)) for mean in (0.0, 1.0))
+  assert evaluation.Reference("a", one).protocol != evaluation.Reference("a", other).protocol
+
+
+def test_classes_are_matched_by_name(digits):
+  (images, labels), (others, other_labels) = digits
+  names = tuple(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])
+  order = np.argsort(names)
+  real = data.Images(images, np.argsort(order)[labels], 10, "sorted", tuple(names[i] for i in order))
+  samples = data.Images(others, other_labels, 10, "samples", names)
+  assert evaluate(samples, real).figures["accuracy"].value > 0.97
+  strange = data.Images(images, labels, 10, "strange", ("null", *names[1:]))
+  with pytest.warns(UserWarning, match="the reference has a class 'null' that the samples do not have"):
+    assert "accuracy" not in evaluate(samples, strange).figures
+  with pytest.raises(ValueError, match="choose judge none"):
+    evaluate(samples, strange, judge="pixels")
+
+
+def test_what_cannot_be_computed_is_left_out_unless_it_is_asked_for(digits):
+  (reference, reference_labels), (images, labels) = digits
+  few = evaluate(images[:5], reference)
+  assert "kid" in few.figures
+  assert "precision" not in few.figures
+  with pytest.raises(ValueError, match="precision needs more than 5 images"):
+    evaluate(images[:5], reference, measures=["precision"])
+  some = data.Images(reference[reference_labels != 5], reference_labels[reference_labels != 5], 10, "without fives")
+  assert "accuracy" not in evaluate(images, some, labels=labels).figures
+  with pytest.raises(ValueError, match="accuracy needs a judge that knows the class 5"):
+    evaluate(images, some, labels=labels, measures=["accuracy"])
+  each_once = Options(interval="min-of-3")
+  assert "diversity" not in evaluate(images[:30], reference, labels=np.arange(30) % 10, options=each_once).figures
+
+
+def test_constant_features(digits):
+  images = digits[1][0][:40]
+  found = evaluate(images, np.full_like(images, 7)).figures["frechet_distance"]
+  assert np.isfinite([found.value, *found.interval]).all()
+
+
+# --- tables ---
+
+
+def point(scale, value, protocol=None, method="cfg", **values):
+  figures = {"frechet_distance": Figure(value, (value - 1, value + 1), "made up"), "accuracy": Figure(0.5)}
+  made = Evaluation(10, figures, protocol or {"features": "inception"})
+  return Point(method, {"scale": scale, **values}, made, np.zeros((2, 2, 2, 1), np.uint8), None, 5.0)
+
+
+def test_the_table_of_a_sweep():
+  swept = Sweep(
+    "t",
+    [point(1.0, 12.5), point(2.0, 9.25, steps=20)],
+    real=Evaluation(9, {"accuracy": Figure(1)}, {"features": "inception"}),
+  )
+  lines = evaluation.table(swept).splitlines()
+  assert lines[0].split() == ["method", "scale", "steps", "n", "FID", "accuracy"]
+  assert lines[1].split() == ["cfg", "1", "10", "12.5", "±", "1.0", "0.500"]
+  assert lines[2].split() == ["cfg", "2", "20", "10", "9.25", "±", "1.00", "0.500"]
+  assert lines[3].startswith("real images")
+  mixed = Sweep("t", [point(1.0, 12.5), point(2.0, 9.25, {"features": "pixels"})])
+  assert "They differ in features: 'inception', 'pixels'" in evaluation.table(mixed)
+  rows = list(csv.DictReader(io.StringIO(evaluation.csv_text(swept))))
+  assert rows[1]["frechet_distance"] == "9.25"
+  assert (rows[1]["frechet_distance_low"], rows[1]["frechet_distance_high"]) == ("8.25", "10.25")
+  assert rows[0]["frechet_distance_interval"] == "made up"
+  assert (rows[0]["steps"], rows[1]["steps"], rows[0]["samples_per_second"]) == ("", "20", "2.0")
+
+
+def test_only_figures_on_inception_features_have_its_names():
+  both = {"a": point(1, 2).evaluation, "b": point(1, 2, {"features": "dinov2"}).evaluation}
+  assert "FID" not in evaluation.table(both)
+  assert "FID" not in evaluation.table({"b": both["b"]})
+  assert "FID" in evaluation.table({"a": both["a"]})
+
+
+# --- a measure of one's own ---
+
+
+def test_a_new_measure_is_measured_checked_and_in_the_table(monkeypatch, digits):
+  images = digits[1][0]
+  entry = evaluation.Measure(lambda evidence: evidence.images.mean(), "brightness", "The mean pixel.", high=255.0)
+  monkeypatch.setitem(evaluation.MEASURES, "brightness", entry)
+  found = evaluate(images, measures=["brightness"])
+  assert found.figures == {"brightness": Figure(images.mean())}
+  assert "brightness" in evaluation.table({"a": found})
+  for value in (-1.0, 256.0, float("nan")):
+    monkeypatch.setitem(evaluation.MEASURES, "brightness", entry._replace(function=lambda _, value=value: value))
+    with pytest.raises(ValueError, match="brightness must be"):
+      evaluate(images, measures=["brightness"])
+
+
+# --- the commands ---
+
+
+def called(*args):
+  """Run the command in this process; return its status and what it wrote to stdout and to stderr."""
+  with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+    patch.setattr(sys, "argv", ["jaxguide", *map(str, args)])
+    with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as exit:
+      cli.main()
+  return exit.value.code or 0, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, digits):
+  folder = tmp_path_factory.mktemp("files")
+  for name, (images, labels) in zip(("real", "samples"), digits, strict=True):
+    data.save_npz(folder / f"{name}.npz", images, labels)
+  data.save_npz(folder / "few.npz", *(part[:80] for part in digits[1]))
+  return folder
+
+
+def test_evaluate_on_the_command_line(files, digits, tmp_path):
+  common = ("--reference", files / "real.npz", "--features", "pixels", "--no-progress")
+  status, out, err = called("evaluate", files / "samples.npz", files / "few.npz", *common, "--out", tmp_path / "f.json")
+  assert status == 0, err
+  assert "They differ in samples: 500, 80" in out
+  content = json.loads((tmp_path / "f.json").read_text())
+  (reference, _), (images, _) = digits
+  expected = evaluate(images, reference).figures["frechet_distance"].value
+  assert content[str(files / "samples.npz")]["figures"]["frechet_distance"]["value"] == pytest.approx(expected)
+  status, out, err = called("evaluate", files / "few.npz", *common, "--measures", "precision,saturated")
+  assert out.splitlines()[0].split() == ["samples", "n", "precision", "saturated"]
+  assert f"Protocol of {files / 'few.npz'}: features=pixels" in out
+
+
+def test_reference_on_the_command_line(files, tmp_path):
+  stats = tmp_path / "stats.npz"
+  options = ("--features", "pixels", "--no-progress", "--out", stats)
+  status, out, err = called("reference", files / "real.npz", *options)
+  assert status == 0, err
+  assert "The statistics of 1297 images (pixels) are in" in out
+  assert "exists already" in called("reference", files / "real.npz", *options)[2]
+  status, out, err = called("evaluate", files / "samples.npz", "--reference", stats, "--features", "pixels")
+  assert status == 0, err
+  assert "precision" in out
+
+
+def test_mistakes_on_the_command_line_are_one_line(files, tmp_path):
+  for args, message in (
+    (("evaluate", tmp_path / "no.npz"), "there is no file"),
+    (("evaluate", files / "few.npz", "--out", "f.csv"), "out must be a file that ends in .json"),
+    (("evaluate", files / "few.npz", files / "few.npz"), "is given twice"),
+    (("evaluate", files / "few.npz", "--features", "incption"), "did you mean 'inception'"),
+    (("evaluate", files / "few.npz", "--interval", "no"), "unknown interval 'no'"),
+    (("reference", files / "few.npz", "--out", "stats.json"), "out must be a file that ends in .npz"),
+    (("sweep", "--model", tmp_path, "--out", tmp_path / "s", "--scales", "1,a"), "scales must be numbers"),
+  ):
+    status, _, err = called(*args)
+    assert status, args
+    assert message in err
+    assert "Traceback" not in err
 
 
 def test_importing_evaluation_loads_nothing_heavy():

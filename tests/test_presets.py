@@ -69,8 +69,8 @@ def test_fields_are_the_published_ones(network, size, name):
 
 def test_the_smallest_are_those_of_the_demo():
   for network, model, training in (
-    ("unet", demo.DENOISER, demo.DENOISER_TRAINING),
-    ("classifier", demo.CLASSIFIER, demo.CLASSIFIER_TRAINING),
+    ("unet", demo.DIGITS.denoiser, demo.DIGITS.denoiser_training),
+    ("classifier", demo.DIGITS.classifier, demo.DIGITS.classifier_training),
   ):
     chosen = preset(network, 8)
     assert chosen.model_config((8, 8, 1), 10) == model

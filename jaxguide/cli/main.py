@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import typer.core
 
 from jaxguide import generate
-from jaxguide.cli import classifier, ema, interop, train
-from jaxguide.cli.options import options_of, with_options
+from jaxguide.cli import classifier, ema, interop, measure, train
+from jaxguide.cli.options import NamesCommand, options_of, with_options
 from jaxguide.generate import Settings
 
 app = typer.Typer(
@@ -26,8 +25,7 @@ app.add_typer(train.app)
 app.add_typer(interop.app)
 app.add_typer(ema.app)
 app.add_typer(classifier.app)
-
-DEMO = Path("runs/demo")
+app.add_typer(measure.app)
 
 
 @app.callback()
@@ -48,13 +46,18 @@ def setup() -> None:
 
 @app.command()
 def demo(
-  out: Annotated[Path, typer.Option(help="Folder for models, samples, table and report.")] = DEMO,
+  name: Annotated[
+    str, typer.Option("--data", help="digits (minutes on two cores) or animals (half an hour).")
+  ] = "digits",
+  out: Annotated[
+    Path | None, typer.Option(help="Folder for models, samples, table and report. Default: runs/demo, or runs/animals.")
+  ] = None,
   retrain: Annotated[bool, typer.Option("--retrain", help="Train anew what an earlier run has trained.")] = False,
   seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
   overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace samples and report of another seed.")] = False,
   progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
 ) -> None:
-  """Train on digits, sample with both kinds of guidance over a range of scales, and report.
+  """Train on digits or animals, sample with both kinds of guidance over a range of scales, and report.
 
   Scale is the power in p(x) p(y|x)^scale for both: 0 unconditional, 1 conditional, more is sharper and less diverse.
   (The classifier-free guidance paper's w is scale - 1.)
@@ -63,31 +66,15 @@ def demo(
   from jaxguide.evaluation import demo as program
 
   try:
-    result = program.run(out, retrain=retrain, seed=seed, overwrite=overwrite, progress=progress)
+    result = program.run(out, name, retrain=retrain, seed=seed, overwrite=overwrite, progress=progress)
   except training.Interrupted as stop:
     print("\njaxguide: stopped. Start the same command again to go on where it stopped.", file=sys.stderr)
     raise SystemExit(stop.status) from stop
-  print(evaluation.table(result.rows))
-  measures = [(evaluation.MEASURES[name], value) for name, value in result.real.figures.items()]
-  real = ", ".join(f"{measure.title} {measure.text(value)}" for measure, value in measures)
-  print(f"\nReal test digits, for comparison: {real}.")
-  print(f"The report is {result.report}: open it in a browser.")
+  print(evaluation.table(result.sweep))
+  print(f"\nThe report is {result.report}: open it in a browser.")
 
 
-class SampleCommand(typer.core.TyperCommand):
-  """A command whose help lists the names of guidances, solvers and grids."""
-
-  def format_help(self, ctx: Any, formatter: Any) -> None:
-    """Write the options, then all names, what they do and their own options."""
-    from jaxguide import generate
-
-    super().format_help(ctx, formatter)
-    for title, rows in generate.overview().items():
-      with formatter.section(title):
-        formatter.write_dl([(name, f"{does} [{options}]" if options else does) for name, does, options in rows])
-
-
-@app.command(cls=SampleCommand)
+@app.command(cls=NamesCommand.listing(generate.overview))
 @with_options(*options_of(Settings, {"labels": "label"}), after="out")
 def sample(
   out: Annotated[Path, typer.Option(help="File to write: .npz (arr_0 uint8 NHWC, arr_1 labels) or .png (a picture).")],

@@ -1,4 +1,4 @@
-"""Evaluation of guided samples: measures, tables of sweeps over the scale, and a report to open in a browser.
+"""Evaluation of samples: figures with their intervals and protocols, sweeps over the guidance scale, and reports.
 
 Inputs and outputs are NumPy arrays; images are uint8 of shape (n, height, width, channels), labels are whole numbers.
 scikit-learn, matplotlib and Jinja are imported only by the functions that need them, so that the import is fast.
@@ -6,34 +6,61 @@ scikit-learn, matplotlib and Jinja are imported only by the functions that need 
 
 from jaxguide.evaluation.classifier_report import ClassifierReport, classifier_report
 from jaxguide.evaluation.classifiers import Gradients, gradients
-from jaxguide.evaluation.features import pixel_features
-from jaxguide.evaluation.judge import Judge
-from jaxguide.evaluation.measures import MEASURES, Evidence, Figures, Measure, Measures, measure
+from jaxguide.evaluation.evaluations import (
+  chosen_features,
+  differences,
+  evaluate,
+  evaluate_files,
+  protocol_text,
+)
+from jaxguide.evaluation.features import Features, extract, pixel_features
+from jaxguide.evaluation.grid import Cell, cells
+from jaxguide.evaluation.judge import Judge, fit_judge
+from jaxguide.evaluation.measures import MEASURES, Evidence, Measure, Options, measure
 from jaxguide.evaluation.metrics import diversity, frechet_distance
-from jaxguide.evaluation.report import TITLES, fidelity_plot, write_report
-from jaxguide.evaluation.sweep import Row, evaluate, read_csv, table, write_csv
+from jaxguide.evaluation.reference import Reference, open_reference, statistics_of
+from jaxguide.evaluation.results import Evaluation, Figure, Point, Sweep
+from jaxguide.evaluation.statistics import Statistics, read_statistics, write_statistics
+from jaxguide.evaluation.sweep_report import write_sweep_report
+from jaxguide.evaluation.sweeps import sweep
+from jaxguide.evaluation.tables import csv_text, table
 
 __all__ = [
   "MEASURES",
-  "TITLES",
+  "Cell",
   "ClassifierReport",
+  "Evaluation",
   "Evidence",
-  "Figures",
+  "Features",
+  "Figure",
   "Gradients",
   "Judge",
   "Measure",
-  "Measures",
-  "Row",
+  "Options",
+  "Point",
+  "Reference",
+  "Statistics",
+  "Sweep",
+  "cells",
+  "chosen_features",
   "classifier_report",
+  "csv_text",
+  "differences",
   "diversity",
   "evaluate",
-  "fidelity_plot",
+  "evaluate_files",
+  "extract",
+  "fit_judge",
   "frechet_distance",
   "gradients",
   "measure",
+  "open_reference",
   "pixel_features",
-  "read_csv",
+  "protocol_text",
+  "read_statistics",
+  "statistics_of",
+  "sweep",
   "table",
-  "write_csv",
-  "write_report",
+  "write_statistics",
+  "write_sweep_report",
 ]

@@ -1,213 +1,453 @@
-"""The measures of labelled images: one table, `MEASURES`.
+"""The measures of images: one table, `MEASURES`.
 
 To add a measure, write a function and add an entry to `MEASURES`. It then has a column in the CSV file, in the table
 and in the report, and a panel in the plot.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from jaxguide import data
 from jaxguide._core import checks
-from jaxguide.evaluation.features import pixel_features
+from jaxguide.evaluation import metrics
 from jaxguide.evaluation.judge import Judge
-from jaxguide.evaluation.metrics import diversity, frechet_distance
+from jaxguide.evaluation.results import Figure
+from jaxguide.evaluation.statistics import Statistics
+
+INTERVALS = ("bootstrap", "min-of-3", "none")
 
 
-class Evidence(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How figures are computed. All of it is part of their protocol.
+
+  Args:
+    interval: how the interval of a figure is made: bootstrap (resamples of the images), min-of-3 (the images are split
+      into three sets in their order; of distances the least of the three counts, as in EDM, and of other figures the
+      mean; the interval goes from the least to the greatest), or none. The kernel distance and the score of the logits
+      have their standard deviation in any case.
+    resamples: number of resamples of the bootstrap; if left out, 200, or as many as minutes allow for the Fréchet
+      distance of many images with many features, but at least 30.
+    neighbours: k of precision and recall.
+    density_neighbours: k of density and coverage.
+    subsets: number of subsets for the KID.
+    subset_size: number of images in a subset for the KID.
+    splits: number of splits for the Inception score.
+    figures_seed: seed of the resamples and subsets.
+  """
+
+  interval: str = "bootstrap"
+  resamples: int | None = None
+  neighbours: int = 3
+  density_neighbours: int = 5
+  subsets: int = 100
+  subset_size: int = 1000
+  splits: int = 10
+  figures_seed: int = 0
+
+  def __post_init__(self):
+    checks.lookup("interval", self.interval, dict.fromkeys(INTERVALS))
+    for field in dataclasses.fields(self)[1:]:
+      if field.name == "resamples" and self.resamples is None:
+        continue
+      least = 0 if field.name == "figures_seed" else 2 if field.name in ("resamples", "subset_size") else 1
+      object.__setattr__(self, field.name, checks.at_least(field.name, getattr(self, field.name), least))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evidence:
   """The input of a measure.
 
   Args:
     images: uint8 of shape (n, height, width, channels), the images to measure.
-    labels: int of shape (n,), the classes that the images were sampled for.
-    reference_images: uint8 of shape (m, height, width, channels), real images to compare with.
-    judge: a classifier that did not guide the samples.
+    labels: int of shape (n,), the classes that the images were sampled for; None if there are none.
+    outputs: the outputs of the features for these images: ``pool`` (n, d), perhaps ``spatial`` (n, e) and ``logits``
+      (n, k).
+    reference: the statistics of the reference; None if there is none.
+    judge: a classifier that did not guide the samples; None if there is none.
+    options: how figures are computed.
   """
 
   images: np.ndarray
-  labels: np.ndarray
-  reference_images: np.ndarray
-  judge: Judge
+  labels: np.ndarray | None
+  outputs: Mapping[str, np.ndarray]
+  reference: Statistics | None
+  judge: Judge | None
+  options: Options
+
+  def rows(self, rows: Any) -> "Evidence":
+    """Return the evidence of some of the images."""
+    return dataclasses.replace(
+      self,
+      images=self.images[rows],
+      labels=None if self.labels is None else self.labels[rows],
+      outputs={name: values[rows] for name, values in self.outputs.items()},
+    )
+
+  @functools.cached_property
+  def neighbourhoods(self) -> metrics.Neighbourhoods:
+    """Which samples and reference images lie near each other, for precision, recall, density and coverage."""
+    real, generated = _known(self).features, self.outputs["pool"]
+    assert real is not None
+    return metrics.neighbourhoods(real, generated, self.options.neighbours, self.options.density_neighbours)
 
 
 class Measure(NamedTuple):
   """One measure: how to compute it, and how to show it.
 
   Args:
-    function: computes the value from an `Evidence`.
-    title: the title in the plot and the report.
-    description: what it measures and how to read it, for the report. The report replaces ``{real}`` by the value of the
-      real test split and ``{counts}`` by the numbers of samples; other braces must be doubled.
+    function: computes the figure, or its value alone, from an `Evidence`.
+    title: the title in plots and tables.
+    description: what it measures and how to read it, for the report.
+    inception: the established name on Inception features. On others the title names the features. Empty for a measure
+      whose title does not depend on the features.
+    needs: what the evidence must have: ``reference``, ``reference features``, ``reference spatial``, ``spatial``,
+      ``logits``, ``labels``, ``judge``, ``neighbours`` (enough images of both) or ``pairs`` (two samples of one class).
     better: ``"higher"`` or ``"lower"``, or None if neither is better.
     low: the smallest valid value.
     high: the largest valid value.
-    number_format: the format specification of a value in tables and the report, as of the built-in ``format``.
+    number_format: the format specification of a value, as of the built-in ``format``; empty for three digits.
   """
 
-  function: Callable[[Evidence], float]
+  function: Callable[[Evidence], Figure | float]
   title: str
   description: str
+  inception: str = ""
+  needs: Sequence[str] = ()
   better: Literal["higher", "lower"] | None = None
   low: float = 0.0
   high: float = math.inf
-  number_format: str = ".3f"
+  number_format: str = ""
 
-  @property
-  def heading(self) -> str:
-    """The title, and which direction is better."""
-    return self.title if self.better is None else f"{self.title} ({self.better} is better)"
+  def title_on(self, features: str) -> str:
+    """Give the title on some features, by their name. On Inception's it is the established name.
 
-  def text(self, value: float) -> str:
-    """Format a value."""
-    return format(value, self.number_format)
+    >>> MEASURES["frechet_distance"].title_on("inception"), MEASURES["frechet_distance"].title_on("dinov2")
+    ('FID', 'Fréchet distance (dinov2)')
+    """
+    family = features.partition(":")[0]
+    if self.inception:
+      return self.inception if family == "inception" else f"{self.title} ({family})" if family else self.title
+    return self.title
+
+  def text(self, value: float | int) -> str:
+    """Format a value.
+
+    >>> MEASURES["kid"].text(0.00123456), MEASURES["kid"].text(123.456), MEASURES["precision"].text(0.5)
+    ('0.00123', '123.5', '0.500')
+    """
+    if self.number_format:
+      return format(value, self.number_format)
+    return f"{value:#.3g}".rstrip(".") if abs(value) < 100 else f"{value:.1f}"
 
 
-def _accuracy(evidence: Evidence) -> float:
-  return evidence.judge.accuracy(evidence.images, evidence.labels)
+def _known(evidence: Evidence) -> Statistics:
+  assert evidence.reference is not None  # `missing` has seen to it.
+  return evidence.reference
 
 
-def _frechet_distance(evidence: Evidence) -> float:
-  return frechet_distance(pixel_features(evidence.images), pixel_features(evidence.reference_images))
+def _figure(value: float, interval: metrics.Interval | None) -> Figure:
+  return Figure(value) if interval is None else Figure(value, (interval.low, interval.high), interval.kind)
 
 
-def _diversity(evidence: Evidence) -> float:
-  return diversity(evidence.images, evidence.labels)
+def _frechet(features: np.ndarray, reference: metrics.Gaussian, options: Options) -> Figure:
+  value = metrics.frechet_distance(features, reference)
+  if options.interval != "bootstrap" or len(features) < 3:
+    return Figure(value)
+  return _figure(value, metrics.frechet_interval(reference, features, options.resamples, options.figures_seed))
+
+
+def _frechet_distance(evidence: Evidence) -> Figure:
+  return _frechet(evidence.outputs["pool"], _known(evidence).gaussian, evidence.options)
+
+
+def _spatial_frechet_distance(evidence: Evidence) -> Figure:
+  return _frechet(evidence.outputs["spatial"], _known(evidence).spatial, evidence.options)
+
+
+def _kid(evidence: Evidence) -> Figure:
+  real, generated, options = _known(evidence).features, evidence.outputs["pool"], evidence.options
+  assert real is not None
+  size = min(options.subset_size, len(real), len(generated))
+  mean, std = metrics.kid(real, generated, options.subsets, size, options.figures_seed)
+  return Figure(mean, (mean - std, mean + std), f"standard deviation over {options.subsets} subsets of {size}")
+
+
+def _inception_score(evidence: Evidence) -> Figure:
+  splits = min(evidence.options.splits, len(evidence.images))
+  mean, std = metrics.inception_score(evidence.outputs["logits"], splits)
+  return Figure(mean, (mean - std, mean + std), f"standard deviation over {splits} splits")
+
+
+def _share(flags: np.ndarray, evidence: Evidence, what: str) -> Figure:
+  """Make the figure that is the share of samples with a property."""
+  count, with_interval = int(flags.sum()), evidence.options.interval == "bootstrap"
+  return _figure(
+    count / len(flags), metrics.proportion_interval(count, len(flags), what=what) if with_interval else None
+  )
+
+
+def _mean(values: np.ndarray, evidence: Evidence, what: str) -> Figure:
+  """Make the figure that is the mean of one number for each sample."""
+  options = evidence.options
+  interval = None
+  if options.interval == "bootstrap" and len(values) > 1:
+    interval = metrics.mean_interval(values, options.resamples or 200, options.figures_seed, what=what)
+  return _figure(float(values.mean()), interval)
+
+
+def _precision(evidence: Evidence) -> Figure:
+  return _share(evidence.neighbourhoods.in_real, evidence, "samples")
+
+
+def _recall(evidence: Evidence) -> Figure:
+  return _share(evidence.neighbourhoods.in_generated, evidence, "reference images")
+
+
+def _density(evidence: Evidence) -> Figure:
+  return _mean(evidence.neighbourhoods.densities, evidence, "samples")
+
+
+def _coverage(evidence: Evidence) -> Figure:
+  return _share(evidence.neighbourhoods.covered, evidence, "reference images")
+
+
+def _accuracy(evidence: Evidence) -> Figure:
+  assert evidence.judge is not None
+  assert evidence.labels is not None
+  right = evidence.judge.right(evidence.images, evidence.labels, evidence.outputs.get("pool"))
+  return _share(right, evidence, "samples")
+
+
+def _diversity(evidence: Evidence) -> Figure:
+  assert evidence.labels is not None
+  return Figure(metrics.diversity(evidence.outputs["pool"], evidence.labels))
+
+
+def _saturated(evidence: Evidence) -> Figure:
+  shares = np.array([data.saturation(image[None]) for image in evidence.images])
+  return _mean(shares, evidence, "samples")
 
 
 MEASURES: dict[str, Measure] = {
+  "frechet_distance": Measure(
+    _frechet_distance,
+    "Fréchet distance",
+    "The distance between two Gaussians, one fitted to the features of the samples and one to those of the reference "
+    "(Heusel et al. 2017). It depends only on the means and covariances over all classes together. Few samples bias it "
+    "upwards, so compare it only between sets of equal size, on the same features. Published values are on those of "
+    "Inception. Copies of the training images would have a low distance too.",
+    inception="FID",
+    needs=("reference",),
+    better="lower",
+  ),
+  "spatial_frechet_distance": Measure(
+    _spatial_frechet_distance,
+    "spatial Fréchet distance",
+    "The Fréchet distance on features that still have a place in the image (Nash et al. 2021). It notices wrong "
+    "layouts, to which pooled features are blind.",
+    inception="sFID",
+    needs=("reference spatial", "spatial"),
+    better="lower",
+  ),
+  "kid": Measure(
+    _kid,
+    "kernel distance",
+    "The squared maximum mean discrepancy with a polynomial kernel of degree 3 (Binkowski et al. 2018). It has no bias "
+    "from few samples, so it can be slightly below 0.",
+    inception="KID",
+    needs=("reference features",),
+    better="lower",
+    low=-math.inf,
+  ),
+  "inception_score": Measure(
+    _inception_score,
+    "classifier score",
+    "The exponential of the mean divergence between the classes predicted for one sample and for all (Salimans et al. "
+    "2016). It is high if the network is sure of each sample, and the samples are of many of ImageNet's classes. It "
+    "does not look at the reference. For images unlike ImageNet's it means little.",
+    inception="Inception score",
+    needs=("logits",),
+    better="higher",
+    low=1.0,
+  ),
+  "precision": Measure(
+    _precision,
+    "precision",
+    "Fidelity: the share of samples that lie within the k-th nearest neighbour's distance of some reference image "
+    "(Kynkäänniemi et al. 2019).",
+    needs=("reference features", "neighbours"),
+    better="higher",
+    high=1.0,
+    number_format=".3f",
+  ),
+  "recall": Measure(
+    _recall,
+    "recall",
+    "Diversity: the share of reference images that lie within the k-th nearest neighbour's distance of some sample "
+    "(Kynkäänniemi et al. 2019). Precision and recall depend on the numbers of samples and of reference images.",
+    needs=("reference features", "neighbours"),
+    better="higher",
+    high=1.0,
+    number_format=".3f",
+  ),
+  "density": Measure(
+    _density,
+    "density",
+    "Fidelity, less sensitive to outliers than precision: how many reference neighbourhoods hold a sample, on average, "
+    "divided by k (Naeem et al. 2020). It can be above 1.",
+    needs=("reference features", "neighbours"),
+    better="higher",
+  ),
+  "coverage": Measure(
+    _coverage,
+    "coverage",
+    "Diversity, less sensitive to outliers than recall: the share of reference images whose neighbourhood holds a "
+    "sample (Naeem et al. 2020).",
+    needs=("reference features", "neighbours"),
+    better="higher",
+    high=1.0,
+    number_format=".3f",
+  ),
   "accuracy": Measure(
     _accuracy,
     "judged accuracy",
-    "The share of samples for which a support vector machine on raw pixels predicts the class that they were sampled "
-    "for. The machine was trained on the real training split and did not guide the samples. On the real test split its "
-    "accuracy is {real:.1%}; differences smaller than its error rate there mean little. At scale 0 the samples do not "
-    "depend on the class, so the accuracy is that of chance.",
+    "The share of samples for which a judge predicts the class that they were sampled for. The judge was trained on "
+    "real images and did not guide the samples. Its accuracy on real images is the most that can be expected; "
+    "differences smaller than its error rate there mean little. At scale 0 the samples do not depend on the class.",
+    needs=("labels", "judge"),
     better="higher",
     high=1.0,
-  ),
-  "frechet_distance": Measure(
-    _frechet_distance,
-    "Fréchet distance on pixels",
-    "The distance between two Gaussians, one fitted to the samples and one to the training split, as in the FID "
-    "(Heusel et al. 2017). It is computed on raw pixels in [0, 1] and not on Inception features, so it cannot be "
-    "compared with published FIDs. It depends only on the means and covariances over all classes together. Few samples "
-    "bias it upwards (here {counts} per row), so compare it only between sets of equal size. Copies of the training "
-    "images would have a low distance too: a value below that of the real test split does not prove quality.",
-    better="lower",
+    number_format=".3f",
   ),
   "diversity": Measure(
     _diversity,
     "diversity within a class",
-    "The mean Euclidean distance, on pixels in [0, 1], between two samples of the same class, averaged over the "
-    "classes. Both variety and noise in the images raise it, so it does not measure quality. At scale 0 the samples do "
-    "not depend on the class, so it is the distance between samples of all classes.",
+    "The mean Euclidean distance between the features of two samples of the same class, averaged over the classes. "
+    "Both variety and noise raise it, so it does not measure quality. At scale 0 the samples do not depend on the "
+    "class, so it is the distance between samples of all classes.",
+    needs=("pairs",),
+  ),
+  "saturated": Measure(
+    _saturated,
+    "saturated pixels",
+    "The share of pixel values that are 0 or 255. Too high a scale pushes pixels to the ends of their range: compare "
+    "with the real images.",
+    high=1.0,
+    number_format=".1%",
   ),
 }
 
 
-class Figures(Mapping[str, float]):
-  """Checked values of measures by name, in the order of `MEASURES`. It cannot be changed, and can be hashed.
-
-  Args:
-    values: the values by name.
-
-  Raises:
-    ValueError: if a name is not in `MEASURES`, or a value is not finite or outside the measure's range.
-
-  >>> dict(Figures({"diversity": 1.5, "accuracy": 0.9}))
-  {'accuracy': 0.9, 'diversity': 1.5}
-  >>> Figures({"acuracy": 0.9})
-  Traceback (most recent call last):
-  ...
-  ValueError: unknown measure 'acuracy': did you mean 'accuracy'? There are accuracy, diversity, frechet_distance
-  """
-
-  def __init__(self, values: Mapping[str, float]):
-    if not isinstance(values, Mapping):
-      raise TypeError(f"figures must be a mapping from names of measures to values, got {values!r}")
-    for name, value in values.items():
-      entry = checks.lookup("measure", name, MEASURES)
-      checks.in_range(name, value, entry.low, entry.high)
-    self._values = {name: float(values[name]) for name in MEASURES if name in values}
-
-  def __getitem__(self, name: str) -> float:
-    return self._values[name]
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._values)
-
-  def __len__(self) -> int:
-    return len(self._values)
-
-  def __hash__(self) -> int:
-    return hash(tuple(self._values.items()))
-
-  def __repr__(self) -> str:
-    return f"Figures({self._values})"
+def missing(measure: Measure, evidence: Evidence) -> str | None:
+  """Say what a measure needs and the evidence does not have; None if it has everything."""
+  reference, labels, judge = evidence.reference, evidence.labels, evidence.judge
+  real = None if reference is None else reference.features
+  k = max(evidence.options.neighbours, evidence.options.density_neighbours)
+  unknown = np.setdiff1d(labels, judge.machine.classes_) if judge is not None and labels is not None else np.zeros(0)
+  there = {
+    "reference": reference is not None,
+    "reference features": real is not None,
+    "reference spatial": reference is not None and reference.mu_s is not None,
+    "neighbours": real is not None and min(len(real), len(evidence.images)) > k,
+    "spatial": "spatial" in evidence.outputs,
+    "logits": "logits" in evidence.outputs,
+    "labels": labels is not None,
+    "judge": judge is not None and not len(unknown),
+    "pairs": labels is not None and len(labels) > len(np.unique(labels)),
+  }
+  words = {
+    "reference": "a reference",
+    "reference features": "the features of reference images (statistics of means and covariances are not enough)",
+    "reference spatial": "a reference with spatial features",
+    "neighbours": f"more than {k} images and reference images, for the {k} nearest neighbours",
+    "spatial": "spatial features, which inception has",
+    "logits": "logits, which inception and efficientnet-lite0 have",
+    "labels": "labels of the images",
+    "judge": f"a judge that knows the class {unknown[0]}: the reference has no images of it"
+    if len(unknown)
+    else "a judge, which needs labelled reference images",
+    "pairs": "two labelled images of one class",
+  }
+  return next((words[name] for name in measure.needs if not there[name]), None)
 
 
-class Measured:
-  """Base of `Measures` and `Row`: it checks ``n`` and ``figures``, and makes each measure an attribute."""
-
-  n: int
-  figures: Mapping[str, float]
-
-  def __post_init__(self) -> None:
-    checks.at_least("n", self.n, 1)
-    object.__setattr__(self, "figures", Figures(self.figures))
-
-  def __getattr__(self, name: str) -> float:
-    # Python calls this only for attributes that are not found. While an object is unpickled it has no figures yet.
-    figures = self.__dict__.get("figures", {})
-    if name not in figures:
-      raise AttributeError(f"there is no measure {name!r} in this {type(self).__name__}, only {', '.join(figures)}")
-    return figures[name]
+def _lacking(measure: Measure, evidence: Evidence) -> str | None:
+  """Say what a measure lacks for the images, or for one of the three sets that they are split into."""
+  parts = _thirds(evidence) if evidence.options.interval == "min-of-3" else [evidence]
+  return next((lacking for part in parts if (lacking := missing(measure, part)) is not None), None)
 
 
-@dataclasses.dataclass(frozen=True)
-class Measures(Measured):
-  """The measures of a set of labelled images, sampled or real. Each measure is also an attribute.
-
-  Args:
-    n: number of images, at least 1.
-    figures: values of measures by name, converted to `Figures`.
+def _thirds(evidence: Evidence) -> list[Evidence]:
+  """Split the images into three sets, in their order.
 
   Raises:
-    ValueError: if ``n`` or a value is out of range, or a measure is unknown.
-
-  >>> Measures(500, {"accuracy": 0.9}).accuracy
-  0.9
+    ValueError: if there are fewer than 6.
   """
+  size = len(evidence.images) // 3
+  if size < 2:
+    raise ValueError(f"interval 'min-of-3' splits the images into three sets, and {len(evidence.images)} are too few")
+  return [evidence.rows(slice(i * size, (i + 1) * size)) for i in range(3)]
 
-  n: int
-  figures: Mapping[str, float]
 
-
-def measure(
-  images: np.ndarray,
-  labels: np.ndarray,
-  judge: Judge,
-  reference_images: np.ndarray,
-  names: Sequence[str] | None = None,
-) -> Measures:
-  """Compute the measures of labelled images.
-
-  To have values of real data to compare samples with, measure the test split with the training split as reference.
-
-  Args:
-    images: uint8 of shape (n, height, width, channels), n at least 2, with two of one class.
-    labels: int of shape (n,), the classes that the images were sampled for.
-    judge: fitted on images of that height, width and channels.
-    reference_images: uint8 of shape (m, height, width, channels), m at least 2.
-    names: which measures of `MEASURES` to compute, by default all.
+def chosen_measures(names: Sequence[str] | None, evidence: Evidence) -> dict[str, Measure]:
+  """Return measures by name, in the order of `MEASURES`; by default all that the evidence suffices for.
 
   Raises:
-    ValueError: if a name is unknown, if images or labels do not have that type and shape, or if a value is not finite
-      or outside the measure's range.
+    ValueError: if a name is unknown, a measure that is named needs what is not there, or there is none.
   """
-  evidence = Evidence(images, labels, reference_images, judge)
-  chosen = {name: checks.lookup("measure", name, MEASURES) for name in (MEASURES if names is None else names)}
-  return Measures(len(images), {name: entry.function(evidence) for name, entry in chosen.items()})
+  if names is None:
+    chosen = {name: entry for name, entry in MEASURES.items() if _lacking(entry, evidence) is None}
+  else:
+    chosen = {name: checks.lookup("measure", name, MEASURES) for name in MEASURES if name in names}
+    for name in names:
+      checks.lookup("measure", name, MEASURES)
+    for name, entry in chosen.items():
+      lacking = _lacking(entry, evidence)
+      if lacking is not None:
+        raise ValueError(f"{name} needs {lacking}: give it, or leave {name} out")
+  if not chosen:
+    raise ValueError("there is nothing to measure: give a reference, or labels")
+  return chosen
+
+
+def measure(evidence: Evidence, names: Sequence[str] | None = None) -> dict[str, Figure]:
+  """Compute the figures of images.
+
+  Args:
+    evidence: the images, and what they are compared with.
+    names: which measures of `MEASURES`; by default all that the evidence suffices for.
+
+  Raises:
+    ValueError: if a name is unknown, if a measure that is named needs what is not there, or if a value is not finite or
+      outside the measure's range.
+  """
+  chosen = chosen_measures(names, evidence)
+  if evidence.options.interval == "min-of-3":
+    return _of_three(evidence, chosen)
+  return {name: _checked(name, entry, entry.function(evidence)) for name, entry in chosen.items()}
+
+
+def _checked(name: str, entry: Measure, figure: Figure | float) -> Figure:
+  figure = figure if isinstance(figure, Figure) else Figure(figure)
+  return dataclasses.replace(figure, value=float(checks.in_range(name, figure.value, entry.low, entry.high)))
+
+
+def _of_three(evidence: Evidence, chosen: Mapping[str, Measure]) -> dict[str, Figure]:
+  """Measure three sets of the images, and join their figures."""
+  sets = _thirds(evidence)
+  size = len(sets[0].images)
+  figures = {}
+  for name, entry in chosen.items():
+    values = [_checked(name, entry, entry.function(part)).value for part in sets]
+    ends = (min(values), max(values))
+    if entry.better == "lower":
+      figures[name] = Figure(ends[0], ends, f"least to greatest of 3 sets of {size}; the value is the least")
+    else:
+      figures[name] = Figure(float(np.mean(values)), ends, f"least to greatest of 3 sets of {size}")
+  return figures

@@ -15,6 +15,15 @@ STYLES = (
   ("#56B4E9", "P"),
 )
 
+COLORS = tuple(
+  zip(
+    ("#0072B2", "#B84A00", "#00775A", "#A8487F", "#8A6000", "#23779F"),
+    ("#56B4E9", "#F28E4B", "#2FC99B", "#E79AC6", "#E6B23C", "#9AD4F5"),
+    strict=True,
+  )
+)
+"""The colours of `STYLES` for a light page and for a dark one. Text in them has a contrast of at least 4.5."""
+
 
 def render(template: str, **values: Any) -> str:
   """Return an HTML page.

@@ -24,8 +24,8 @@ class Figure:
       empty if there is none.
   """
 
-  value: float
-  interval: tuple[float, float] | None = None
+  value: float | int
+  interval: tuple[float | int, float | int] | None = None
   kind: str = ""
 
 
@@ -57,7 +57,7 @@ class Point:
     images: ``(m, height, width, channels)`` uint8, the first ``m`` of the samples, for pictures. Sample ``i`` of all
       points has the same noise and the same label.
     labels: ``(m,)`` int, their classes; None if there are none.
-    seconds: the time that sampling took, without compilation.
+    seconds: the time that sampling took, without compilation; None if it is not known.
     path: the file of the samples; None if they are in memory alone.
   """
 
@@ -66,7 +66,7 @@ class Point:
   evaluation: Evaluation
   images: np.ndarray
   labels: np.ndarray | None
-  seconds: float
+  seconds: float | None
   path: Path | None = None
 
 

@@ -1,0 +1,347 @@
+"""The evaluation of one set of images: features, figures, and the protocol on which the figures depend."""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import jaxguide
+from jaxguide import data
+from jaxguide.data.dataset import Dataset
+from jaxguide.evaluation import features as feature_sets
+from jaxguide.evaluation import metrics
+from jaxguide.evaluation.features import Features, extract
+from jaxguide.evaluation.judge import Judge, fit_judge
+from jaxguide.evaluation.measures import Evidence, Options, measure
+from jaxguide.evaluation.reference import Reference, open_reference
+from jaxguide.evaluation.results import Evaluation
+
+Judged = str | Judge | None
+
+UNASKED = ("auto", "none", None)
+"""The judges that may be absent."""
+
+
+def evaluate(
+  images: Any,
+  reference: Any = None,
+  *,
+  labels: Any = None,
+  features: str | Features | None = None,
+  judge: Judged = "auto",
+  measures: Sequence[str] | None = None,
+  options: Options | None = None,
+  batch_size: int = 64,
+  sampling: Mapping[str, Any] | None = None,
+  progress: bool = True,
+) -> Evaluation:
+  """Measure images: how close they are to real ones, how diverse, and whether they show the classes asked for.
+
+  Args:
+    images: uint8 of shape (n, height, width, channels), n at least 2; or a `jaxguide.data.Dataset` of such images.
+    reference: what the images are compared with, as `jaxguide.evaluation.open_reference` takes it; None for figures
+      that need no reference.
+    labels: int of shape (n,), the classes that the images were sampled for; None if there are none. A data set has its
+      own.
+    features: the features, by name or as `Features`; by default efficientnet-lite0 where its weights are installed,
+      else pixels for small images.
+    judge: the judge of classes: ``"auto"``, ``"pixels"``, ``"features"`` or ``"none"``, as
+      `jaxguide.evaluation.fit_judge` fits it on the reference; or one that was fitted before.
+    measures: names of `jaxguide.evaluation.MEASURES`; by default all that can be computed.
+    options: how figures are computed; by default `Options()`.
+    batch_size: the number of images at a time in the network of the features.
+    sampling: how the images were sampled, as plain data, for the protocol.
+    progress: whether to show progress bars.
+
+  Raises:
+    ValueError: if images, labels or reference do not have that type or shape, do not suit each other or the features,
+      or a measure that is named lacks what it needs.
+    ImportError: if there are no features for these images without a package that is not installed.
+
+  >>> rng = np.random.default_rng(0)
+  >>> real, other = (rng.integers(0, 256, (50, 4, 4, 1), np.uint8) for _ in range(2))
+  >>> figures = evaluate(other, real, features="pixels", progress=False).figures
+  >>> 0.2 < figures["frechet_distance"].value < 2
+  True
+  """
+  pixels, labels = _images(images, labels)
+  options = options or Options()
+  chosen = chosen_features(features, pixels.shape[1:])
+  against = None
+  if reference is not None:
+    against = open_reference(reference, chosen, pixels.shape[1:], batch_size=batch_size, progress=progress)
+  names = images.class_names if isinstance(images, Dataset) else None
+  fitted = judge_of(judge, against, chosen, names) if labels is not None or judge not in UNASKED else None
+  return evaluate_against(
+    pixels,
+    labels,
+    against,
+    chosen,
+    fitted,
+    measures=measures,
+    options=options,
+    batch_size=batch_size,
+    sampling=sampling,
+    progress=progress,
+  )
+
+
+def evaluate_files(
+  paths: Sequence[str | os.PathLike[str]],
+  reference: Any = None,
+  *,
+  features: str | Features | None = None,
+  judge: Judged = "auto",
+  measures: Sequence[str] | None = None,
+  options: Options | None = None,
+  batch_size: int = 64,
+  progress: bool = True,
+) -> dict[str, Evaluation]:
+  """Measure the samples of several files against one reference.
+
+  Args:
+    paths: .npz files of samples, or data sets as `jaxguide.data.DataConfig` names them. All have images of one shape.
+    reference: as for `evaluate`. Its features are computed once.
+    features: as for `evaluate`.
+    judge: as for `evaluate`.
+    measures: as for `evaluate`.
+    options: as for `evaluate`.
+    batch_size: as for `evaluate`.
+    progress: as for `evaluate`.
+
+  Returns:
+    The evaluations by path.
+
+  Raises:
+    ValueError: if a path is given twice, the files have images of different shapes, or for the reasons of `evaluate`.
+    FileNotFoundError: if there is no such file.
+  """
+  names = [os.fspath(path) for path in paths]
+  if len(set(names)) < len(names):
+    raise ValueError("a file of samples is given twice: give each once")
+  results: dict[str, Evaluation] = {}
+  chosen = against = fitted = shape = None
+  for name in names:
+    images, labels, sampling = open_images(name, progress)
+    pixels, labels = _images(images, labels)
+    if chosen is None:
+      shape, chosen = pixels.shape[1:], chosen_features(features, pixels.shape[1:])
+      if reference is not None:
+        against = open_reference(reference, chosen, shape, batch_size=batch_size, progress=progress)
+    elif pixels.shape[1:] != shape:
+      raise ValueError(
+        f"{names[0]} has images of shape {shape}, and {name} of shape {pixels.shape[1:]}: give one shape"
+      )
+    if fitted is None and (labels is not None or judge not in UNASKED):
+      fitted = judge_of(judge, against, chosen, _class_names(images, sampling))
+    results[name] = evaluate_against(
+      pixels,
+      labels,
+      against,
+      chosen,
+      fitted,
+      measures=measures,
+      options=options or Options(),
+      batch_size=batch_size,
+      sampling=sampling,
+      progress=progress,
+    )
+  return results
+
+
+def evaluate_against(
+  images: np.ndarray,
+  labels: np.ndarray | None,
+  reference: Reference | None,
+  features: Features,
+  judge: Judge | None,
+  *,
+  measures: Sequence[str] | None,
+  options: Options,
+  batch_size: int = 64,
+  sampling: Mapping[str, Any] | None = None,
+  progress: bool = True,
+) -> Evaluation:
+  """Measure images against a reference that is open already. The arguments are those of `evaluate`."""
+  outputs = outputs_of(images, features, batch_size, progress)
+  evidence = Evidence(images, labels, outputs, None if reference is None else reference.statistics, judge, options)
+  return Evaluation(
+    n=len(images),
+    figures=measure(evidence, measures),
+    protocol=protocol(images, labels, reference, features, judge, options, sampling),
+    warnings=tuple(_warnings(evidence)),
+  )
+
+
+def outputs_of(images: np.ndarray, features: Features, batch_size: int, progress: bool) -> dict[str, np.ndarray]:
+  """Compute all outputs of the features for images, behind a progress bar."""
+  title = f"features ({features.name})"
+  return extract(features, images, outputs=features.outputs, batch_size=batch_size, progress=progress, title=title)
+
+
+def chosen_features(features: str | Features | None, image_shape: Sequence[int]) -> Features:
+  """Give features by name; the default for images of a shape if there is no name."""
+  if features is None:
+    return feature_sets.default(tuple(image_shape))
+  return features if isinstance(features, Features) else feature_sets.load(features)
+
+
+def judge_of(
+  judge: Judged, reference: Reference | None, features: Features, class_names: Sequence[str] | None = None
+) -> Judge | None:
+  """Fit a judge on a reference, unless it is fitted already.
+
+  Args:
+    judge: the judge, as for `evaluate`.
+    reference: the reference; None if there is none.
+    features: the features.
+    class_names: the names of the classes of the samples; None if they are not known. The reference's classes are
+      matched with them by name.
+
+  Raises:
+    ValueError: if a judge that was asked for by its kind cannot be fitted.
+  """
+  if isinstance(judge, Judge) or judge is None:
+    return judge
+  if reference is None:
+    return fit_judge(judge, None, None, None)
+  images, labels = (None, None) if judge == "none" else reference.labelled()
+  theirs = reference.class_names
+  if labels is not None and class_names is not None and theirs is not None and tuple(theirs) != tuple(class_names):
+    unknown = sorted(set(theirs) - set(class_names))
+    if unknown:
+      said = f"the reference has a class {unknown[0]!r} that the samples do not have, so no judge can be fitted on it"
+      if judge != "auto":
+        raise ValueError(f"{said}: choose judge none, or another reference")
+      warnings.warn(said, stacklevel=2)
+      return None
+    labels = np.array([list(class_names).index(name) for name in theirs])[labels]
+  return fit_judge(judge, images, reference.statistics.features, labels, features.name)
+
+
+def _class_names(images: Any, sampling: Mapping[str, Any] | None) -> Sequence[str] | None:
+  """Return the names of the classes of images, by their data set or by the model that drew them."""
+  if isinstance(images, Dataset):
+    return images.class_names
+  network = (sampling or {}).get("network")
+  return network.get("class_names") if isinstance(network, dict) else None
+
+
+def _images(images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray | None]:
+  """Return images and labels as arrays, checked."""
+  if isinstance(images, Dataset):
+    if labels is not None:
+      raise ValueError("labels are given, but the data set has its own: leave them out")
+    rows = [images.example(row, np.random.default_rng(0)) for row in range(len(images))]
+    if images.num_classes is not None:
+      labels = np.array([label for _, label in rows])
+    images = np.stack([image for image, _ in rows])
+  images = np.asarray(images)
+  feature_sets.check_images(images)
+  if len(images) < 2:
+    raise ValueError(f"there must be at least 2 images to measure, got {len(images)}")
+  if labels is not None:
+    labels = np.asarray(labels)
+    feature_sets.check_labelled(images, labels)
+  return images, labels
+
+
+def hash_of(array: np.ndarray) -> str:
+  """Return what identifies an array in a protocol."""
+  return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()[:16]
+
+
+def protocol(
+  images: np.ndarray,
+  labels: np.ndarray | None,
+  reference: Reference | None,
+  features: Features,
+  judge: Judge | None,
+  options: Options,
+  sampling: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+  """Collect everything on which figures depend, as plain data."""
+  return json.loads(
+    json.dumps(
+      {
+        **features.protocol,
+        "image_shape": list(images.shape[1:]),
+        "samples": len(images),
+        "samples_hash": hash_of(images),
+        "reference": None if reference is None else reference.protocol,
+        "labels_hash": None if labels is None else hash_of(np.asarray(labels, np.int64)),
+        "judge": None if judge is None else {"name": judge.name, "hash": judge.hash},
+        "options": vars(options),
+        "sampling": sampling,
+        "jaxguide": jaxguide.__version__,
+      },
+      default=list,
+    )
+  )
+
+
+OF_SAMPLES = ("samples_hash", "labels_hash", "sampling")
+"""The parts of a protocol in which figures of one table differ."""
+
+
+def differences(protocols: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Name the parts in which protocols differ, apart from those that say which samples were measured.
+
+  >>> differences([{"features": "pixels", "samples_hash": "a"}, {"features": "inception", "samples_hash": "b"}])
+  ["features: 'pixels', 'inception'"]
+  """
+  found = []
+  for key in dict.fromkeys(key for one in protocols for key in one if key not in OF_SAMPLES):
+    values = list(dict.fromkeys(json.dumps(one.get(key), sort_keys=True) for one in protocols))
+    if len(values) > 1:
+      found.append(f"{key}: {', '.join(repr(json.loads(value)) for value in values)}")
+  return found
+
+
+def protocol_text(parts: Mapping[str, Any]) -> str:
+  """Give a protocol in one line, as ``key=value; key=value``. Parts that are empty or absent are left out.
+
+  >>> protocol_text({"features": "pixels", "samples": 50, "reference": {"name": "digits", "images": 1437}})
+  'features=pixels; samples=50; reference.name=digits; reference.images=1437'
+  """
+  return "; ".join(f"{name}={value}" for name, value in _flat("", parts) if value not in (None, "", [], {}))
+
+
+def _flat(prefix: str, parts: Mapping[str, Any]) -> list[tuple[str, Any]]:
+  pairs: list[tuple[str, Any]] = []
+  for name, value in parts.items():
+    pairs += _flat(f"{prefix}{name}.", value) if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
+  return pairs
+
+
+def _warnings(evidence: Evidence) -> list[str]:
+  """Say what a reader of the figures has to know."""
+  if evidence.reference is None:
+    return []
+  warning = metrics.few_samples_warning(len(evidence.images), evidence.reference.gaussian)
+  return [warning] if warning else []
+
+
+def open_images(path: str | os.PathLike[str], progress: bool = True) -> tuple[Any, Any, Mapping[str, Any] | None]:
+  """Open the images of a file or a folder that are to be measured.
+
+  Args:
+    path: an .npz of samples; or a data set as `jaxguide.data.DataConfig` names it.
+    progress: whether to show a progress bar.
+
+  Returns:
+    The images as `evaluate` takes them, their labels or None, and the settings of their sampling, if the file has them.
+  """
+  if Path(path).suffix == ".npz":
+    images, labels = data.load_npz(path, labelled=False)
+    try:
+      record = json.loads(data.settings_of(path) or "")
+    except ValueError:
+      record = None
+    return images, labels, record if isinstance(record, dict) else None
+  return data.open_data(data.DataConfig(os.fspath(path)), progress), None, None
