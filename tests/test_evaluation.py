@@ -232,22 +232,25 @@ def test_figures_of_the_reference_itself_are_those_of_a_perfect_copy(digits):
 
 def test_three_sets_give_the_least_distance_as_edm_does(digits):
   (reference, _), (images, _) = digits
-  figures = evaluate(images, reference, options=Options(interval="min-of-3")).figures
+  measures = ["frechet_distance", "saturated"]
+  figures = evaluate(images, reference, measures=measures, options=Options(interval="min-of-3")).figures
   thirds = [images[i * 166 : (i + 1) * 166] for i in range(3)]
-  plain = [evaluate(part, reference, options=Options(interval="none")).figures for part in thirds]
+  none = Options(interval="none")
+  plain = [evaluate(part, reference, measures=measures, options=none).figures for part in thirds]
   distances = [each["frechet_distance"].value for each in plain]
   assert figures["frechet_distance"].value == pytest.approx(min(distances))
   assert figures["frechet_distance"].interval == pytest.approx((min(distances), max(distances)))
   assert "3 sets of 166" in figures["frechet_distance"].kind
-  assert figures["recall"].value == pytest.approx(np.mean([each["recall"].value for each in plain]))
+  assert figures["saturated"].value == pytest.approx(np.mean([each["saturated"].value for each in plain]))
   assert plain[0]["frechet_distance"].interval is None
 
 
 def test_few_samples_are_warned_of(digits):
   (reference, _), (images, _) = digits
-  (warning,) = evaluate(images[:40], reference).warnings
+  measures = ["saturated"]
+  (warning,) = evaluate(images[:40], reference, measures=measures).warnings
   assert "40 samples are too few for 64 features" in warning
-  assert not evaluate(images, reference).warnings
+  assert not evaluate(images, reference, measures=measures).warnings
 
 
 def test_what_evaluate_refuses(digits):
@@ -322,11 +325,12 @@ def test_statistics_of_a_file_are_those_of_its_images(digits, tmp_path):
   pixels = evaluation.chosen_features("pixels", (8, 8, 1))
   dataset = data.Images(reference, labels, 10, "digits")
   evaluation.write_statistics(kept, evaluation.statistics_of(dataset, pixels, progress=False))
-  once, again = evaluate(images, dataset), evaluate(images, kept)
+  few = {"measures": ["frechet_distance", "kid"], "options": Options(subsets=4)}
+  once, again = (evaluate(images, reference, **few) for reference in (dataset, kept))
   assert again.figures == once.figures
   assert again.protocol["reference"] == {**once.protocol["reference"], "name": str(kept)}
   data.save_npz(tmp_path / "batch.npz", reference, labels)
-  assert evaluate(images, tmp_path / "batch.npz").figures == once.figures
+  assert evaluate(images, tmp_path / "batch.npz", **few).figures == once.figures
 
 
 def test_statistics_in_pieces_are_those_of_the_whole(digits, monkeypatch):
@@ -392,7 +396,7 @@ def test_classes_are_matched_by_name(digits):
   order = np.argsort(names)
   real = data.Images(images, np.argsort(order)[labels], 10, "sorted", tuple(names[i] for i in order))
   samples = data.Images(others, other_labels, 10, "samples", names)
-  assert evaluate(samples, real).figures["accuracy"].value > 0.97
+  assert evaluate(samples, real, measures=["accuracy"]).figures["accuracy"].value > 0.97
   strange = data.Images(images, labels, 10, "strange", ("null", *names[1:]))
   with pytest.warns(UserWarning, match="the reference has a class 'null' that the samples do not have"):
     assert "accuracy" not in evaluate(samples, strange).figures
@@ -496,12 +500,14 @@ def files(tmp_path_factory, digits):
 
 def test_evaluate_on_the_command_line(files, digits, tmp_path):
   common = ("--reference", files / "real.npz", "--features", "pixels", "--no-progress")
-  status, out, err = called("evaluate", files / "samples.npz", files / "few.npz", *common, "--out", tmp_path / "f.json")
+  two = (files / "samples.npz", files / "few.npz")
+  wanted = ("--measures", "frechet_distance", "--out", tmp_path / "f.json")
+  status, out, err = called("evaluate", *two, *common, *wanted)
   assert status == 0, err
   assert "They differ in samples: 500, 80" in out
   content = json.loads((tmp_path / "f.json").read_text())
   (reference, _), (images, _) = digits
-  expected = evaluate(images, reference).figures["frechet_distance"].value
+  expected = evaluate(images, reference, measures=["frechet_distance"]).figures["frechet_distance"].value
   assert content[str(files / "samples.npz")]["figures"]["frechet_distance"]["value"] == pytest.approx(expected)
   status, out, err = called("evaluate", files / "few.npz", *common, "--measures", "precision,saturated")
   assert out.splitlines()[0].split() == ["samples", "n", "precision", "saturated"]
@@ -515,9 +521,10 @@ def test_reference_on_the_command_line(files, tmp_path):
   assert status == 0, err
   assert "The statistics of 1297 images (pixels) are in" in out
   assert "exists already" in called("reference", files / "real.npz", *options)[2]
-  status, out, err = called("evaluate", files / "samples.npz", "--reference", stats, "--features", "pixels")
+  options = ("--features", "pixels", "--measures", "kid")
+  status, out, err = called("evaluate", files / "samples.npz", "--reference", stats, *options)
   assert status == 0, err
-  assert "precision" in out
+  assert "kid" in out
 
 
 def test_mistakes_on_the_command_line_are_one_line(files, tmp_path):
