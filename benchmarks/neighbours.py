@@ -40,20 +40,16 @@ def fidelity() -> Callable[[np.ndarray, np.ndarray], tuple[float, float]] | None
   torch = peers.find("torch")
   if torch is None:
     return None
-  library = torch.library.Library("torchvision", "FRAGMENT")
   try:
     importlib.import_module("torchvision")
   except ImportError:
     pass
   except RuntimeError:
-    # Its compiled part does not fit this PyTorch. What is measured needs none of it, but two operators have to exist.
-    for name in ("nms", "qnms"):
-      library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return None  # It does not fit this PyTorch.
   if (theirs := peers.find("torch_fidelity.metric_prc")) is None:
     return None
 
-  def run(real: np.ndarray, generated: np.ndarray, library: object = library) -> tuple[float, float]:
-    del library  # It is kept as long as this function is, and so are its operators.
+  def run(real: np.ndarray, generated: np.ndarray) -> tuple[float, float]:
     options = {"prc_neighborhood": K, "prc_batch_size": 10_000, "save_cpu_ram": True, "verbose": False}
     value = theirs.prc_features_to_metric(torch.from_numpy(generated), torch.from_numpy(real), **options)
     return value["precision"], value["recall"]

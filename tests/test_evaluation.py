@@ -267,6 +267,8 @@ def test_what_evaluate_refuses(digits):
     ({"images": images, "reference": reference, "measures": []}, "there is nothing to measure"),
     ({"images": images, "labels": labels, "reference": reference, "judge": "pixels"}, "needs labels of the reference"),
     ({"images": images, "labels": labels, "reference": reference, "judge": "svm"}, "unknown judge 'svm'"),
+    ({"images": images, "judge": "svm"}, "unknown judge 'svm'"),
+    ({"images": images, "reference": reference, "judge": "pixels"}, "a judge needs the labels of the samples"),
     ({"images": images, "reference": reference, "features": "pixel"}, "did you mean 'pixels'"),
     ({"images": images, "reference": "no/such/folder"}, "there is no file or folder"),
   ):

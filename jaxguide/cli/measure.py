@@ -11,7 +11,7 @@ import typer
 
 from jaxguide.cli.options import NamesCommand, options_of, with_options
 from jaxguide.cli.train import said_at_once
-from jaxguide.evaluation.measures import Options
+from jaxguide.evaluation.evidence import Options
 from jaxguide.generate import Settings
 
 app = typer.Typer()
@@ -20,7 +20,7 @@ Reference = Annotated[
   str | None,
   typer.Option(
     help="What samples are compared with: a folder of pictures, a file of statistics (.npz, .pkl), an .npz of images, "
-    "tfds:NAME, or digits."
+    "tfds:NAME, digits or animals."
   ),
 ]
 FeaturesOption = Annotated[
@@ -107,6 +107,7 @@ def evaluate(
 
 
 OWN = ("guidance", "scale", "labels", "model")
+"""The settings that ``sweep`` takes in its own way."""
 
 
 @app.command(cls=NamesCommand.listing(_measure_rows))
@@ -116,7 +117,7 @@ OWN = ("guidance", "scale", "labels", "model")
   after="title",
 )
 def sweep(
-  model: Annotated[str, typer.Option(help="Folder of the denoiser.")],
+  model: Annotated[str, typer.Option(help="Folder of the denoiser, or a name such as animals.")],
   out: Annotated[Path, typer.Option(help="Folder for samples, figures, table and report.")],
   guidance: Annotated[
     list[str] | None,

@@ -13,10 +13,11 @@ from jaxguide.evaluation.evaluations import (
   evaluate_files,
   protocol_text,
 )
+from jaxguide.evaluation.evidence import Evidence, Options
 from jaxguide.evaluation.features import Features, extract, pixel_features
 from jaxguide.evaluation.grid import Cell, cells
 from jaxguide.evaluation.judge import Judge, fit_judge
-from jaxguide.evaluation.measures import MEASURES, Evidence, Measure, Options, measure
+from jaxguide.evaluation.measures import MEASURES, Measure, measure
 from jaxguide.evaluation.metrics import diversity, frechet_distance
 from jaxguide.evaluation.reference import Reference, open_reference, statistics_of
 from jaxguide.evaluation.results import Evaluation, Figure, Point, Sweep

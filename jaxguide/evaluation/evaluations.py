@@ -12,12 +12,14 @@ import numpy as np
 
 import jaxguide
 from jaxguide import data
+from jaxguide._core import checks
 from jaxguide.data.dataset import Dataset
 from jaxguide.evaluation import features as feature_sets
 from jaxguide.evaluation import metrics
+from jaxguide.evaluation.evidence import Evidence, Options
 from jaxguide.evaluation.features import Features, extract
-from jaxguide.evaluation.judge import Judge, fit_judge
-from jaxguide.evaluation.measures import Evidence, Options, measure
+from jaxguide.evaluation.judge import KINDS, Judge, fit_judge
+from jaxguide.evaluation.measures import measure
 from jaxguide.evaluation.reference import Reference, open_reference
 from jaxguide.evaluation.results import Evaluation
 
@@ -76,7 +78,7 @@ def evaluate(
   if reference is not None:
     against = open_reference(reference, chosen, pixels.shape[1:], batch_size=batch_size, progress=progress)
   names = images.class_names if isinstance(images, Dataset) else None
-  fitted = judge_of(judge, against, chosen, names) if labels is not None or judge not in UNASKED else None
+  fitted = judge_of(judge, against, chosen, labels is not None, names)
   return evaluate_against(
     pixels,
     labels,
@@ -137,8 +139,8 @@ def evaluate_files(
       raise ValueError(
         f"{names[0]} has images of shape {shape}, and {name} of shape {pixels.shape[1:]}: give one shape"
       )
-    if fitted is None and (labels is not None or judge not in UNASKED):
-      fitted = judge_of(judge, against, chosen, _class_names(images, sampling))
+    if fitted is None:
+      fitted = judge_of(judge, against, chosen, labels is not None, _class_names(images, sampling))
     results[name] = evaluate_against(
       pixels,
       labels,
@@ -192,7 +194,11 @@ def chosen_features(features: str | Features | None, image_shape: Sequence[int])
 
 
 def judge_of(
-  judge: Judged, reference: Reference | None, features: Features, class_names: Sequence[str] | None = None
+  judge: Judged,
+  reference: Reference | None,
+  features: Features,
+  labelled: bool,
+  class_names: Sequence[str] | None = None,
 ) -> Judge | None:
   """Fit a judge on a reference, unless it is fitted already.
 
@@ -200,12 +206,19 @@ def judge_of(
     judge: the judge, as for `evaluate`.
     reference: the reference; None if there is none.
     features: the features.
+    labelled: whether the samples have labels, without which there is nothing to judge.
     class_names: the names of the classes of the samples; None if they are not known. The reference's classes are
       matched with them by name.
 
   Raises:
-    ValueError: if a judge that was asked for by its kind cannot be fitted.
+    ValueError: if a judge that was asked for cannot be fitted, or samples without labels cannot be judged.
   """
+  if not labelled:
+    if judge in UNASKED:
+      return None
+    if isinstance(judge, str):
+      checks.lookup("judge", judge, dict.fromkeys(KINDS))
+    raise ValueError("a judge needs the labels of the samples, which have none: give them, or leave out the judge")
   if isinstance(judge, Judge) or judge is None:
     return judge
   if reference is None:

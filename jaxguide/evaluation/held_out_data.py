@@ -22,8 +22,9 @@ def held_out_data(folder: PathLike, model: ModelConfig, source: str | None = Non
 
   Args:
     folder: the folder of the model, or of its training, or the name of a model that comes with the package. The
-      folder's ``config.toml`` describes the data of the training and the share that was held out. Without one, the
-      record of the training names a data set, whose test split is opened.
+      folder's ``config.toml`` describes the data of the training and the share that was held out. If nothing was held
+      out of a data set with splits, its test split is opened. Without the file, the record of the training names a data
+      set, whose test split is opened.
     model: the configuration of the model.
     source: other data, as `jaxguide.data.DataConfig` names them; of a data set with splits the test split. If it is the
       source of the training, only the part that was held out is opened.

@@ -5,96 +5,17 @@ and in the report, and a panel in the plot.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from jaxguide import data
 from jaxguide._core import checks
 from jaxguide.evaluation import metrics
-from jaxguide.evaluation.judge import Judge
+from jaxguide.evaluation.evidence import Evidence, Options
 from jaxguide.evaluation.results import Figure
-from jaxguide.evaluation.statistics import Statistics
-
-INTERVALS = ("bootstrap", "min-of-3", "none")
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """How figures are computed. All of it is part of their protocol.
-
-  Args:
-    interval: how the interval of a figure is made: bootstrap (resamples of the images), min-of-3 (the images are split
-      into three sets in their order; of distances the least of the three counts, as in EDM, and of other figures the
-      mean; the interval goes from the least to the greatest), or none. The kernel distance and the score of the logits
-      have their standard deviation in any case.
-    resamples: number of resamples of the bootstrap; if left out, 200, or as many as minutes allow for the Fréchet
-      distance of many images with many features, but at least 30.
-    neighbours: k of precision and recall.
-    density_neighbours: k of density and coverage.
-    subsets: number of subsets for the KID.
-    subset_size: number of images in a subset for the KID.
-    splits: number of splits for the Inception score.
-    figures_seed: seed of the resamples and subsets.
-  """
-
-  interval: str = "bootstrap"
-  resamples: int | None = None
-  neighbours: int = 3
-  density_neighbours: int = 5
-  subsets: int = 100
-  subset_size: int = 1000
-  splits: int = 10
-  figures_seed: int = 0
-
-  def __post_init__(self):
-    checks.lookup("interval", self.interval, dict.fromkeys(INTERVALS))
-    for field in dataclasses.fields(self)[1:]:
-      if field.name == "resamples" and self.resamples is None:
-        continue
-      least = 0 if field.name == "figures_seed" else 2 if field.name in ("resamples", "subset_size") else 1
-      object.__setattr__(self, field.name, checks.at_least(field.name, getattr(self, field.name), least))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Evidence:
-  """The input of a measure.
-
-  Args:
-    images: uint8 of shape (n, height, width, channels), the images to measure.
-    labels: int of shape (n,), the classes that the images were sampled for; None if there are none.
-    outputs: the outputs of the features for these images: ``pool`` (n, d), perhaps ``spatial`` (n, e) and ``logits``
-      (n, k).
-    reference: the statistics of the reference; None if there is none.
-    judge: a classifier that did not guide the samples; None if there is none.
-    options: how figures are computed.
-  """
-
-  images: np.ndarray
-  labels: np.ndarray | None
-  outputs: Mapping[str, np.ndarray]
-  reference: Statistics | None
-  judge: Judge | None
-  options: Options
-
-  def rows(self, rows: Any) -> "Evidence":
-    """Return the evidence of some of the images."""
-    return dataclasses.replace(
-      self,
-      images=self.images[rows],
-      labels=None if self.labels is None else self.labels[rows],
-      outputs={name: values[rows] for name, values in self.outputs.items()},
-    )
-
-  @functools.cached_property
-  def neighbourhoods(self) -> metrics.Neighbourhoods:
-    """Which samples and reference images lie near each other, for precision, recall, density and coverage."""
-    real, generated = _known(self).features, self.outputs["pool"]
-    assert real is not None
-    return metrics.neighbourhoods(real, generated, self.options.neighbours, self.options.density_neighbours)
 
 
 class Measure(NamedTuple):
@@ -146,11 +67,6 @@ class Measure(NamedTuple):
     return f"{value:#.3g}".rstrip(".") if abs(value) < 100 else f"{value:.1f}"
 
 
-def _known(evidence: Evidence) -> Statistics:
-  assert evidence.reference is not None  # `missing` has seen to it.
-  return evidence.reference
-
-
 def _figure(value: float, interval: metrics.Interval | None) -> Figure:
   return Figure(value) if interval is None else Figure(value, (interval.low, interval.high), interval.kind)
 
@@ -163,15 +79,15 @@ def _frechet(features: np.ndarray, reference: metrics.Gaussian, options: Options
 
 
 def _frechet_distance(evidence: Evidence) -> Figure:
-  return _frechet(evidence.outputs["pool"], _known(evidence).gaussian, evidence.options)
+  return _frechet(evidence.outputs["pool"], evidence.known.gaussian, evidence.options)
 
 
 def _spatial_frechet_distance(evidence: Evidence) -> Figure:
-  return _frechet(evidence.outputs["spatial"], _known(evidence).spatial, evidence.options)
+  return _frechet(evidence.outputs["spatial"], evidence.known.spatial, evidence.options)
 
 
 def _kid(evidence: Evidence) -> Figure:
-  real, generated, options = _known(evidence).features, evidence.outputs["pool"], evidence.options
+  real, generated, options = evidence.known.features, evidence.outputs["pool"], evidence.options
   assert real is not None
   size = min(options.subset_size, len(real), len(generated))
   mean, std = metrics.kid(real, generated, options.subsets, size, options.figures_seed)

@@ -18,10 +18,11 @@ from jaxguide._core import records
 from jaxguide._core.bars import progress_bar
 from jaxguide._core.files import write_atomically
 from jaxguide.evaluation import evaluations
+from jaxguide.evaluation.evidence import Evidence, Options
 from jaxguide.evaluation.features import Features
 from jaxguide.evaluation.grid import Cell
 from jaxguide.evaluation.judge import Judge
-from jaxguide.evaluation.measures import Evidence, Options, chosen_measures
+from jaxguide.evaluation.measures import chosen_measures
 from jaxguide.evaluation.reference import Reference
 from jaxguide.evaluation.results import Evaluation, Figure
 from jaxguide.generate import Settings

@@ -19,10 +19,10 @@ from jaxguide import data, generate, models
 from jaxguide._core import checks
 from jaxguide._core.files import PathLike, check_writable, lock, write_atomically
 from jaxguide.evaluation import evaluations, held_out_data, metrics, tables
+from jaxguide.evaluation.evidence import Options
 from jaxguide.evaluation.features import Features
 from jaxguide.evaluation.grid import Cell, cells, varied
 from jaxguide.evaluation.judge import Judge
-from jaxguide.evaluation.measures import Options
 from jaxguide.evaluation.points import Measured, as_evaluation, draw, rate_of, read_point, scale_of
 from jaxguide.evaluation.reference import Reference, open_reference
 from jaxguide.evaluation.results import Evaluation, Point, Sweep
@@ -113,9 +113,7 @@ def sweep(
     (out / "points").mkdir(exist_ok=True)
     trained, held_out = _data_of(base, load, reference is None)
     against = _reference(out, trained if reference is None else reference, chosen, plans[0].image_shape, progress)
-    fitted = None
-    if plans[0].labels is not None or judge not in evaluations.UNASKED:
-      fitted = evaluations.judge_of(judge, against, chosen, plans[0].class_names)
+    fitted = evaluations.judge_of(judge, against, chosen, plans[0].labels is not None, plans[0].class_names)
     measured = Measured(against, chosen, fitted, None if measures is None else list(measures), options)
     for each in plans:
       measured.check(each.image_shape, each.labels, base.num)
