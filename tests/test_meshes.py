@@ -63,7 +63,12 @@ def with_gradients(name):
   return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 
 
+# The programs of a mesh of two axes, and of arrays that carry their mesh, are traced in the last test alone.
+of_both_kinds = pytest.mark.parametrize("mesh", ["explicit", "auto"], indirect=True)
+
+
 @pytest.mark.slow
+@of_both_kinds
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_and_their_gradients(name, mesh, within):
   params, both = random_params(name), with_gradients(name)
@@ -90,6 +95,7 @@ def draw(params, keys, labels):
 
 
 @pytest.mark.slow
+@of_both_kinds
 def test_guided_sampling(mesh, within):
   params = random_params("unet"), random_params("attention")
   keys, labels = jg.sample_keys(jax.random.key(0), 4), np.arange(4) % 3
@@ -111,6 +117,7 @@ step = jax.jit(jax.value_and_grad(loss))
 
 
 @pytest.mark.slow
+@of_both_kinds
 def test_training(mesh, within):
   params = random_params("unet")
   wanted = step(params, X, Y % 3)
