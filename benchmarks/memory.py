@@ -11,12 +11,11 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jaxguide as jg
 from benchmarks import networks, timing
-from jaxguide.sampling import batches
+from jaxguide import sampling
 from jaxguide.training import Model
 
 BATCH, STEPS, ROUNDS = 16, 4, 3
@@ -35,12 +34,12 @@ def work_space(steps: int, batch: int, side: int) -> float:
 
 def sampling_program(steps: int, batch: int, side: int) -> jax.stages.Lowered:
   """Lower classifier-free guidance with DPM++ 2M, weights as shapes."""
-  keys = jax.eval_shape(lambda: jg.sample_keys(jax.random.key(0), batch))
-  labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
+  labels = np.zeros(batch, np.int32)
   guided = guided_by_labels(networks.abstract_model(networks.SMALL))
-  return batches._sample_many.lower(
-    guided, jg.karras(steps), jg.DPMpp2M(), keys, labels, None, shape=(side, side, 3), add_noise=False
-  )
+  return sampling.lower_batch(
+    guided, labels, num=batch, shape=(side, side, 3), sigmas=jg.karras(steps), solver=jg.DPMpp2M(),
+    devices=jax.local_devices()[:1],
+  )  # fmt: skip
 
 
 def draw(steps: int) -> float:

@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jaxguide as jg
 from benchmarks import networks, timing
-from jaxguide import training
+from jaxguide import sampling, training
 from jaxguide.evaluation import demo
 from jaxguide.models.importers.openai import PRESETS
-from jaxguide.sampling import batches
 
 ROUNDS = 3
 STEPS = 24
@@ -66,11 +64,11 @@ def sampling_program(size: str, steps: int, batch: int) -> Any:
   """Lower classifier-guided DDIM from a published network, weights and all as shapes."""
   diffusion, classifier = (networks.abstract_model(PRESETS[f"{size}_{kind}"]) for kind in ("diffusion", "classifier"))
   guided = jg.chain(jg.clip_x0(), jg.classifier(classifier.log_prob, 1.0))(diffusion.denoiser)
-  keys = jax.eval_shape(lambda: jg.sample_keys(jax.random.key(0), batch))
-  labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
+  labels = np.zeros(batch, np.int32)
   grid = jg.respaced(diffusion.config.noise_schedule, steps)
   shape = diffusion.config.image_shape
-  return batches._sample_many.lower(guided, grid, jg.DDIM(), keys, labels, None, shape=shape, add_noise=False)
+  one = jax.local_devices()[:1]
+  return sampling.lower_batch(guided, labels, num=batch, shape=shape, sigmas=grid, solver=jg.DDIM(), devices=one)
 
 
 def main(*sizes: str) -> None:

@@ -3,10 +3,12 @@
 ``python tests/kills.py 50`` kills it 50 times. Each process is killed by SIGKILL: half of them after a random time, the
 others while a checkpoint or the model is being written. After each kill the newest model must load, with all its
 checksums right. At the end parameters, optimiser state and running mean must be those of the unbroken run, bit for bit.
+``python tests/kills.py 10 --steps 500 --save-every 20 --devices 8 --mesh fsdp=8`` does it on a mesh.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -22,7 +24,7 @@ STEP_SECONDS = 0.02
 """What a step takes besides its computation, so that kills fall between saves as well."""
 
 
-def child(folder: Path, steps: int) -> None:
+def child(folder: Path, steps: int, save_every: int, mesh: str | None) -> None:
   """Train in this process. The number of each step is written to ``progress`` before the next one starts."""
   import jax
   import numpy as np
@@ -32,9 +34,10 @@ def child(folder: Path, steps: int) -> None:
 
   jax.config.update("jax_compilation_cache_dir", str(folder.parent / "compiled"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-  fields = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "num_head_channels": 8}
+  width = 8 if mesh is None else 32  # Small arrays are not split.
+  fields = {"model_channels": width, "channel_mult": (1,), "num_res_blocks": 1, "num_head_channels": 8}
   model = training.ModelConfig("unet", fields, (4, 4, 1), 2)
-  how = training.TrainingConfig(steps=steps, batch_size=4, save_every=SAVE_EVERY)
+  how = training.TrainingConfig(steps=steps, batch_size=4 if mesh is None else 8, save_every=save_every)
   pixels = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 1)).astype(np.uint8)
   data = Images(pixels, np.arange(40) % 2, 2, "mine")
   progress = os.open(folder.parent / f"{folder.name}.progress", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
@@ -45,7 +48,7 @@ def child(folder: Path, steps: int) -> None:
     os.pwrite(progress, json.dumps([first[0], step]).ljust(40).encode(), 0)
     time.sleep(STEP_SECONDS)
 
-  run = training.RunConfig(log_every=10, sample_every=0)
+  run = training.RunConfig(log_every=10, sample_every=0, mesh=mesh)
   training.fit(model, how, data, folder, run=run, callback=callback, progress=False)
 
 
@@ -58,6 +61,7 @@ class Report:
     in_checkpoint: how many of them left a checkpoint half written.
     in_model: how many of them left a model half written or half replaced.
     lost: the largest number of steps that were taken again after a kill.
+    memory: the memory of the unbroken run in MiB, at a tenth of its steps and at the end.
     warnings: lines that the processes printed.
     equal: whether the final state and the final model are those of the unbroken run.
   """
@@ -66,11 +70,21 @@ class Report:
   in_checkpoint: int = 0
   in_model: int = 0
   lost: int = 0
+  memory: tuple[float, float] = (0.0, 0.0)
   warnings: list[str] = dataclasses.field(default_factory=list)
   equal: bool = False
 
 
-def kill(folder: Path, number: int, steps: int, seed: int = 0) -> Report:
+def kill(
+  folder: Path,
+  number: int,
+  steps: int,
+  seed: int = 0,
+  *,
+  save_every: int = SAVE_EVERY,
+  devices: int = 1,
+  mesh: str | None = None,
+) -> Report:
   """Train in processes that are killed, then to the end, and compare with an unbroken run.
 
   Args:
@@ -78,6 +92,9 @@ def kill(folder: Path, number: int, steps: int, seed: int = 0) -> Report:
     number: number of kills. The training must be long enough for them.
     steps: number of training steps.
     seed: seed of the times of the kills.
+    save_every: number of steps between checkpoints.
+    devices: number of devices of the process.
+    mesh: the mesh.
 
   Raises:
     AssertionError: if a process fails, a model cannot be loaded, or the training ends before all kills.
@@ -86,10 +103,13 @@ def kill(folder: Path, number: int, steps: int, seed: int = 0) -> Report:
 
   rng, report = random.Random(seed), Report()
   broken, whole = folder / "broken", folder / "whole"
-  start(whole, steps).wait()
+  begin = functools.partial(start, steps=steps, save_every=save_every, devices=devices, mesh=mesh)
+  assert begin(whole).wait() == 0
+  used = [json.loads(line)["memory"] / 2**20 for line in (whole / "metrics.jsonl").read_text().splitlines()]
+  report.memory = (used[len(used) // 10], used[-1])
   taken = 0
   while report.kills < number:
-    process = start(broken, steps)
+    process = begin(broken)
     progress = wait_for_first_step(broken, process)
     if report.kills:
       report.lost = max(report.lost, taken - (progress[0] - 1))
@@ -107,18 +127,21 @@ def kill(folder: Path, number: int, steps: int, seed: int = 0) -> Report:
     if models.exists(broken):
       models.load(broken)
     report.warnings += collected(process)
-  process = start(broken, steps)
+  process = begin(broken)
   assert process.wait() == 0
   report.warnings += collected(process)
   report.equal = same(broken, whole, steps)
   return report
 
 
-def start(folder: Path, steps: int) -> subprocess.Popen:
+def start(folder: Path, steps: int, save_every: int, devices: int, mesh: str | None) -> subprocess.Popen:
   """Start a process that trains."""
   (folder.parent / f"{folder.name}.progress").unlink(missing_ok=True)
   errors = (folder.parent / "errors").open("w+")
-  process = subprocess.Popen([sys.executable, __file__, "--child", str(folder), "--steps", str(steps)], stderr=errors)
+  command = [sys.executable, __file__, "--child", str(folder), "--steps", str(steps), "--save-every", str(save_every)]
+  command += [] if mesh is None else ["--mesh", mesh]
+  env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+  process = subprocess.Popen(command, stderr=errors, env=env)
   process.errors = errors
   return process
 
@@ -172,16 +195,21 @@ if __name__ == "__main__":
   parser.add_argument("--steps", type=int, help="number of training steps; by default 50 for each kill")
   parser.add_argument("--seed", type=int, default=0, help="seed of the times of the kills")
   parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+  parser.add_argument("--save-every", type=int, default=SAVE_EVERY, help="number of steps between checkpoints")
+  parser.add_argument("--devices", type=int, default=1, help="number of devices")
+  parser.add_argument("--mesh", help="their mesh, such as fsdp=8")
   options = parser.parse_args()
   if options.child:
-    child(options.child, options.steps)
+    child(options.child, options.steps, options.save_every, options.mesh)
   else:
     with tempfile.TemporaryDirectory() as where:
       began = time.time()
-      result = kill(Path(where), options.number, options.steps or 50 * options.number, options.seed)
+      steps, how = options.steps or 50 * options.number, {"devices": options.devices, "mesh": options.mesh}
+      result = kill(Path(where), options.number, steps, options.seed, save_every=options.save_every, **how)
       print(
         f"{result.kills} kills in {time.time() - began:.0f} s, {result.in_checkpoint} of them while a checkpoint was "
-        f"written and {result.in_model} while the model was; at most {result.lost} steps were taken again; the final "
+        f"written and {result.in_model} while the model was; at most {result.lost} steps were taken again; the "
+        f"unbroken run had {result.memory[0]:.0f} MiB after a tenth and {result.memory[1]:.0f} at its end; the final "
         f"weights are {'equal to those of the unbroken run, bit for bit' if result.equal else 'NOT EQUAL'}"
       )
       print(*(f"  {line}" for line in sorted(set(result.warnings))), sep="\n")

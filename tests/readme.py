@@ -4,9 +4,11 @@ A table stands between the lines ``<!-- table: NAME -->`` and ``<!-- end of tabl
 files have the tables that the code gives.
 """
 
+import argparse
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -206,10 +208,27 @@ def of_animals() -> str:
   return table(("guidance", "scale", "images", *titles), rows)
 
 
+def of_scaling(name: str) -> Callable[[], str]:
+  """A table of `benchmarks.on_paper`, from what `benchmarks.scaling` counted."""
+
+  def make() -> str:
+    if str(ROOT) not in sys.path:  # When this file runs as a script.
+      sys.path.append(str(ROOT))
+    from benchmarks import on_paper
+
+    rows = on_paper.TABLES[name]()
+    return table(rows[0], [map(linked, row.values()) for row in rows])
+
+  return make
+
+
+OF_SCALING = ("rule", "sampling", "times", "chips", "networks", "steps", "bounds", "samples")
+
 FILES: dict[str, dict[str, Callable[[], str]]] = {
   "README.md": {"names": of_names},
   "docs/methods.md": {"guidance": of_guidances, "variants": of_variants, "solvers": of_solvers, "grids": of_grids},
   "docs/training.md": {"measured": of_measured},
+  "docs/scaling.md": {name: of_scaling(name) for name in OF_SCALING},
   "docs/animals.md": {"models": of_animal_models, "figures": of_animals, "float16": of_float16},
 }
 
@@ -228,7 +247,22 @@ def filled(file: str, files: Mapping[str, Mapping[str, Callable[[], str]]] = FIL
   return text
 
 
-if __name__ == "__main__":
+def main() -> None:
+  """Write the tables, or only compare them."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--check", action="store_true", help="write nothing; fail if a table differs")
+  only_checks = parser.parse_args().check
+  stale = []
   for tables in (FILES, SLOW_FILES):
     for file in tables:
-      (ROOT / file).write_text(filled(file, tables))
+      text = filled(file, tables)
+      if text != (ROOT / file).read_text():
+        stale.append(file)
+        if not only_checks:
+          (ROOT / file).write_text(text)
+  if only_checks and stale:
+    sys.exit(f"the tables of {', '.join(stale)} are not those of the code: run python tests/readme.py")
+
+
+if __name__ == "__main__":
+  main()

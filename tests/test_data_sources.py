@@ -146,7 +146,10 @@ IMAGES = noise(3, 4, 4, 3)
   [
     ({"image": IMAGES}, "needs an array arr_0, images or latents; it has image: did you mean 'images' by 'image'"),
     ({"images": IMAGES, "arr_0": IMAGES}, "it has the arrays arr_0 and images: keep one"),
-    ({"images": IMAGES.astype(np.float32)}, "images must be uint8 .* got float32 .* jaxguide.data.to_uint8"),
+    (
+      {"images": IMAGES.astype(np.float32)},
+      "images must be uint8 .* got float32 .* jaxguide.data.to_uint8.*latents=array",
+    ),
     ({"images": IMAGES.transpose(0, 3, 1, 2).copy()}, r"got uint8 of shape \(3, 3, 4, 4\). Move its channels"),
     ({"images": IMAGES[:0]}, r"images must be uint8 .* got uint8 of shape \(0, 4, 4, 3\)"),
     ({"images": IMAGES[0, 0]}, "images must be uint8"),

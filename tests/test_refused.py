@@ -56,7 +56,7 @@ KEEP = Partial(lambda x, sigma, cond: x)
     ),
     ({"add_noise": "no"}, TypeError, "add_noise must be True or False, got 'no'"),
     ({"devices": jax.devices()[0]}, TypeError, "devices must be a list of devices"),
-    ({"devices": "cpu"}, TypeError, "devices must be a list of devices"),
+    ({"devices": "cpu"}, ValueError, "a mesh is written data=2,fsdp=4, got 'cpu'"),
     ({"shape": (10**12,)}, ValueError, "one example may have 2,147,483,647"),
     ({"shape": (1,)}, ValueError, r"the denoiser returned shape \(2,\) for an example of shape \(1,\)"),
   ],

@@ -21,7 +21,7 @@ from jaxguide.models import networks
 from jaxguide.solvers.base import Memoryless, State, move
 
 PACKAGE = Path(jaxguide.__file__).parent
-MATHEMATICS = ["_core", "schedules", "nn", "denoisers", "guidance", "solvers", "sampling"]
+MATHEMATICS = ["_core", "distributed", "schedules", "nn", "denoisers", "guidance", "solvers", "sampling"]
 PROGRAMS = ["data", "models", "training", "generate", "evaluation", "cli"]
 ROOMS = [*MATHEMATICS, *PROGRAMS]
 LIBRARIES = {"flax", "jax", "jaxtyping", "numpy", *sys.stdlib_module_names}

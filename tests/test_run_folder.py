@@ -567,8 +567,8 @@ def test_a_loss_that_is_not_finite_names_the_files_and_their_noise_levels(tmp_pa
   batches, levels = [], []
   stream = loop.datasets.stream
 
-  def recorded(*args):
-    for batch in stream(*args):
+  def recorded(*args, **options):
+    for batch in stream(*args, **options):
       batches.append(batch)
       yield batch
 
@@ -605,8 +605,8 @@ def test_a_classifier_is_evaluated_and_stops_early_with_the_best_model(tmp_path,
   nll = iter([3.0, 2.0, 2.5, 2.1, 9.0, 9.0])
   evaluate = loop.HeldOut.evaluate
 
-  def scripted(self, params, step):
-    figures, _ = evaluate(self, params, step)
+  def scripted(self, params, step, place):
+    figures, _ = evaluate(self, params, step, place)
     self.best, self.best_step, self._since = self.before  # Undo what was noted.
     figures["mean_nll"] = next(nll)
     is_best = self._note(step, figures["mean_nll"])
@@ -670,8 +670,8 @@ def test_data_that_vanish_lose_nothing(tmp_path, monkeypatch):
   """The state is saved when a batch cannot be read, and the same call goes on to the same weights."""
   how, read = dataclasses.replace(HOW, save_every=100), loop.datasets.stream
 
-  def vanishing(*args):
-    yield from itertools.islice(read(*args), 7)
+  def vanishing(*args, **options):
+    yield from itertools.islice(read(*args, **options), 7)
     raise OSError("pictures/3.png cannot be read")
 
   with monkeypatch.context() as patch:

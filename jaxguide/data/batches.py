@@ -62,6 +62,7 @@ def stream(
   *,
   workers: int | None = None,
   processes: int | None = None,
+  share: np.ndarray | None = None,
 ) -> Iterator[Batch]:
   """Yield shuffled batches without end.
 
@@ -80,9 +81,11 @@ def stream(
     processes: number of processes that read examples ahead; 0 for threads of this process alone. By default the
       dataset's own ``processes``, or 0. Each process is started anew, so it takes seconds and about 300 MB, and a
       script must have its ``if __name__ == "__main__":``. They are worth it where many cores decode pictures.
+    share: the positions in a batch, in increasing order, that are read; the default is all. Where several programs
+      train together, each reads the rows of its own devices.
 
   Yields:
-    `Batch`.
+    `Batch`, of ``batch_size`` examples, or of those of ``share``.
 
   Raises:
     ValueError: if ``batch_size`` or ``workers`` is below 1, or ``seed``, ``start`` or ``processes`` is out of range;
@@ -99,7 +102,17 @@ def stream(
   if workers is None:
     workers = 1 if processes else default_workers()
   workers = checks.at_least("workers", workers, 1)
-  return Batches(_stream(dataset, batch_size, keys.check_seed("seed", seed), start, workers, processes))
+  rows = np.arange(batch_size) if share is None else _checked_share(share, batch_size)
+  return Batches(_stream(dataset, batch_size, keys.check_seed("seed", seed), start, workers, processes, rows))
+
+
+def _checked_share(share: np.ndarray, batch_size: int) -> np.ndarray:
+  rows = np.asarray(share)
+  if rows.dtype.kind not in "iu" or rows.ndim != 1 or not rows.size or (np.diff(rows) < 1).any():
+    raise ValueError(f"share must be increasing positions in a batch, at least one, got {share!r}")
+  if rows[0] < 0 or rows[-1] >= batch_size:
+    raise ValueError(f"share must be positions below the batch_size {batch_size}, got {share!r}")
+  return rows
 
 
 class Batches(Iterator[Batch]):
@@ -179,24 +192,51 @@ def _permutation(number: int, seed: int, epoch: int) -> np.ndarray:
   return np.random.default_rng((seed % 2**32, epoch, seed // 2**32)).permutation(number)
 
 
-def _stream(dataset: Dataset, batch_size: int, seed: int, start: int, workers: int, processes: int) -> Any:
+def _stream(
+  dataset: Dataset, batch_size: int, seed: int, start: int, workers: int, processes: int, share: np.ndarray
+) -> Any:
   if isinstance(dataset, Images):  # In memory, a batch is one indexing operation, so there is nothing to read ahead.
-    return _in_memory(dataset, Order(len(dataset), seed, batch_size), start)
+    return _in_memory(dataset, Order(len(dataset), seed, batch_size), start, share)
   import grain
 
   # A thread reads several examples at a time, because passing single ones between threads takes a tenth of the time.
   size = max(divisor for divisor in range(1, LARGEST_PART + 1) if batch_size % divisor == 0)
   order: Any = Order(len(dataset), seed, size)
   parts = grain.MapDataset.source(order).seed(seed).random_map(functools.partial(_read, dataset))
-  number = batch_size // size
+  # A part is read as a whole, since its random numbers are those of the part, and what is not in the share is dropped.
+  needed = np.unique(share // size)
+  number = len(needed)
+  if number < batch_size // size:
+    parts = grain.MapDataset.source(_Some(parts, needed, batch_size // size))
+  join = functools.partial(_join, kept=np.searchsorted(needed, share // size) * size + share % size)
   if not processes:
     reading = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=max(2 * number, workers))
-    return iter(parts[start * number :].to_iter_dataset(reading).batch(number, batch_fn=_join))
+    return iter(parts[start * number :].to_iter_dataset(reading).batch(number, batch_fn=join))
   _parse_flags()
-  batches = parts.batch(number, drop_remainder=True, batch_fn=_join)[start:]
+  batches = parts.batch(number, drop_remainder=True, batch_fn=join)[start:]
   reading = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=workers + 1)
   options = grain.MultiprocessingOptions(num_workers=processes)
   return iter(batches.to_iter_dataset(reading).mp_prefetch(options, _start_worker).map(_copied))
+
+
+class _Some:
+  """Some parts of each batch, as a source of Grain.
+
+  Args:
+    parts: all parts.
+    needed: which parts of a batch.
+    number: number of parts in a batch.
+  """
+
+  def __init__(self, parts: Any, needed: np.ndarray, number: int):
+    self.parts, self.needed, self.number = parts, needed, number
+
+  def __len__(self) -> int:
+    return len(self.parts) // self.number * len(self.needed)
+
+  def __getitem__(self, index: int) -> Batch:
+    batch, place = divmod(int(index), len(self.needed))
+    return self.parts[batch * self.number + int(self.needed[place])]
 
 
 def _parse_flags() -> None:
@@ -231,9 +271,9 @@ def _copied(batch: Batch) -> Batch:
   return Batch(np.array(examples), None if labels is None else np.array(labels), np.array(rows))
 
 
-def _in_memory(images: Images, order: Order, start: int) -> Iterator[Batch]:
+def _in_memory(images: Images, order: Order, start: int, share: np.ndarray) -> Iterator[Batch]:
   for number in itertools.count(start):
-    rows = order[number]
+    rows = order[number][share]
     yield Batch(images.images[rows], None if images.labels is None else images.labels[rows], rows)
 
 
@@ -301,10 +341,14 @@ def _name(dataset: Dataset, row: int | np.integer) -> str:
     return f"{dataset.name}[{row}]"
 
 
-def _join(parts: Sequence[Batch]) -> Batch:
+def _join(parts: Sequence[Batch], kept: np.ndarray) -> Batch:
   examples, labels, rows = zip(*parts, strict=True)
   other = next((part for part in parts if part.examples.dtype != examples[0].dtype), None)
   if other is not None:
     kinds = f"row {other.rows[0]} is {other.examples.dtype} and row {rows[0][0]} is {examples[0].dtype}"
     raise ValueError(f"the examples have several types: {kinds}: make them one type")
-  return Batch(np.concatenate(examples), None if labels[0] is None else np.concatenate(labels), np.concatenate(rows))
+  joined = Batch(np.concatenate(examples), None if labels[0] is None else np.concatenate(labels), np.concatenate(rows))
+  if len(kept) == len(joined.rows):
+    return joined
+  own_labels = None if joined.labels is None else joined.labels[kept]
+  return Batch(joined.examples[kept], own_labels, joined.rows[kept])

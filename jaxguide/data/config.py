@@ -335,6 +335,19 @@ def _floats(records: Records, config: DataConfig, progress: bool) -> Dataset:
   return _prepared(records, config, progress)
 
 
+def holds_floats(dataset: Any) -> bool:
+  """Return whether the examples of a dataset are floats, such as latents. One that cannot be read counts as pixels.
+
+  >>> holds_floats(Images(np.zeros((1, 1, 1, 1), np.uint8), None, None, "black"))
+  False
+  """
+  try:
+    example, _ = dataset.example(0, np.random.default_rng(0))
+  except (ValueError, OSError):
+    return False
+  return np.asarray(example).dtype.kind == "f"
+
+
 def split(dataset: Dataset, held_out: float) -> tuple[Dataset, Dataset]:
   """Split a dataset into a part to train on and a part that is held out.
 

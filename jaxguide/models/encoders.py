@@ -46,4 +46,12 @@ def _encode_pixels(images: ArrayLike) -> Array:
 PIXELS = Encoder(_encode_pixels, to_uint8, LOW, HIGH)
 """Converts ``uint8`` pixels, 0 to 255, to floats in [-1, 1]."""
 
-ENCODERS: dict[str, Encoder] = {"pixels": PIXELS}
+
+def _as_floats(latents: ArrayLike) -> Array:
+  return jnp.asarray(latents, jnp.float32)
+
+
+LATENTS = Encoder(_as_floats, lambda x: np.asarray(x, np.float32), None, None)
+"""Takes floats, such as the latents of an autoencoder, as they are."""
+
+ENCODERS: dict[str, Encoder] = {"pixels": PIXELS, "latents": LATENTS}

@@ -76,14 +76,12 @@ def _plain(model: Model) -> PyTree:
 
 def write(folder: Path, model: Model) -> None:
   """Write a model like `save`, but without checks. The caller must hold the folder's lock."""
-  import orbax.checkpoint as ocp
-
   for name in ("config.json", "checksums.json"):
     (folder / name).unlink(missing_ok=True)
   arrays.remove_unfinished(folder)
 
   def save_params():
-    with ocp.StandardCheckpointer() as checkpointer:
+    with arrays.checkpointer() as checkpointer:
       checkpointer.save(folder / "params", model.params, force=True)
 
   arrays.write(folder / "params", model.params, save_params)
@@ -209,8 +207,6 @@ def _instead(folder: Path) -> str:
 
 
 def _load(folder: Path, verify: bool) -> Model:
-  import orbax.checkpoint as ocp
-
   path = folder / "config.json"
   try:
     fields = records.read(path)
@@ -232,7 +228,7 @@ def _load(folder: Path, verify: bool) -> Model:
   ]
 
   def restore():
-    with ocp.StandardCheckpointer() as checkpointer:
+    with arrays.checkpointer() as checkpointer:
       params = checkpointer.restore(folder / "params", jax.tree.unflatten(jax.tree.structure(expected), template))
     if verify:
       arrays.check(params, checksums["params"])

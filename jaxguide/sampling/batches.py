@@ -1,7 +1,10 @@
-"""Many samples: compiled, in micro-batches, on one or several devices.
+"""Many samples: compiled, in micro-batches, on one or several devices of one or several processes.
 
 Sample ``i`` depends on the key, ``i`` and its condition alone. It is the same alone, in a batch of any size and on any
-number of devices, up to the rounding of the network's sums.
+number of devices and processes, up to the rounding of the network's sums.
+
+Each device draws its own part of a micro-batch, and the devices do not communicate. Only parameters that are split over
+devices are gathered, at each evaluation of the denoiser.
 """
 
 from __future__ import annotations
@@ -9,19 +12,24 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxguide._core import checks, keys
-from jaxguide._core.devices import placement
 from jaxguide._core.typing import ArrayLike, Denoiser, Float, Key, PyTree, Solver
 from jaxguide.denoisers.conditions import check_cond
+from jaxguide.distributed import MeshConfig, processes
+from jaxguide.distributed.placing import Placement, placement
 from jaxguide.guidance.rule import check_denoiser
 from jaxguide.sampling.keys import check_indices, keys_of
 from jaxguide.sampling.loop import check_start, sample
+from jaxguide.sampling.split import split_of
+
+Devices = Sequence[jax.Device] | Mesh | MeshConfig | str | None
 
 
 def sample_batch(
@@ -35,7 +43,7 @@ def sample_batch(
   num: int | None = None,
   start: int = 0,
   batch_size: int | None = None,
-  devices: Sequence[jax.Device] | None = None,
+  devices: Devices = None,
   progress: Callable[[int], object] | None = None,
   x_init: ArrayLike | Callable[[np.ndarray], np.ndarray] | None = None,
   add_noise: bool = False,
@@ -59,7 +67,9 @@ def sample_batch(
     num: number of samples. It can be left out if ``cond`` has a row for each sample.
     start: index of the first sample, to continue after an earlier call.
     batch_size: the largest number of samples at a time, over all devices. The default is all samples.
-    devices: the devices that run the program. The default is all devices of this process.
+    devices: the devices that run the program: a list, a mesh, or a `jaxguide.distributed.MeshConfig` or its text, such
+      as ``"fsdp=8"``, which splits the parameters. The default is all devices of all processes. Parameters that are
+      split over the mesh already stay so.
     progress: called after each micro-batch with its number of samples; ``tqdm(...).update`` fits.
     x_init: ``x`` at ``sigmas[0]``, in place of noise: (num, *shape), or (*shape) for all samples. `invert` finds the
       start that gives an image. If the starts do not all fit in memory, give a function: it receives the positions of n
@@ -67,7 +77,7 @@ def sample_batch(
     add_noise: whether each sample's initial noise is added to ``x_init``, which is then clean: image to image.
 
   Returns:
-    (num, *shape) in host memory.
+    (num, *shape) in host memory, in every process.
 
   Raises:
     ValueError: if the grid is bad, a label is outside the classes, lengths in ``cond`` differ, a count is below 1, an
@@ -117,7 +127,7 @@ def sample_batches(
   num: int | None = None,
   start: int = 0,
   batch_size: int | None = None,
-  devices: Sequence[jax.Device] | None = None,
+  devices: Devices = None,
   skip: int = 0,
   x_init: ArrayLike | Callable[[np.ndarray], np.ndarray] | None = None,
   add_noise: bool = False,
@@ -137,19 +147,108 @@ def sample_batches(
     num: number of samples. It can be left out if ``cond`` has a row for each sample.
     start: index of the first sample.
     batch_size: the largest number of samples at a time, over all devices. The default is all samples.
-    devices: the devices that run the program. The default is all devices of this process.
+    devices: the devices that run the program, as in `sample_batch`.
     skip: number of samples, of the ``num``, that an interrupted run has already drawn. The other samples are the same
       as in that run, bit for bit if ``skip`` is a whole number of micro-batches.
     x_init: ``x`` at ``sigmas[0]``, as in `sample_batch`.
     add_noise: whether noise is added to ``x_init``.
 
   Returns:
-    An iterator over arrays (n, *shape) in host memory.
+    An iterator over arrays (n, *shape) in host memory, the same in every process.
 
   Raises:
     ValueError, TypeError: as in `sample_batch`, before the first micro-batch.
     FloatingPointError: if a sample is not finite.
   """
+  batches = _begin(denoise, key, cond, shape, sigmas, solver, num, start, batch_size, devices, skip, x_init, add_noise)
+  return (np.asarray(processes.gathered(batch.samples))[: batch.num] for batch in batches)
+
+
+def sample_shares(
+  denoise: Denoiser,
+  key: Key,
+  cond: PyTree = None,
+  *,
+  shape: Sequence[int],
+  sigmas: ArrayLike,
+  solver: Solver,
+  num: int | None = None,
+  start: int = 0,
+  batch_size: int | None = None,
+  devices: Devices = None,
+  skip: int = 0,
+  x_init: ArrayLike | Callable[[np.ndarray], np.ndarray] | None = None,
+  add_noise: bool = False,
+) -> Iterator[Share]:
+  """Draw many examples as `sample_batches` does, and yield of each micro-batch what this process drew.
+
+  So no process needs the memory or the time for the samples of the others. All arguments are those of `sample_batches`.
+
+  Args:
+    denoise: a denoiser that is a pytree.
+    key: sample ``i`` has the key ``fold_in(key, i)``.
+    cond: the conditions of all ``num`` samples; or, together with ``num``, one number for all of them; or None.
+    shape: shape of one example.
+    sigmas: (steps + 1,) noise levels that decrease and end in 0.
+    solver: see `jaxguide.solvers`.
+    num: number of samples of all processes. It can be left out if ``cond`` has a row for each sample.
+    start: index of the first sample.
+    batch_size: the largest number of samples at a time, over all devices.
+    devices: the devices that run the program, as in `sample_batch`.
+    skip: number of samples that an interrupted run has already drawn.
+    x_init: ``x`` at ``sigmas[0]``, as in `sample_batch`.
+    add_noise: whether noise is added to ``x_init``.
+
+  Returns:
+    An iterator over `Share`.
+
+  Raises:
+    ValueError, TypeError: as in `sample_batch`, before the first micro-batch.
+    FloatingPointError: in every process, if a sample is not finite.
+  """
+  batches = _begin(denoise, key, cond, shape, sigmas, solver, num, start, batch_size, devices, skip, x_init, add_noise)
+  return (_share(batch) for batch in batches)
+
+
+class Share(NamedTuple):
+  """What a process drew of a micro-batch.
+
+  Args:
+    first: the position of the first sample of the micro-batch in this call, counted from 0.
+    num: number of samples of the micro-batch, of all processes.
+    rows: (n,) the positions in this call of the samples that this process drew.
+    samples: (n, *shape) these samples, in host memory.
+  """
+
+  first: int
+  num: int
+  rows: np.ndarray
+  samples: np.ndarray
+
+
+class _Batch(NamedTuple):
+  """A micro-batch on the devices; its last rows may be copies of the last sample."""
+
+  first: int
+  num: int
+  samples: jax.Array
+  place: Placement
+
+
+def _share(batch: _Batch) -> Share:
+  rows = batch.place.local_rows(len(batch.samples))
+  if batch.samples.is_fully_addressable:
+    samples = np.asarray(batch.samples)
+  else:
+    # A part that several devices have occurs once.
+    parts = {shard.index[0].start or 0: shard.data for shard in batch.samples.addressable_shards}
+    samples = np.concatenate([np.asarray(parts[begin]) for begin in sorted(parts)])
+  kept = rows < batch.num
+  return Share(batch.first, batch.num, batch.first + rows[kept], samples[kept])
+
+
+def _begin(denoise, key, cond, shape, sigmas, solver, num, start, batch_size, devices, skip, x_init, add_noise):
+  """Check the arguments, place what is the same for all samples, and return an iterator over `_Batch`."""
   if isinstance(jnp.zeros(()), jax.core.Tracer):
     raise TypeError(
       "sample_batch compiles itself and cannot run inside jit, vmap or grad: call it outside, or use jax.vmap of "
@@ -169,11 +268,61 @@ def sample_batches(
   starts = x_init if callable(x_init) else _starts(x_init, num, shape)
   place = placement(devices)
   size = num if batch_size is None else min(num, checks.at_least("batch_size", batch_size, 1))
-  size = math.ceil(size / len(place.devices)) * len(place.devices)
-  fixed = place.copies((denoise, jnp.asarray(sigmas), solver))
+  size = math.ceil(size / place.parts) * place.parts
   skip = checks.at_least("skip", skip, 0)
-  static = {"shape": shape, "add_noise": bool(add_noise)}
+  split = split_of(denoise, place)
+  fixed = (split.placed(denoise), *place.copies((jnp.asarray(sigmas), solver)))
+  static = {"shape": shape, "add_noise": bool(add_noise), "split": split}
   return _micro_batches(fixed, place, key, cond, starts, static, range(skip, num, size), start)
+
+
+def lower_batch(
+  denoise: Denoiser,
+  cond: PyTree = None,
+  *,
+  num: int,
+  shape: Sequence[int],
+  sigmas: ArrayLike,
+  solver: Solver,
+  devices: Devices = None,
+) -> jax.stages.Lowered:
+  """Lower the program that `sample_batch` runs for a micro-batch, to compile and read it. Nothing is computed.
+
+  Args:
+    denoise: a denoiser that is a pytree. Its arrays may be shapes, `jax.ShapeDtypeStruct`.
+    cond: the conditions of the samples, or one number for all of them.
+    num: number of samples in the micro-batch, over all devices; a multiple of their number.
+    shape: shape of one example.
+    sigmas: (steps + 1,) noise levels that decrease and end in 0.
+    solver: see `jaxguide.solvers`.
+    devices: the devices, as in `sample_batch`.
+
+  >>> from jaxguide import mixtures, schedules, solvers
+  >>> lowered = lower_batch(
+  ...   mixtures.ring(4).denoiser, 1, num=8, shape=(2,), sigmas=schedules.karras(3), solver=solvers.DDPM()
+  ... )
+  >>> "while" in lowered.as_text()
+  True
+  """
+  place, (num, cond) = placement(devices), _broadcast(cond, num)
+  if num % place.parts:
+    raise ValueError(f"num must be a multiple of the {place.parts} devices, got {num}")
+  split = split_of(denoise, place)
+
+  def shapes(tree, shardings):
+    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda: tree))
+    placed = [
+      jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=each) for leaf, each in zip(leaves, shardings, strict=True)
+    ]
+    return jax.tree.unflatten(structure, placed)
+
+  def same(tree, sharding):
+    return shapes(tree, [sharding] * len(jax.tree.leaves(tree)))
+
+  grid, walk = same((jnp.asarray(sigmas), solver), place.copied)
+  keys, rows = same((jax.eval_shape(lambda: keys_of(jax.random.key(0), np.arange(num))), cond), place.split)
+  of_devices = shapes(denoise, split.shardings)
+  return _sample_many.lower(of_devices, grid, walk, keys, rows, None, shape=tuple(shape), add_noise=False, split=split)
 
 
 def _starts(x_init, num, shape):
@@ -195,22 +344,43 @@ def _micro_batches(fixed, place, key, cond, starts, static, firsts, start):
     if x_init is not None and np.shape(x_init) != (size, *static["shape"]):
       raise ValueError(f"x_init must give {(size, *static['shape'])} for {size} samples, got {np.shape(x_init)}")
     inputs = keys_of(key, start + rows), _rows(cond, rows), x_init
-    samples = np.asarray(_sample_many(*fixed, *place.rows(inputs), **static))
-    samples = samples[: num - first]
-    _check_finite(samples, fixed, inputs, static, start + first)
-    yield samples
+    samples, finite = _sample_many(*fixed, *place.rows(inputs), **static)
+    batch = _Batch(first, min(size, num - first), samples, place)
+    _check_finite(np.asarray(processes.gathered(finite))[: batch.num], fixed, inputs, static, start + first)
+    yield batch
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "add_noise"))
-def _sample_many(denoise, sigmas, solver, keys, cond, x_init, *, shape, add_noise):
-  def draw(key, cond, x_init):
-    return sample(denoise, key, shape, sigmas, solver, cond, None, x_init, add_noise)[0]
+@functools.partial(jax.jit, static_argnames=("shape", "add_noise", "split"))
+def _sample_many(denoise, sigmas, solver, keys, cond, x_init, *, shape, add_noise, split):
+  leaves, structure = jax.tree.flatten(denoise)
 
-  return jax.vmap(draw)(keys, cond, x_init)
+  def on_device(leaves, sigmas, solver, keys, cond, x_init):
+    whole = split.gathering(jax.tree.unflatten(structure, leaves))
+
+    def draw(key, cond, x_init):
+      return sample(whole, key, shape, sigmas, solver, cond, None, x_init, add_noise)[0]
+
+    samples = jax.vmap(draw)(keys, cond, x_init)
+    return samples, jnp.isfinite(samples).reshape(len(samples), -1).all(1)
+
+  place = split.place
+  if len(place.devices) == 1:
+    return on_device(leaves, sigmas, solver, keys, cond, x_init)
+  # Each device runs the program of a single one: the partitioner does not decide anything.
+  rows, same = PartitionSpec(place.batch_axes), PartitionSpec()
+  return jax.shard_map(
+    on_device,
+    mesh=place.mesh,
+    in_specs=(list(split.specs), same, same, rows, rows, rows),
+    out_specs=rows,
+    axis_names={*place.batch_axes, *split.axes},
+    check_vma=False,
+  )(leaves, sigmas, solver, keys, cond, x_init)
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "add_noise"))
-def _finite_steps(denoise, sigmas, solver, key, cond, x_init, *, shape, add_noise):
+@functools.partial(jax.jit, static_argnames=("shape", "add_noise", "split"))
+def _finite_steps(denoise, sigmas, solver, key, cond, x_init, *, shape, add_noise, split):
+  del split
   finite = lambda state: jnp.isfinite(state.x).all()  # noqa: E731
   return sample(denoise, key, shape, sigmas, solver, cond, finite, x_init, add_noise)[1]
 
@@ -219,16 +389,16 @@ def _rows(tree, rows):
   return jax.tree.map(lambda leaf: leaf[rows], tree)
 
 
-def _check_finite(samples, fixed, inputs, static, first):
-  bad = np.flatnonzero(~np.isfinite(samples).reshape(len(samples), -1).all(1))
+def _check_finite(finite, fixed, inputs, static, first):
+  bad = np.flatnonzero(~finite)
   if bad.size:
     row = bad[0]
     # A check in every step would cost time, so the first bad sample is drawn again to find its step.
-    finite = _finite_steps(*fixed, *_rows(inputs, row), **static)
-    step = int(np.argmin(np.asarray(finite)))
+    steps = np.asarray(processes.gathered(_finite_steps(*fixed, *_rows(inputs, row), **static)))
+    step = int(np.argmin(steps))
     raise FloatingPointError(
-      f"{bad.size} of {len(samples)} samples are not finite; sample {first + row} first at step {step} of "
-      f"{len(finite)}, sigma {float(fixed[1][step]):.4g}: check the parameters and the scale"
+      f"{bad.size} of {len(finite)} samples are not finite; sample {first + row} first at step {step} of "
+      f"{len(steps)}, sigma {float(fixed[1][step]):.4g}: check the parameters and the scale"
     )
 
 

@@ -58,6 +58,7 @@ from jaxguide._core.typing import (
   x0_of,
 )
 from jaxguide.denoisers.conditions import check_cond
+from jaxguide.distributed.rows import for_particles, take_rows
 from jaxguide.guidance import Rule, classifier
 from jaxguide.guidance import state as guidance_state
 from jaxguide.guidance.mixing import Both
@@ -193,6 +194,7 @@ def sample_product(
   solver: Solver,
   cond: PyTree = None,
   threshold: ArrayLike = 0.5,
+  devices: Any = None,
 ) -> tuple[Float[Array, " num_particles *shape"], Population]:
   """Draw a population of examples from a product of powers of densities, such as ``p(x) p(y|x)^γ``.
 
@@ -214,20 +216,24 @@ def sample_product(
     target: from `tempered`, `tempered_by_classifier` or `product`. The powers are leaves, so a sweep over γ is one
       program.
     key: particle ``i`` uses the key ``fold_in(key, i)``, as sample ``i`` of `jaxguide.sample_batch` does.
-    num_particles: number of particles; all are in memory at the same time.
+    num_particles: number of particles; all are in memory at the same time, on one device or on all ``devices``.
     shape: shape of one example.
     sigmas: (steps + 1,) noise levels that decrease and end in 0. The particles have their dtype.
     solver: see `jaxguide.solvers`. It must add as much noise as it removes (``s_noise`` 1).
     cond: the condition of all particles. ``vmap`` over conditions gives a population for each.
     threshold: the effective sample size, as a fraction of the particles in [0, 1], below which they are resampled.
+    devices: the devices over which the particles are divided: a list, a mesh, or a `jaxguide.distributed.MeshConfig` or
+      its text. The particles are the same on any number of devices. To resample, each device passes its particles on to
+      the next one until all have seen them, so no device needs memory for more than two parts of the population. By
+      default the particles are on one device, or where ``jit`` puts them.
 
   Returns:
     The particles, and the record of their weights. If a weight is not finite, all particles are NaN.
 
   Raises:
-    ValueError: if the grid, a number or the threshold is bad, if a label is outside the classes, if the target contains
-      a guidance with momentum, or if the solver has its own classifier (its shift is not part of the weights) or an
-      ``s_noise`` other than 1.
+    ValueError: if the devices do not divide the particles; if the grid, a number or the threshold is bad, if a label is
+      outside the classes, if the target contains a guidance with momentum, or if the solver has its own classifier (its
+      shift is not part of the weights) or an ``s_noise`` other than 1.
     TypeError: if ``target`` is not a `Product`, or ``solver`` is not a solver.
 
   >>> from jaxguide import mixtures, schedules, solvers
@@ -251,6 +257,9 @@ def sample_product(
   start_keys, step_keys = jax.vmap(jax.random.split, out_axes=1)(sample_keys(key, num_particles))
   # An index above MAX_INDEX, which no particle has.
   resample_key = jax.random.fold_in(key, np.uint32(2**32 - 1))
+  place = None if devices is None else for_particles(num_particles, devices)
+  spread, together = (lambda tree: tree, lambda tree: tree) if place is None else (place.constrained, place.joined)
+  start_keys, step_keys = spread((start_keys, step_keys))
   x = sigmas[0] * jax.vmap(lambda key: jax.random.normal(key, tuple(shape), sigmas.dtype))(start_keys)
 
   def evaluate(state, sigma):
@@ -259,7 +268,7 @@ def sample_product(
   def resample_if(condition, i, log_weights, particles):
     def resampled(particles):
       ancestors = resample(jax.random.fold_in(resample_key, i), log_weights)
-      return jax.tree.map(lambda leaf: leaf[ancestors], particles)
+      return take_rows(particles, ancestors, place)
 
     return jax.lax.cond(condition, resampled, lambda particles: particles, particles)
 
@@ -268,13 +277,13 @@ def sample_product(
       denoise = _Evaluated(target, cond, state.x, sigma, prediction)
       return solver.step(denoise, state, sigma, sigma_next, jax.random.fold_in(key, i))
 
-    return jax.vmap(move_one)(state, prediction, step_keys)
+    return spread(jax.vmap(move_one)(state, prediction, step_keys))
 
   def step(carry, inputs):
     state, log_weights, last_rate, log_normalizer = carry
     i, sigma_last, sigma, sigma_next = inputs
     prediction, rate = evaluate(state, sigma)
-    log_weights += jnp.log(sigma_last / sigma) * (last_rate + rate) / 2
+    log_weights += together(jnp.log(sigma_last / sigma) * (last_rate + rate) / 2)
     ess = effective_sample_size(log_weights)
     too_low = ess < jnp.asarray(threshold, ess.dtype) * num_particles
     state, prediction, rate = resample_if(too_low, i, log_weights, (state, prediction, rate))
@@ -289,9 +298,10 @@ def sample_product(
   (state, log_weights, rate, log_normalizer), (ess, resampled) = jax.lax.scan(step, carry, levels)
 
   # The last step, to 0, is infinite in log sigma but finite in sigma². With constant scores it adds half the rate.
-  log_weights += rate / 2
+  log_weights += together(rate / 2)
   log_normalizer += log_mean_exp(log_weights)
-  x = state.x[resample(jax.random.fold_in(resample_key, sigmas.shape[0] - 1), log_weights)]
+  ancestors = resample(jax.random.fold_in(resample_key, sigmas.shape[0] - 1), log_weights)
+  x = take_rows(state.x, ancestors, place)
   population = Population(
     ess=jnp.append(ess[1:], effective_sample_size(log_weights)),
     resampled=jnp.append(resampled[1:], True),

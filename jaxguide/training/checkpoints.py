@@ -4,14 +4,13 @@ import contextlib
 import logging
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from jaxguide._core.typing import PyTree
+from jaxguide.distributed import processes
 from jaxguide.models import arrays
 from jaxguide.training import desk
 from jaxguide.training.step import TrainState
@@ -36,7 +35,7 @@ class Checkpoints:
   def __init__(self, folder: Path, keep: int = 2, keep_every: int | None = None):
     import orbax.checkpoint as ocp
 
-    folder.mkdir(parents=True, exist_ok=True)
+    processes.first_does(lambda: folder.mkdir(parents=True, exist_ok=True))
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every, enable_async_checkpointing=True)
     self.folder, self._manager = folder, ocp.CheckpointManager(folder, options=options)
     self._pending: int | None = None
@@ -61,7 +60,7 @@ class Checkpoints:
     import orbax.checkpoint as ocp
 
     self.wait()
-    arrays.check_space(self.folder / str(step), state)
+    processes.first_does(lambda: arrays.check_space(self.folder / str(step), state))
     items = {"state": ocp.args.StandardSave(state), "checksums": ocp.args.JsonSave(checksums(state))}
     self._pending = step
     self._attempt(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
@@ -89,34 +88,44 @@ class Checkpoints:
 
   def _attempt(self, call: Callable[[], Any]) -> None:
     _, failure = arrays.attempt(call, arrays.PATIENCE)
+    failure = _first_failure(failure)
     if failure is not None:
       path, self._pending = self.folder / str(self._pending), None
-      arrays.remove_unfinished(self.folder, path.name)
+      processes.first_does(lambda: arrays.remove_unfinished(self.folder, path.name))
       raise arrays.cannot_write(path, failure)
+
+
+def _first_failure(failure: str | None) -> str | None:
+  """Return the failure of the first process that has one, in all processes; None if none has."""
+  return next((other for other in processes.from_each(failure) if other is not None), None)
 
 
 def checksums(tree: PyTree) -> dict[str, dict[str, Any]]:
   """Return `jaxguide.models.arrays.checksums` of a tree, computed in several threads."""
   leaves = arrays.leaves(tree)
+  if processes.several():  # They compute together, in one order.
+    return {path: arrays.checksum(leaf) for path, leaf in leaves.items()}
   with ThreadPoolExecutor() as pool:
     return dict(zip(leaves, pool.map(arrays.checksum, leaves.values()), strict=True))
 
 
-def restore(folder: Path, state: TrainState) -> TrainState:
-  """Return the state of the last undamaged checkpoint, or ``state`` if there are no checkpoints.
+def restore(folder: Path, template: TrainState, state: Callable[[], TrainState]) -> TrainState:
+  """Return the state of the last undamaged checkpoint, or ``state()`` if there are no checkpoints.
+
+  A checkpoint of any number of devices and processes can be restored on any other. Each process reads its own part.
 
   Damaged checkpoints after the restored one are removed, with a warning.
 
   Args:
     folder: the folder of the checkpoints; it is created if necessary.
-    state: a state with the expected shapes, types and shardings.
+    template: the shapes, types and shardings of a state.
+    state: a function that returns the state of a training that begins.
 
   Raises:
     ValueError: if there are checkpoints, but all are damaged.
   """
   import orbax.checkpoint as ocp
 
-  template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
   items = {"state": ocp.args.StandardRestore(template), "checksums": ocp.args.JsonRestore()}
 
   def restore(step: int) -> TrainState:
@@ -128,19 +137,24 @@ def restore(folder: Path, state: TrainState) -> TrainState:
       raise ValueError(f"it contains the state of step {checkpoint['state'].step}")
     return checkpoint["state"]
 
-  folder.mkdir(exist_ok=True)
-  unfinished = {path.name.partition(".")[0] for path in folder.glob("*.orbax-checkpoint-tmp*")}
-  arrays.remove_unfinished(folder)
+  def prepare() -> tuple[list[str], list[int]]:
+    folder.mkdir(exist_ok=True)
+    unfinished = {path.name.partition(".")[0] for path in folder.glob("*.orbax-checkpoint-tmp*")}
+    arrays.remove_unfinished(folder)
+    return sorted(unfinished), steps(folder)
+
+  unfinished, found = processes.first_does(prepare)
   damaged: dict[int, str] = {}
-  for step in reversed(steps(folder)):
+  for step in reversed(found):
     restored, failure = arrays.attempt(lambda: restore(step))  # noqa: B023
+    failure = _first_failure(failure)
     if failure is None:
       for number, reason in damaged.items():
         warnings.warn(
           f"the checkpoint of step {number} in {folder} is damaged ({reason}): continuing from step {step}",
           stacklevel=4,
         )
-        shutil.rmtree(folder / str(number))
+        processes.first_does(lambda: shutil.rmtree(folder / str(number)))  # noqa: B023
       _say_where_it_goes_on(folder, step, unfinished)
       return restored
     damaged[step] = failure
@@ -150,11 +164,11 @@ def restore(folder: Path, state: TrainState) -> TrainState:
       f"the checkpoint of step {step} in {folder} is damaged ({reason}), and there is no undamaged one: retrain"
     )
   _say_where_it_goes_on(folder, 0, unfinished)
-  return state
+  return state()
 
 
-def _say_where_it_goes_on(folder: Path, step: int, unfinished: set[str]) -> None:
-  for name in sorted(unfinished):
+def _say_where_it_goes_on(folder: Path, step: int, unfinished: Sequence[str]) -> None:
+  for name in unfinished:
     if name.isdigit() and int(name) > step:
       LOG.warning("the checkpoint of step %s in %s was not written to the end", name, folder)
   if step:

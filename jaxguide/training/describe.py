@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,13 @@ import numpy as np
 from jaxguide._core import devices
 from jaxguide._core.files import PathLike
 from jaxguide._core.typing import PyTree
+from jaxguide.distributed.placing import Placement, for_batches, split_axis
+from jaxguide.models import arrays
 from jaxguide.models.config import ModelConfig
-from jaxguide.models.model import shapes
 from jaxguide.training import operations
 from jaxguide.training.config import TrainingConfig
-from jaxguide.training.objectives import Objective, extra_params, objective
-from jaxguide.training.step import TrainState, optimizer, train_step
+from jaxguide.training.objectives import Objective, objective
+from jaxguide.training.step import TrainState, state_shapes, train_step
 
 # XLA's work space beside what the forward pass keeps, in arrays of the size of the largest one. With it the estimate is
 # 0.7 to 0.9 of XLA's own figure on a CPU, for the networks of the demo and for small ones of 32x32.
@@ -138,31 +139,77 @@ def _cudnn(model: ModelConfig) -> bool:
   return bool(model.fields.get("cudnn_attention"))
 
 
-def shortage(model: ModelConfig, training: TrainingConfig) -> str | None:
+class Leaf(NamedTuple):
+  """An array of a training's state on a mesh.
+
+  Args:
+    name: its path in the state.
+    shape: its shape.
+    axis: the axis along which it is split; None if each device has all of it.
+    bytes: its bytes.
+    own_bytes: the bytes that each device has.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  axis: int | None
+  bytes: int
+  own_bytes: int
+
+
+def leaves(state: TrainState, place: Placement) -> list[Leaf]:
+  """Return how each array of a training's state lies on a mesh.
+
+  >>> from jaxguide.distributed import placement
+  >>> model = ModelConfig("unet", {"model_channels": 32}, (8, 8, 1), 10)
+  >>> rows = leaves(state_shapes(model, TrainingConfig(steps=1)), placement("fsdp=-1"))
+  >>> widest = max(rows, key=lambda row: row.bytes)
+  >>> widest.shape, widest.axis, widest.bytes // widest.own_bytes == len(jax.devices())
+  ((3, 3, 128, 64), 2, True)
+  """
+  rows = []
+  for name, leaf in arrays.leaves(state).items():
+    axis = split_axis(leaf.shape, place.fsdp)
+    size = leaf.size * leaf.dtype.itemsize
+    rows.append(Leaf(name, leaf.shape, axis, size, size if axis is None else size // place.fsdp))
+  return rows
+
+
+def on_mesh(model: ModelConfig, training: TrainingConfig, place: Placement) -> str:
+  """Describe how the state of a training lies on a mesh, array by array, with the bytes for a device."""
+  rows = leaves(state_shapes(model, training), place)
+  own, whole = sum(row.own_bytes for row in rows), sum(row.bytes for row in rows)
+  axes = ", ".join(f"{name}={size}" for name, size in place.mesh.shape.items())
+  head = f"mesh        {axes}: each device has {in_bytes(own)} of the state's {in_bytes(whole)}"
+  if place.fsdp == 1:
+    return f"{head}; every array is whole on every device"
+  lines = [
+    f"  {row.name}  {'x'.join(map(str, row.shape)) or 'number'}  "
+    f"{'whole' if row.axis is None else f'axis {row.axis} in {place.fsdp} parts'}  {in_bytes(row.own_bytes)}"
+    for row in rows
+    if row.name.startswith("params/")
+  ]
+  return "\n".join([head, "Each of the parameters, and the same for the optimiser's state and running means:", *lines])
+
+
+def shortage(model: ModelConfig, training: TrainingConfig, mesh: str | None = None) -> str | None:
   """Return a warning if a step is estimated to need more memory than there is; None if it fits."""
   free = devices.free_bytes()
   state = state_shapes(model, training)
   part = training.batch_size // training.accumulation
   activations = _estimate(model, training, state.params, part)
-  place = devices.for_batches(training.batch_size)
-  if jax.default_backend() != "cpu":  # The memory of each device, which has its share of the batch.
-    activations //= len(place.devices)
-  needed = operations.size(state) + operations.size(state.params) + activations
+  place = for_batches(training.batch_size, mesh)
+  own = 1.0
+  if jax.default_backend() != "cpu":  # The memory of each device, which has its share of the batch and of the state.
+    activations //= place.parts
+    own = sum(row.own_bytes for row in leaves(state, place)) / operations.size(state)
+  needed = int(own * (operations.size(state) + operations.size(state.params))) + activations
   if free is None or needed <= free:
     return None
   return (
     f"a step needs about {in_bytes(needed)}, and {in_bytes(free)} of memory are free: give a smaller network or "
     f"batch_size, or a higher accumulation; now {part} examples are computed at once"
   )
-
-
-def state_shapes(model: ModelConfig, training: TrainingConfig) -> TrainState:
-  """Return the state of a training, as `jaxguide.training.step.init_state` does, with shapes instead of arrays."""
-  extra = jax.eval_shape(lambda: extra_params(training, jax.random.key(0)))
-  params = {**shapes(model), **extra}
-  number = jax.ShapeDtypeStruct((), jnp.int32)
-  opt_state = jax.eval_shape(optimizer(training).init, params)
-  return TrainState(number, params, tuple(params for _ in training.means), opt_state, number)
 
 
 def _batch(model: ModelConfig, number: int) -> tuple[Any, Any]:

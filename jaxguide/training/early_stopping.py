@@ -8,6 +8,7 @@ import numpy as np
 from jaxguide import schedules
 from jaxguide._core import keys
 from jaxguide._core.typing import PyTree
+from jaxguide.distributed.placing import Placement
 from jaxguide.models.config import ModelConfig
 from jaxguide.training import held_out, journal, objectives
 from jaxguide.training.config import TrainingConfig
@@ -52,8 +53,8 @@ class HeldOut:
     """Whether the negative log-likelihood has not fallen for too long."""
     return self.patience is not None and self._since >= self.patience
 
-  def evaluate(self, params: PyTree, step: int) -> tuple[dict[str, Any], bool]:
-    """Evaluate parameters.
+  def evaluate(self, params: PyTree, step: int, place: Placement | None = None) -> tuple[dict[str, Any], bool]:
+    """Evaluate parameters, on the devices of a placement.
 
     Returns:
       The figures by noise level as plain data, and whether they are the best so far.
@@ -64,6 +65,7 @@ class HeldOut:
       self.data,
       keys.seed_key(self.training.seed),
       noise_levels=_noise_levels(self.model, self.training),
+      place=place,
     )
     names = {"sigmas": "sigma", "accuracy": "accuracy", "nll": "nll", "calibration_error": "calibration_error"}
     figures: dict[str, Any] = {

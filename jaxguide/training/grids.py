@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxguide import data, guidance, sampling, schedules, solvers
 from jaxguide._core import keys
+from jaxguide.distributed import processes
 from jaxguide.models.model import Model
 from jaxguide.models.networks import DENOISER
 from jaxguide.training.run_config import RunConfig
@@ -20,19 +21,22 @@ WITHOUT_CLASSES = 16
 
 
 def can_draw(model: Any) -> bool:
-  """Whether pictures can be drawn of a model of this configuration: of grey or RGB images, by class alone."""
+  """Whether pictures can be drawn of a model of this configuration: of grey or RGB pixels, by class alone."""
   return (
     model.role is DENOISER
     and model.low_res_shape is None
     and model.label_size is None
+    and model.encoder != "latents"
     and model.image_shape[-1] in (1, 3)
   )
 
 
-def draw(path: Path, model: Model, run: RunConfig, seed: int, step: int, batch_size: int) -> np.ndarray:
+def draw(
+  path: Path, model: Model, run: RunConfig, seed: int, step: int, batch_size: int, devices: Any = None
+) -> np.ndarray | None:
   """Sample from a model, and write a picture with a row for each class.
 
-  All scales share one compiled program, and all pictures of a training too.
+  All scales share one compiled program, and all pictures of a training too. All processes draw, and the first writes.
 
   Args:
     path: the PNG file.
@@ -41,9 +45,10 @@ def draw(path: Path, model: Model, run: RunConfig, seed: int, step: int, batch_s
     seed: the seed of the samples.
     step: number of completed steps, for the title.
     batch_size: the largest number of samples at a time, such as that of the training's examples.
+    devices: the devices, as for `jaxguide.sample_batch`.
 
   Returns:
-    The picture, uint8 of shape (height, width, channels).
+    The picture, uint8 of shape (height, width, channels), in the first process; None in others.
   """
   config, null = model.config, model.null_cond
   scales = run.sample_scales if null is not None else (None,)
@@ -66,8 +71,11 @@ def draw(path: Path, model: Model, run: RunConfig, seed: int, step: int, batch_s
       sigmas=sigmas,
       solver=solvers.DPMpp2M(),
       batch_size=batch_size,
+      devices=devices,
     )
     drawn.append(config.data.decode(x))
+  if not processes.is_first():
+    return None
   title = f"step {step:,}"
   if labels is None:
     data.save_png(path, drawn[0], columns=math.ceil(math.sqrt(len(drawn[0]))), title=title)

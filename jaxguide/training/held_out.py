@@ -22,6 +22,7 @@ from jaxguide._core import checks, keys
 from jaxguide._core.typing import ArrayLike, Key, PyTree
 from jaxguide.denoisers.network import ClassifierLogProb
 from jaxguide.denoisers.scaling import coefficients
+from jaxguide.distributed.placing import Placement
 from jaxguide.models.config import ModelConfig
 from jaxguide.models.networks import CLASSIFIER
 
@@ -85,6 +86,7 @@ def evaluate(
   *,
   noise_levels: schedules.NoiseLevels | None = None,
   batch_size: int = BATCH_SIZE,
+  place: Placement | None = None,
 ) -> Levels:
   """Measure a classifier on held-out data at several noise levels.
 
@@ -102,6 +104,7 @@ def evaluate(
     noise_levels: the distribution of the levels in the training. The default is the model's noise schedule, within its
       ``noise_range``.
     batch_size: the largest number of examples at a time, if ``data`` is a dataset.
+    place: the placement on a mesh, over whose devices each batch is divided. The default is the first device.
 
   Raises:
     ValueError: if the model is not a classifier, if there are no examples, if a label is missing or not one of the
@@ -110,20 +113,24 @@ def evaluate(
   if model.role is not CLASSIFIER:
     raise ValueError(f"held-out accuracy is for a classifier, but the model is a {model.network}")
   sigmas = _sigmas(model, bins, noise_levels)
-  log_prob = CLASSIFIER.function(model, {"params": params["params"]})
+  parts = 1 if place is None else place.parts
+  params = {"params": params["params"]}
+  log_prob = CLASSIFIER.function(model, params if place is None else place.copies(params))
   key = keys.threefry(key)
   total, first, size = np.zeros((len(sigmas), 1 + 2 * CONFIDENCE_BINS)), 0, None
   for examples, stored_labels in _batches(data, batch_size):
     if stored_labels is None:
       raise ValueError("held-out examples need labels, and these have none: give labelled data")
     labels = checks.labels("label", np.asarray(stored_labels), model.num_classes or 0).astype(np.int32)
-    size = len(labels) if size is None else size
+    size = -(-len(labels) // parts) * parts if size is None else size
     # A smaller last batch is filled with copies of its last example, which do not count.
     rows = np.minimum(np.arange(size), len(labels) - 1)
     weight = (np.arange(size) < len(labels)).astype(np.float32)
     x0 = model.data.encode(np.asarray(examples)[rows])
-    sums = _sums(log_prob, x0, labels[rows], weight, jnp.asarray(sigmas, x0.dtype), key, first)
-    total += np.asarray(sums, np.float64)
+    batch, levels = (x0, labels[rows], weight), (jnp.asarray(sigmas, x0.dtype), key, np.int32(first))
+    if place is not None:
+      batch, levels = place.rows(batch), place.copies(levels)
+    total += np.asarray(_sums(log_prob, *batch, *levels), np.float64)
     first += len(labels)
   if not first:
     raise ValueError("there are no held-out examples to evaluate the classifier on: give at least one")

@@ -11,6 +11,7 @@ import numpy as np
 from jaxguide import data as datasets
 from jaxguide._core.files import write_atomically
 from jaxguide._core.typing import PyTree
+from jaxguide.data.config import holds_floats
 from jaxguide.models import arrays, folders
 from jaxguide.models.config import ModelConfig
 from jaxguide.models.model import Model, check
@@ -42,6 +43,13 @@ def check_fits(name: str, data: Any, model: ModelConfig) -> None:
     raise ValueError(
       f"the network is for images of shape {model.image_shape} in {model.num_classes} classes, but {data.name} has "
       f"{tuple(data.image_shape)} in {data.num_classes}"
+    )
+  floats = holds_floats(data)
+  if model.encoder == ("pixels" if floats else "latents"):
+    held, fitting = ("floats", "latents") if floats else ("pixels", "pixels")
+    raise ValueError(
+      f"{data.name} holds {held}, and the network's encoder is {model.encoder}: give encoder {fitting!r} "
+      f"(--set model.encoder={fitting})"
     )
   names = getattr(data, "class_names", None)
   if model.class_names is not None and names is not None and tuple(names) != tuple(model.class_names):

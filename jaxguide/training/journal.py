@@ -75,7 +75,8 @@ class Journal:
   while the host waits for them.
 
   Args:
-    path: ``metrics.jsonl``. Lines after ``start`` are removed: they are of a process that was killed.
+    path: ``metrics.jsonl``. Lines after ``start`` are removed: they are of a process that was killed. None if another
+      process writes it.
     start: number of completed steps.
     batch_size: examples per step.
     example_name: the name of an example by its position, for errors.
@@ -86,7 +87,7 @@ class Journal:
 
   def __init__(
     self,
-    path: Path,
+    path: Path | None,
     start: int,
     batch_size: int,
     *,
@@ -97,9 +98,10 @@ class Journal:
   ):
     self.path, self.batch_size, self.example_name, self.log = path, batch_size, example_name, log
     self.skip, self.skipped = skip, skipped
-    lines = read(path, start)
+    lines = read(path, start) if path is not None else []
     self.seconds = float(lines[-1].get("seconds", 0.0)) if lines else 0.0
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    if path is not None:
+      write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     self._steps: list[Step] = []
     self._ready: list[Step] = []
     self._since, self._paused = time.perf_counter(), 0.0
@@ -147,6 +149,8 @@ class Journal:
     if further is not None:
       with self.pause():
         line.update(further())
+    if self.path is None:
+      return
     try:
       with self.path.open("a") as file:
         file.write(json.dumps(line) + "\n")

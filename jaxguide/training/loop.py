@@ -15,11 +15,16 @@ from typing import Any
 import jax
 import numpy as np
 
+import jaxguide
 from jaxguide import data as datasets
-from jaxguide._core import checks, devices, files
+from jaxguide._core import checks, files
 from jaxguide._core.bars import progress_bar
+from jaxguide._core.devices import first
 from jaxguide._core.files import PathLike
 from jaxguide._core.typing import PyTree
+from jaxguide.data.batches import Order
+from jaxguide.distributed import processes
+from jaxguide.distributed.placing import Placement, for_batches
 from jaxguide.models import arrays, folders
 from jaxguide.models.config import ModelConfig
 from jaxguide.models.model import Model
@@ -28,8 +33,8 @@ from jaxguide.training.config import TrainingConfig
 from jaxguide.training.early_stopping import HeldOut
 from jaxguide.training.journal import Journal, NotFinite, Step
 from jaxguide.training.run_config import RunConfig
-from jaxguide.training.signals import Interrupted, Request, stop_requests
-from jaxguide.training.step import TrainState, init_state, train_step
+from jaxguide.training.signals import Agreement, Interrupted, Request, stop_requests
+from jaxguide.training.step import TrainState, init_state, state_shapes, train_step
 from jaxguide.training.writers import Writers
 
 Callback = Callable[[int, TrainState, Mapping[str, Any]], object]
@@ -119,17 +124,45 @@ def fit_with(
   params = inputs.initial_params(model, init)
   folder = Path(folder).absolute()
   record = run_folder.record(model, training, data, run, begun if params is None else inputs.checksum(params))
-  files.check_writable(folder / run_folder.RECORD)
-  with files.lock(folder / ".lock", folder):
-    files.remove_parts(folder)
-    desk.settle()
-    start = run_folder.start(folder, record, retrain, grown=inputs.has_grown(folder, data))
+  place = for_batches(training.batch_size, run.mesh)
+  processes.check_same(_facts(record))
+  desk.settle()
+  with contextlib.ExitStack() as stack:
+    start = _begin(folder, record, retrain, data, stack)
     if start.trained:
       return folders.load(folder)
-    run_folder.adopt(folder)
-    trainer = Trainer(model, training, data, folder, run, record, start)
+    trainer = Trainer(model, training, data, folder, run, record, start, place)
     trainer.begin(toml.of_fit(model, training, run, data) if config is None else config)
     return trainer.train(held_out, params, callback, progress)
+
+
+def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
+  """Return what must be the same in all processes, field by field."""
+  parts = {name: part for name, part in record.items() if isinstance(part, Mapping)}
+  fields = {f"{name}.{field}": value for name, part in parts.items() for field, value in part.items()}
+  others = {name: value for name, value in record.items() if name not in parts}
+  return {**fields, **others, "the version of jaxguide": jaxguide.__version__, "the version of jax": jax.__version__}
+
+
+def _begin(
+  folder: Path, record: Mapping[str, Any], retrain: bool, data: Any, stack: contextlib.ExitStack
+) -> run_folder.Start:
+  """Lock the folder and look at what is there, in the first process."""
+  found: list[run_folder.Start] = []
+
+  def look() -> list[bool]:
+    files.check_writable(folder / run_folder.RECORD)
+    stack.enter_context(files.lock(folder / ".lock", folder))
+    files.remove_parts(folder)
+    start = run_folder.start(folder, record, retrain, grown=inputs.has_grown(folder, data))
+    if not start.trained:
+      run_folder.adopt(folder)
+    found.append(start)
+    return [start.trained, start.keeps_model]
+
+  trained, keeps_model = processes.first_does(look)
+  # Only the first process says and writes what has changed.
+  return found[0] if found else run_folder.Start(trained, keeps_model, (), ())
 
 
 class Trainer:
@@ -143,6 +176,7 @@ class Trainer:
     run: how the run logs, saves and draws.
     record: the record of the training.
     start: how the training begins.
+    place: where arrays are placed.
   """
 
   def __init__(
@@ -154,9 +188,11 @@ class Trainer:
     run: RunConfig,
     record: Mapping[str, Any],
     start: run_folder.Start,
+    place: Placement,
   ):
     self.model, self.training, self.data, self.folder, self.run = model, training, data, folder, run
-    self.record, self.start = record, start
+    self.record, self.start, self.place = record, start, place
+    self.writes = processes.is_first()
 
   def begin(self, config: str) -> None:
     """Write configuration and record, unless the run is continued with other settings: then `train` writes them."""
@@ -165,6 +201,8 @@ class Trainer:
       self._write_settings(self.start.history)
 
   def _write_settings(self, history: Any) -> None:
+    if not self.writes:
+      return
     run_folder.write(self.folder, self.record, history, self.start.keeps_model)
     files.write_atomically(self.folder / run_folder.CONFIG, self.config.encode())
     inputs.write_stamps(self.folder, self.data)
@@ -172,16 +210,19 @@ class Trainer:
   def train(self, held_out: Any, params: PyTree, callback: Callback | None, progress: bool) -> Model:
     """Train from the last checkpoint to the end."""
     training, folder = self.training, self.folder
-    # Examples are distributed over the devices if the batch size is a multiple of their number.
-    # Parameters are replicated.
-    self.place = devices.for_batches(training.batch_size)
-    initial = init_state(self.model, training) if params is None else init_state(self.model, training, params)
-    state = checkpoints.restore(folder / run_folder.CHECKPOINTS, self.place.copies(initial))
-    del initial
+    shapes = state_shapes(self.model, training, params)
+    shardings = self.place.shardings(shapes)
+    template = jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
+    state = checkpoints.restore(
+      folder / run_folder.CHECKPOINTS, template, lambda: self.place.shards(init_state(self.model, training, params))
+    )
     self.first = self.saved_step = int(state.step)
     self._say_changes()
-    snapshots.remove_after(folder / snapshots.FOLDER, self.first)
-    self.step = train_step(self.model, training)
+    if self.writes:
+      snapshots.remove_after(folder / snapshots.FOLDER, self.first)
+    self.step = train_step(self.model, training, self.place)
     name = f"training the {self.model.role.name}"
     with contextlib.ExitStack() as stack:
       request = stack.enter_context(stop_requests())
@@ -189,13 +230,17 @@ class Trainer:
         checkpoints.Checkpoints(folder / run_folder.CHECKPOINTS, self.run.keep, self.run.keep_every)
       )
       self.desk = stack.enter_context(desk.Desk())
-      self.writers = stack.enter_context(contextlib.closing(Writers(tuple(self.run.writers), folder)))
+      writers = tuple(self.run.writers) if self.writes else ()
+      self.writers = stack.enter_context(contextlib.closing(Writers(writers, folder)))
       self.bar = stack.enter_context(
-        progress_bar(training.steps, initial=self.first, title=name, unit="step", show=progress)
+        progress_bar(training.steps, initial=self.first, title=name, unit="step", show=progress and self.writes)
       )
       self.journal = self._journal(int(state.skipped))
+      processes.wait_for_all("the metrics are those of the last checkpoint")
       self.held_out = HeldOut.resume(self.model, training, self.run, held_out, folder / run_folder.METRICS)
-      self.source = datasets.stream(self.data, training.batch_size, training.seed, self.first)
+      share = self.place.local_rows(training.batch_size) if self.place.spans_processes else None
+      self.source = datasets.stream(self.data, training.batch_size, training.seed, self.first, share=share)
+      self.order = Order(len(self.data), training.seed, training.batch_size)
       stack.callback(getattr(self.source, "close", lambda: None))
       try:
         state = self._steps(state, request, callback)
@@ -216,7 +261,7 @@ class Trainer:
       self.writers.scalars(line["step"], _flat(line))
 
     return Journal(
-      self.folder / run_folder.METRICS,
+      self.folder / run_folder.METRICS if self.writes else None,
       self.first,
       self.training.batch_size,
       example_name=self.data.example_name,
@@ -229,29 +274,38 @@ class Trainer:
     """Take the steps that are left, and return the state after the last one."""
     training = self.training
     self.done = self.first
+    agreement = Agreement(self.place)
     for number in range(self.first, training.steps):
-      if request.number is not None:
-        self._stop(state, request.number)
+      stopping = agreement(request.number)
+      if stopping is not None:
+        self._stop(state, stopping)
       batch = self._next(state)
       if number == self.first:
         LOG.info("compiling the training step, once; this can take minutes")
       with self.journal.pause() if number == self.first else contextlib.nullcontext():
-        state, metrics = self.step(state, *self.place.rows((batch.examples, batch.labels)))
+        state, metrics = self._step(state, batch)
       self.done = number + 1
       if callback is not None:
         callback(self.done, state, metrics)
-      self.journal.add(Step(number, batch.rows, metrics))
+      # Every process knows the rows of the whole batch.
+      self.journal.add(Step(number, self.order[number] if self.place.spans_processes else batch.rows, metrics))
       if self._at_end_of_interval(state):
         break
     return state
+
+  def _step(self, state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
+    with processes.explained():
+      return self.step(state, *self.place.own_rows((batch.examples, batch.labels), self.training.batch_size))
 
   def _next(self, state: TrainState) -> Any:
     """Return the next batch. If the data cannot be read any more, nothing of the training is lost."""
     try:
       return next(self.source)
     except (OSError, ValueError) as error:
-      self._keep(state)
-      kept = f"everything up to step {self.done} is saved in {self.folder}" if self.done else "there was no step yet"
+      if not self.place.spans_processes:  # Else the other processes wait in the next step.
+        self._keep(state)
+      kept = f"everything up to step {self.saved_step if self.place.spans_processes else self.done} is saved in "
+      kept = f"{kept}{self.folder}" if self.done else "there was no step yet"
       kind = OSError if isinstance(error, OSError) else ValueError
       raise kind(f"{error}; {kept}: restore the data, and start the training again to go on") from error
 
@@ -284,9 +338,9 @@ class Trainer:
     return every > 0 and grids.can_draw(self.model) and (last or done % every == 0)
 
   def _mean(self, state: TrainState) -> Model:
-    """Return the model of a state, its running mean, in host memory."""
+    """Return the model of a state, its running mean, in the host memory of the first process."""
     # Without parameters that were trained together with the network.
-    return Model(self.model, {"params": jax.device_get(state.ema_params["params"])})
+    return Model(self.model, {"params": processes.gathered(state.ema_params["params"], only_first=True)})
 
   def _save(self, state: TrainState, last: bool) -> None:
     """Save a checkpoint, and publish the model; after the last step the model is published later."""
@@ -304,19 +358,20 @@ class Trainer:
 
   def _snapshot(self, state: TrainState) -> None:
     """Keep the power-function means, from which means of other widths are made."""
-    means, folder, done = jax.device_get(state.means), self.folder / snapshots.FOLDER, self.done
-    self.desk.submit(lambda: snapshots.write(folder, done, self.training.means, means))
+    means, folder, done = processes.gathered(state.means, only_first=True), self.folder / snapshots.FOLDER, self.done
+    if self.writes:
+      self.desk.submit(lambda: snapshots.write(folder, done, self.training.means, means))
 
   def _publish(self, model: Model, finished: bool = False) -> None:
     """Replace the model in the folder, unless an older one stays until the training is finished."""
     record = {**self.record, "step": self.done, **({"finished": True} if finished else {})}
-    if finished or not self.start.keeps_model:
+    if self.writes and (finished or not self.start.keeps_model):
       self.desk.submit(lambda: folders.publish(self.folder, model, record))
 
   def _evaluate(self, state: TrainState) -> dict[str, Any]:
     """Evaluate on held-out data, publish the model if it is the best one, and return the figures."""
     assert self.held_out is not None  # The caller has checked it.
-    figures, is_best = self.held_out.evaluate(state.ema_params, self.done)
+    figures, is_best = self.held_out.evaluate(state.ema_params, self.done, self.place)
     if self.held_out.chooses and is_best:
       self._publish(self._mean(state))
     if self.held_out.stops:
@@ -334,14 +389,19 @@ class Trainer:
     path = self.folder / run_folder.SAMPLES / f"{self.done:08d}.png"
     try:
       at_once = self.training.batch_size // self.training.accumulation
-      picture = grids.draw(path, self._mean(state), self.run, self.training.seed, self.done, at_once)
+      model = Model(self.model, {"params": state.ema_params["params"]})
+      mesh = self.place.mesh
+      picture = grids.draw(path, model, self.run, self.training.seed, self.done, at_once, mesh)
     except FloatingPointError as error:
       LOG.warning("there is no picture of samples after step %d: %s", self.done, error)
       return
-    self.writers.image(self.done, "samples", picture)
+    if picture is not None:
+      self.writers.image(self.done, "samples", picture)
     self._write_page()
 
   def _write_page(self) -> None:
+    if not self.writes:
+      return
     facts = {"folder": str(self.folder), "network": self.model.network, "data": self.data.name}
     if self.held_out is not None and self.held_out.chooses and self.held_out.best_step:
       facts["model"] = f"that of step {self.held_out.best_step:,}, the best on held-out data"
@@ -367,21 +427,25 @@ class Trainer:
     model = self._mean(state) if choice is None else None
     # One more step, only to compute the loss of the final parameters.
     batch = next(self.source)
-    _, metrics = self.step(state, *self.place.rows((batch.examples, batch.labels)))
+    _, metrics = self._step(state, batch)
     if not np.isfinite(metrics["loss"]):
       self.saved.remove(self.done)
       raise self._not_finite(f"the loss is not finite after step {self.done - 1}")
     self.saved.wait()
     self.desk.finish()
-    # The best model was published when it was evaluated.
-    model = folders.load(self.folder) if model is None else model
-    self._publish(model, finished=True)
-    self._write_page()
-    self.desk.finish()
-    if self.start.keeps_model:
-      self.start = self.start._replace(keeps_model=False)
-      run_folder.write(self.folder, self.record, self.start.history, False)
-    return Model(self.model, jax.device_put(model.params, devices.first()))
+    if self.writes:
+      # The best model was published when it was evaluated.
+      model = folders.load(self.folder) if model is None else model
+      self._publish(model, finished=True)
+      self._write_page()
+      self.desk.finish()
+      if self.start.keeps_model:
+        self.start = self.start._replace(keeps_model=False)
+        run_folder.write(self.folder, self.record, self.start.history, False)
+    processes.wait_for_all("the model is published")
+    if model is None or not self.writes:
+      return folders.load(self.folder)
+    return Model(self.model, jax.device_put(model.params, first()))
 
   def _say_changes(self) -> None:
     """Record and say which settings are other than those of the steps so far."""

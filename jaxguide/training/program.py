@@ -9,6 +9,7 @@ from jaxguide import data as datasets
 from jaxguide._core import keys, records
 from jaxguide._core.files import PathLike, check_writable
 from jaxguide.data.sources import NAMED
+from jaxguide.distributed.placing import for_batches
 from jaxguide.models import Model, ModelConfig
 from jaxguide.training import checkpoints, describe, loop, run_folder, toml
 from jaxguide.training.recipes import Recipe, absolute, initial_params
@@ -71,7 +72,7 @@ def train(
   if recipe.init_from is not None and begun is None:
     init, report = initial_params(recipe, parts.model, keys.seed_key(recipe.training.seed))
     LOG.info("beginning with the parameters of %s:\n%s", recipe.init_from, report)
-  short = describe.shortage(parts.model, recipe.training)
+  short = describe.shortage(parts.model, recipe.training, recipe.run.mesh)
   if short is not None:
     LOG.warning("%s", short)
   run = recipe.run if parts.held_out is not None else dataclasses.replace(recipe.run, patience=None)
@@ -146,7 +147,10 @@ def dry_run(recipe: Recipe, out: PathLike, progress: bool = True) -> tuple[str, 
   """
   parts = open_parts(recipe, progress)
   text = str(describe.describe(parts.model, recipe.training, len(parts.data)))
-  short = describe.shortage(parts.model, recipe.training)
+  place = for_batches(recipe.training.batch_size, recipe.run.mesh)
+  if len(place.devices) > 1:
+    text += f"\n{describe.on_mesh(parts.model, recipe.training, place)}"
+  short = describe.shortage(parts.model, recipe.training, recipe.run.mesh)
   if short is not None:
     text += f"\ntoo large   {short[0].upper()}{short[1:]}"
   if recipe.source:

@@ -16,6 +16,7 @@ from typing import Any
 from jaxguide import data as datasets
 from jaxguide._core import checks, records
 from jaxguide.data import DataConfig
+from jaxguide.data.config import holds_floats
 from jaxguide.data.sources import NAMED
 from jaxguide.models import Model, folders, networks, transplant
 from jaxguide.models.config import NOT_FIELDS, ModelConfig, default_fields
@@ -150,6 +151,8 @@ def recipe(sections: Mapping[str, Any], data: Any = None) -> Recipe:
   source = None
   if checks.lookup("preset", sections.get("preset", "size"), {name: name for name in PRESETS}) == "size":
     data = _glance(where) if data is None else data
+    if holds_floats(data):
+      model.setdefault("encoder", "latents")
     source = _fill_from_preset(model, training, data, init_from)
     share = HELD_OUT if where.held_out is None else where.held_out
     if classifies and share and "patience" not in run:

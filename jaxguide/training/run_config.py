@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxguide._core import checks
+from jaxguide.distributed import MeshConfig
 from jaxguide.training.writers import WRITERS
 
 WHOLE = (0, 2**31 - 1)
@@ -42,6 +43,9 @@ class RunConfig:
       means of other widths; 0 for none. If left out: about sixteen a run if there are two or more such means.
     writers: Further places for metrics and pictures: tensorboard, wandb.
     held_out_every: Number of steps between two evaluations on held-out data. If left out: about twenty a run.
+    mesh: How the devices are arranged: data=-1 for a copy of the parameters on each device, fsdp=-1 to split
+      parameters, optimiser state and means over all of them, data=2,fsdp=4 for both. If left out: data=-1, or one
+      device if the batch cannot be divided.
     patience: Stop after this many evaluations without a lower negative log-likelihood on held-out data. The model is
       then the best one. For a classifier. If left out, jaxguide train takes 5 with the settings of a preset; otherwise
       all steps are taken.
@@ -64,6 +68,7 @@ class RunConfig:
   writers: Sequence[str] = ()
   held_out_every: int | None = None
   patience: int | None = None
+  mesh: str | None = None
 
   def __post_init__(self):
     values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -76,6 +81,8 @@ class RunConfig:
       object.__setattr__(self, field.name, value)
     for name in self.writers:
       checks.lookup("writer", name, WRITERS)
+    if self.mesh is not None:
+      MeshConfig.parse(self.mesh)
     if not self.sample_scales:
       raise ValueError("sample_scales must have at least one scale; for no pictures give sample_every 0")
 

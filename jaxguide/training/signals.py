@@ -1,5 +1,6 @@
 """Signals that stop a training after the current step, with everything saved."""
 
+import collections
 import contextlib
 import logging
 import signal
@@ -8,6 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxguide.distributed import processes
+from jaxguide.distributed.placing import Placement
 
 LOG = logging.getLogger("jaxguide.training")
 
@@ -35,6 +44,38 @@ class Interrupted(KeyboardInterrupt):
   def status(self) -> int:
     """The conventional exit status: 130 after SIGINT, 143 after SIGTERM."""
     return 128 + self.number
+
+
+LAG = 8
+"""The number of steps that pass before a signal to one of several processes stops all of them."""
+
+
+class Agreement:
+  """Lets all processes stop after the same step, although a signal reaches them at different times, or only one.
+
+  At each step the devices compute the largest number that any process knows, beside the training. It is read `LAG`
+  steps later, so that nobody waits for it.
+
+  Args:
+    place: the devices of the training.
+  """
+
+  def __init__(self, place: Placement):
+    self._place = place
+    self._pending: collections.deque[jax.Array] = collections.deque()
+    every = NamedSharding(place.mesh, PartitionSpec(place.mesh.axis_names))
+    self._sharding, self._largest = every, jax.jit(jnp.max, out_shardings=place.copied)
+
+  def __call__(self, number: int | None) -> int | None:
+    """Tell the number of a signal that has arrived here. Return the one that all processes stop for, or None."""
+    if not self._place.spans_processes:
+      return number
+    flags = jax.make_array_from_callback(
+      (len(self._place.devices),), self._sharding, lambda index: np.full(1, number or 0, np.int32)
+    )
+    with processes.explained():
+      self._pending.append(self._largest(flags))
+      return int(self._pending.popleft()) or None if len(self._pending) > LAG else None
 
 
 class Request:

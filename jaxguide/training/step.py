@@ -5,12 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxguide._core import devices, keys, promotion, struct
 from jaxguide._core.typing import Leaf, PyTree
+from jaxguide.distributed.placing import Placement, not_gathered
 from jaxguide.models.config import ModelConfig
-from jaxguide.models.model import init_params
+from jaxguide.models.model import init_params, shapes
 from jaxguide.models.networks import NETWORKS
 from jaxguide.training import ema, optimizers
 from jaxguide.training.config import TrainingConfig
@@ -47,8 +49,12 @@ def optimizer(config: TrainingConfig) -> optax.GradientTransformation:
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), made)
 
 
-def train_step(model: ModelConfig, training: TrainingConfig) -> Callable[..., Any]:
+def train_step(model: ModelConfig, training: TrainingConfig, place: Placement | None = None) -> Callable[..., Any]:
   """Return the jitted training step ``(state, examples, labels) -> (state, metrics)``.
+
+  With a placement on a mesh, the state is split by `Placement.shardings` and the batch by `Placement.rows`, and each
+  device has the metrics of the whole batch. Parameters that are split are gathered where they are used, and again in
+  the backward pass.
 
   The buffers of the state that goes in are donated: do not use that state again. ``examples`` have the type that the
   dataset stores, such as uint8 pixels; the model's encoder converts them to ``x0``.
@@ -72,15 +78,19 @@ def train_step(model: ModelConfig, training: TrainingConfig) -> Callable[..., An
   def step(state: TrainState, examples, labels):
     draw_key, dropout_key = jax.random.split(jax.random.fold_in(keys.seed_key(training.seed), state.step))
     with jax.default_matmul_precision(training.matmul_precision):
-      batch = goal.draw(draw_key, model.data.encode(examples), labels)
-      gradient, (losses, figures) = _gradient(goal, parts, loop=loop)(state.params, batch, dropout_key)
+      x0 = model.data.encode(examples)
+      if any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(state.params)):
+        x0 = x0.astype(np.float64)  # Parameters in double precision are trained in double precision.
+      batch = goal.draw(draw_key, x0, labels)
+      gradient, (losses, figures) = _gradient(goal, parts, place, loop=loop)(state.params, batch, dropout_key)
     with promotion.standard():  # Optax needs it.
       norm, learning_rate = optax.tree.norm(gradient), jnp.asarray(rate(state.step), jnp.float32)
       updates, opt_state = tx.update(gradient, state.opt_state, state.params)
       params = optax.apply_updates(state.params, updates)
-    means = tuple(
-      optax.incremental_update(params, mean, share(state.step)) for mean, share in zip(state.means, shares, strict=True)
-    )
+      means = tuple(
+        optax.incremental_update(params, mean, share(state.step))
+        for mean, share in zip(state.means, shares, strict=True)
+      )
     loss, skipped = losses.mean(), state.skipped
     if training.skip_nan:
       ok = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -97,10 +107,12 @@ def train_step(model: ModelConfig, training: TrainingConfig) -> Callable[..., An
     }
     return TrainState(state.step + 1, params, means, opt_state, skipped), metrics
 
-  return jax.jit(step, donate_argnums=0)
+  if place is None or len(place.devices) == 1:
+    return jax.jit(step, donate_argnums=0)
+  return jax.jit(step, donate_argnums=0, out_shardings=(place.shardings(state_shapes(model, training)), place.copied))
 
 
-def _gradient(goal: Objective, parts: int, *, loop: bool) -> Callable[..., Any]:
+def _gradient(goal: Objective, parts: int, place: Placement | None, *, loop: bool) -> Callable[..., Any]:
   """Return ``(params, batch, key) -> (gradient, (errors, figures))``, computed in parts of the batch, one by one.
 
   Without ``loop`` the program has the parts one after another, and takes longer to compile.
@@ -108,9 +120,13 @@ def _gradient(goal: Objective, parts: int, *, loop: bool) -> Callable[..., Any]:
 
   def of_part(params, batch, key):
     def loss(params):
-      errors, figures = goal.errors(params, batch, key)
+      errors, figures = goal.errors(params if place is None else place.whole(params), batch, key)
       return errors.mean(), (errors, figures)
 
+    if place is not None:
+      batch = place.constrained(batch)
+      if place.fsdp > 1:  # What was gathered for the forward pass is not kept for the backward pass.
+        loss = jax.checkpoint(loss, policy=not_gathered)
     (_, rows), gradient = jax.value_and_grad(loss, has_aux=True)(params)
     return gradient, rows
 
@@ -119,9 +135,12 @@ def _gradient(goal: Objective, parts: int, *, loop: bool) -> Callable[..., Any]:
 
   def divide(leaf):
     # Part j has the rows j, j + parts, ...: where rows are split over devices, each part is as well.
-    return jnp.swapaxes(leaf.reshape(-1, parts, *leaf.shape[1:]), 0, 1)
+    leaf = leaf if place is None else place.constrained(leaf)
+    leaf = jnp.swapaxes(leaf.reshape(-1, parts, *leaf.shape[1:]), 0, 1)
+    return leaf if place is None else place.constrained(leaf, 1)
 
   def join(leaf):
+    leaf = leaf if place is None else place.constrained(leaf, 1)
     return jnp.swapaxes(leaf, 0, 1).reshape(-1, *leaf.shape[2:])
 
   def of_batch(params, batch, key):
@@ -148,8 +167,18 @@ def _gradient(goal: Objective, parts: int, *, loop: bool) -> Callable[..., Any]:
 
 def _zero(total: PyTree) -> jax.Array:
   """Return 0, known only when ``total`` is: what needs it waits, so two parts of a batch are not in memory at once."""
-  first = [leaf.ravel()[0].astype(jnp.float32) for leaf in jax.tree.leaves(total) if leaf.size]
+  first = [leaf[(0,) * leaf.ndim].astype(jnp.float32) for leaf in jax.tree.leaves(total) if leaf.size]
   return jnp.where(jnp.abs(jnp.stack(first)).max() < 0, 1, 0)  # Never below 0, also if it is not finite.
+
+
+def state_shapes(model: ModelConfig, training: TrainingConfig, params: PyTree | None = None) -> TrainState:
+  """Return the state of a training, as `init_state` does, with shapes instead of arrays."""
+  extra = jax.eval_shape(lambda: extra_params(training, jax.random.key(0)))
+  network = shapes(model) if params is None else jax.eval_shape(lambda: params)
+  params = {**network, **extra}
+  number = jax.ShapeDtypeStruct((), jnp.int32)
+  opt_state = jax.eval_shape(optimizer(training).init, params)
+  return TrainState(number, params, tuple(params for _ in training.means), opt_state, number)
 
 
 def init_state(model: ModelConfig, training: TrainingConfig, params: PyTree | None = None) -> TrainState:

@@ -191,7 +191,10 @@ def _images(name: str, rows: np.ndarray | FileRows) -> Any:
   if rows.dtype != np.uint8 or not is_shaped or 0 in rows.shape:
     remedy = ""
     if rows.dtype.kind == "f":
-      remedy = ". Make pixels of floats in [-1, 1] with jaxguide.data.to_uint8; floats of an autoencoder are latents"
+      remedy = (
+        ". Make pixels of floats in [-1, 1] with jaxguide.data.to_uint8. Floats of an autoencoder are latents: save "
+        "them under that name, np.savez(FILE, latents=array, labels=labels)"
+      )
     elif len(rows.shape) == 4 and rows.shape[1] in (1, 3):
       remedy = ". Move its channels to the last axis"
     raise ValueError(

@@ -14,11 +14,12 @@ import numpy as np
 
 from jaxguide._core import checks
 from jaxguide._core.bars import progress_bar
-from jaxguide._core.devices import Placement, for_batches
 from jaxguide._core.typing import PyTree
 from jaxguide.data.batches import default_workers
 from jaxguide.data.dataset import Dataset
 from jaxguide.data.images import Images
+from jaxguide.distributed import processes
+from jaxguide.distributed.placing import Placement, for_batches
 from jaxguide.evaluation.features.base import Features, Resize
 from jaxguide.evaluation.features.pixels import check_images
 
@@ -92,12 +93,12 @@ def extract(
   batch_size = checks.at_least("batch_size", batch_size, 1)
   if isinstance(outputs, str) or not outputs:
     raise ValueError(f"outputs must be a tuple of names, such as ('pool',), got {outputs!r}")
-  devices = len(jax.local_devices())
+  devices = len(jax.devices())
   size = -(-min(batch_size, source.total) // devices) * devices
   found: dict[str, np.ndarray] = {}
   done = 0
   with (
-    progress_bar(source.total, title=title, unit="image", show=progress is True) as bar,
+    progress_bar(source.total, title=title, unit="image", show=progress is True and processes.is_first()) as bar,
     contextlib.closing(source.batches(size)) as batches,
   ):
     tell = progress if callable(progress) else bar.update
@@ -105,8 +106,8 @@ def extract(
       if done + number > source.total:
         raise ValueError(f"total is {source.total}, but there are more images: correct it, or leave out the others")
       for name, value in on_device.items():
-        rows = np.asarray(value)[:number]
-        _check_finite(features.name, name, rows, done, source)
+        rows = processes.gathered(value)[:number]
+        _check_finite(features, name, rows, done, source)
         if name not in found:
           found[name] = np.empty((source.total, *rows.shape[1:]), np.float32)
         found[name][done : done + number] = rows
@@ -117,7 +118,7 @@ def extract(
   return {name: found[name] for name in outputs}
 
 
-def _check_finite(features: str, output: str, rows: np.ndarray, begun: int, source: _Source) -> None:
+def _check_finite(features: Features, output: str, rows: np.ndarray, begun: int, source: _Source) -> None:
   """Check the features of images, the first of which has the number ``begun``.
 
   Raises:
@@ -125,10 +126,11 @@ def _check_finite(features: str, output: str, rows: np.ndarray, begun: int, sour
   """
   finite = np.isfinite(rows).reshape(len(rows), -1).all(1)
   if not finite.all():
-    raise FloatingPointError(
-      f"{output} of {features} is not finite for {source.name(begun + int(np.argmin(finite)))}: "
-      "if it is so for other images too, the weights are damaged; get them again"
-    )
+    cause = "if it is so for other images too, the weights are damaged; get them again"
+    if not jax.tree.leaves(features.params):
+      cause = "the function of the features must give finite numbers for every image"
+    image = source.name(begun + int(np.argmin(finite)))
+    raise FloatingPointError(f"{output} of {features.name} is not finite for {image}: {cause}")
 
 
 def _computed(
@@ -216,8 +218,8 @@ class _Preparation:
     height, width = (_canvas(side) - side for side in image.shape[:2])
     padded = np.pad(image, ((0, height), (0, width), (0, 0)))
     rows, columns = np.pad(rows, ((0, 0), (0, height))), np.pad(columns, ((0, 0), (0, width)))
-    # The first device of the placement; the batch is split over all of them later.
-    return _resized(*jax.device_put((padded, rows, columns), self.place.devices[0]), channels=self.features.channels)
+    # One device of this process; the batch is split over all of them later.
+    return _resized(*jax.device_put((padded, rows, columns), jax.local_devices()[0]), channels=self.features.channels)
 
   def _check(self, image: Any, number: int) -> None:
     """Check an image.
