@@ -310,8 +310,8 @@ MUTATIONS = [
   Mutation(
     "an unfinished run counts the samples of its last batch alone",
     "generate/unfinished.py",
-    "self._count(self.done + len(images))",
-    "self._count(len(images))",
+    "self._count(self.done + num)",
+    "self._count(num)",
     "test_cli.py -k killed",
   ),
   Mutation(

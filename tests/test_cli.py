@@ -267,9 +267,9 @@ def test_products_have_the_precision_that_is_asked_for(run, tmp_path, monkeypatc
 
   def batches(denoiser, key, cond, *, num, shape, **options):
     seen.append(jax.config.jax_default_matmul_precision)
-    yield np.zeros((num, *shape), np.float32)
+    yield jg.sampling.Share(0, num, np.arange(num), np.zeros((num, *shape), np.float32))
 
-  monkeypatch.setattr(jg.sampling, "sample_batches", batches)
+  monkeypatch.setattr(jg.sampling, "sample_shares", batches)
   assert run("sample", "--out", tmp_path / "s.npz", "--num", 2, *args)[0] == 0
   assert seen == [wanted]
 
@@ -611,18 +611,18 @@ def test_every_grid_by_name(run, folders, tmp_path, grid):
 def test_a_run_that_was_killed_goes_on(run, tmp_path, monkeypatch, at):
   args = ["--num", 11, "--steps", 2, "--batch-size", 4, "--solver", "ddpm", "--guidance", "classifier"]
   run("sample", "--out", tmp_path / "whole.npz", *args)
-  append, made = unfinished.Unfinished.append, []
+  write, made = unfinished.Unfinished.write, []
 
-  def killed(self, images):
+  def killed(self, rows, images):
     if len(made) == at:
       # As far as it gets: the images are there, and the count of them is not.
-      self.images[self.done : self.done + len(images)] = 7
+      self.images[rows] = 7
       raise KeyboardInterrupt
     made.append(len(images))
-    append(self, images)
+    write(self, rows, images)
 
   with monkeypatch.context() as patch:
-    patch.setattr(unfinished.Unfinished, "append", killed)
+    patch.setattr(unfinished.Unfinished, "write", killed)
     assert run("sample", "--out", tmp_path / "s.npz", *args)[0] != 0
   assert not (tmp_path / "s.npz").exists()
   if at:  # A run without a sample stands in nobody's way.
@@ -630,7 +630,7 @@ def test_a_run_that_was_killed_goes_on(run, tmp_path, monkeypatch, at):
     assert status == 2
     assert "settings.seed is 0 there, and 1 here" in errors
 
-  monkeypatch.setattr(unfinished.Unfinished, "append", lambda self, x: (made.append(len(x)), append(self, x)))
+  monkeypatch.setattr(unfinished.Unfinished, "write", lambda *x: (made.append(len(x[2])), write(*x)))
   assert run("sample", "--out", tmp_path / "s.npz", *args)[0] == 0
   assert made == [4, 4, 3]  # nothing twice
   for got, wanted in zip(data.load_npz(tmp_path / "s.npz"), data.load_npz(tmp_path / "whole.npz"), strict=True):
@@ -642,15 +642,15 @@ def test_a_run_that_was_killed_goes_on(run, tmp_path, monkeypatch, at):
 def begun(run, tmp_path, monkeypatch):
   """The folder of a run that was killed after its first batch, and how to start it again."""
   args = ["sample", "--out", tmp_path / "s.npz", "--steps", 2, "--num", 5, "--batch-size", 2]
-  append, calls = unfinished.Unfinished.append, []
+  write, calls = unfinished.Unfinished.write, []
 
-  def once(self, images):
+  def once(self, rows, images):
     if calls:
       sys.exit(9)
-    calls.append(append(self, images))
+    calls.append(write(self, rows, images))
 
   with monkeypatch.context() as patch:
-    patch.setattr(unfinished.Unfinished, "append", once)
+    patch.setattr(unfinished.Unfinished, "write", once)
     assert run(*args)[0] == 9
   return tmp_path / "s.npz.unfinished", lambda: run(*args)
 
@@ -876,7 +876,10 @@ def test_an_upsampler_takes_samples_in_turn(sample_published, tmp_path):
   assert (sample_published("upsampler", "--base-samples", base, *args)["arr_0"] != arrays["arr_0"]).any()
 
   for more, message in (
-    ([], "the model needs base_samples"),
+    (
+      [],
+      "the model needs base_samples (--base-samples FILE), low-resolution images: an .npz with uint8 images of shape ",
+    ),
     (["--base-samples", base, "--label", 3], "the labels are those of base_samples"),
     (["--base-samples", base, "--guidance", "classifier"], "is sampled with guidance 'none', not 'classifier'"),
     (["--base-samples", base, "--scale", 2], "guidance 'none' takes no scale"),

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import tomllib
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import jaxguide
 from jaxguide import cli, data, models, training
 from jaxguide._core import devices
 from jaxguide.data import DataConfig
@@ -281,6 +283,55 @@ def test_a_dry_run_describes_and_draws_and_does_not_train(train, photos, tmp_pat
   for name in ("memory", "operations", "40 examples an epoch", "cat, dog", "jaxguide demo"):
     assert name in printed
   assert os.listdir(tmp_path / "run") == ["first_batch.png"]
+
+
+def test_latents(run, train, tmp_path):
+  z = np.random.default_rng(0).normal(3, 2, (20, 2, 2, 4)).astype(np.float32)
+  np.savez(tmp_path / "latents.npz", latents=z, labels=np.arange(20) % 2, shift=3, scale=0.5)
+  given = ("--data", tmp_path / "latents.npz", "--out", tmp_path / "run", "--steps", 2, *FAST)
+  status, _, errors = train(*given, "--set", "model.encoder=pixels")
+  assert (status, "holds floats, and the network's encoder is pixels: give encoder 'latents'" in errors) == (2, True)
+  status, printed, errors = train(*given)
+  assert (status, "Sample latents from it in Python" in printed) == (0, True), errors
+  model = models.load(tmp_path / "run")
+  examples = data.open_data(DataConfig(tmp_path / "latents.npz")).example(7)[0][None]
+  np.testing.assert_allclose(model.config.data.encode(examples), (z[7:8] - 3) * 0.5, rtol=1e-6)
+  latents = jaxguide.sample_batch(
+    model.denoiser, jax.random.key(0), np.arange(3) % 2, shape=model.config.image_shape,
+    sigmas=jaxguide.schedules.karras(3), solver=jaxguide.solvers.DPMpp2M(),
+  )  # fmt: skip
+  assert latents.shape == (3, 2, 2, 4)
+  status, _, errors = run("sample", "--model", tmp_path / "run", "--out", tmp_path / "s.npz")
+  assert (status, "makes latents, which are no pictures yet: sample it in Python" in errors) == (2, True)
+
+
+def test_pixels_are_no_latents(train, photos, tmp_path):
+  given = (
+    "--data",
+    photos,
+    "--size",
+    8,
+    "--out",
+    tmp_path / "run",
+    "--steps",
+    1,
+    *FAST,
+    "--set",
+    "model.encoder=latents",
+  )
+  status, _, errors = train(*given)
+  assert (status, "holds pixels, and the network's encoder is latents" in errors) == (2, True)
+
+
+@pytest.mark.parametrize("classes", [None, 2])
+def test_the_hint_for_super_resolution_names_the_images_it_needs(tmp_path, monkeypatch, capsys, classes):
+  config = ModelConfig("super_res_unet", {}, (8, 8, 3), classes, low_res_shape=(4, 4, 3))
+  monkeypatch.setattr(training, "train", lambda *_, **__: SimpleNamespace(config=config))
+  cli.train._train(SimpleNamespace(is_classifier=False), tmp_path / "sr", False, False)
+  printed = capsys.readouterr().out
+  assert f"jaxguide sample --model {tmp_path / 'sr'} --base-samples FILE --out new.png" in printed
+  assert "uint8 images of shape (images, 4, 4, 3) as arr_0" in printed
+  assert ("their labels (images,) as arr_1" in printed) == (classes is not None)
 
 
 def test_bad_files_are_refused_or_left_out(train, photos, tmp_path):

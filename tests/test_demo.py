@@ -86,7 +86,7 @@ def files_of(out):
 def test_it_prints_the_table_and_the_path_of_the_report(ran, out):
   printed, progress = ran
   assert str(out / "report.html") in printed
-  for text in ("method", "frechet distance", "accuracy", "real images"):
+  for text in ("method", "Fréchet distance", "judged accuracy", "real images"):
     assert text in printed
   assert "loss=" in progress  # the progress bar
   assert "step/s" in progress or "s/step" in progress

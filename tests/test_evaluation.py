@@ -2,17 +2,29 @@
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
+import re
 import subprocess
 import sys
+import warnings
 from itertools import combinations
 
+import chex
+import jax
 import numpy as np
 import pytest
 
-from jaxguide import cli, data, evaluation
-from jaxguide.evaluation import Evaluation, Figure, Judge, Options, Point, Sweep
+from jaxguide import cli, data, evaluation, generate, models
+from jaxguide.evaluation import Evaluation, Figure, Judge, Options, Point, Sweep, protocols
+from jaxguide.evaluation.features.own import own
+from jaxguide.evaluation.sweep_words import describe
+from jaxguide.generate.plan import plan
+from jaxguide.models import ModelConfig
+from jaxguide.models.model import init_params
+
+TINY = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "num_head_channels": 8}
 
 
 @pytest.fixture
@@ -179,7 +191,9 @@ def test_every_figure_is_that_of_its_metric(measured, judge, digits):
   for name, value in expected.items():
     assert figures[name].value == pytest.approx(value, rel=1e-4), name
   for name, figure in figures.items():
-    if name != "diversity":
+    if name == "kid":
+      assert (figure.interval, figure.kind[:51]) == (None, "no interval: each subset has all 500 samples (give ")
+    elif name != "diversity":
       low, high = figure.interval
       assert low <= figure.value <= high, name
       assert figure.kind
@@ -261,7 +275,13 @@ def test_what_evaluate_refuses(digits):
     ({"images": images, "labels": labels[:3]}, "labels must be whole numbers, one for each"),
     ({"images": images, "reference": reference.reshape(-1, 4, 16, 1)}, "has images of shape"),
     ({"images": images, "reference": reference, "measures": ["kdi"]}, "unknown measure 'kdi': did you mean 'kid'"),
-    ({"images": images, "measures": ["kid"]}, "kid needs the features of reference images"),
+    ({"images": images, "measures": ["kid"]}, "kid needs a reference"),
+    ({"images": images, "reference": reference, "measures": ["FID"]}, "frechet_distance on the features inception"),
+    ({"images": images, "reference": reference, "measures": ["is"]}, "it is called inception_score"),
+    ({"images": images, "reference": reference, "measures": ["lpips"]}, "two versions of one picture"),
+    # What is misspelt is found before anything is opened.
+    ({"images": images, "reference": "no/such/folder", "measures": ["kdi"]}, "unknown measure 'kdi'"),
+    ({"images": images, "labels": labels, "reference": "no/such/folder", "judge": "svm"}, "There are auto, features"),
     ({"images": images, "reference": reference, "measures": ["accuracy"]}, "accuracy needs labels"),
     ({"images": images, "reference": reference, "measures": ["inception_score"]}, "inception_score needs logits"),
     ({"images": images, "reference": reference, "measures": []}, "there is nothing to measure"),
@@ -271,6 +291,7 @@ def test_what_evaluate_refuses(digits):
     ({"images": images, "reference": reference, "judge": "pixels"}, "a judge needs the labels of the samples"),
     ({"images": images, "reference": reference, "features": "pixel"}, "did you mean 'pixels'"),
     ({"images": images, "reference": "no/such/folder"}, "there is no file or folder"),
+    ({"images": images, "reference": "st.npz"}, "no file st.npz: give a file of statistics .jaxguide reference SOURCE"),
   ):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
       evaluate(**arguments)
@@ -427,6 +448,161 @@ def test_constant_features(digits):
   assert np.isfinite([found.value, *found.interval]).all()
 
 
+def test_pixels_in_place_of_missing_weights_are_said(monkeypatch, files, digits):
+  monkeypatch.setattr("jaxguide.evaluation.features.registry.is_installed", lambda: False)
+  install = "pip install 'jaxguide[features]'"
+  (said,) = evaluate(digits[1][0][:9], features=None).warnings
+  assert install in said
+  with pytest.warns(UserWarning, match="pip install"):
+    evaluation.chosen_features(None, (8, 8, 3))
+  two = (files / "few.npz", files / "samples.npz", "--measures", "saturated", "--no-progress")
+  assert called("evaluate", *two)[2].count(install) == 1
+  assert not evaluate(np.zeros((3, 4, 4, 2), np.uint8), features=None).warnings
+  assert not evaluate(digits[1][0][:9]).warnings
+
+
+def test_three_sets_are_warned_of_by_their_size(digits):
+  (reference, _), (images, _) = digits
+  options = Options(interval="min-of-3")
+  (warning,) = evaluate(images[:60], reference, measures=["saturated"], options=options).warnings
+  assert warning.startswith("20 samples are too few for 64 features")
+
+
+def test_what_is_left_out_is_said_with_the_reason(digits):
+  (reference, _), (images, labels) = digits
+  found = evaluate(images[:40], reference[:4])
+  assert {"precision", "recall", "density", "coverage"} <= {*found.left_out}
+  text = evaluation.table({"a": found})
+  assert "Left out: precision, recall, density, coverage; needs more than 5 images and reference images, for" in text
+  assert "(there are 40 and 4)." in text
+  assert "Left out: judged accuracy, diversity within a class; needs labels of the images." in text
+  alone = evaluation.table({"a": evaluate(images[:40], labels=labels[:40])})
+  assert "Left out: Fréchet distance (pixels), kernel distance (pixels), precision, " in alone
+  assert "needs a reference (--reference)." in alone
+  assert "Left out of a: judged accuracy" in evaluation.table(
+    {"a": found, "b": evaluate(images, measures=["saturated"])}
+  )
+  assert not evaluate(images, measures=["saturated"]).left_out
+
+
+def test_one_subset_of_all_images_is_computed_once(digits, monkeypatch):
+  from jaxguide.evaluation import metrics
+
+  one, other = (part[0][:30] for part in digits)
+  expected = metrics.kid(evaluation.pixel_features(one), evaluation.pixel_features(other), 100, 30)
+  asked, plain = [], metrics.kid
+  monkeypatch.setattr(metrics, "kid", lambda *args: asked.append(args[2]) or plain(*args))
+  assert evaluate(other, one, measures=["kid"]).figures["kid"].value == pytest.approx(expected.mean, rel=1e-5)
+  evaluate(other[:20], one, measures=["kid"])
+  assert asked == [1, 100]
+
+
+def test_figures_without_an_interval_say_why(digits):
+  (reference, _), (images, _) = digits
+  found = evaluate(images[:40], 255 - reference, measures=["kid", "recall"], options=Options(subset_size=40))
+  assert found.figures["recall"] == Figure(0.0, None, found.figures["recall"].kind)
+  assert found.figures["recall"].kind.startswith("no interval: the figure is the same without each group")
+  assert "kernel distance (pixels): no interval: each subset has all 40 samples" in evaluation.table({"a": found})
+  smaller = evaluate(images[:40], reference, measures=["kid"], options=Options(subset_size=39)).figures["kid"]
+  assert smaller.interval is not None
+
+
+def test_statistics_of_other_classes_are_told_as_their_images_are(digits, tmp_path):
+  images, labels = (part[:60] for part in digits[1])
+  names = tuple("abcdefghij")
+  samples = data.Images(images, labels, 10, "samples", names)
+  real = data.Images(images, labels, 10, "real", ("null", *names[1:]))
+  pixels = evaluation.chosen_features("pixels", (8, 8, 1))
+  evaluation.write_statistics(tmp_path / "s.npz", evaluation.statistics_of(real, pixels, progress=False))
+  assert evaluation.read_statistics(tmp_path / "s.npz").class_names == real.class_names
+  for reference in (real, tmp_path / "s.npz"):
+    with pytest.warns(UserWarning, match="a class 'null' that the samples do not have"):
+      found = evaluate(samples, reference)
+    assert found.protocol["judge"] is None
+    assert "accuracy" in found.left_out
+  some = Judge.fit(images[labels < 5], labels[labels < 5])
+  assert evaluate(images, real, labels=labels, judge=some).protocol["judge"] is None
+
+
+def test_the_hash_of_a_reference_is_named_for_what_it_is_of(measured):
+  assert {*measured.protocol["reference"]} == {"name", "images", "statistics_hash"}
+
+
+def test_a_hint_says_how_to_keep_the_features_of_a_network(monkeypatch, tmp_path, digits):
+  monkeypatch.setattr("jaxguide.evaluation.reference.MANY", 50)
+  data.save_npz(tmp_path / "r.npz", digits[0][0][:50])
+  network = dataclasses.replace(evaluation.chosen_features("pixels", (8, 8, 1)), weights="abc")
+  hint = rf"features of 50 images .* jaxguide reference {tmp_path / 'r.npz'} --features pixels --out STATISTICS.npz"
+  with pytest.warns(UserWarning, match=hint):
+    evaluate(digits[1][0][:9], tmp_path / "r.npz", features=network)
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")  # Pixels take no time.
+    evaluate(digits[1][0][:9], tmp_path / "r.npz")
+
+
+def test_features_that_are_not_finite_are_damaged_weights_of_networks_alone(digits):
+  mine = own(lambda images: np.nan * images.mean((1, 2)), name="mine")
+  with pytest.raises(FloatingPointError, match="must give finite numbers") as raised:
+    evaluate(digits[1][0][:5], features=mine)
+  assert "weights" not in str(raised.value)
+  network = dataclasses.replace(evaluation.chosen_features("pixels", (8, 8, 1)), params={"a": np.float32(np.nan)})
+  network = dataclasses.replace(network, function=lambda params, images: {"pool": images[:, 0, 0] * params["a"]})
+  with pytest.raises(FloatingPointError, match="weights are damaged"):
+    evaluate(digits[1][0][:5], features=network)
+
+
+def test_the_data_of_animals_are_had_without_tensorflow(monkeypatch):
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+  with pytest.raises(ImportError, match="pip install --no-deps animal-mnist"):
+    evaluation.open_reference("animals", evaluation.chosen_features("pixels", (8, 8, 1)), progress=False)
+
+
+# --- how samples were drawn ---
+
+
+@pytest.mark.parametrize(
+  ("fields", "given", "expected"),
+  [
+    ({}, {}, (["cfg"], 2.0, "karras")),
+    ({"diffusion_steps": 20}, {"scale": 3.0}, (["cfg"], 3.0, "respaced")),
+    ({"fields": {**TINY, "null_class": False}}, {}, (["none"], "none", "karras")),
+    ({}, {"classifier": "c"}, (["classifier"], 7.0, "karras")),
+    ({}, {"guidance": ("cfg:scale=4", "slg"), "grid": "flow"}, (["cfg:scale=4", "slg"], [4.0, 3.0], "flow")),
+    ({}, {"guidance": "clip"}, (["clip"], "none", "karras")),
+  ],
+)  # fmt: skip
+def test_the_protocol_has_the_settings_that_were_in_force(fields, given, expected):
+  config = ModelConfig(**{"network": "unet", "fields": TINY, "image_shape": (8, 8, 1), "num_classes": 3, **fields})
+  classifier = ModelConfig("classifier", {**TINY}, (8, 8, 1), 3, scale=7.0)
+  settings = dataclasses.asdict(generate.Settings(model="m", steps=8, **given))
+  record = {
+    "settings": json.loads(json.dumps(settings)),
+    "network": json.loads(json.dumps(dataclasses.asdict(config))),
+    "classifier_network": json.loads(json.dumps(dataclasses.asdict(classifier))) if "classifier" in given else None,
+  }
+  found = protocols.in_force(record)["settings"]
+  assert (found["guidance"], found["scale"], found["grid"]) == expected
+  assert (found["seed"], found["dtype"], found["matmul_precision"]) == (0, "float32", "default")
+  assert {**found, **{name: record["settings"][name] for name in ("guidance", "scale", "grid")}} == record["settings"]
+
+
+def test_the_settings_in_force_are_those_of_the_plan():
+  config = ModelConfig("unet", TINY, (8, 8, 1), 3, diffusion_steps=20)
+  model = models.Model(
+    config, jax.tree.map(np.zeros_like, jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
+  )
+  settings = generate.Settings(model="m", num=3, steps=4)
+  resolved = protocols.in_force({"settings": dataclasses.asdict(settings), "network": dataclasses.asdict(config)})
+  plans = [plan(one, lambda folder: model) for one in (settings, generate.Settings(**resolved["settings"]))]
+  chex.assert_trees_all_equal(*((each.sigmas, each.denoiser) for each in plans))
+
+
+def test_a_record_of_another_version_says_default():
+  found = protocols.in_force({"settings": {"solver": "ddim", "guidance": None}, "network": {"strange": 1}})["settings"]
+  assert found == {"solver": "ddim", **dict.fromkeys(protocols.RESOLVED, "default")}
+  assert protocols.in_force({"seed": 3}) == {"seed": 3}
+
+
 # --- tables ---
 
 
@@ -443,7 +619,7 @@ def test_the_table_of_a_sweep():
     real=Evaluation(9, {"accuracy": Figure(1)}, {"features": "inception"}),
   )
   lines = evaluation.table(swept).splitlines()
-  assert lines[0].split() == ["method", "scale", "steps", "n", "FID", "accuracy"]
+  assert lines[0].split() == ["method", "scale", "steps", "n", "FID", "judged", "accuracy"]
   assert lines[1].split() == ["cfg", "1", "10", "12.5", "±", "1.0", "0.500"]
   assert lines[2].split() == ["cfg", "2", "20", "10", "9.25", "±", "1.00", "0.500"]
   assert lines[3].startswith("real images")
@@ -461,6 +637,33 @@ def test_only_figures_on_inception_features_have_its_names():
   assert "FID" not in evaluation.table(both)
   assert "FID" not in evaluation.table({"b": both["b"]})
   assert "FID" in evaluation.table({"a": both["a"]})
+
+
+def test_intervals_that_are_not_symmetric_show_their_ends():
+  shown = evaluation.tables.figure_text
+  assert shown("precision", Figure(0.017, (0.003, 0.089), "")) == "0.017 (0.003 to 0.089)"
+  assert shown("accuracy", Figure(1.0, (0.671, 1.0), "")) == "1.000 (0.671 to 1.000)"
+  assert shown("saturated", Figure(0.99, (0.98, 0.995), "")) == "99.0% (98.0% to 99.5%)"
+  assert shown("saturated", Figure(0.5, (0.41, 0.59), "")) == "50.0% ± 9.0%"
+  assert shown("frechet_distance", Figure(5.68e-14, (0.0, 20.515255), "")) == "5.68e-14 (0.00 to 20.5)"
+  assert shown("frechet_distance", Figure(50.0, (40.0, 60.0), "")) == "50.0 ± 10.0"
+
+
+def test_one_name_in_the_terminal_the_report_the_csv_file_and_json():
+  figures = {"kid": Figure(0.1, (0.05, 0.15), "made up"), "inception_score": Figure(1.5)}
+  for features, titles, columns in (
+    ("pixels", ("kernel distance (pixels)", "classifier score (pixels)"), ("kernel_distance", "classifier_score")),
+    ("inception:resize=clean", ("KID", "Inception score"), ("kid", "inception_score")),
+  ):
+    one = Evaluation(10, figures, {"features": features})
+    swept = Sweep("t", [Point("cfg", {"scale": 1.0}, one, np.zeros((2, 2, 2, 1), np.uint8), None, 5.0)])
+    assert all(title in evaluation.table(swept).splitlines()[0] for title in titles)
+    assert [evaluation.tables.heading(name, [one]) for name in figures] == list(titles)
+    assert [describe(name, one.protocol).title for name in figures] == list(titles)
+    header = evaluation.csv_text(swept).splitlines()[0].split(",")
+    assert header[3:5] == [columns[0], f"{columns[0]}_low"]
+    assert header[7] == columns[1]
+    assert [figure["title"] for figure in evaluation.as_plain({"a": one})["a"]["figures"].values()] == list(titles)
 
 
 # --- a measure of one's own ---
@@ -512,8 +715,42 @@ def test_evaluate_on_the_command_line(files, digits, tmp_path):
   expected = evaluate(images, reference, measures=["frechet_distance"]).figures["frechet_distance"].value
   assert content[str(files / "samples.npz")]["figures"]["frechet_distance"]["value"] == pytest.approx(expected)
   status, out, err = called("evaluate", files / "few.npz", *common, "--measures", "precision,saturated")
-  assert out.splitlines()[0].split() == ["samples", "n", "precision", "saturated"]
+  assert out.splitlines()[0].split() == ["samples", "n", "precision", "saturated", "pixels"]
   assert f"Protocol of {files / 'few.npz'}: features=pixels" in out
+
+
+def test_protocols_of_several_files_are_printed_once(tmp_path, digits, files):
+  for name, seed in (("a", 0), ("b", 1)):
+    settings = {"solver": "ddim", "seed": seed, "scale": None, "guidance": None}
+    data.save_npz(tmp_path / f"{name}.npz", digits[1][0][seed : 5 + seed], None, json.dumps({"settings": settings}))
+  wanted = ("--features", "pixels", "--measures", "saturated", "--no-progress")
+  out = called("evaluate", tmp_path / "a.npz", tmp_path / "b.npz", *wanted)[1]
+  common, first, second = out.splitlines()[-3:]
+  assert common.startswith(
+    "Protocol of all: features=pixels; version=1; image_shape=8,8,1; samples=5; options.interval="
+  )
+  assert "sampling.settings.guidance=default" in common
+  assert out.count("features=pixels") == 1
+  assert re.fullmatch(rf"Of {tmp_path / 'b.npz'} alone: samples_hash=\w+; sampling.settings.seed=1", second)
+  assert first.endswith("sampling.settings.seed=0")
+
+
+def test_folders_of_pictures_of_several_sizes_are_samples_with_a_size(tmp_path, digits, files):
+  from PIL import Image
+
+  for i, side in enumerate((8, 8, 12)):
+    Image.fromarray(np.full((side, side, 3), 40 * i, np.uint8)).save(tmp_path / f"{i}.png")
+  wanted = ("--features", "pixels", "--measures", "saturated", "--no-progress")
+  assert "size (--size)" in called("evaluate", tmp_path, *wanted)[2]
+  status, out, err = called("evaluate", tmp_path, "--size", 8, "--channels", 1, *wanted)
+  assert status == 0, err
+  assert "image_shape=8,8,1" in out
+  assert "are for folders of pictures" in called("evaluate", files / "few.npz", "--size", 8, *wanted)[2]
+
+
+def test_what_is_computed_after_the_features_is_shown(files):
+  err = called("evaluate", files / "few.npz", "--features", "pixels", "--reference", files / "few.npz")[2]
+  assert "figures:" in err
 
 
 def test_reference_on_the_command_line(files, tmp_path):
@@ -526,7 +763,8 @@ def test_reference_on_the_command_line(files, tmp_path):
   options = ("--features", "pixels", "--measures", "kid")
   status, out, err = called("evaluate", files / "samples.npz", "--reference", stats, *options)
   assert status == 0, err
-  assert "kid" in out
+  assert "kernel distance (pixels)" in out.splitlines()[0]
+  assert "kid" not in out
 
 
 def test_mistakes_on_the_command_line_are_one_line(files, tmp_path):

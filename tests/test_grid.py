@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxguide.evaluation import cells
+from jaxguide.evaluation import Cell, cells
 from jaxguide.evaluation.grid import split_list, varied
 from jaxguide.generate import Settings
 
@@ -62,6 +62,12 @@ def test_names_of_files_depend_on_everything_but_the_number_of_samples():
     ({"over": ["steps=3", "steps=4"]}, "steps is swept twice"),
     ({"over": ["steps"]}, "over must be written FIELD=value,value"),
     ({"over": ["num=3,4"]}, "over cannot sweep num"),
+    ({"over": ["scale=3,4"]}, r"over cannot sweep scale: give it by scales \(--scales"),
+    ({"over": ["steps=3,3"]}, "steps has 3 twice: give each value once"),
+    ({"over": ["cfg:sigma_hi=3,3"]}, "cfg:sigma_hi has 3 twice"),
+    ({"scales": [0, 1, 0.0]}, "scales has 0 twice: give each value once"),
+    ({"guidance": "none", "scales": [0, 1]}, r"guidance none takes no scale: leave out scales \(--scales\)"),
+    ({"guidance": "clip,none", "scales": None, "base": Settings(scale=2)}, "guidance clip, none takes no scale"),
     ({"over": ["seed=a"]}, "seed must be a number, got 'a'"),
     ({"over": ["clip=yes"]}, "unknown clip 'yes'"),
     ({"over": ["steps=0"]}, "steps must be .*at least 1"),
@@ -83,3 +89,30 @@ def test_what_is_refused(arguments, message):
 def test_a_text_is_no_list():
   with pytest.raises(TypeError, match="over must be a list of texts"):
     cells(BASE, "cfg", [1], "steps=3,4")
+
+
+def test_a_scale_in_the_text_is_the_scale():
+  found = cells(BASE, "cfg:scale=3,sigma_hi=5+clip,classifier:scale=1", None)
+  assert texts(found) == [
+    ("cfg:sigma_hi=5+clip", ("cfg:sigma_hi=5", "clip"), 3.0),
+    ("classifier", ("classifier",), 1.0),
+  ]
+  assert [cell.settings.scale for cell in cells(BASE, "cfg", None, ["cfg:scale=1,2"])] == [1.0, 2.0]
+  assert len(cells(BASE, "cfg,cfg:scale=2", None, default_scales=[1, 2])) == 2
+
+
+def test_values_that_mean_the_same_do_not_differ(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  found = [
+    Cell("cfg", Settings(model=model, solver=solver, guidance=(guidance,), scale=2, seed=seed))
+    for model, solver, guidance, seed in (
+      ("model", "ddim", "cfg:sigma_hi=2", 0),
+      (tmp_path / "model", "ddim:eta=0.0", "cfg:sigma_hi=2.0", 1),
+    )
+  ]
+  assert varied(found) == {"scale": [2.0, 2.0], "seed": [0, 1]}
+
+
+def test_points_that_nothing_tells_apart_have_their_names():
+  found = [Cell("cfg", Settings(labels=labels, scale=scale)) for labels, scale in (((1,), 1), (("1",), 1), ((1,), 2))]
+  assert varied(found) == {"scale": [1.0, 1.0, 2.0], "point": [found[0].name, found[1].name, None]}

@@ -512,6 +512,66 @@ def test_intervals_refuse():
     metrics.frechet_interval(np.eye(2), np.eye(2))
 
 
+@pytest.mark.parametrize("n", [7, 24])
+def test_few_samples_and_a_gaussian_have_the_distance_of_their_covariances(rng, n):
+  """The span of the samples against SciPy's root of the product of the covariances."""
+  import scipy.linalg
+
+  real, few = rng.normal(size=(70, 48)) @ rng.normal(size=(48, 48)), rng.normal(size=(n, 48)) + 0.3
+  reference, offset = metrics.gaussian(real), real.mean(0) - few.mean(0)
+  values = scipy.linalg.eigvals(np.cov(real.T) @ np.cov(few.T)).astype(complex)
+  expected = offset @ offset + np.trace(np.cov(real.T) + np.cov(few.T)) - 2 * np.sqrt(values).real.sum()
+  assert metrics.frechet_distance(few, reference) == pytest.approx(expected, rel=1e-6)
+  assert metrics.frechet_distance(reference, few) == metrics.frechet_distance(few, reference)
+  distance, counts = intervals._Resampled(reference, few), np.bincount(rng.integers(n, size=n), minlength=n) * 1.0
+  assert distance.spanned is not None
+  rows = np.repeat(few, counts.astype(int), axis=0)
+  assert distance(counts) == pytest.approx(metrics.frechet_distance(real, rows), rel=1e-6)
+  with pytest.raises(ValueError, match="one width, got 47 and 48"):
+    metrics.frechet_distance(few[:, 1:], reference)
+
+
+def test_few_samples_of_the_reference_have_no_distance(rng):
+  real = rng.gamma(0.2, size=(20, 60))
+  assert metrics.frechet_distance(real, metrics.gaussian(real)) < 1e-6
+
+
+def test_the_warning_of_few_samples_is_the_same_in_the_span(rng):
+  real = rng.normal(size=(12, 30))
+  reference = metrics.gaussian(real)
+  assert metrics.few_samples_warning(9, reference, real) == metrics.few_samples_warning(9, reference)
+
+
+# --- the jackknife ---
+
+
+@pytest.mark.parametrize("m", [7, 50])
+def test_what_is_left_out_of_recall_and_coverage(rng, m):
+  real, generated = rng.normal(size=(60, 3)), 0.7 * rng.normal(size=(m, 3))
+  found = metrics.neighbourhoods(real, generated, 3, 4, jackknife_seed=5)
+  groups = min(m, 20)
+  group = np.random.default_rng(5).permutation(m) % groups
+  expected = [metrics.neighbourhoods(real, generated[group != g], 3, 4) for g in range(groups)]
+  np.testing.assert_allclose(found.left.recalls, [each.recall for each in expected])
+  np.testing.assert_allclose(found.left.coverages, [each.coverage for each in expected])
+  assert metrics.neighbourhoods(real, generated[:4], 3, 3, jackknife_seed=5).left is None
+
+
+@pytest.mark.parametrize(("n", "stretch"), [(40, 0.5), (30, 1.0)])
+def test_jackknife_intervals_cover_the_mean_of_other_samples(rng, n, stretch):
+  """The reference is kept, and other samples of the same normal distribution are drawn 100 times."""
+  real = rng.normal(size=(300, 2))
+  found = [metrics.neighbourhoods(real, stretch * rng.normal(size=(n, 2)), jackknife_seed=0) for _ in range(100)]
+  for values, left in (
+    ([each.recall for each in found], [each.left.recalls for each in found]),
+    ([each.coverage for each in found], [each.left.coverages for each in found]),
+  ):
+    made = [metrics.jackknife_interval(value, part, n) for value, part in zip(values, left, strict=True)]
+    assert np.mean([low <= np.mean(values) <= high for low, high, _ in made]) >= 0.9
+    half = np.mean([high - low for low, high, _ in made]) / 2
+    assert 1.6 * np.std(values) < half < 3.5 * np.std(values)
+
+
 @pytest.mark.parametrize("n", [9, 60])
 def test_a_resamples_distance_is_that_of_its_rows(rng, n):
   real, generated = rng.normal(size=(80, 12)), 3 * rng.normal(size=(n, 12)) + 1

@@ -16,8 +16,9 @@ from PIL import Image, ImageFont
 from jaxguide.evaluation import sweep_pictures as pictures
 from jaxguide.evaluation import sweep_plots as plots
 from jaxguide.evaluation.results import Evaluation, Figure, Point, Sweep
-from jaxguide.evaluation.sweep_curves import axis_of, best_point, compare, curves_of
+from jaxguide.evaluation.sweep_curves import axis_of, best_point, compare, curves_of, starred
 from jaxguide.evaluation.sweep_findings import findings, troubles
+from jaxguide.evaluation.sweep_panels import panels_of, view_of
 from jaxguide.evaluation.sweep_report import write_sweep_report
 from jaxguide.evaluation.sweep_words import describe
 
@@ -106,8 +107,9 @@ def test_the_table_has_the_figures_and_marks_the_best(page, digits):
       assert ("★" in cells[1]) == is_least
       assert float(cells[-1][0]) == pytest.approx(5000 / row.seconds, rel=5e-3)
   assert text_of(bodies[2]).split()[:3] == ["real", "images", "60"]
-  # Neither direction is better for these two.
-  assert table.count("★") == 5
+  # Neither direction is better for two of the columns.
+  described = {name: describe(name, {}).better for name in digits.points[0].evaluation.figures}
+  assert table.count("★") == sum(len(starred(digits.points, *pair)) for pair in described.items())
 
 
 def test_the_page_has_protocol_facts_command_and_descriptions(page, digits):
@@ -230,6 +232,68 @@ def test_what_goes_wrong_is_said(values, sentence):
   made = sweep(point(1.0, **{**GOOD, **values}), point(2.0, **{**GOOD, "frechet_distance": 6}), real=evaluation(**GOOD))
   (said,) = troubles(made)
   assert re.search(sentence, said)
+
+
+def test_the_most_diverse_setting_has_lost_nothing():
+  """Also where it is far below the real images; and what is clearly below it has."""
+  scales = ((0.0, 0.5), (1.0, 0.45), (4.0, 0.2))
+  made = sweep(*(point(scale, recall=value) for scale, value in scales), real=evaluation(recall=0.8))
+  (said,) = troubles(made)
+  assert "diversity is lost at scale 4: the recall falls to 0.200 (at scale 4)" in said
+  assert "at most it is 0.500 (at scale 0), and that of the real images is 0.800." in said
+  (said,) = troubles(sweep(point(0.0, recall=0.3), point(1.0, recall=0.29), real=evaluation(recall=0.8)))
+  assert "lost" not in said
+  assert "the recall is at most 0.300 (at scale 0), and that of the real images is 0.800" in said
+  wide = Figure(0.2, (0.1, 0.7))
+  assert troubles(sweep(point(0.0, recall=0.8), point(4.0, recall=wide), real=evaluation(recall=0.8))) == []
+
+
+@pytest.mark.parametrize(("method", "said"), [("cfg", 0), ("classifier+clip", 0), ("pag", 1)])
+def test_unguided_samples_need_not_show_a_class(method, said):
+  made = sweep(point(0.0, method, accuracy=0.3), point(1.0, method, accuracy=0.98), real=evaluation(accuracy=0.97))
+  assert len(troubles(made)) == said
+
+
+def test_a_distance_within_the_interval_of_the_real_images_is_no_trouble():
+  figures = {"frechet_distance": Figure(47.1, (41.0, 53.0))}
+  real = evaluation(frechet_distance=Figure(47.4, (41.5, 53.5)))
+  assert troubles(sweep(point(0.0, **figures), point(1.0, frechet_distance=60.0), real=real)) == []
+  low = Figure(30.0, (25.0, 35.0))
+  assert "Copies of training images" in troubles(sweep(point(0.0, frechet_distance=low), real=real))[0]
+
+
+def test_stars_mark_what_the_intervals_do_not_tell_apart(tmp_path):
+  ends = [(3.0, (2.5, 3.5)), (3.8, (3.4, 4.2)), (9.0, (8.0, 9.9))]
+  made = sweep(
+    *(
+      point(float(i), frechet_distance=Figure(*each), recall=Figure(0.5 + i / 9, (0, 1))) for i, each in enumerate(ends)
+    )
+  )
+  assert starred(made.points, "frechet_distance", "lower") == list(made.points[:2])
+  assert starred(made.points, "recall", "higher") == []
+  page = page_of(tmp_path, made)
+  assert page.count("★") == 2
+  assert "those whose interval overlaps its interval" in text_of(page)
+
+
+def test_logarithmic_axes_say_so():
+  made = sweep(*(point(scale, kid=value) for scale, value in ((1.0, 1.0), (2.0, 30.0), (16.0, 5.0))))
+  page = text_of_svg(made)
+  assert "guidance scale (log)" in page
+  assert "(lower is better) (log)" in page
+  plain = text_of_svg(sweep(point(1.0, kid=1.0), point(2.0, kid=2.0)))
+  assert "(log)" not in plain
+
+
+def text_of_svg(made):
+  view = view_of(made)
+  return " ".join(size.svg for panel in panels_of(view)["large"] for size in panel["sizes"])
+
+
+def test_the_table_scrolls_in_its_box(page):
+  assert re.search(r'<div class="scroll"[^>]*>\s*<table class="all">', page)
+  assert "::-webkit-scrollbar" in page
+  assert "<caption>A star" not in page
 
 
 def test_the_limits_of_what_is_wrong():

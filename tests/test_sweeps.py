@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from tiny import Classify, Mlp
 
-from jaxguide import data, evaluation, sampling
+import jaxguide
+from jaxguide import data, evaluation, generate, sampling
 from jaxguide.evaluation import Options
 from jaxguide.generate import Settings
 from jaxguide.models import folders as models
@@ -110,7 +111,7 @@ def test_the_nearest_training_images_are_those_of_the_closest_samples(swept, rea
 def test_nothing_is_drawn_or_measured_twice(swept, sweep, tmp_path, monkeypatch):
   out = shutil.copytree(swept[0], tmp_path / "again")
   before, told = files(out), []
-  monkeypatch.setattr(sampling, "sample_batches", lambda *_, **__: pytest.fail("drawn"))
+  monkeypatch.setattr(sampling, "sample_shares", lambda *_, **__: pytest.fail("drawn"))
   monkeypatch.setattr(evaluation.points.Measured, "__call__", lambda *_: told.append(1))
   found = sweep(out)
   assert files(out) == before
@@ -151,16 +152,16 @@ def test_more_samples_begin_with_those_that_are_there(swept, sweep, tmp_path):
 
 def test_a_stopped_sweep_goes_on(swept, sweep, tmp_path, monkeypatch):
   drawn = []
-  real_batches = sampling.sample_batches
+  real_batches = sampling.sample_shares
 
   def stopping(*args, **options):
     for batch in real_batches(*args, **options):
-      drawn.append(len(batch))
+      drawn.append(batch.num)
       yield batch
       if sum(drawn) == 40:
         raise KeyboardInterrupt
 
-  monkeypatch.setattr(sampling, "sample_batches", stopping)
+  monkeypatch.setattr(sampling, "sample_shares", stopping)
   out = tmp_path / "stopped"
   with pytest.raises(KeyboardInterrupt):
     sweep(out)
@@ -189,7 +190,7 @@ def test_options_and_fields_are_swept(sweep, tmp_path):
 
 def test_other_measures_and_features_are_measured_anew_without_drawing(swept, sweep, tmp_path, monkeypatch):
   out = shutil.copytree(swept[0], tmp_path / "measured")
-  monkeypatch.setattr(sampling, "sample_batches", lambda *_, **__: pytest.fail("drawn"))
+  monkeypatch.setattr(sampling, "sample_shares", lambda *_, **__: pytest.fail("drawn"))
   found = sweep(out, measures=["kid"], options=Options(subset_size=10))
   assert all(list(point.evaluation.figures) == ["kid"] for point in found.points)
   assert found.points[0].evaluation.protocol["options"]["subset_size"] == 10
@@ -208,14 +209,14 @@ def test_a_damaged_or_missing_file_of_figures_is_made_again(swept, sweep, tmp_pa
 
 
 def test_samples_that_are_not_finite_leave_out_their_point(sweep, tmp_path, monkeypatch):
-  draw = sampling.sample_batches
+  draw = sampling.sample_shares
 
   def failing(denoise, *args, **options):
     if any(leaf == 7 for leaf in jax.tree.leaves(denoise) if np.ndim(leaf) == 0):
       raise FloatingPointError("sample 3 is not finite")
     return draw(denoise, *args, **options)
 
-  monkeypatch.setattr(sampling, "sample_batches", failing)
+  monkeypatch.setattr(sampling, "sample_shares", failing)
   with pytest.warns(UserWarning, match="is left out: sample 3 is not finite"):
     found = sweep(tmp_path, scales=(1, 7), guidance="cfg")
   assert [point.values["scale"] for point in found.points] == [1.0]
@@ -228,15 +229,16 @@ def test_a_retrained_model_is_not_mixed_with_samples_of_the_old_one(networks, sw
   run(guidance="cfg")
   model = models.load(folder / "model")
   models.save(folder / "model", models.Model(model.config, jax.tree.map(lambda leaf: leaf * 1.01, model.params)))
-  with pytest.raises(ValueError, match=r"exists already, made with other settings.*data\.crc32"):
-    run(guidance="cfg")
+  for scales in ((0, 2), (3,)):
+    with pytest.raises(ValueError, match=r"has points of another model: cfg_0_.*as it was.*other weights.*--overwrite"):
+      run(guidance="cfg", scales=scales)
   before = files(tmp_path / "out")
   run(guidance="cfg", overwrite=True)
   assert not set(before.values()) & set(files(tmp_path / "out").values())
 
 
 def test_a_stopped_point_goes_on_with_more_samples_and_other_batches(sweep, tmp_path, monkeypatch):
-  draw = sampling.sample_batches
+  draw = sampling.sample_shares
 
   def stopping(*args, **options):
     for i, batch in enumerate(draw(*args, **options)):
@@ -245,7 +247,7 @@ def test_a_stopped_point_goes_on_with_more_samples_and_other_batches(sweep, tmp_
         raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(sampling, "sample_batches", stopping)
+    patch.setattr(sampling, "sample_shares", stopping)
     with pytest.raises(KeyboardInterrupt):
       sweep(tmp_path / "a", scales=(1,), guidance="cfg")
   shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -258,17 +260,36 @@ def test_a_stopped_point_goes_on_with_more_samples_and_other_batches(sweep, tmp_
   assert len(list((tmp_path / "b" / "samples").iterdir())) == 1
 
 
-def test_points_of_an_older_model_are_left_out(networks, sweep, tmp_path):
-  folder = shutil.copytree(networks, tmp_path / "networks")
-  base = changed(sweep.base, model=folder / "model")
-  sweep(tmp_path / "out", scales=(1,), guidance="cfg", settings=base)
-  model = models.load(folder / "model")
-  models.save(folder / "model", models.Model(model.config, jax.tree.map(lambda leaf: leaf * 0.9, model.params)))
-  found = sweep(tmp_path / "out", scales=(2,), guidance="cfg", settings=base)
-  assert [point.values["scale"] for point in found.points] == [2.0]
-  assert "cfg_1_" in found.facts["left out"]
+def test_points_of_an_older_jaxguide_are_left_out(swept, sweep, tmp_path, monkeypatch):
+  out = shutil.copytree(swept[0], tmp_path / "out")
+  monkeypatch.setattr(jaxguide, "__version__", "0.0")
+  found = sweep(out, scales=(3,), guidance="cfg")
+  assert [point.values["scale"] for point in found.points] == [3.0]
+  assert "cfg_0_" in found.facts["left out"]
   with pytest.raises(ValueError, match="exists already, made with other settings"):
-    sweep(tmp_path / "out", scales=(1,), guidance="cfg", settings=changed(base, num=10))
+    sweep(out, scales=(2,), guidance="cfg")
+
+
+def saved(folder, config, factor=1.0):
+  params = jax.tree.map(lambda leaf: factor * np.ones(leaf.shape, leaf.dtype), shapes(config))
+  models.save(folder, models.Model(config, params))
+  return folder
+
+
+def test_a_folder_of_another_model_is_refused_before_any_work(swept, sweep, networks, tmp_path, monkeypatch):
+  out = shutil.copytree(swept[0], tmp_path / "out")
+  config = models.load(networks / "model").config
+  with monkeypatch.context() as patch:
+    patch.setattr(sampling, "sample_shares", lambda *_, **__: pytest.fail("drawn"))
+    for shape, message in (((4, 4, 1), "other weights"), ((6, 6, 1), r"network.image_shape is \[4, 4, 1\]")):
+      other = saved(tmp_path / "other", dataclasses.replace(config, image_shape=shape))
+      reference = data.Images(np.zeros((9, *shape), np.uint8), np.arange(9) % 3, 3, "others")
+      with pytest.raises(ValueError, match=rf"is of .*model, and this sweep of .*other \({message}.*another folder"):
+        sweep(out, guidance="cfg", settings=changed(sweep.base, model=other), reference=reference)
+      shutil.rmtree(other)
+    # The same model in another place is the same model.
+    moved = shutil.copytree(networks, tmp_path / "moved")
+    assert len(sweep(out, settings=changed(sweep.base, model=moved / "model")).points) == 4
 
 
 def test_samples_that_were_replaced_are_not_shown_beside_old_figures(swept, sweep, tmp_path):
@@ -320,7 +341,145 @@ def test_what_is_refused_before_anything_is_drawn(sweep, networks, tmp_path):
     ({"settings": changed(sweep.base, num=4), "measures": ["recall"]}, "recall needs more than 5 images"),
     ({"settings": Settings(model=tmp_path / "none")}, "there is no model"),
     ({"settings": Settings(model=networks / "model", labels=("dog",))}, "unknown class 'dog'"),
+    ({"settings": changed(sweep.base, steps="2,3")}, r"sweep several by over \(--over steps=2,3\)"),
   ):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
       sweep(tmp_path / "out", **options)
     assert not list((tmp_path / "out" / "samples").glob("*")), options
+  (tmp_path / "file").touch()
+  with pytest.raises(OSError, match=r"out must be a folder, and .*file is a file"):
+    sweep(tmp_path / "file")
+
+
+# --- one point, however its settings are written ---------------------------------------------------
+
+SAME = {
+  "a text": {"settings": {"steps": "3"}},
+  "in the guidance": {"guidance": "cfg:scale=2", "scales": None},
+  "the defaults": {"guidance": "cfg:combine=linear,profile=constant"},
+  "options": {"settings": {"solver": "ddim:eta=0", "grid": "karras"}},
+  "swept": {"settings": {"steps": 5}, "over": {"steps": [3], "solver": ["ddim:eta=0.0"]}},
+  "swept scales": {"over": ["cfg:scale=2"], "scales": None},
+  "names": {"settings": {"labels": ("ant", 1, "cow")}},
+}
+
+
+@pytest.fixture(scope="module")
+def one_point(sweep, tmp_path_factory):
+  """A folder with one point."""
+  out = tmp_path_factory.mktemp("one")
+  sweep(out, scales=(2,), guidance="cfg")
+  return out
+
+
+@pytest.mark.parametrize("how", SAME)
+def test_a_point_is_what_its_settings_amount_to(one_point, sweep, tmp_path, monkeypatch, how):
+  out = shutil.copytree(one_point, tmp_path / "out")
+  (before,) = files(out)
+  monkeypatch.setattr(sampling, "sample_shares", lambda *_, **__: pytest.fail("drawn"))
+  monkeypatch.setattr(evaluation.points.Measured, "__call__", lambda *_: pytest.fail("measured"))
+  chosen = {"guidance": "cfg", "scales": (2,), **SAME[how]}
+  (point,) = sweep(out, **{**chosen, "settings": changed(sweep.base, **chosen.get("settings", {}))}).points
+  assert list(files(out)) == [before]
+  assert point.values == {"scale": 2.0}
+
+
+@pytest.mark.parametrize(
+  "other",
+  [
+    {"scale": 3},
+    {"guidance": "cfg:sigma_hi=inf"},
+    {"guidance": ("cfg", "clip")},
+    {"solver": "euler"},
+    {"solver": "ddim:eta=0.5"},
+    {"steps": 4},
+    {"seed": 1},
+    {"clip": False},
+    {"grid": "cosine-time"},
+    {"labels": (0, 1)},
+  ],
+)
+def test_what_is_not_the_same_is_another_point(sweep, other):
+  base = changed(sweep.base, guidance="cfg", scale=2)
+  assert generate.identity(base) != generate.identity(changed(base, **other))
+
+
+def test_defaults_that_follow_from_the_networks(networks, tmp_path):
+  config = models.load(networks / "model").config
+  learned = saved(tmp_path / "model", dataclasses.replace(config, variance="large"))
+  saved(tmp_path / "classifier", dataclasses.replace(models.load(networks / "classifier").config, scale=5.0))
+  base = Settings(model=learned, guidance="classifier", solver="ddpm")
+  for same, other in (
+    ({"solver": "ddpm:variance=large"}, {"solver": "ddpm:variance=small"}),
+    ({"scale": 5}, {"scale": 2}),
+    ({"classifier": tmp_path / "classifier"}, {"classifier": networks / "classifier"}),
+  ):
+    assert generate.identity(base) == generate.identity(changed(base, **same))
+    assert generate.identity(base) != generate.identity(changed(base, **other))
+
+
+def test_a_folder_with_the_same_point_twice_is_read_with_one(one_point, sweep, tmp_path):
+  """Folders from before have points of steps 3 and "3". The report of another solver needs each value once."""
+  out = shutil.copytree(one_point, tmp_path / "out")
+  (path,) = (out / "points").glob("*.json")
+  samples = out / "samples" / f"{path.stem}.npz"
+  for name in ("cfg_2_0123456789", "cfg_2_fedcba9876"):
+    content = json.loads(path.read_text())
+    content["settings"]["steps"] = "3"
+    (out / "points" / f"{name}.json").write_text(json.dumps(content))
+    record = json.loads(data.settings_of(samples))
+    record["settings"]["steps"] = "3"
+    data.save_npz(out / "samples" / f"{name}.npz", *data.load_npz(samples), json.dumps(record))
+  before = files(out)
+  found = sweep(out, scales=(2,), guidance="cfg", settings=changed(sweep.base, solver="heun"))
+  assert sorted(point.values["solver"] for point in found.points) == ["ddim", "heun"]
+  assert before.items() <= files(out).items()
+  path.unlink()
+  samples.unlink()
+  for steps in ("3", 3):
+    (again,) = (p for p in sweep(out, scales=(2,), guidance="cfg", settings=changed(sweep.base, steps=steps)).points
+                if p.values["solver"] == "ddim")  # fmt: skip
+    assert again.path.stem == "cfg_2_0123456789"
+  assert len(files(out)) == 3
+
+
+def test_another_classifier_is_another_curve(networks, sweep, tmp_path):
+  folder = shutil.copytree(networks, tmp_path / "networks")
+  other = shutil.copytree(networks / "classifier", folder / "other")
+  for classifier in (None, folder / "classifier", other):
+    settings = changed(sweep.base, model=folder / "model", classifier=classifier)
+    found = sweep(tmp_path / "out", scales=(2,), guidance="classifier", settings=settings)
+  assert len(found.points) == 2
+  assert len({str(dict(point.values)) for point in found.points}) == 2
+
+
+def test_figures_of_more_samples_are_not_replaced_without_a_word(one_point, sweep, tmp_path):
+  out = shutil.copytree(one_point, tmp_path / "out")
+  with pytest.warns(UserWarning, match="has figures of 24 samples, and num is 12: .* give num 24 again"):
+    sweep(out, scales=(2,), guidance="cfg", settings=changed(sweep.base, num=12))
+
+
+def test_a_model_without_classes_takes_no_scales_and_no_labels(sweep, tmp_path):
+  model = saved(tmp_path / "model", ModelConfig(Mlp, {}, SHAPE, None))
+  settings = changed(sweep.base, model=model)
+  with pytest.raises(ValueError, match=r"no guidance takes a scale, leave out scales \(--scales\)"):
+    sweep(tmp_path / "out", settings=settings, guidance=None)
+  for label in ("cat", 3):
+    with pytest.raises(ValueError, match=r"the model has no classes, .* leave out the labels"):
+      sweep(tmp_path / "out", settings=changed(settings, labels=(label,)), guidance=None, scales=None)
+
+
+def test_the_bar_says_that_a_program_is_compiled(sweep, tmp_path, monkeypatch):
+  told = []
+
+  class Bar:
+    __enter__ = lambda self: self  # noqa: E731
+    __exit__ = lambda self, *_: None  # noqa: E731
+    update = lambda self, number: told.append(number)  # noqa: E731
+    set_postfix_str = lambda self, text: told.append(text)  # noqa: E731
+
+  monkeypatch.setattr(evaluation.points, "progress_bar", lambda *_, **__: Bar())
+  sweep(tmp_path, scales=(1, 2), guidance="cfg", settings=changed(sweep.base, num=12))
+  assert told == [
+    "cfg, scale 1", "cfg, scale 1, compiling", 0, "cfg, scale 1", 8, 4, 0, "cfg, scale 2", 0, 8, 4, 0,
+  ]  # fmt: skip

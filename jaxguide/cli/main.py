@@ -10,6 +10,7 @@ import typer
 
 from jaxguide import generate
 from jaxguide.cli import classifier, ema, interop, measure, train
+from jaxguide.cli.joining import join, joining_options, show
 from jaxguide.cli.options import NamesCommand, options_of, with_options
 from jaxguide.generate import Settings
 
@@ -75,7 +76,7 @@ def demo(
 
 
 @app.command(cls=NamesCommand.listing(generate.overview))
-@with_options(*options_of(Settings, {"labels": "label"}), after="out")
+@with_options(*options_of(Settings, {"labels": "label"}), *joining_options(), after="out")
 def sample(
   out: Annotated[Path, typer.Option(help="File to write: .npz (arr_0 uint8 NHWC, arr_1 labels) or .png (a picture).")],
   overwrite: Annotated[
@@ -91,10 +92,11 @@ def sample(
 
   Example: jaxguide sample --out threes.png --label 3 --guidance cfg:scale=4
   """
+  mesh = join(options)
   settings = Settings(**options)
   with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always", UserWarning)
-    drawn = generate.run(out, settings, overwrite=overwrite, progress=progress)
+    drawn = generate.run(out, settings, overwrite=overwrite, progress=progress, devices=mesh)
   for warning in caught:
     print(f"jaxguide: {warning.message}", file=sys.stderr)
-  print(f"{settings.num} samples are in {out}{'' if drawn else ' already, made with these options'}.")
+  show(f"{settings.num} samples are in {out}{'' if drawn else ' already, made with these options'}.")

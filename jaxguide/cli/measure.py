@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from jaxguide.cli.joining import join, joining_options, show
 from jaxguide.cli.options import NamesCommand, options_of, with_options
 from jaxguide.cli.train import said_at_once
 from jaxguide.evaluation.evidence import Options
@@ -58,7 +59,7 @@ def _names(text: str | None) -> list[str] | None:
 
 
 @app.command(cls=NamesCommand.listing(_feature_rows))
-@with_options(*options_of(Options), after="measures")
+@with_options(*options_of(Options), *joining_options(mesh=False), after="measures")
 def evaluate(
   samples: Annotated[
     list[str], typer.Argument(metavar="SAMPLES", help="Samples to measure: .npz files, folders of pictures, zips.")
@@ -67,6 +68,12 @@ def evaluate(
   features: FeaturesOption = None,
   judge: JudgeOption = "auto",
   measures: MeasuresOption = None,
+  size: Annotated[
+    int | None, typer.Option(help="Side of the square that pictures of a folder of samples are resized to.")
+  ] = None,
+  channels: Annotated[
+    int | None, typer.Option(help="3 for RGB, 1 for grey, for a folder of samples. Default: 3.")
+  ] = None,
   batch_size: Annotated[int, typer.Option(help="Images at a time in the network of the features.")] = 64,
   out: Annotated[Path | None, typer.Option(help="File for the figures with their protocols, .json.")] = None,
   progress: Progress = True,
@@ -76,9 +83,10 @@ def evaluate(
 
   Example: jaxguide evaluate samples.npz --reference ./photos
   """
-  from jaxguide import evaluation
+  from jaxguide import distributed, evaluation
   from jaxguide._core.files import check_writable, write_atomically
 
+  join(options, mesh=False)
   if out is not None:
     if out.suffix != ".json":
       raise ValueError(f"out must be a file that ends in .json, got {out}")
@@ -92,16 +100,20 @@ def evaluate(
       measures=_names(measures),
       options=Options(**options),
       batch_size=batch_size,
+      size=size,
+      channels=channels,
       progress=progress,
     )
+  if not distributed.is_first():
+    return
   print(evaluation.table(results))
   for warning in dict.fromkeys(warning for result in results.values() for warning in result.warnings):
     print(f"jaxguide: {warning}", file=sys.stderr)
   if out is None:
-    for name, result in results.items():
-      print(f"\nProtocol of {name}: {evaluation.protocol_text(result.protocol)}")
+    protocols = {name: result.protocol for name, result in results.items()}
+    print(f"\n{evaluation.protocols_text(protocols)}")
   else:
-    content = {name: dataclasses.asdict(result) for name, result in results.items()}
+    content = evaluation.as_plain(results)
     write_atomically(out, json.dumps(content, indent=2, default=list).encode())
     print(f"\nThe figures and their protocols are in {out}.")
 
@@ -114,6 +126,7 @@ OWN = ("guidance", "scale", "labels", "model")
 @with_options(
   *options_of(Settings, only=[f.name for f in dataclasses.fields(Settings) if f.name not in OWN]),
   *options_of(Options),
+  *joining_options(),
   after="title",
 )
 def sweep(
@@ -152,6 +165,7 @@ def sweep(
   """
   from jaxguide import evaluation
 
+  mesh = join(options)
   figures = {field.name: options.pop(field.name) for field in dataclasses.fields(Options)}
   try:
     numbers = None if scales is None else [float(text) for text in scales.split(",")]
@@ -173,9 +187,10 @@ def sweep(
       command=shlex.join(["jaxguide", *sys.argv[1:]]),
       overwrite=overwrite,
       progress=progress,
+      devices=mesh,
     )
-  print(evaluation.table(swept))
-  print(f"\nThe report is {out / 'report.html'}: open it in a browser. The figures are in {out / 'sweep.csv'}.")
+  show(evaluation.table(swept))
+  show(f"\nThe report is {out / 'report.html'}: open it in a browser. The figures are in {out / 'sweep.csv'}.")
 
 
 @app.command(cls=NamesCommand.listing(_feature_rows))

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from jaxguide.cli.joining import join, joining_options, show
 from jaxguide.cli.options import options_of, with_options
 from jaxguide.data.config import DataConfig
 from jaxguide.training.config import TrainingConfig
@@ -21,7 +22,7 @@ app = typer.Typer()
 
 DATA = ("source", "size", "channels", "flip", "skip_bad", "held_out", "workers")
 TRAINING = ("steps", "batch_size", "learning_rate", "accumulation", "remat", "skip_nan", "seed", "save_every")
-RUN = ("log_every", "sample_every", "patience", "writers")
+RUN = ("log_every", "sample_every", "patience", "writers", "mesh")
 SECTIONS = {"data": DATA, "training": TRAINING, "run": RUN}
 
 INTERRUPTED = 130
@@ -32,6 +33,7 @@ INTERRUPTED = 130
   *options_of(DataConfig, {"source": "data"}, DATA, unset=True),
   *options_of(TrainingConfig, {}, TRAINING, unset=True),
   *options_of(RunConfig, {"writers": "writer"}, RUN, unset=True),
+  *joining_options(mesh=False),
   after="network",
 )
 def train(
@@ -74,6 +76,7 @@ def train(
   from jaxguide import training
   from jaxguide.training import program, toml
 
+  join(options, mesh=False)
   given: dict[str, Any] = {
     section: {name: options[name] for name in names if options[name] is not None} for section, names in SECTIONS.items()
   }
@@ -88,12 +91,12 @@ def train(
       config = _settings_of(name, config)
     recipe = training.recipe(_sections(config, out, given))
     if print_config:
-      print(recipe.text(), end="")
+      show(recipe.text().rstrip("\n"))
     elif out is None:
       raise ValueError("give the folder of the run: --out")
     elif dry_run:
       text, picture = program.dry_run(recipe, out, progress=progress)
-      print(f"{text}\nThe first batch is in {picture}.")
+      show(f"{text}\nThe first batch is in {picture}.")
     else:
       _train(recipe, out, retrain, progress)
 
@@ -136,16 +139,19 @@ def _sections(config: Path | None, out: Path | None, given: dict[str, Any]) -> d
 
 
 def _train(recipe: Any, out: Path, retrain: bool, progress: bool) -> None:
-  from jaxguide import training
+  from jaxguide import distributed, training
+  from jaxguide.generate.plan import base_samples_of
 
   try:
     model = training.train(recipe, out, retrain=retrain, progress=progress)
   except training.Interrupted as stop:
-    print(
-      f"\njaxguide: stopped after step {stop.step}; everything is saved. To go on: "
-      f"jaxguide train --out {shlex.quote(str(out))}",
-      file=sys.stderr,
-    )
+    if distributed.is_first():
+      print(
+        f"\njaxguide: stopped after step {stop.step}; everything is saved. To go on: "
+        f"jaxguide train --out {shlex.quote(str(out))}",
+        file=sys.stderr,
+      )
+    distributed.wait_for_all("everything is saved")
     raise SystemExit(stop.status) from stop
   except KeyboardInterrupt:
     begun = "the steps since the last checkpoint are lost. To go on: jaxguide train --out " + shlex.quote(str(out))
@@ -157,11 +163,17 @@ def _train(recipe: Any, out: Path, retrain: bool, progress: bool) -> None:
   labels = model.config.class_names
   use = "--classifier" if recipe.is_classifier else "--model"
   label = f" --label {shlex.quote(labels[0])}" if labels is not None and not recipe.is_classifier else ""
-  print(f"The model is in {out}. Its curves and pictures are in {out / 'index.html'}.")
+  show(f"The model is in {out}. Its curves and pictures are in {out / 'index.html'}.")
   if recipe.is_classifier:
-    print(f"Is it fit to guide? jaxguide classifier-report {shlex.quote(str(out))} --out report.html")
+    show(f"Is it fit to guide? jaxguide classifier-report {shlex.quote(str(out))} --out report.html")
+  elif model.config.encoder == "latents":
+    show("Sample latents from it in Python, with jaxguide.sample_batch, and decode them with their autoencoder.")
   else:
-    print(f"Sample from it: jaxguide sample {use} {shlex.quote(str(out))}{label} --out new.png")
+    base = "" if model.config.low_res_shape is None else " --base-samples FILE"
+    label = "" if base else label
+    show(f"Sample from it: jaxguide sample {use} {shlex.quote(str(out))}{label}{base} --out new.png")
+    if base:
+      show(f"FILE has the low-resolution images: {base_samples_of(model.config)}.")
 
 
 @contextmanager

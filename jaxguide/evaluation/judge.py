@@ -120,6 +120,10 @@ class Judge:
       )
     return self.machine.predict(pixel_features(images))
 
+  def unknown(self, labels: np.ndarray) -> np.ndarray:
+    """Return the classes among labels on which the judge was not fitted, in ascending order."""
+    return np.setdiff1d(labels, self.machine.classes_)
+
   def right(self, images: np.ndarray, labels: np.ndarray, features: np.ndarray | None = None) -> np.ndarray:
     """Say of each image whether the judge predicts its label.
 
@@ -136,7 +140,7 @@ class Judge:
     """
     images, labels = np.asarray(images), np.asarray(labels)
     check_labelled(images, labels)
-    unknown = np.setdiff1d(labels, self.machine.classes_)
+    unknown = self.unknown(labels)
     if unknown.size:
       raise ValueError(
         f"this judge was not fitted on a class {unknown[0]}, which is among the labels; "

@@ -6,15 +6,15 @@ and in the report, and a panel in the plot.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from jaxguide import data
 from jaxguide._core import checks
-from jaxguide.evaluation import metrics
-from jaxguide.evaluation.evidence import Evidence, Options
+from jaxguide._core.bars import progress_bar
+from jaxguide.evaluation import computed
+from jaxguide.evaluation.evidence import Evidence
 from jaxguide.evaluation.results import Figure
 
 
@@ -67,92 +67,9 @@ class Measure(NamedTuple):
     return f"{value:#.3g}".rstrip(".") if abs(value) < 100 else f"{value:.1f}"
 
 
-def _figure(value: float, interval: metrics.Interval | None) -> Figure:
-  return Figure(value) if interval is None else Figure(value, (interval.low, interval.high), interval.kind)
-
-
-def _frechet(features: np.ndarray, reference: metrics.Gaussian, options: Options) -> Figure:
-  value = metrics.frechet_distance(features, reference)
-  if options.interval != "bootstrap" or len(features) < 3:
-    return Figure(value)
-  return _figure(value, metrics.frechet_interval(reference, features, options.resamples, options.figures_seed))
-
-
-def _frechet_distance(evidence: Evidence) -> Figure:
-  return _frechet(evidence.outputs["pool"], evidence.known.gaussian, evidence.options)
-
-
-def _spatial_frechet_distance(evidence: Evidence) -> Figure:
-  return _frechet(evidence.outputs["spatial"], evidence.known.spatial, evidence.options)
-
-
-def _kid(evidence: Evidence) -> Figure:
-  real, generated, options = evidence.known.features, evidence.outputs["pool"], evidence.options
-  assert real is not None
-  size = min(options.subset_size, len(real), len(generated))
-  mean, std = metrics.kid(real, generated, options.subsets, size, options.figures_seed)
-  return Figure(mean, (mean - std, mean + std), f"standard deviation over {options.subsets} subsets of {size}")
-
-
-def _inception_score(evidence: Evidence) -> Figure:
-  splits = min(evidence.options.splits, len(evidence.images))
-  mean, std = metrics.inception_score(evidence.outputs["logits"], splits)
-  return Figure(mean, (mean - std, mean + std), f"standard deviation over {splits} splits")
-
-
-def _share(flags: np.ndarray, evidence: Evidence, what: str) -> Figure:
-  """Make the figure that is the share of samples with a property."""
-  count, with_interval = int(flags.sum()), evidence.options.interval == "bootstrap"
-  return _figure(
-    count / len(flags), metrics.proportion_interval(count, len(flags), what=what) if with_interval else None
-  )
-
-
-def _mean(values: np.ndarray, evidence: Evidence, what: str) -> Figure:
-  """Make the figure that is the mean of one number for each sample."""
-  options = evidence.options
-  interval = None
-  if options.interval == "bootstrap" and len(values) > 1:
-    interval = metrics.mean_interval(values, options.resamples or 200, options.figures_seed, what=what)
-  return _figure(float(values.mean()), interval)
-
-
-def _precision(evidence: Evidence) -> Figure:
-  return _share(evidence.neighbourhoods.in_real, evidence, "samples")
-
-
-def _recall(evidence: Evidence) -> Figure:
-  return _share(evidence.neighbourhoods.in_generated, evidence, "reference images")
-
-
-def _density(evidence: Evidence) -> Figure:
-  return _mean(evidence.neighbourhoods.densities, evidence, "samples")
-
-
-def _coverage(evidence: Evidence) -> Figure:
-  return _share(evidence.neighbourhoods.covered, evidence, "reference images")
-
-
-def _accuracy(evidence: Evidence) -> Figure:
-  assert evidence.judge is not None
-  assert evidence.labels is not None
-  right = evidence.judge.right(evidence.images, evidence.labels, evidence.outputs.get("pool"))
-  return _share(right, evidence, "samples")
-
-
-def _diversity(evidence: Evidence) -> Figure:
-  assert evidence.labels is not None
-  return Figure(metrics.diversity(evidence.outputs["pool"], evidence.labels))
-
-
-def _saturated(evidence: Evidence) -> Figure:
-  shares = np.array([data.saturation(image[None]) for image in evidence.images])
-  return _mean(shares, evidence, "samples")
-
-
 MEASURES: dict[str, Measure] = {
   "frechet_distance": Measure(
-    _frechet_distance,
+    computed.frechet_distance,
     "Fréchet distance",
     "The distance between two Gaussians, one fitted to the features of the samples and one to those of the reference "
     "(Heusel et al. 2017). It depends only on the means and covariances over all classes together. Few samples bias it "
@@ -163,16 +80,16 @@ MEASURES: dict[str, Measure] = {
     better="lower",
   ),
   "spatial_frechet_distance": Measure(
-    _spatial_frechet_distance,
+    computed.spatial_frechet_distance,
     "spatial Fréchet distance",
     "The Fréchet distance on features that still have a place in the image (Nash et al. 2021). It notices wrong "
     "layouts, to which pooled features are blind.",
     inception="sFID",
-    needs=("reference spatial", "spatial"),
+    needs=("spatial", "reference spatial"),
     better="lower",
   ),
   "kid": Measure(
-    _kid,
+    computed.kid,
     "kernel distance",
     "The squared maximum mean discrepancy with a polynomial kernel of degree 3 (Binkowski et al. 2018). It has no bias "
     "from few samples, so it can be slightly below 0.",
@@ -182,7 +99,7 @@ MEASURES: dict[str, Measure] = {
     low=-math.inf,
   ),
   "inception_score": Measure(
-    _inception_score,
+    computed.inception_score,
     "classifier score",
     "The exponential of the mean divergence between the classes predicted for one sample and for all (Salimans et al. "
     "2016). It is high if the network is sure of each sample, and the samples are of many of ImageNet's classes. It "
@@ -193,7 +110,7 @@ MEASURES: dict[str, Measure] = {
     low=1.0,
   ),
   "precision": Measure(
-    _precision,
+    computed.precision,
     "precision",
     "Fidelity: the share of samples that lie within the k-th nearest neighbour's distance of some reference image "
     "(Kynkäänniemi et al. 2019).",
@@ -203,7 +120,7 @@ MEASURES: dict[str, Measure] = {
     number_format=".3f",
   ),
   "recall": Measure(
-    _recall,
+    computed.recall,
     "recall",
     "Diversity: the share of reference images that lie within the k-th nearest neighbour's distance of some sample "
     "(Kynkäänniemi et al. 2019). Precision and recall depend on the numbers of samples and of reference images.",
@@ -213,7 +130,7 @@ MEASURES: dict[str, Measure] = {
     number_format=".3f",
   ),
   "density": Measure(
-    _density,
+    computed.density,
     "density",
     "Fidelity, less sensitive to outliers than precision: how many reference neighbourhoods hold a sample, on average, "
     "divided by k (Naeem et al. 2020). It can be above 1.",
@@ -221,7 +138,7 @@ MEASURES: dict[str, Measure] = {
     better="higher",
   ),
   "coverage": Measure(
-    _coverage,
+    computed.coverage,
     "coverage",
     "Diversity, less sensitive to outliers than recall: the share of reference images whose neighbourhood holds a "
     "sample (Naeem et al. 2020).",
@@ -231,7 +148,7 @@ MEASURES: dict[str, Measure] = {
     number_format=".3f",
   ),
   "accuracy": Measure(
-    _accuracy,
+    computed.accuracy,
     "judged accuracy",
     "The share of samples for which a judge predicts the class that they were sampled for. The judge was trained on "
     "real images and did not guide the samples. Its accuracy on real images is the most that can be expected; "
@@ -242,7 +159,7 @@ MEASURES: dict[str, Measure] = {
     number_format=".3f",
   ),
   "diversity": Measure(
-    _diversity,
+    computed.diversity,
     "diversity within a class",
     "The mean Euclidean distance between the features of two samples of the same class, averaged over the classes. "
     "Both variety and noise raise it, so it does not measure quality. At scale 0 the samples do not depend on the "
@@ -250,7 +167,7 @@ MEASURES: dict[str, Measure] = {
     needs=("pairs",),
   ),
   "saturated": Measure(
-    _saturated,
+    computed.saturated,
     "saturated pixels",
     "The share of pixel values that are 0 or 255. Too high a scale pushes pixels to the ends of their range: compare "
     "with the real images.",
@@ -265,7 +182,7 @@ def missing(measure: Measure, evidence: Evidence) -> str | None:
   reference, labels, judge = evidence.reference, evidence.labels, evidence.judge
   real = None if reference is None else reference.features
   k = max(evidence.options.neighbours, evidence.options.density_neighbours)
-  unknown = np.setdiff1d(labels, judge.machine.classes_) if judge is not None and labels is not None else np.zeros(0)
+  unknown = np.zeros(0) if judge is None or labels is None else judge.unknown(labels)
   there = {
     "reference": reference is not None,
     "reference features": real is not None,
@@ -278,17 +195,20 @@ def missing(measure: Measure, evidence: Evidence) -> str | None:
     "pairs": labels is not None and len(labels) > len(np.unique(labels)),
   }
   words = {
-    "reference": "a reference",
-    "reference features": "the features of reference images (statistics of means and covariances are not enough)",
-    "reference spatial": "a reference with spatial features",
-    "neighbours": f"more than {k} images and reference images, for the {k} nearest neighbours",
+    "reference": "a reference (--reference)",
+    "reference features": "a reference (--reference)"
+    if reference is None
+    else "the features of reference images (statistics of means and covariances are not enough)",
+    "reference spatial": "a reference (--reference)" if reference is None else "a reference with spatial features",
+    "neighbours": f"more than {k} images and reference images, for the {k} nearest neighbours (there are "
+    f"{len(evidence.images):,} and {0 if real is None else len(real):,})",
     "spatial": "spatial features, which inception has",
     "logits": "logits, which inception and efficientnet-lite0 have",
     "labels": "labels of the images",
     "judge": f"a judge that knows the class {unknown[0]}: the reference has no images of it"
     if len(unknown)
     else "a judge, which needs labelled reference images",
-    "pairs": "two labelled images of one class",
+    "pairs": "labels of the images" if labels is None else "two labelled images of one class",
   }
   return next((words[name] for name in measure.needs if not there[name]), None)
 
@@ -311,6 +231,50 @@ def _thirds(evidence: Evidence) -> list[Evidence]:
   return [evidence.rows(slice(i * size, (i + 1) * size)) for i in range(3)]
 
 
+OTHER_NAMES = {
+  "fid": "frechet_distance on the features inception (features inception:weights=FILE)",
+  "sfid": "spatial_frechet_distance on the features inception (features inception:weights=FILE)",
+  "fd_dinov2": "frechet_distance on the features dinov2 (features dinov2:weights=FILE)",
+  "fdd": "frechet_distance on the features dinov2 (features dinov2:weights=FILE)",
+  "fd": "frechet_distance",
+  "mmd": "kid",
+  "is": "inception_score",
+  "prdc": "the four measures precision, recall, density and coverage",
+}
+"""What measures of other programs are called here."""
+
+OF_PAIRS = ("lpips", "ssim", "ms-ssim", "psnr")
+
+
+def check_names(names: Sequence[str] | None) -> None:
+  """Check names of measures, before any work.
+
+  Raises:
+    ValueError: if a name is unknown.
+
+  >>> check_names(["fid"])
+  Traceback (most recent call last):
+  ...
+  ValueError: there is no measure 'fid': it is called frechet_distance on the features inception ...
+  """
+  for name in names or ():
+    plain = str(name).lower()
+    if name not in MEASURES and plain in OTHER_NAMES:
+      raise ValueError(f"there is no measure {name!r}: it is called {OTHER_NAMES[plain]}")
+    if name not in MEASURES and plain in OF_PAIRS:
+      raise ValueError(
+        f"there is no measure {name!r}, which compares two versions of one picture: the measures here compare sets of "
+        f"images; there are {', '.join(MEASURES)}"
+      )
+    checks.lookup("measure", name, MEASURES)
+
+
+def left_out(evidence: Evidence) -> dict[str, str]:
+  """Say what each measure lacks that the evidence does not suffice for, by its name."""
+  lacking = {name: _lacking(entry, evidence) for name, entry in MEASURES.items()}
+  return {name: text for name, text in lacking.items() if text is not None}
+
+
 def chosen_measures(names: Sequence[str] | None, evidence: Evidence) -> dict[str, Measure]:
   """Return measures by name, in the order of `MEASURES`; by default all that the evidence suffices for.
 
@@ -320,9 +284,8 @@ def chosen_measures(names: Sequence[str] | None, evidence: Evidence) -> dict[str
   if names is None:
     chosen = {name: entry for name, entry in MEASURES.items() if _lacking(entry, evidence) is None}
   else:
-    chosen = {name: checks.lookup("measure", name, MEASURES) for name in MEASURES if name in names}
-    for name in names:
-      checks.lookup("measure", name, MEASURES)
+    check_names(names)
+    chosen = {name: entry for name, entry in MEASURES.items() if name in names}
     for name, entry in chosen.items():
       lacking = _lacking(entry, evidence)
       if lacking is not None:
@@ -332,21 +295,28 @@ def chosen_measures(names: Sequence[str] | None, evidence: Evidence) -> dict[str
   return chosen
 
 
-def measure(evidence: Evidence, names: Sequence[str] | None = None) -> dict[str, Figure]:
+def measure(evidence: Evidence, names: Sequence[str] | None = None, progress: bool = False) -> dict[str, Figure]:
   """Compute the figures of images.
 
   Args:
     evidence: the images, and what they are compared with.
     names: which measures of `MEASURES`; by default all that the evidence suffices for.
+    progress: whether to show a progress bar, which names the figure that is computed.
 
   Raises:
     ValueError: if a name is unknown, if a measure that is named needs what is not there, or if a value is not finite or
       outside the measure's range.
   """
   chosen = chosen_measures(names, evidence)
-  if evidence.options.interval == "min-of-3":
-    return _of_three(evidence, chosen)
-  return {name: _checked(name, entry, entry.function(evidence)) for name, entry in chosen.items()}
+  sets = _thirds(evidence) if evidence.options.interval == "min-of-3" else [evidence]
+  figures = {}
+  with progress_bar(len(chosen), title="figures", unit="figure", show=progress) as bar:
+    for name, entry in chosen.items():
+      bar.set_postfix_str(entry.title, refresh=True)
+      found = [_checked(name, entry, entry.function(part)) for part in sets]
+      figures[name] = found[0] if len(sets) == 1 else _of_three(entry, found, len(sets[0].images))
+      bar.update()
+  return figures
 
 
 def _checked(name: str, entry: Measure, figure: Figure | float) -> Figure:
@@ -354,16 +324,10 @@ def _checked(name: str, entry: Measure, figure: Figure | float) -> Figure:
   return dataclasses.replace(figure, value=float(checks.in_range(name, figure.value, entry.low, entry.high)))
 
 
-def _of_three(evidence: Evidence, chosen: Mapping[str, Measure]) -> dict[str, Figure]:
-  """Measure three sets of the images, and join their figures."""
-  sets = _thirds(evidence)
-  size = len(sets[0].images)
-  figures = {}
-  for name, entry in chosen.items():
-    values = [_checked(name, entry, entry.function(part)).value for part in sets]
-    ends = (min(values), max(values))
-    if entry.better == "lower":
-      figures[name] = Figure(ends[0], ends, f"least to greatest of 3 sets of {size}; the value is the least")
-    else:
-      figures[name] = Figure(float(np.mean(values)), ends, f"least to greatest of 3 sets of {size}")
-  return figures
+def _of_three(entry: Measure, found: Sequence[Figure], size: int) -> Figure:
+  """Join the figures of three sets of images."""
+  values = [figure.value for figure in found]
+  ends = (min(values), max(values))
+  if entry.better == "lower":
+    return Figure(ends[0], ends, f"least to greatest of 3 sets of {size}; the value is the least")
+  return Figure(float(np.mean(values)), ends, f"least to greatest of 3 sets of {size}")

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ from jaxguide import generate
 from jaxguide._core import records
 from jaxguide._core.bars import progress_bar
 from jaxguide._core.files import write_atomically
+from jaxguide.distributed import processes
 from jaxguide.evaluation import evaluations
 from jaxguide.evaluation.evidence import Evidence, Options
 from jaxguide.evaluation.features import Features
 from jaxguide.evaluation.grid import Cell
 from jaxguide.evaluation.judge import Judge
 from jaxguide.evaluation.measures import chosen_measures
+from jaxguide.evaluation.protocols import in_force
 from jaxguide.evaluation.reference import Reference
 from jaxguide.evaluation.results import Evaluation, Figure
 from jaxguide.generate import Settings
@@ -70,29 +72,42 @@ class Measured:
     return evaluations.protocol(images, labels, self.reference, self.features, self.judge, self.options, sampling)
 
 
-def draw(out: Path, found: Sequence[Cell], measured: Measured, load: Load, progress: bool) -> dict[str, str]:
+def draw(
+  out: Path, found: Sequence[Cell], measured: Measured, load: Load, progress: bool, devices: Any = None
+) -> dict[str, str]:
   """Draw and measure every point, and return a fact about those that failed."""
-  failed = []
-  with progress_bar(sum(cell.settings.num for cell in found), title="sweep", unit="sample", show=progress) as bar:
+  failed, total, show = [], sum(cell.settings.num for cell in found), progress and processes.is_first()
+  compiled: set[Settings] = set()
+  with progress_bar(total, title="sweep", unit="sample", show=show) as bar:
     for cell in found:
-      bar.set_postfix_str(f"{cell.method}{'' if cell.settings.scale is None else f', scale {cell.settings.scale:g}'}")
-      watch = _Watch(bar.update)
+      title = f"{cell.method}{'' if cell.settings.scale is None else f', scale {cell.settings.scale:g}'}"
+      bar.set_postfix_str(title)
+      program = dataclasses.replace(cell.settings, scale=None, seed=0, labels=None, num=1)
+      watch = _Watch(bar, title, program not in compiled)
       try:
-        generate.run(samples_of(out, cell), cell.settings, grow=True, progress=watch, load=load)
+        generate.run(samples_of(out, cell), cell.settings, grow=True, progress=watch, load=load, devices=devices)
       except FloatingPointError as error:
         warnings.warn(f"{cell.name} is left out: {error}", stacklevel=3)
         failed.append(f"{cell.method} at scale {cell.settings.scale}: {error}")
         continue
+      if watch.batches:
+        compiled.add(program)
       bar.update(cell.settings.num - watch.seen)
       _measure(out, cell, measured, watch)
   return {"failed": "; ".join(failed)} if failed else {}
 
 
 class _Watch:
-  """Counts samples and takes the time of batches. The first batch may hold the compilation of the program."""
+  """Counts samples and takes the time of batches. The first batch may hold the compilation of the program.
 
-  def __init__(self, tell: Callable[[int], object]):
-    self.tell, self.seen = tell, 0
+  Args:
+    bar: the progress bar.
+    title: its text.
+    compiles: whether the program is new, which the bar says until the first batch is there.
+  """
+
+  def __init__(self, bar: Any, title: str, compiles: bool):
+    self.bar, self.title, self.compiles, self.seen = bar, title, compiles, 0
     self.batches: list[tuple[int, float]] = []
     self.last: float | None = None
 
@@ -100,9 +115,11 @@ class _Watch:
     now = time.perf_counter()
     if self.last is not None:
       self.batches.append((number, now - self.last))
+    if self.compiles and len(self.batches) < 2:
+      self.bar.set_postfix_str(self.title if self.batches else f"{self.title}, compiling")
     self.last = now
     self.seen += number
-    self.tell(number)
+    self.bar.update(number)
 
   def rate(self) -> tuple[float, bool] | None:
     """Return samples per second, and whether the time holds a compilation; None if nothing was drawn."""
@@ -120,7 +137,7 @@ def samples_of(out: Path, cell: Cell) -> Path:
 def _measure(out: Path, cell: Cell, measured: Measured, watch: _Watch) -> None:
   """Measure the samples of a point, unless their figures of the same protocol are there, and write the point's file."""
   path = out / "points" / f"{cell.name}.json"
-  kept = read_point(path)
+  kept = processes.from_first(read_point(path))
   rate = watch.rate()
   if rate is not None and (kept is None or kept.get("rate") is None or kept.get("cold") or not rate[1]):
     speed: dict[str, Any] = {"rate": rate[0], "cold": rate[1]}
@@ -129,7 +146,8 @@ def _measure(out: Path, cell: Cell, measured: Measured, watch: _Watch) -> None:
   images, labels, sampling = evaluations.open_images(samples_of(out, cell))
   num = cell.settings.num
   images, labels = images[:num], None if labels is None else labels[:num]
-  sampling = {**(sampling or {}).get("settings", {}), "num": num}
+  # With what was in force where a setting was left at its default.
+  sampling = {**(in_force(sampling) or {}).get("settings", {}), "num": num}
   wanted = measured.protocol(images, labels, sampling)
   if kept is None or kept["evaluation"]["protocol"] != wanted or kept.get("measures") != measured.measures:
     result = _as_plain(measured(images, labels, sampling))
@@ -138,7 +156,7 @@ def _measure(out: Path, cell: Cell, measured: Measured, watch: _Watch) -> None:
   content = records.record(
     method=cell.method, settings=cell.settings, measures=measured.measures, evaluation=result, **speed
   )
-  if content != kept:
+  if content != kept and processes.is_first():
     write_atomically(path, json.dumps(content, indent=2).encode())
 
 
@@ -163,7 +181,7 @@ def as_evaluation(content: Mapping[str, Any]) -> Evaluation:
     name: Figure(figure["value"], None if figure["interval"] is None else tuple(figure["interval"]), figure["kind"])
     for name, figure in content["figures"].items()
   }
-  return Evaluation(content["n"], figures, content["protocol"], tuple(content["warnings"]))
+  return Evaluation(content["n"], figures, content["protocol"], tuple(content["warnings"]), content.get("left_out", {}))
 
 
 def scale_of(cell: Cell) -> float | None:

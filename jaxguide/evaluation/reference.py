@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,9 @@ from jaxguide.evaluation.statistics import Statistics, read_statistics
 
 MOST_FEATURES = 50_000
 """The most images whose single features are kept, for kernel distances and neighbours. Means count all images."""
+
+MANY = 2_000
+"""The number of images from which on a hint says how to keep their features."""
 
 OTHERS = {"inception": "fid", "dinov2": "fd_dinov2"}
 """The names that EDM2's files of statistics have for features. Files of others than us are of these features."""
@@ -50,7 +54,7 @@ class Reference:
   @property
   def protocol(self) -> dict[str, Any]:
     """What it contributes to the protocol of figures."""
-    return {"name": self.name, "images": self.statistics.n, "hash": self._hash}
+    return {"name": self.name, "images": self.statistics.n, "statistics_hash": self._hash}
 
   @functools.cached_property
   def _hash(self) -> str:
@@ -64,7 +68,7 @@ class Reference:
   @property
   def class_names(self) -> Sequence[str] | None:
     """The names of the classes; None if they are not known."""
-    return None if self.dataset is None else self.dataset.class_names
+    return self.statistics.class_names if self.dataset is None else self.dataset.class_names
 
   def kept_rows(self) -> np.ndarray:
     """Return the rows of the data set whose features the statistics hold."""
@@ -138,6 +142,7 @@ def statistics_of(
     sigma_s=None if spatial is None else spatial.covariance,
     features=np.concatenate(kept),
     labels=labels,
+    class_names=None if labels is None else dataset.class_names,
     fingerprint=dataset.fingerprint,
     protocol=_protocol(features, dataset.image_shape),
   )
@@ -160,6 +165,7 @@ def open_reference(
   batch_size: int = 64,
   progress: bool = True,
   kept: Statistics | None = None,
+  hint: bool = False,
 ) -> Reference:
   """Open a reference.
 
@@ -174,6 +180,10 @@ def open_reference(
     batch_size: the number of images at a time.
     progress: whether to show progress bars.
     kept: statistics from earlier, which are taken if they are of the same images and features.
+    hint: whether to say, before the features of many images are computed, how to keep them.
+
+  Warns:
+    UserWarning: the hint, if a network computes the features of `MANY` images or more.
 
   Raises:
     FileNotFoundError: if there is no such file.
@@ -190,9 +200,8 @@ def open_reference(
   if isinstance(source, data.DataConfig):
     name = str(source.source)
   name = str(name or "images")
-  if (
-    isinstance(source, str | os.PathLike) and Path(source).is_file() and Path(source).suffix.lower() in (".npz", ".pkl")
-  ):
+  is_file = isinstance(source, str | os.PathLike) and Path(source).suffix.lower() in (".npz", ".pkl")
+  if is_file and Path(source).is_file():
     arrays = _arrays_in(Path(source))
     if arrays is None or "mu" in arrays:
       metric = (
@@ -202,6 +211,11 @@ def open_reference(
       if arrays is None or "arr_0" not in arrays or _suit(statistics, features):
         check_same_features(statistics, features, name, image_shape)
         return Reference(name, statistics)
+  if is_file and not Path(source).exists():
+    raise FileNotFoundError(
+      f"there is no file {name}: give a file of statistics (jaxguide reference SOURCE --out STATISTICS.npz makes one), "
+      "an .npz of images, a folder of pictures, or the name of a data set"
+    )
   dataset = _dataset(source, image_shape, progress)
   if image_shape is not None and tuple(dataset.image_shape) != tuple(image_shape):
     raise ValueError(
@@ -211,6 +225,13 @@ def open_reference(
   wanted = _protocol(features, dataset.image_shape)
   if kept is not None and kept.fingerprint == dataset.fingerprint and kept.protocol == wanted:
     return Reference(name, kept, dataset)
+  if hint and features.weights and len(dataset) >= MANY and isinstance(source, str | os.PathLike):
+    resized = f" --size {dataset.image_shape[0]}" if _is_pictures(Path(source)) else ""
+    warnings.warn(
+      f"the features of {len(dataset):,} images are computed, which can take minutes. To compute them once: jaxguide "
+      f"reference {name}{resized} --features {features.name} --out STATISTICS.npz; then --reference STATISTICS.npz",
+      stacklevel=3,
+    )
   return Reference(name, statistics_of(dataset, features, name=name, batch_size=batch_size, progress=progress), dataset)
 
 
@@ -295,10 +316,13 @@ def _dataset(source: Any, image_shape: Sequence[int] | None, progress: bool) -> 
     return data.open_data(source, progress)
   text = os.fspath(source)
   path = Path(text)
-  is_pictures = path.is_dir() or path.suffix in (".zip", ".parquet", ".array_record")
   size = channels = None
-  if image_shape is not None and is_pictures:
+  if image_shape is not None and _is_pictures(path):
     height, width, channels = image_shape
     size = height if height == width else None
     channels = channels if channels in (1, 3) else None
   return data.open_data(data.DataConfig(text, size=size, channels=channels), progress)
+
+
+def _is_pictures(path: Path) -> bool:
+  return path.is_dir() or path.suffix in (".zip", ".parquet", ".array_record")

@@ -21,7 +21,7 @@ class Figure:
     value: the value.
     interval: the lower and the upper end of its interval; None if there is none.
     kind: what the interval is, such as ``"95 % of 200 bootstrap resamples"`` or ``"least to greatest of 3 sets"``;
-      empty if there is none.
+      without an interval why there is none, as ``"no interval: ..."``, or empty.
   """
 
   value: float | int
@@ -38,12 +38,14 @@ class Evaluation:
     figures: the figures by the name of their measure, in the order of `jaxguide.evaluation.MEASURES`.
     protocol: everything that the figures depend on, as plain data (texts, numbers, lists and dictionaries).
     warnings: what a reader has to know, one sentence each, such as too few images for a Fréchet distance.
+    left_out: why a figure is not among them, by the name of its measure, where none were asked for by name.
   """
 
   n: int
   figures: Mapping[str, Figure]
   protocol: Mapping[str, Any]
   warnings: Sequence[str] = ()
+  left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

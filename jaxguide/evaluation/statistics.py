@@ -8,7 +8,7 @@ import dataclasses
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ class Statistics:
     features: shape (m, d), features of all or some of the images, for the KID, precision and recall; None if they were
       not kept.
     labels: int of shape (m,), the classes of the images whose features were kept; None if they are not known.
+    class_names: the names of the classes; None if they are not known.
     fingerprint: what identifies the images; None if it is not known.
     protocol: everything that the features depend on, as plain data; None if it is not known.
     source: the file that they were read from, for error messages. It is not written.
@@ -63,6 +64,7 @@ class Statistics:
   fingerprint: str | None = None
   protocol: Mapping[str, Any] | None = None
   source: str = ""
+  class_names: Sequence[str] | None = None
 
   def __post_init__(self) -> None:
     def keep(**values: Any) -> None:
@@ -92,6 +94,11 @@ class Statistics:
           f"labels{self._of} must be whole numbers, one for each row of features, got {labels.dtype} of {labels.shape}"
         )
       keep(labels=labels)
+    if self.class_names is not None:
+      names = tuple(self.class_names) if isinstance(self.class_names, list | tuple) else ()
+      if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"class_names{self._of} must be a list of texts, got {self.class_names!r}")
+      keep(class_names=names)
     if self.fingerprint is not None and not isinstance(self.fingerprint, str):
       raise ValueError(f"the fingerprint{self._of} must be a text, got {self.fingerprint!r}")
     if self.protocol is not None:
@@ -225,6 +232,7 @@ def write_statistics(path: files.PathLike, statistics: Statistics) -> None:
   content = {name: getattr(statistics, name) for name in ARRAYS}
   content |= {"n": statistics.n, "fingerprint": statistics.fingerprint, "version": VERSION}
   content["protocol"] = None if statistics.protocol is None else json.dumps(statistics.protocol)
+  content["class_names"] = None if statistics.class_names is None else json.dumps(statistics.class_names)
   present: dict[str, Any] = {name: np.asarray(value) for name, value in content.items() if value is not None}
   with files.replacing(path) as file:
     np.savez(file, allow_pickle=False, **present)
@@ -268,7 +276,7 @@ def _from_npz(path: Path) -> Statistics:
       raise ValueError("it is a single array")
     with loaded as archive:
       names = archive.files
-      wanted = [*ARRAYS, "n", "fingerprint", "protocol", "version"]
+      wanted = [*ARRAYS, "n", "fingerprint", "protocol", "class_names", "version"]
       content = {name: archive[name] for name in wanted if name in names}
   except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
     raise ValueError(f"{path} cannot be read as statistics: {error or type(error).__name__}") from error
@@ -281,6 +289,11 @@ def _from_npz(path: Path) -> Statistics:
     raise ValueError(
       f"{path} has version {version!r}, but this jaxguide reads versions up to {VERSION}: use a newer one"
     )
+  if "class_names" in facts:
+    try:
+      facts["class_names"] = json.loads(facts["class_names"])
+    except (TypeError, ValueError) as error:
+      raise ValueError(f"the class_names of {path} are not a JSON text: {error}") from error
   if "protocol" in facts:
     try:
       facts["protocol"] = json.loads(facts["protocol"])

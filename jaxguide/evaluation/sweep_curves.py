@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxguide._core import checks
-from jaxguide.evaluation.evaluations import OF_SAMPLES
-from jaxguide.evaluation.results import Evaluation, Point, Sweep
+from jaxguide.evaluation.protocols import OF_SAMPLES
+from jaxguide.evaluation.results import Evaluation, Figure, Point, Sweep
 from jaxguide.evaluation.sweep_words import describe
 
 METHODS = {
@@ -207,6 +207,29 @@ def best_of(points: Sequence[Point], name: str, better: str | None) -> list[Poin
     return []
   best = {"lower": min, "higher": max}[better](point.evaluation.figures[name].value for point in having)
   return [point for point in having if point.evaluation.figures[name].value == best]
+
+
+def overlap(a: Figure, b: Figure) -> bool:
+  """Whether the intervals of two figures have a number in common. A figure without an interval has none."""
+  if a.interval is None or b.interval is None:
+    return False
+  return bool(a.interval[0] <= b.interval[1] and b.interval[0] <= a.interval[1])
+
+
+def starred(points: Sequence[Point], name: str, better: str | None) -> list[Point]:
+  """Return the points with the best value of a measure, and those whose intervals overlap that of a best one.
+
+  There are none if these are all points, so that the figures do not tell which is the best.
+  """
+  having = [point for point in points if name in point.evaluation.figures]
+  best = best_of(points, name, better)
+  values = [point.evaluation.figures[name] for point in best]
+  found = [
+    point
+    for point in having
+    if any(point is one for one in best) or any(overlap(point.evaluation.figures[name], value) for value in values)
+  ]
+  return found if len(found) < len(having) else []
 
 
 def best_point(sweep: Sweep) -> tuple[Point, str]:

@@ -1,5 +1,6 @@
 """What the figures of a sweep say, in sentences: the best values, and what went wrong."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from jaxguide.evaluation.sweep_curves import (
   comparable,
   curves_of,
   measures_of,
+  overlap,
   text_of,
 )
 from jaxguide.evaluation.sweep_words import Described, describe
@@ -26,7 +28,10 @@ TOLD = (
 """A finding has the first measure of each of these that the curve has; without any, the first measure of all."""
 
 LOST = 0.75
-"""Diversity below this share of that of the real images is called lost."""
+"""Diversity below this share of that of the real images, or of a curve's largest if that is less, is called lost."""
+
+UNCONDITIONAL = ("cfg", "classifier")
+"""Guidances whose samples at scale 0 do not depend on the class."""
 
 SATURATED = 0.05
 """A share of saturated pixels that exceeds that of the real images by this much is named."""
@@ -113,16 +118,10 @@ def _best_part(points: Sequence[Point], name: str, entry: Described, axis: Axis)
   overlapping = [
     point
     for point in having
-    if not any(point is one for one in best) and name in DISTANCES and _overlap(point.evaluation.figures[name], value)
+    if not any(point is one for one in best) and name in DISTANCES and overlap(point.evaluation.figures[name], value)
   ]
   doubt = f"; the interval overlaps that of {where(overlapping, axis)}" if overlapping else ""
   return f"the {entry.title} is {superlative} {at(best, axis)} ({entry.text(value.value)}{doubt})"
-
-
-def _overlap(a: Figure, b: Figure) -> bool:
-  if a.interval is None or b.interval is None:
-    return False
-  return bool(a.interval[0] <= b.interval[1] and b.interval[0] <= a.interval[1])
 
 
 # --- what went wrong ------------------------------------------------------------------------------
@@ -143,6 +142,12 @@ def troubles(sweep: Sweep) -> list[str]:
 def _real(sweep: Sweep, name: str) -> float | None:
   figure = None if sweep.real is None else sweep.real.figures.get(name)
   return None if figure is None else figure.value
+
+
+def _ends(figure: Figure) -> tuple[float, float]:
+  """Return the ends of a figure's interval; its value twice if it has none."""
+  low, high = (figure.value, figure.value) if figure.interval is None else figure.interval
+  return min(low, figure.value), max(high, figure.value)
 
 
 def _having(points: Sequence[Point], name: str) -> dict[int, float]:
@@ -166,20 +171,38 @@ def _saturated(sweep: Sweep, curve: Curve, points: Sequence[Point], axis: Axis) 
 
 
 def _lost(sweep: Sweep, curve: Curve, points: Sequence[Point], axis: Axis) -> list[str]:
+  """Diversity is lost where it is clearly below that of the real images and below the largest of the curve."""
   sentences = []
   for name in DIVERSITIES:
-    real = _real(sweep, name)
-    if real is None:
+    real, values = _real(sweep, name), _having(points, name)
+    if real is None or not values:
       continue
-    low = {i: value for i, value in _having(points, name).items() if value < LOST * real}
+    entry, largest = describe(name, points[0].evaluation.protocol, sweep.real), max(values, key=lambda i: values[i])
+    below = min(real, values[largest]) * LOST
+    low = {i: value for i, value in values.items() if _ends(points[i].evaluation.figures[name])[1] < below}
+    known = f"that of the real images is {entry.text(real)}"
     if low:
-      entry, least = describe(name, points[0].evaluation.protocol, sweep.real), min(low, key=lambda i: low[i])
+      least = min(low, key=lambda i: low[i])
+      most = (
+        ""
+        if values[largest] >= LOST * real
+        else (f", at most it is {entry.text(values[largest])} ({at([points[largest]], axis)})")
+      )
       sentences.append(
         f"With {curve.title} diversity is lost {at([points[i] for i in low], axis)}: the {entry.title} falls to "
-        f"{entry.text(low[least])} ({at([points[least]], axis)}), and that of the real images is "
-        f"{entry.text(real)}."
+        f"{entry.text(low[least])} ({at([points[least]], axis)}){most}, and {known}."
+      )
+    elif _ends(points[largest].evaluation.figures[name])[1] < LOST * real:
+      sentences.append(
+        f"With {curve.title} the {entry.title} is at most {entry.text(values[largest])} "
+        f"({at([points[largest]], axis)}), and {known}."
       )
   return sentences
+
+
+def _knows_class(point: Point) -> bool:
+  """Whether samples depend on the class that they were drawn for. Unguided ones of these guidances do not."""
+  return point.values.get("scale") != 0 or re.split("[+:, ]", point.method)[0] not in UNCONDITIONAL
 
 
 def _inaccurate(sweep: Sweep, curve: Curve, points: Sequence[Point], axis: Axis) -> list[str]:
@@ -189,7 +212,7 @@ def _inaccurate(sweep: Sweep, curve: Curve, points: Sequence[Point], axis: Axis)
   low = {
     i: value
     for i, value in _having(points, "accuracy").items()
-    if max(value, *(points[i].evaluation.figures["accuracy"].interval or (value,))) < real
+    if _ends(points[i].evaluation.figures["accuracy"])[1] < real and _knows_class(points[i])
   }
   if not low:
     return []
@@ -222,7 +245,9 @@ def _nearer_than_real(sweep: Sweep, curve: Curve, points: Sequence[Point], axis:
     real = _real(sweep, name)
     if real is None or sweep.real is None:
       continue
-    near = [points[i] for i, value in _having(points, name).items() if value < real]
+    least = _ends(sweep.real.figures[name])[0]
+    figures = {i: points[i].evaluation.figures[name] for i in _having(points, name)}
+    near = [points[i] for i, figure in figures.items() if _ends(figure)[1] < least]
     if near:
       entry = describe(name, points[0].evaluation.protocol, sweep.real)
       fewer = min(point.evaluation.n for point in near) > sweep.real.n and name != "kid"

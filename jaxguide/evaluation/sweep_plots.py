@@ -55,7 +55,7 @@ def plot(
 ) -> Plot:
   """Plot curves along the axis of a sweep, or in the plane of two measures with a label at each point.
 
-  The vertical axis is logarithmic if the largest value is more than 20 times as large as the least.
+  The vertical axis is logarithmic if the largest value is more than 20 times as large as the least. A title says so.
 
   Args:
     curves: the points of each curve; a curve without points keeps its style.
@@ -75,16 +75,19 @@ def plot(
     axes.margins(0.05, 0.07)
     tips = _draw_curves(axes, curves, real, is_joined)
     low, high = axes.dataLim.intervaly
+    logarithmic = [False, False]
     if 0 < 20 * low < high:
+      logarithmic[1] = True
       axes.set_yscale("log")
       axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
       axes.minorticks_off()
     for line in (axes.xaxis, axes.yaxis):
       line.set_major_formatter("{x:g}")
     if axis is not None:
-      _put_ticks(axes, axis)
-    figure.suptitle(titles[1], x=0.01, ha="left")
-    axes.set_xlabel(titles[0], loc="right")
+      logarithmic[0] = _put_ticks(axes, axis)
+    across, up = (f"{title} (log)" if log else title for title, log in zip(titles, logarithmic, strict=True))
+    figure.suptitle(up, x=0.01, ha="left")
+    axes.set_xlabel(across, loc="right")
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     if axis is not None:
@@ -186,13 +189,19 @@ def places(axis: Axis) -> list[float]:
   return [float(value) if axis.is_numeric else float(i) for i, value in enumerate(axis.values)]
 
 
-def _put_ticks(axes: Any, axis: Axis) -> None:
-  """Put the ticks at the values, and use logarithms above the least positive one if the largest is 8 times it."""
+def _put_ticks(axes: Any, axis: Axis) -> bool:
+  """Put the ticks at the values, and use logarithms above the least positive one if the largest is 8 times it.
+
+  Returns:
+    Whether there are logarithms.
+  """
   least = min((value for value in axis.values if axis.is_numeric and value > 0), default=0)
-  if least and axis.values[0] >= 0 and axis.values[-1] > 8 * least:
+  is_logarithmic = bool(least and axis.values[0] >= 0 and axis.values[-1] > 8 * least)
+  if is_logarithmic:
     axes.set_xscale("symlog", base=2, linthresh=least, linscale=0.5)
   axes.set_xticks(places(axis), [text_of(value) for value in axis.values])
   axes.xaxis.minorticks_off()
+  return is_logarithmic
 
 
 def _thin(axes: Any) -> None:

@@ -17,6 +17,7 @@ from jaxguide.evaluation.sweep_curves import (
   best_point,
   check_sweep,
   flatten,
+  starred,
   text_of,
 )
 from jaxguide.evaluation.sweep_findings import at, findings, listed, troubles, value_text, where
@@ -242,7 +243,7 @@ def _notes(
 def _table(view: View) -> dict[str, Any]:
   sweep, described = view.sweep, view.described
   best = {
-    name: {id(point) for point in best_of(view.comparable, name, entry.better)}
+    name: {id(point) for point in starred(view.comparable, name, entry.better)}
     for name, entry in described.items()
     if len(sweep.points) > 1
   }
@@ -304,7 +305,7 @@ def _intervals(view: View) -> list[str]:
   kinds: dict[str, dict[str, None]] = {}
   for evaluation in evaluations:
     for name, figure in evaluation.figures.items():
-      if figure.interval is not None and name in view.described:
+      if (figure.interval is not None or figure.kind) and name in view.described:
         kinds.setdefault(figure.kind or "an interval without a description", {})[view.described[name].title] = None
   return [f"Interval of the {listed([*titles], most=20)}: {kind}." for kind, titles in kinds.items()]
 

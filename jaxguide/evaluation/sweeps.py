@@ -5,9 +5,11 @@ The folder holds ``samples/`` (one .npz for each point), ``points/`` (its settin
 on where it stopped, and one with more scales, more samples or another solver is added to what is there.
 """
 
+import contextlib
 import dataclasses
 import functools
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,19 +20,21 @@ import numpy as np
 from jaxguide import data, generate, models
 from jaxguide._core import checks
 from jaxguide._core.files import PathLike, check_writable, lock, write_atomically
+from jaxguide.distributed import processes
 from jaxguide.evaluation import evaluations, held_out_data, metrics, tables
+from jaxguide.evaluation.earlier import find_points
 from jaxguide.evaluation.evidence import Options
 from jaxguide.evaluation.features import Features
-from jaxguide.evaluation.grid import Cell, cells, varied
+from jaxguide.evaluation.grid import Cell, cells, plain, varied
 from jaxguide.evaluation.judge import Judge
-from jaxguide.evaluation.points import Measured, as_evaluation, draw, rate_of, read_point, scale_of
+from jaxguide.evaluation.points import Measured, as_evaluation, draw, rate_of, read_point, samples_of, scale_of
 from jaxguide.evaluation.reference import Reference, open_reference
 from jaxguide.evaluation.results import Evaluation, Point, Sweep
 from jaxguide.evaluation.statistics import read_statistics, write_statistics
 from jaxguide.evaluation.sweep_curves import best_point
 from jaxguide.evaluation.sweep_report import write_sweep_report
 from jaxguide.generate import Settings
-from jaxguide.generate.plan import Load, classifier_folder, plan
+from jaxguide.generate.plan import Load, classifier_folder, grid_of, plan
 
 SCALES = (0.0, 1.0, 1.5, 2.0, 4.0)
 """The scales of a sweep that names none."""
@@ -59,6 +63,7 @@ def sweep(
   command: str = "",
   overwrite: bool = False,
   progress: bool = True,
+  devices: Any = None,
 ) -> Sweep:
   """Sample with each guidance at each scale, measure the samples, and write a table and a report.
 
@@ -84,33 +89,51 @@ def sweep(
     command: the command that makes the sweep again, for the report.
     overwrite: whether to remove the points of earlier sweeps first.
     progress: whether to show progress bars.
+    devices: the devices that draw, a mesh, or the text of one, as for `jaxguide.sample_batch`. Several processes that
+      were joined by `jaxguide.distributed.start` sweep together in one folder.
 
   Returns:
     All points of the folder, as the report shows them.
 
   Warns:
-    UserWarning: if a point has samples that are not finite. It is left out, and the others are drawn.
+    UserWarning: if a point has samples that are not finite: it is left out, and the others are drawn. If points have
+      figures of more than ``num`` samples: their figures are then those of the first ``num``.
 
   Raises:
-    ValueError: before any work, for settings, a guidance or a reference that do not suit the networks.
+    ValueError: before any work, for settings, a guidance or a reference that do not suit the networks, or a folder with
+      points of another model.
     FileNotFoundError: if there is no model or no reference.
     OSError: if the folder cannot be written, or another process is writing it.
   """
   out = Path(out)
+  if out.exists() and not out.is_dir():
+    raise NotADirectoryError(f"out must be a folder, and {out} is a file: choose another")
   check_writable(out / "report.html")
   options = options or Options()
   load: Load = functools.cache(models.load)  # type: ignore[assignment]
   if guidance is None:
     guidance = _suitable(base, load)
+    if guidance == ["none"] and (scales is not None or base.scale is not None):
+      raise ValueError(
+        f"{base.model} has no null class, and there is no classifier: no guidance takes a scale, leave out scales "
+        "(--scales)"
+      )
   checks.at_least("num", base.num, 2)
+  several = isinstance(base.steps, str) and re.fullmatch(r"\d+(,\d+)+", base.steps)
+  if several and grid_of(base, load(base.model)).name != "respaced":
+    raise ValueError(f"steps must be one number, got {base.steps!r}: sweep several by over (--over steps={base.steps})")
   found = cells(base, guidance, scales, over, SCALES)
   plans = [plan(cell.settings, load) for cell in found]  # A setting that does not suit the networks is refused here.
   chosen = evaluations.chosen_features(features, plans[0].image_shape)
-  with lock(out / ".lock", out):
-    if overwrite:
-      _clear(out)
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    (out / "points").mkdir(exist_ok=True)
+  with contextlib.ExitStack() as stack:
+    processes.first_does(functools.partial(_begin, out, overwrite, stack))
+    points = find_points(out, found, load)
+    if points.larger is not None:
+      warnings.warn(
+        f"{out} has figures of {points.larger} samples, and num is {base.num}: they are now those of the first "
+        f"{base.num}; give num {points.larger} again for the others",
+        stacklevel=2,
+      )
     trained, held_out = _data_of(base, load, reference is None)
     against = _reference(out, trained if reference is None else reference, chosen, plans[0].image_shape, progress)
     fitted = evaluations.judge_of(judge, against, chosen, plans[0].labels is not None, plans[0].class_names)
@@ -118,18 +141,38 @@ def sweep(
     for each in plans:
       measured.check(each.image_shape, each.labels, base.num)
     real = None if held_out is None else _real(held_out, measured, base.num)
-    failed = draw(out, found, measured, load, progress)
-    swept, left_out = _gather(out, found, measured, real, held_out, load)
+    failed = draw(out, points.drawn, measured, load, progress, devices)
+    processes.wait_for_all("all points are written")
+    swept = _gather(out, [*points.shown, *map(plain, points.others)], measured, real, held_out)
+    names = ", ".join(points.left_out)
+    left_out = {"left out": f"older points whose samples are others today: {names}"} if names else {}
     swept = dataclasses.replace(
       swept,
       title=title or f"Guided samples of {Path(base.model).name}",
       class_names=plans[0].class_names,
-      facts={**_facts(base, load, against, varied(found)), **(facts or {}), **failed, **left_out},
+      facts={
+        **_facts(base, load, against, varied(found)),
+        **(facts or {}),
+        **failed,
+        **left_out,
+      },
       command=command,
     )
-    write_atomically(out / "sweep.csv", tables.csv_text(swept).encode())
-    write_sweep_report(out / "report.html", swept)
+    processes.first_does(functools.partial(_report, out, swept))
   return swept
+
+
+def _begin(out: Path, overwrite: bool, stack: contextlib.ExitStack) -> None:
+  stack.enter_context(lock(out / ".lock", out))
+  if overwrite:
+    _clear(out)
+  (out / "samples").mkdir(parents=True, exist_ok=True)
+  (out / "points").mkdir(exist_ok=True)
+
+
+def _report(out: Path, swept: Sweep) -> None:
+  write_atomically(out / "sweep.csv", tables.csv_text(swept).encode())
+  write_sweep_report(out / "report.html", swept)
 
 
 def check_same(out: PathLike, settings: Settings, fields: Sequence[str]) -> None:
@@ -201,7 +244,7 @@ def _reference(out: Path, source: Any, features: Features, image_shape: Sequence
   except (OSError, ValueError):
     kept = None
   opened = open_reference(source, features, image_shape, progress=progress, kept=kept)
-  if opened.dataset is not None and opened.statistics is not kept:
+  if opened.dataset is not None and opened.statistics is not kept and processes.is_first():
     write_statistics(path, opened.statistics)
   return opened
 
@@ -227,34 +270,20 @@ def _examples(dataset: data.Dataset, number: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _gather(
-  out: Path,
-  found: Sequence[Cell],
-  measured: Measured,
-  real: Evaluation | None,
-  held_out: data.Dataset | None,
-  load: Load,
-) -> tuple[Sweep, dict[str, str]]:
-  """Collect the points of the folder with pictures, and a fact about those that do not belong to what is there now."""
-  stored, left_out = {}, []
-  drawn = {cell.name for cell in found}
-  for path in sorted((out / "points").glob("*.json")):
-    content, samples = read_point(path), out / "samples" / f"{path.stem}.npz"
-    if content is not None and samples.exists():
-      if path.stem in drawn or _is_current(samples, content, load):
-        stored[path.stem] = content
-      else:
-        left_out.append(path.stem)
-  names = [cell.name for cell in found if cell.name in stored]
-  names += [name for name in stored if name not in names]
-  all_cells = [Cell(stored[name]["method"], Settings(**stored[name]["settings"])) for name in names]
+  out: Path, cells_of: Sequence[Cell], measured: Measured, real: Evaluation | None, held_out: data.Dataset | None
+) -> Sweep:
+  """Collect points with their pictures. Those that could not be drawn have no file."""
+  read = {cell: read_point(out / "points" / f"{cell.name}.json") for cell in cells_of if samples_of(out, cell).exists()}
+  stored = {cell.name: content for cell, content in read.items() if content is not None}
+  all_cells = [cell for cell in cells_of if cell.name in stored]
   values = varied(all_cells)
   values["scale"] = [scale_of(cell) for cell in all_cells]
   axis = next((key for key, column in values.items() if len(set(column)) > 1), "scale")
   points = []
-  for i, (name, cell) in enumerate(zip(names, all_cells, strict=True)):
-    result = as_evaluation(stored[name]["evaluation"])
-    images, labels, _ = evaluations.open_images(out / "samples" / f"{name}.npz")
-    shown, rate = min(result.n, SHOWN), rate_of(stored, name)
+  for i, cell in enumerate(all_cells):
+    result = as_evaluation(stored[cell.name]["evaluation"])
+    images, labels, _ = evaluations.open_images(samples_of(out, cell))
+    shown, rate = min(result.n, SHOWN), rate_of(stored, cell.name)
     points.append(
       Point(
         method=cell.method,
@@ -264,28 +293,14 @@ def _gather(
         images=images[:shown],
         labels=None if labels is None else labels[:shown],
         seconds=None if rate is None else result.n / rate,
-        path=out / "samples" / f"{name}.npz",
+        path=samples_of(out, cell),
       )
     )
   real_images, real_labels = (None, None) if held_out is None else _examples(held_out, SHOWN)
   if real_images is None and measured.reference.dataset is not None:
     real_images, real_labels = _examples(measured.reference.dataset, SHOWN)
   swept = Sweep("", points, axis, real, real_images, real_labels)
-  facts = {"left out": f"older points that the networks of today did not draw: {', '.join(left_out)}"}
-  return dataclasses.replace(swept, **_nearest(swept, measured)), facts if left_out else {}
-
-
-def _is_current(samples: Path, content: Mapping[str, Any], load: Load) -> bool:
-  """Return whether a point of an earlier sweep has the samples of its settings, and the figures of its samples."""
-  try:
-    settings = Settings(**content["settings"])
-    if not generate.matches(samples, settings, load):
-      return False
-    images, _, _ = evaluations.open_images(samples)
-  except (ValueError, TypeError, OSError):
-    return False
-  measured = content["evaluation"]
-  return evaluations.hash_of(images[: measured["n"]]) == measured["protocol"].get("samples_hash")
+  return dataclasses.replace(swept, **_nearest(swept, measured))
 
 
 def _unset(axis: str, value: Any) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Figures as text: a table for a terminal, and a CSV file."""
 
 import csv
+import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxguide.evaluation.evaluations import differences
 from jaxguide.evaluation.measures import MEASURES
+from jaxguide.evaluation.protocols import differences
 from jaxguide.evaluation.results import Evaluation, Figure, Sweep
 
 
@@ -16,23 +17,30 @@ def columns(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def figure_text(name: str, figure: Figure | None) -> str:
-  """Format a figure with half the width of its interval; empty for None.
+  """Format a figure with half the width of its interval, or with its ends if it is not in their middle.
 
   >>> figure_text("precision", Figure(0.8, (0.78, 0.82), "95 %")), figure_text("kid", Figure(1.234, (1.23, 1.238), ""))
   ('0.800 ± 0.020', '1.23 ± 0.00')
+  >>> figure_text("precision", Figure(0.9, (0.744, 0.965), "95 %"))
+  '0.900 (0.744 to 0.965)'
   """
   if figure is None:
     return ""
   text = MEASURES[name].text(figure.value)
   if figure.interval is None:
     return text
-  half, percent = (figure.interval[1] - figure.interval[0]) / 2, text.endswith("%")
-  decimals = len(text.rstrip("%").partition(".")[2])
-  return f"{text} ± {half:.{decimals}{'%' if percent else 'f'}}"
+  low, high = figure.interval
+  percent, decimals = text.endswith("%"), len(text.rstrip("%").partition(".")[2])
+  # Rounded to the digits that are shown, both halves are one number.
+  if "e" not in text and abs(low + high - 2 * figure.value) <= 10.0 ** -(decimals + 2 * percent):
+    return f"{text} ± {(high - low) / 2:.{decimals}{'%' if percent else 'f'}}"
+  return f"{text} ({MEASURES[name].text(low)} to {MEASURES[name].text(high)})"
 
 
 def table(rows: Mapping[str, Evaluation] | Sweep, title: str = "samples") -> str:
-  """Format evaluations as a plain-text table for a terminal. If their protocols differ, a line below says in what.
+  """Format evaluations as a plain-text table for a terminal.
+
+  Lines below say in what the protocols differ, which figures have no interval and why, and which are left out and why.
 
   Args:
     rows: evaluations by the name of their samples; or a sweep.
@@ -55,14 +63,50 @@ def table(rows: Mapping[str, Evaluation] | Sweep, title: str = "samples") -> str
   different = differences([one.protocol for one in evaluations])
   if different:
     text += ["", "The rows cannot be compared as they are. They differ in " + "; ".join(different) + "."]
-  return "\n".join(text)
+  notes = [*_without_interval(evaluations), *_left_out(named)]
+  return "\n".join([*text, "", *notes] if notes else text)
+
+
+def _without_interval(evaluations: Sequence[Evaluation]) -> list[str]:
+  """Say why figures have no interval, in a line for each reason."""
+  reasons: dict[str, dict[str, None]] = {}
+  for one in evaluations:
+    for name, figure in one.figures.items():
+      if figure.interval is None and figure.kind:
+        reasons.setdefault(figure.kind, {})[heading(name, evaluations)] = None
+  return [f"{', '.join(names)}: {reason}." for reason, names in reasons.items()]
+
+
+def _left_out(named: Sequence[tuple[tuple[str, ...], Evaluation]]) -> list[str]:
+  """Say which figures are left out, in a line for each reason, with the rows if it is not all."""
+  evaluations = [one for _, one in named]
+  reasons: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
+  for cells, one in named:
+    for name, reason in one.left_out.items():
+      names, rows = reasons.setdefault(reason, ({}, {}))
+      names[heading(name, evaluations)] = None
+      rows[" ".join(cells)] = None
+  lines = []
+  for reason, (names, rows) in reasons.items():
+    whose = "" if len(rows) == len(named) else f" of {', '.join(rows)}"
+    lines.append(f"Left out{whose}: {', '.join(names)}; needs {reason}.")
+  return lines
 
 
 def heading(name: str, evaluations: Sequence[Evaluation]) -> str:
-  """Give the short heading of a measure: its established name if all features are Inception's, else its name."""
-  families = {str(one.protocol.get("features")).partition(":")[0] for one in evaluations}
-  established = MEASURES[name].inception
-  return established if established and families == {"inception"} else name.replace("_", " ")
+  """Give the heading of a measure, as the report has it: its title on the features, if all are on the same."""
+  features = {str(one.protocol.get("features", "")).partition(":")[0] for one in evaluations}
+  return MEASURES[name].title_on(features.pop() if len(features) == 1 else "")
+
+
+def as_plain(rows: Mapping[str, Evaluation]) -> dict[str, Any]:
+  """Return evaluations as plain data, each figure with its title on the features beside its value."""
+  content: dict[str, Any] = {}
+  for row, one in rows.items():
+    content[row] = dataclasses.asdict(one)
+    for name, figure in content[row]["figures"].items():
+      content[row]["figures"][name] = {"title": heading(name, [one]), **figure}
+  return content
 
 
 def _of_sweep(swept: Sweep) -> tuple[list[str], list[tuple[tuple[str, ...], Evaluation]]]:
@@ -83,13 +127,16 @@ def csv_text(swept: Sweep) -> str:
   """Format a sweep as CSV, with all digits.
 
   The columns are method, one for each thing that is swept, n, for each measure its value, the ends of its interval and
-  what the interval is (``kid``, ``kid_low``, ``kid_high``, ``kid_interval``), and samples_per_second.
+  what the interval is (``recall``, ``recall_low``, ``recall_high``, ``recall_interval``), and samples_per_second. The
+  columns ``kid`` and ``inception_score`` are there on Inception's features alone; on others they are called
+  ``kernel_distance`` and ``classifier_score``.
   """
   keys = list(dict.fromkeys(key for point in swept.points for key in point.values))
-  names = columns([point.evaluation for point in swept.points])
+  evaluations = [point.evaluation for point in swept.points]
+  names = columns(evaluations)
   text = io.StringIO(newline="")
   writer = csv.writer(text, lineterminator="\n")
-  heads = [f"{name}{end}" for name in names for end in ("", "_low", "_high", "_interval")]
+  heads = [f"{_column(name, evaluations)}{end}" for name in names for end in ("", "_low", "_high", "_interval")]
   writer.writerow(["method", *keys, "n", *heads, "samples_per_second"])
   for point in swept.points:
     cells: list[Any] = [point.method, *(point.values.get(key, "") for key in keys), point.evaluation.n]
@@ -99,3 +146,12 @@ def csv_text(swept: Sweep) -> str:
       cells += ["" if figure is None else figure.value, *ends, "" if figure is None else figure.kind]
     writer.writerow([*cells, point.evaluation.n / point.seconds if point.seconds else ""])
   return text.getvalue()
+
+
+def _column(name: str, evaluations: Sequence[Evaluation]) -> str:
+  """Give the name of a column: that of the measure, unless it is a name of Inception's and the features are others."""
+  entry = MEASURES[name]
+  is_inceptions = name == entry.inception.lower().replace(" ", "_")
+  if is_inceptions and heading(name, evaluations) != entry.inception:
+    return entry.title.replace(" ", "_")
+  return name

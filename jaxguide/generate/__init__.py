@@ -6,7 +6,8 @@ of guidances, solvers and grids with their options.
 
 from jaxguide._core.specs import HelpRow
 from jaxguide.generate import guidances, walks
-from jaxguide.generate.run import FORMATS, matches, run
+from jaxguide.generate.identity import identity
+from jaxguide.generate.run import FORMATS, run, unlike
 from jaxguide.generate.settings import Settings
 from jaxguide.generate.unfinished import clear
 
@@ -16,4 +17,4 @@ def overview() -> dict[str, list[HelpRow]]:
   return {**guidances.help_rows(), **walks.help_rows()}
 
 
-__all__ = ["FORMATS", "Settings", "clear", "matches", "overview", "run"]
+__all__ = ["FORMATS", "Settings", "clear", "identity", "overview", "run", "unlike"]

@@ -345,12 +345,7 @@ class GuidanceSpec:
     method = checks.lookup("guidance", spec.name, METHODS)
     profile = checks.lookup("scale profile", spec.options.get("profile", "constant"), PROFILES)
     rule = checks.lookup("combine rule", spec.options.get("combine", "linear"), COMBINES)
-    known = dict(method.options)
-    if method.scale is not None:
-      known |= {**options_of(profile, "networks"), "profile": _word("profile", "constant")}
-    if method.combines:
-      known |= {**options_of(rule), "combine": _word("combine", "linear")}
-    options = choose(spec, {**known, **options_of(_everywhere)})
+    options = choose(spec, _known(method, profile, rule))
     for name, parameter in method.options.items():
       if parameter.default is parameter.empty and name not in options:
         raise ValueError(f"{spec.name!r} needs its option {name}: {spec.name}:{name}=...")
@@ -360,6 +355,18 @@ class GuidanceSpec:
   def takes_scale(self) -> bool:
     """Whether the guidance has a scale."""
     return self.method.scale is not None
+
+  def complete(self, scale: float | None) -> dict[str, Any]:
+    """Give the values of all options, also of those that were left out.
+
+    Args:
+      scale: the scale, if the options have none.
+
+    >>> GuidanceSpec.parse("clip").complete(None)
+    {'bound': 1.0, 'sigma_lo': None, 'sigma_hi': None, 'ratio': None}
+    """
+    defaults = {name: option.default for name, option in _known(self.method, self.profile, self.rule).items()}
+    return {**defaults, **({"scale": scale} if self.takes_scale else {}), **self.options}
 
   def _of(self, known: Mapping[str, Any]) -> dict[str, Any]:
     return {name: self.options[name] for name in known if name in self.options}
@@ -393,6 +400,16 @@ class GuidanceSpec:
       names = "the classifier's least noise level", "its largest"
       check_levels(networks.sigmas, names[0], max(low, least), names[1], min(high, largest))
     return guidance
+
+
+def _known(method: Method, profile: Callable[..., Scale], rule: Callable[..., Combine]) -> dict[str, inspect.Parameter]:
+  """Give the options of a method with a profile and a combine rule."""
+  known = dict(method.options)
+  if method.scale is not None:
+    known |= {**options_of(profile, "networks"), "profile": _word("profile", "constant")}
+  if method.combines:
+    known |= {**options_of(rule), "combine": _word("combine", "linear")}
+  return {**known, **options_of(_everywhere)}
 
 
 def _word(name: str, default: str) -> inspect.Parameter:

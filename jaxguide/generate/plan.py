@@ -19,6 +19,7 @@ from jaxguide.generate.guidances import GuidanceSpec, Networks
 from jaxguide.generate.settings import Settings
 from jaxguide.generate.walks import GridSpec, check_levels, ddim_eta
 from jaxguide.models import pretrained
+from jaxguide.models.config import ModelConfig
 from jaxguide.models.encoders import Encoder
 from jaxguide.models.model import Model
 from jaxguide.models.networks import CLASSIFIER
@@ -72,7 +73,12 @@ def plan(settings: Settings, load: Load = models.load) -> Plan:
   """
   load = functools.partial(_load, settings, load)
   model = load(settings.model)
-  chosen = _chosen(settings, model)
+  if model.config.encoder == "latents":
+    raise ValueError(
+      f"the model in {settings.model} makes latents, which are no pictures yet: sample it in Python with "
+      "jaxguide.sample_batch, and decode the latents with their autoencoder"
+    )
+  chosen = chosen_of(settings, model)
   classifier = _classifier(settings, model, load) if any(spec.method.gradient for spec in chosen) else None
   _check_unused(settings, model, chosen, classifier, load)
   init = _init(settings, model)
@@ -93,7 +99,7 @@ def plan(settings: Settings, load: Load = models.load) -> Plan:
   steps = _clipped(settings, guidances, model.config.data.bound)
   if _runs_unconditionally(model, chosen):
     steps = [guide.unconditional(model.null_cond), *steps]
-  settings, class_names = _by_number(settings, model, classifier)
+  settings, class_names = by_number(settings, model, classifier)
   cond, labels = _cond(settings, model, classifier)
   every_model = [model, *([] if classifier is None else [classifier]), *others]
   return Plan(
@@ -116,7 +122,7 @@ def plan(settings: Settings, load: Load = models.load) -> Plan:
   )
 
 
-def _chosen(settings: Settings, model: Model) -> Sequence[GuidanceSpec]:
+def chosen_of(settings: Settings, model: Model) -> Sequence[GuidanceSpec]:
   """Give the guidances that are named, or those that suit the networks."""
   if model.config.low_res_shape is not None:
     if settings.guidance not in (None, ("none",)):
@@ -147,10 +153,14 @@ def _check_unused(
 
 def _sigmas(settings: Settings, model: Model) -> Array:
   """Give the levels of the walk: the grid, or its end if the walk starts from images."""
-  schedule = model.config.noise_schedule
-  default = "respaced" if isinstance(schedule, schedules.Table) else "karras"
-  sigmas = (settings.grid_spec or GridSpec.parse(default)).levels(settings.steps, schedule)
+  sigmas = grid_of(settings, model).levels(settings.steps, model.config.noise_schedule)
   return sigmas if settings.init is None else sigmas[_first_step(settings, sigmas) :]
+
+
+def grid_of(settings: Settings, model: Model) -> GridSpec:
+  """Give the grid that is named, or that which suits the model."""
+  default = "respaced" if isinstance(model.config.noise_schedule, schedules.Table) else "karras"
+  return settings.grid_spec or GridSpec.parse(default)
 
 
 def _solver_defaults(settings: Settings, model: Model, shifts_mean: bool) -> dict[str, Any]:
@@ -173,16 +183,22 @@ def _check_churn(solver: Solver, sigmas: Array) -> None:
 
 def _built(settings: Settings, chosen: Sequence[GuidanceSpec], networks: Networks) -> list[Guidance]:
   """Build the guidances. The scale of the settings goes to the first that takes one."""
-  scale, guidances = settings.scale, []
+  scales = scales_of(settings, chosen, networks.classifier)
+  return [spec.build(networks, scale) for spec, scale in zip(chosen, scales, strict=True)]
+
+
+def scales_of(settings: Settings, chosen: Sequence[GuidanceSpec], classifier: Model | None) -> list[float | int | None]:
+  """Give the scale of each guidance: its own, that of the settings, or its default; None where it takes none."""
+  scale, found = settings.scale, []
   for spec in chosen:
     if spec.takes_scale and scale is not None and "scale" in spec.options:
       raise ValueError(f"scale is given twice, as {scale:g} and in {spec.text!r}: leave out one")
-    recommended = None
-    if spec.name == "classifier" and networks.classifier is not None:
-      recommended = networks.classifier.config.scale
-    guidances.append(spec.build(networks, recommended if scale is None or not spec.takes_scale else scale))
+    recommended = classifier.config.scale if spec.name == "classifier" and classifier is not None else None
+    default = spec.method.scale if recommended is None else recommended
+    own = spec.options.get("scale", default if scale is None else scale)
+    found.append(own if spec.takes_scale else None)
     scale = None if spec.takes_scale else scale
-  return guidances
+  return found
 
 
 Named = tuple[GuidanceSpec, Guidance]
@@ -285,8 +301,10 @@ def _cond(settings: Settings, model: Model, classifier: Model | None) -> tuple[A
     )
   shape = model.config.low_res_shape
   if (shape is None) != (settings.base_samples is None):
-    needs = "takes no" if shape is None else "needs"
-    raise ValueError(f"the model {needs} base_samples: low-resolution images are for models of super-resolution")
+    needs = "takes no base_samples, which are for models of super-resolution: leave them out"
+    if shape is not None:
+      needs = f"needs base_samples (--base-samples FILE), low-resolution images: {base_samples_of(model.config)}"
+    raise ValueError(f"the model {needs}")
   if settings.base_samples is None:
     labels = _labels(settings, model, classifier)
     return labels, labels
@@ -303,6 +321,13 @@ def _cond(settings: Settings, model: Model, classifier: Model | None) -> tuple[A
     raise ValueError(f"{settings.base_samples} has no labels, which the model needs: it must have them in arr_1")
   labels = checks.labels("label", labels[rows], model.config.num_classes).astype(np.int32)
   return {"label": labels, "low_res": low_res}, labels
+
+
+def base_samples_of(config: ModelConfig) -> str:
+  """Say what the file of the low-resolution images of a model has to hold."""
+  height, width, channels = config.low_res_shape or ()
+  labels = "" if config.num_classes is None else ", and their labels (images,) as arr_1"
+  return f"an .npz with uint8 images of shape (images, {height}, {width}, {channels}) as arr_0{labels}"
 
 
 def _init(settings: Settings, model: Model) -> np.ndarray | None:
@@ -333,13 +358,15 @@ def _first_step(settings: Settings, sigmas: Array) -> int:
   return int(np.argmin(np.abs(np.log(levels) - np.log(settings.init_level))))
 
 
-def _by_number(settings: Settings, model: Model, classifier: Model | None) -> tuple[Settings, Sequence[str] | None]:
+def by_number(settings: Settings, model: Model, classifier: Model | None) -> tuple[Settings, Sequence[str] | None]:
   """Replace names of classes in the settings by their numbers, and give the names of all classes."""
   names = model.config.class_names
   if names is None and classifier is not None:
     names = classifier.config.class_names
   if settings.labels is None:
     return settings, names
+  if classes_of(model, classifier) is None and model.config.label_size is None:
+    raise ValueError("the model has no classes, and there is no classifier: leave out the labels (--label)")
   numbers = {} if names is None else {name: number for number, name in enumerate(names)}
 
   def number(label: int | str) -> int:
@@ -352,11 +379,14 @@ def _by_number(settings: Settings, model: Model, classifier: Model | None) -> tu
   return dataclasses.replace(settings, labels=tuple(map(number, settings.labels))), names
 
 
+def classes_of(model: Model, classifier: Model | None) -> int | None:
+  """Give the number of classes that samples are of; None if there are none."""
+  return model.config.num_classes if classifier is None else classifier.config.num_classes
+
+
 def _labels(settings: Settings, model: Model, classifier: Model | None) -> np.ndarray | None:
-  classes = model.config.num_classes if classifier is None else classifier.config.num_classes
+  classes = classes_of(model, classifier)
   if classes is None:
-    if settings.labels is not None:
-      raise ValueError("the model has no classes, and there is no classifier: leave out the labels")
     return None
   labels = np.arange(classes) if settings.labels is None else np.asarray(settings.labels)
   return np.resize(checks.labels("label", labels, classes), settings.num).astype(np.int32)

@@ -1,12 +1,13 @@
 """The run: draw the samples, keep those that are done, and write the file at the end."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from jaxguide._core import checks, keys, records
 from jaxguide._core.bars import progress_bar
 from jaxguide._core.files import PathLike, check_writable, lock, remove_parts
 from jaxguide._core.typing import PyTree
+from jaxguide.distributed import processes
 from jaxguide.generate import unfinished
 from jaxguide.generate.plan import Load, Plan, plan
-from jaxguide.generate.settings import Settings
+from jaxguide.generate.settings import Settings, plain_record
 from jaxguide.models import pretrained
 from jaxguide.models.config import ModelConfig
 
@@ -57,8 +59,12 @@ def run(
   grow: bool = False,
   progress: bool | Callable[[int], object] = True,
   load: Load = models.load,
+  devices: Any = None,
 ) -> bool:
   """Sample, and write the samples to a file.
+
+  Several processes that were joined by `jaxguide.distributed.start` draw the samples together: each writes its own part
+  into the folder of the unfinished run, which all of them must see, and the first one writes the file.
 
   While it runs, the samples so far are kept in the folder ``OUT.unfinished``. If the run is killed and started again
   with the same settings, it goes on where it stopped, and the file is the same as that of an unbroken run. The file
@@ -74,6 +80,8 @@ def run(
     progress: whether to show a progress bar; or a function that is called first with the number of samples that are
       there from earlier, and then after each batch with its number of samples.
     load: loads the model of a folder; for several runs one that keeps what it loaded.
+    devices: the devices, a mesh, or the text of one such as ``"fsdp=8"``, as for `jaxguide.sample_batch`. They do not
+      change the samples.
 
   Returns:
     Whether samples were drawn; False if the file existed already.
@@ -103,8 +111,12 @@ def run(
       f"a PNG needs images of 1 (gray) or 3 (RGB) channels, and the model's have {run_plan.image_shape[-1]}: write .npz"
     )
   record = _record(run_plan, settings.num)
+  processes.check_same({name: record[name] for name in record if name != "version"})
   unfinished_at = out.with_name(out.name + ".unfinished")
-  with lock(out.with_name(f".{out.name}.lock"), out):
+
+  def begin() -> unfinished.Unfinished | None:
+    """Lock the file, and return the samples so far; None if nothing is left to do."""
+    stack.enter_context(lock(out.with_name(f".{out.name}.lock"), out))
     remove_parts(out.parent, out.name)
     if out.exists():
       old_record = _settings_of(out)
@@ -113,26 +125,61 @@ def run(
       grown = _grown(old_record, run_plan, load) if grow else None
       if not overwrite and grown is None:
         _check_finished(out, old_record, record)
-        return False
+        return None
       if grown is not None and grown >= settings.num:
-        return False
+        return None
     kept = _continued(unfinished_at, record, run_plan, load) if grow else None
     samples = unfinished.Unfinished(unfinished_at, record, (settings.num, *run_plan.image_shape), _DEFAULTS)
-    try:
+    with _removed_if_empty(samples):
       if grow and not samples.done and kept is None and out.exists():
         kept = data.load_npz(out, labelled=False)[0]
       if kept is not None and len(kept):
         samples.append(kept[: settings.num])
-      _sample(samples, settings, run_plan, progress)
-    except BaseException:
-      if not samples.done:
-        samples.remove()  # An empty unfinished run would block a run with other settings.
-      raise
+    return samples
+
+  def finish() -> float:
+    """Write the file, and return the share of saturated pixels."""
+    assert samples is not None
     write(out, samples.images, run_plan.labels, json.dumps(record), run_plan.class_names)
     share = data.saturation(samples.images)
     samples.remove()
-  _warn_of_saturation(settings, share)
+    return float(share)
+
+  with contextlib.ExitStack() as stack:
+    samples = _begun(begin, unfinished_at)
+    if samples is None:
+      return False
+    with _removed_if_empty(samples):
+      _sample(samples, settings, run_plan, progress, devices)
+    share = processes.first_does(finish)
+  if processes.is_first():
+    _warn_of_saturation(settings, share)
   return True
+
+
+@contextlib.contextmanager
+def _removed_if_empty(samples: unfinished.Unfinished) -> Iterator[None]:
+  """After an error, remove a folder without samples, which would block a run with other settings."""
+  try:
+    yield
+  except BaseException:
+    if not samples.done and processes.is_first():
+      samples.remove()
+    raise
+
+
+def _begun(begin: Callable[[], unfinished.Unfinished | None], folder: Path) -> unfinished.Unfinished | None:
+  """Let the first process begin, and the others join it."""
+  found: list[unfinished.Unfinished | None] = []
+
+  def task() -> int | None:
+    found.append(begin())
+    return None if found[0] is None else found[0].done
+
+  done = processes.first_does(task)
+  if found or done is None:
+    return found[0] if found else None
+  return unfinished.Unfinished.joined(folder, done)
 
 
 _DEFAULTS = {"settings": records.defaults(Settings), "network": records.defaults(ModelConfig)}
@@ -156,21 +203,38 @@ def _grown(old_record: Mapping[str, Any] | None, run_plan: Plan, load: Load) -> 
 
   The size of the batches and how paths are written may differ too: the record has what is in the files.
   """
+  num, different = _compared(old_record, run_plan, load)
+  return None if different else num
+
+
+def _compared(old_record: Mapping[str, Any] | None, run_plan: Plan, load: Load) -> tuple[int, list[records.Difference]]:
+  """Give the number of samples of a record, and in what they differ from those of a plan but for their number."""
   try:
     stored: dict[str, Any] = {**(old_record or {})}
     ours = dataclasses.asdict(run_plan.settings)
     stored["settings"] = {**stored["settings"], **{name: ours[name] for name in WITHOUT_EFFECT}}
     num = checks.whole("num", stored["settings"]["num"], 1, 2**63)
   except (KeyError, TypeError, ValueError):
-    return None
+    return 0, [records.Difference("settings", None, None)]
   # The plan of more samples has more labels.
   other = run_plan if num <= run_plan.settings.num else plan(dataclasses.replace(run_plan.settings, num=num), load)
-  return None if records.differences(stored, _record(other, num), _DEFAULTS) else num
+  return num, records.compare(stored, _record(other, num), _DEFAULTS)
 
 
-def matches(out: PathLike, settings: Settings, load: Load = models.load) -> bool:
-  """Return whether a finished file has the samples of some settings, perhaps more or fewer of them."""
-  return _grown(_settings_of(Path(out)), plan(settings, load), load) is not None
+def unlike(out: PathLike, settings: Settings, load: Load = models.load) -> list[records.Difference]:
+  """Return in what the samples of a finished file differ from those of some settings; not in their number.
+
+  Args:
+    out: the file.
+    settings: the settings.
+    load: loads the model of a folder.
+
+  Returns:
+    Fields of the file's record that differ: ``settings.*``, ``network.*``, ``classifier_network.*``,
+    ``other_networks``, ``jaxguide`` (its version), and ``data.crc32`` where parameters, labels or images to start from
+    are others. A file without a record differs in ``settings``.
+  """
+  return _compared(_settings_of(Path(out)), plan(settings, load), load)[1]
 
 
 def _continued(folder: Path, record: Mapping[str, Any], run_plan: Plan, load: Load) -> np.ndarray | None:
@@ -188,15 +252,19 @@ def _continued(folder: Path, record: Mapping[str, Any], run_plan: Plan, load: Lo
 
 
 def _sample(
-  samples: unfinished.Unfinished, settings: Settings, run_plan: Plan, progress: bool | Callable[[int], object]
+  samples: unfinished.Unfinished,
+  settings: Settings,
+  run_plan: Plan,
+  progress: bool | Callable[[int], object],
+  devices: Any,
 ) -> None:
   init = run_plan.init
-  show = progress is True
+  show = progress is True and processes.is_first()
   with progress_bar(settings.num, initial=samples.done, title="sampling", unit="sample", show=show) as bar:
     tell = progress if callable(progress) else bar.update
     if callable(progress):
       tell(samples.done)
-    batches = sampling.sample_batches(
+    shares = sampling.sample_shares(
       run_plan.denoiser,
       keys.seed_key(settings.seed),
       run_plan.cond,
@@ -206,13 +274,20 @@ def _sample(
       solver=run_plan.solver,
       batch_size=settings.batch_size,
       skip=samples.done,
+      devices=devices,
       x_init=None if init is None else lambda rows: np.asarray(run_plan.encoder.encode(init[rows % len(init)])),
       add_noise=init is not None,
     )
     with jax.default_matmul_precision(settings.matmul_precision):
-      for x in batches:
-        samples.append(run_plan.encoder.decode(x))
-        tell(len(x))
+      for share in shares:
+        samples.write(share.rows, run_plan.encoder.decode(share.samples))
+        # A sample counts when all before it are on the disk.
+        processes.wait_for_all("the samples of a batch are written")
+        if processes.is_first():
+          samples.commit(share.num)
+        else:
+          samples.done += share.num
+        tell(share.num)
 
 
 def _settings_of(out: Path) -> dict[str, Any] | None:
@@ -220,7 +295,7 @@ def _settings_of(out: Path) -> dict[str, Any] | None:
     record = json.loads(data.settings_of(out) or "")
   except (ValueError, RecursionError):
     return None
-  return record if isinstance(record, dict) else None
+  return plain_record(record) if isinstance(record, dict) else None
 
 
 def _check_finished(out: Path, old_record: Mapping[str, Any] | None, record: Mapping[str, Any]) -> None:

@@ -22,6 +22,27 @@ MAX_NUM = 10**8
 """The most samples of a file."""
 
 
+def plain_steps(steps: Any) -> Any:
+  """Return the number of steps that a text is, such as ``"25"``; another text, such as ``"ddim25"``, as it is.
+
+  >>> plain_steps("25"), plain_steps("ddim25"), plain_steps(3)
+  (25, 'ddim25', 3)
+  """
+  return int(steps) if isinstance(steps, str) and steps.isdecimal() else steps
+
+
+def plain_record(record: dict[str, Any]) -> dict[str, Any]:
+  """Return the record of a file with the number of its steps as a number. Older files may have it as a text.
+
+  >>> plain_record({"settings": {"steps": "25"}})
+  {'settings': {'steps': 25}}
+  """
+  settings = record.get("settings")
+  if not isinstance(settings, dict) or "steps" not in settings:
+    return record
+  return {**record, "settings": {**settings, "steps": plain_steps(settings["steps"])}}
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
   """Everything that samples depend on.
@@ -99,8 +120,8 @@ class Settings:
       "cudnn_attention": checks.flag("cudnn_attention", self.cudnn_attention),
       "clip": checks.flag("clip", self.clip),
     }
-    if not isinstance(self.steps, str):
-      plain["steps"] = checks.at_least("steps", self.steps, 1)
+    is_number = not isinstance(self.steps, str) or self.steps.isdecimal()
+    plain["steps"] = checks.at_least("steps", plain_steps(self.steps), 1) if is_number else self.steps
     if self.labels is not None:
       if isinstance(self.labels, str) or not np.iterable(self.labels) or not len(self.labels):
         raise ValueError(f"labels must be a list of at least one class, got {self.labels!r}; leave it out to take all")

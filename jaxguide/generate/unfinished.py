@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxguide._core import records
 from jaxguide._core.files import is_part, remove_parts, write_atomically
+from jaxguide.generate.settings import plain_record
 
 FILES = ("settings.json", "done.json", "images.npy")
 
@@ -37,7 +38,7 @@ def clear_finished(folder: Path, settings: Mapping[str, Any]) -> None:
   if not folder.is_dir() or any(path.name not in FILES and not is_part(path) for path in folder.iterdir()):
     return
   try:
-    is_same_run = json.loads((folder / "settings.json").read_text()) == settings
+    is_same_run = plain_record(json.loads((folder / "settings.json").read_text())) == settings
   except FileNotFoundError:
     is_same_run = True  # The run was killed while it cleaned up, or before it drew anything.
   except (OSError, ValueError):
@@ -52,7 +53,7 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
     settings = json.loads((folder / "settings.json").read_text())
   except (OSError, ValueError, RecursionError):
     return None
-  return settings if isinstance(settings, dict) else None
+  return plain_record(settings) if isinstance(settings, dict) else None
 
 
 class Unfinished:
@@ -92,7 +93,7 @@ class Unfinished:
         raise ValueError("settings.json holds no settings")
     except (OSError, ValueError) as error:
       raise self._damaged(error) from error
-    different = records.differences(old_settings, settings, default)
+    different = records.differences(plain_record(old_settings), settings, default)
     if different:
       raise ValueError(
         f"{folder} holds samples of an unfinished run with other settings ({'; '.join(different)}): "
@@ -110,12 +111,33 @@ class Unfinished:
       raise self._damaged(error) from error
     self.images, self.done = np.load(folder / "images.npy", mmap_mode="r+"), done
 
+  @classmethod
+  def joined(cls, folder: Path, done: int) -> "Unfinished":
+    """Return the samples that another process keeps in a folder, for writing some of them.
+
+    Args:
+      folder: the folder.
+      done: the number of samples that are done.
+    """
+    samples = cls.__new__(cls)
+    samples.folder, samples.done = folder, done
+    samples.images = np.load(folder / "images.npy", mmap_mode="r+")
+    return samples
+
   def append(self, images: np.ndarray) -> None:
     """Add the next samples, uint8 (n, height, width, channels)."""
-    self.images[self.done : self.done + len(images)] = images
+    self.write(self.done + np.arange(len(images)), images)
+    self.commit(len(images))
+
+  def write(self, rows: np.ndarray, images: np.ndarray) -> None:
+    """Write samples, uint8 (n, height, width, channels), to their places. They count once they are committed."""
+    self.images[rows] = images
     self.images.flush()
-    self._checksum = zlib.crc32(np.ascontiguousarray(images).data, self._checksum)
-    self._count(self.done + len(images))
+
+  def commit(self, num: int) -> None:
+    """Count the next samples, which have been written, perhaps by several processes."""
+    self._checksum = zlib.crc32(np.ascontiguousarray(self.images[self.done : self.done + num]).data, self._checksum)
+    self._count(self.done + num)
 
   def remove(self) -> None:
     """Remove the folder."""

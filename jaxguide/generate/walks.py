@@ -55,6 +55,14 @@ class SolverSpec:
     solver_spec.build(1)
     return solver_spec
 
+  def complete(self) -> dict[str, Any]:
+    """Give the values of all options, also of those that were left out.
+
+    >>> SolverSpec.parse("ddim").complete()
+    {'eta': 0.0}
+    """
+    return _complete(_options(self.name, solvers.SOLVERS[self.name]), self.options)
+
   def build(self, num_steps: int, **defaults: Any) -> Solver:
     """Build the solver.
 
@@ -106,6 +114,10 @@ class GridSpec:
     grid = checks.lookup("grid", spec.name, GRIDS)
     return cls(spec.name, choose(spec, options_of(grid, "steps", "table")))
 
+  def complete(self) -> dict[str, Any]:
+    """Give the values of all options, also of those that were left out."""
+    return _complete(options_of(GRIDS[self.name], "steps", "table"), self.options)
+
   def levels(self, steps: int | str, schedule: schedules.NoiseSchedule) -> Array:
     """Make the grid.
 
@@ -147,6 +159,10 @@ def check_levels(sigmas: Array, low_name: str, low: float, high_name: str, high:
       f"no level of the grid lies between {low_name} {low:g} and {high_name} {high:g}: they go from "
       f"{levels.max():g} to {levels.min():g}"
     )
+
+
+def _complete(known: Mapping[str, inspect.Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
+  return {**{name: option.default for name, option in known.items()}, **given}
 
 
 def _options(name: str, solver: type) -> dict[str, inspect.Parameter]:

@@ -30,6 +30,7 @@ from jaxguide.evaluation.metrics.intervals import (
   mean_interval,
   proportion_interval,
 )
+from jaxguide.evaluation.metrics.jackknife import jackknife_interval
 from jaxguide.evaluation.metrics.kernel import Kid, kid
 from jaxguide.evaluation.metrics.neighbours import nearest
 from jaxguide.evaluation.metrics.within_class import diversity
@@ -53,6 +54,7 @@ __all__ = [
   "frechet_interval",
   "gaussian",
   "inception_score",
+  "jackknife_interval",
   "kid",
   "least_of",
   "mean_interval",

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from jaxguide._core import checks
 from jaxguide.evaluation.metrics.arrays import check_pair
+from jaxguide.evaluation.metrics.jackknife import Left, without_groups
 from jaxguide.evaluation.metrics.neighbours import (
   Block,
   Frame,
@@ -138,6 +139,7 @@ class Neighbourhoods(NamedTuple):
     in_generated: bool of shape (n,), for recall: whether each real sample is in a ball of a generated one.
     densities: float64 of shape (m,), for density.
     covered: bool of shape (n,), for coverage.
+    left: recall and coverage without each group of generated samples, for their intervals; None if not asked for.
   """
 
   precision: float
@@ -148,6 +150,7 @@ class Neighbourhoods(NamedTuple):
   in_generated: np.ndarray
   densities: np.ndarray
   covered: np.ndarray
+  left: Left | None = None
 
 
 class PrecisionRecall(NamedTuple):
@@ -185,7 +188,9 @@ def _checked(real: npt.ArrayLike, generated: npt.ArrayLike, *ks: Any) -> tuple[n
   return real, generated
 
 
-def neighbourhoods(real: npt.ArrayLike, generated: npt.ArrayLike, k: int = 3, k_density: int = 5) -> Neighbourhoods:
+def neighbourhoods(
+  real: npt.ArrayLike, generated: npt.ArrayLike, k: int = 3, k_density: int = 5, jackknife_seed: int | None = None
+) -> Neighbourhoods:
   """Compute `precision_recall` and `density_coverage` together, with fewer distances than one after the other.
 
   Args:
@@ -193,6 +198,7 @@ def neighbourhoods(real: npt.ArrayLike, generated: npt.ArrayLike, k: int = 3, k_
     generated: shape (m, d).
     k: the neighbour that gives the radius of a ball, for precision and recall.
     k_density: the same for density and coverage.
+    jackknife_seed: chooses the groups of generated samples that are left out in turn; None leaves out none.
 
   Raises:
     ValueError: if the features are not valid, their widths differ, or a set has no more than ``k`` samples.
@@ -211,7 +217,8 @@ def neighbourhoods(real: npt.ArrayLike, generated: npt.ArrayLike, k: int = 3, k_
   precision, recall, density, coverage = (
     float(values.mean()) for values in (in_real, in_generated, densities, covered)
   )
-  return Neighbourhoods(precision, recall, density, coverage, in_real, in_generated, densities, covered)
+  left = None if jackknife_seed is None else without_groups(frame, real, generated, balls[2], k, jackknife_seed)
+  return Neighbourhoods(precision, recall, density, coverage, in_real, in_generated, densities, covered, left)
 
 
 def precision_recall(real: npt.ArrayLike, generated: npt.ArrayLike, k: int = 3) -> PrecisionRecall:

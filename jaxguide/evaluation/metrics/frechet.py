@@ -1,5 +1,6 @@
 """The Fréchet distance between Gaussians fitted to features, and what too few samples do to it."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -183,6 +184,59 @@ def factored(name: str, given: npt.ArrayLike | Gaussian) -> Factored:
   return _of_covariance(fitted.mean, fitted.covariance)
 
 
+class Spanned(NamedTuple):
+  """Few samples and a Gaussian of many more columns, in the span of the samples: no matrix of the columns is factored.
+
+  Args:
+    centre: shape (d,), the mean of the samples.
+    products: shape (n, n), ``X S X^T`` of the centred samples ``X`` and the Gaussian's covariance ``S``.
+    norms: shape (n,), the squared lengths of the centred samples.
+  """
+
+  centre: np.ndarray
+  products: np.ndarray
+  norms: np.ndarray
+
+  @classmethod
+  def of(cls, features: np.ndarray, covariance: np.ndarray) -> "Spanned":
+    """Compute the products of samples (n, d)."""
+    centre = features.mean(0, dtype=np.float64)
+    centred = features - centre
+    with np.errstate(over="ignore", invalid="ignore"):
+      products = centred @ covariance @ centred.T
+    if not np.isfinite(products).all():
+      raise ValueError("the features are too large: their squares overflow float64; divide both sets by one number")
+    return cls(centre, products, np.square(centred).sum(1))
+
+  @staticmethod
+  def suits(features: np.ndarray, given: object) -> bool:
+    """Whether the second set is a Gaussian, and the samples of the first are at most half as many as its columns."""
+    return isinstance(given, Gaussian) and 2 * len(features) <= features.shape[1]
+
+  def cross(self, counts: np.ndarray) -> float:
+    """Return the trace of ``(S_a S_b)^(1/2)`` where sample i counts ``counts[i]`` times: shape (n,), sum above 1."""
+    n = counts.sum()
+    mean = self.products @ counts / n
+    gram = self.products - mean[:, None] - mean + counts @ mean / n
+    chosen, roots = np.flatnonzero(counts), np.sqrt(counts[counts > 0])
+    values = np.linalg.eigvalsh(gram[np.ix_(chosen, chosen)] * (roots[:, None] * roots))
+    # Zeros, of which there is at least one, are rounding errors here. The root of one would be 3e-9 of the largest.
+    values[values < len(values) * np.finfo(np.float64).eps * values[-1]] = 0
+    return float(np.sqrt(values).sum() / np.sqrt(n - 1))
+
+
+def _distance_of_few(few: npt.ArrayLike, given: Gaussian, names: Sequence[str]) -> float | None:
+  """Compute the distance in the span of few samples; None if they are not few."""
+  features = check_features(names[0], few)
+  if not Spanned.suits(features, given):
+    return None
+  mean, covariance = check_gaussian(names[1], given.mean, given.covariance)
+  check_width(features.shape[1], len(mean))
+  spanned = Spanned.of(features, covariance)
+  trace = float(spanned.norms.sum() / (len(features) - 1) + covariance.trace())
+  return float(((spanned.centre - mean) ** 2).sum()) + trace - 2 * spanned.cross(np.ones(len(features)))
+
+
 def frechet_distance(features_a: npt.ArrayLike | Gaussian, features_b: npt.ArrayLike | Gaussian) -> float:
   """Compute the Fréchet distance between Gaussians fitted to two sets of feature vectors.
 
@@ -207,6 +261,12 @@ def frechet_distance(features_a: npt.ArrayLike | Gaussian, features_b: npt.Array
   >>> round(frechet_distance(gaussian(a), Gaussian(np.array([5.0]), np.array([[18.0]]))), 6)
   33.0
   """
+  names = ("features_a", "features_b")
+  for few, given, order in ((features_a, features_b, names), (features_b, features_a, names[::-1])):
+    if isinstance(given, Gaussian) and not isinstance(few, Gaussian):
+      found = _distance_of_few(few, given, order)
+      if found is not None:
+        return max(0.0, found)
   a, b = factored("features_a", features_a), factored("features_b", features_b)
   check_width(len(a.mean), len(b.mean))
   # With factors S = F^T F, tr (S_a S_b)^(1/2) is the sum of the singular values of F_a F_b^T. The SVD does not square
@@ -241,11 +301,19 @@ def frechet_bias(covariance: npt.ArrayLike, n: int) -> float:
   >>> round(frechet_bias(np.eye(16), 500), 4)
   0.1683
   """
-  n = checks.at_least("n", n, 2)
+  return _bias(_eigenvalues(covariance), checks.at_least("n", n, 2))
+
+
+def _eigenvalues(covariance: npt.ArrayLike) -> np.ndarray:
+  """Return the eigenvalues of a covariance that are not 0, of shape (r,)."""
   covariance = np.asarray(covariance)
   _, covariance = check_gaussian("the Gaussian", np.zeros(len(covariance) if covariance.ndim else 1), covariance)
   values = np.linalg.eigvalsh(covariance).clip(0)
-  values = values[values > 1e-12 * values[-1]]
+  return values[values > 1e-12 * values[-1]]
+
+
+def _bias(values: np.ndarray, n: int) -> float:
+  """Estimate the distance of ``n`` samples from their Gaussian by the eigenvalues of its covariance."""
   total = values.sum()
   if not total:
     return 0.0
@@ -264,12 +332,14 @@ def frechet_bias(covariance: npt.ArrayLike, n: int) -> float:
   return float(total / n + np.mean(distances))
 
 
-def few_samples_warning(n: int, reference: Gaussian) -> str:
+def few_samples_warning(n: int, reference: Gaussian, features: np.ndarray | None = None) -> str:
   """Say what fewer samples than columns do to a Fréchet distance, in a sentence or two with the size of the bias.
 
   Args:
     n: the number of generated samples, at least 2.
     reference: the Gaussian of the real features.
+    features: shape (m, d), the features that it was fitted to, if they are at hand. Where they are few, the eigenvalues
+      of their covariance are computed in their span.
 
   Returns:
     The text; empty if there are more samples than columns.
@@ -285,9 +355,15 @@ def few_samples_warning(n: int, reference: Gaussian) -> str:
   d = len(reference.mean)
   if checks.at_least("n", n, 2) > d:
     return ""
+  if features is not None and len(features) == reference.n and 2 * len(features) <= d:
+    factor = _of_few(features).factor
+    values = np.linalg.eigvalsh(factor @ factor.T).clip(0)
+    values = values[values > 1e-12 * values[-1]]
+  else:
+    values = _eigenvalues(reference.covariance)
   return (
     f"{n:,} samples are too few for {d:,} features: their covariance has rank {n - 1:,} at most. The Fréchet distance "
-    f"of {n:,} real samples would already be about {frechet_bias(reference.covariance, n):.3g}, and that of 50,000 "
-    f"about {frechet_bias(reference.covariance, 50_000):.3g} (for Gaussian features). Compare it only with distances "
+    f"of {n:,} real samples would already be about {_bias(values, n):.3g}, and that of 50,000 "
+    f"about {_bias(values, 50_000):.3g} (for Gaussian features). Compare it only with distances "
     "of equally many samples."
   )

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from jaxguide._core import checks
 from jaxguide.evaluation.metrics.arrays import check_features, check_width, chunks
-from jaxguide.evaluation.metrics.frechet import Gaussian, factored
+from jaxguide.evaluation.metrics.frechet import Factored, Gaussian, Spanned, check_gaussian, factored
 
 BUDGET = 1e13
 """The number of operations that `frechet_interval` may take by default: minutes on two cores."""
@@ -38,7 +38,8 @@ def _level(level: float) -> float:
   return level
 
 
-def _percent(level: float) -> str:
+def percent(level: float) -> str:
+  """Write a level as a percentage."""
   return f"{100 * level:.6g} %"
 
 
@@ -74,7 +75,7 @@ def bootstrap(
   n, resamples = checks.at_least("n", n, 2), checks.at_least("resamples", resamples, 2)
   level, rng = _level(level), np.random.default_rng(checks.at_least("seed", seed, 0))
   figures = np.array([float(function(rng.integers(n, size=n))) for _ in range(resamples)])
-  return Interval(*_percentiles(figures, level), f"{_percent(level)} of {resamples:,} bootstrap resamples")
+  return Interval(*_percentiles(figures, level), f"{percent(level)} of {resamples:,} bootstrap resamples")
 
 
 def mean_interval(
@@ -109,7 +110,7 @@ def mean_interval(
   for rows in chunks(resamples, len(distinct)):
     drawn = rng.multinomial(len(values), counts / len(values), size=rows.stop - rows.start)
     means[rows] = drawn @ distinct / len(values)
-  kind = f"{_percent(level)} of {resamples:,} bootstrap resamples of the {what}, all else kept"
+  kind = f"{percent(level)} of {resamples:,} bootstrap resamples of the {what}, all else kept"
   return Interval(*_percentiles(means, level), kind)
 
 
@@ -139,7 +140,7 @@ def proportion_interval(count: int, n: int, level: float = 0.95, what: str = "sa
   middle = (share + z**2 / (2 * n)) / scale
   half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / scale
   low, high = max(0.0, middle - half) if count else 0.0, min(1.0, middle + half) if count < n else 1.0
-  return Interval(low, high, f"{_percent(level)} by Wilson's score for {n:,} {what}, all else kept")
+  return Interval(low, high, f"{percent(level)} by Wilson's score for {n:,} {what}, all else kept")
 
 
 def least_of(figures: Sequence[float]) -> tuple[float, Interval]:
@@ -168,10 +169,18 @@ class _Resampled:
 
   With the reference's covariance ``F^T F``, the trace of ``(S F^T F)^(1/2)`` is that of the square root of the
   covariance of the vectors ``F x``, or of their Gram matrix where samples are fewer. So the vectors are computed once.
+  Few samples need no factor: see `Spanned`.
   """
 
   def __init__(self, reference: Gaussian | np.ndarray, generated: np.ndarray):
-    self.reference = factored("real", reference)
+    self.spanned: Spanned | None = None
+    if isinstance(reference, Gaussian) and Spanned.suits(generated, reference):
+      mean, covariance = check_gaussian("real", reference.mean, reference.covariance)
+      check_width(len(mean), generated.shape[1])
+      self.spanned = Spanned.of(generated, covariance)
+      self.reference = Factored(mean, np.zeros((0, len(mean))), float(covariance.trace()))
+    else:
+      self.reference = factored("real", reference)
     check_width(len(self.reference.mean), generated.shape[1])
     self.generated, self.centre = generated, generated.mean(0, dtype=np.float64)
     self.norms = np.empty(len(generated))
@@ -184,7 +193,7 @@ class _Resampled:
 
   def cost(self) -> float:
     """The number of operations of one resample, about."""
-    n, r = self.moved.shape
+    n, r = self.moved.shape if self.spanned is None else self.spanned.products.shape
     return n * r * min(n, r) + 4.0 * min(n, r) ** 3
 
   def __call__(self, counts: np.ndarray) -> float:
@@ -194,6 +203,11 @@ class _Resampled:
     for rows in chunks(len(counts), len(self.centre)):
       mean += counts[rows] @ (self.generated[rows] - self.centre)
     mean /= n
+    trace = (counts @ self.norms - n * (mean @ mean)) / (n - 1)
+    offset = self.centre + mean - self.reference.mean
+    known = float(offset @ offset + trace + self.reference.trace)
+    if self.spanned is not None:
+      return known - 2 * self.spanned.cross(counts)
     shift = self.reference.factor @ mean
     if len(chosen) <= width:
       vectors = np.sqrt(counts[chosen])[:, None] * (self.moved[chosen] - shift)
@@ -203,10 +217,7 @@ class _Resampled:
       for rows in chunks(len(chosen), width):
         vectors = np.sqrt(counts[chosen[rows]])[:, None] * (self.moved[chosen[rows]] - shift)
         gram += vectors.T @ vectors
-    cross = np.sqrt(np.linalg.eigvalsh(gram).clip(0) / (n - 1)).sum()
-    trace = (counts @ self.norms - n * (mean @ mean)) / (n - 1)
-    offset = self.centre + mean - self.reference.mean
-    return float(offset @ offset + trace + self.reference.trace - 2 * cross)
+    return known - 2 * float(np.sqrt(np.linalg.eigvalsh(gram).clip(0) / (n - 1)).sum())
 
 
 def frechet_interval(
@@ -275,9 +286,9 @@ def frechet_interval(
   value = distance(np.ones(n))
   if not np.isfinite([value, *drawn]).all():
     raise ValueError("the features are too large: their squares overflow float64; divide both sets by one number")
-  half = _student(resamples - 1, (1 + level) / 2) * float(drawn.std(ddof=1))
+  half = student(resamples - 1, (1 + level) / 2) * float(drawn.std(ddof=1))
   kind = (
-    f"{_percent(level)} by {resamples} bootstrap resamples of the {n:,} generated samples, the reference kept; of the "
+    f"{percent(level)} by {resamples} bootstrap resamples of the {n:,} generated samples, the reference kept; of the "
   )
   if of == "figure":
     kind += f"expected distance of {n:,} samples"
@@ -290,7 +301,7 @@ def frechet_interval(
   return Interval(max(0.0, value - half), max(0.0, value + half), kind)
 
 
-def _student(freedom: int, probability: float) -> float:
+def student(freedom: int, probability: float) -> float:
   """Return the quantile of Student's t distribution."""
   from scipy import special
 

@@ -1,0 +1,269 @@
+"""Commands that several processes run together: the same files, and what happens when something goes wrong."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+import several
+from tiny import Mlp
+
+from jaxguide import data, distributed, training
+from jaxguide.cli.joining import join
+from jaxguide.distributed import meeting, processes
+from jaxguide.models.model import init_params
+
+NUM = 24
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  """The folder of a denoiser with random parameters."""
+  folder = tmp_path_factory.mktemp("models") / "mlp"
+  config = training.ModelConfig(Mlp(num_classes=3), {}, (4, 4, 1), 3)
+  training.save(folder, training.Model(config, init_params(config, jax.random.key(0))))
+  return folder
+
+
+def command(*args, of=None, devices=1):
+  """Start a command, alone or as one of several: ``of`` is the port, their number and the index of this one."""
+  joined = [] if of is None else ["--coordinator", f"127.0.0.1:{of[0]}", "--processes", of[1], "--process-index", of[2]]
+  line = [sys.executable, "-m", "jaxguide.cli", *args, *joined]
+  return subprocess.Popen(
+    [*map(str, line)], env=several.environment(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+
+
+def ended(started, timeout=120):
+  """Wait for commands, and return the status, the output and the errors of each."""
+  said = [process.communicate(timeout=timeout) for process in started]
+  return [(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
+
+
+def together(*args, number=2, devices=1):
+  port = several.free_port()
+  return [command(*args, of=(port, number, index), devices=devices) for index in range(number)]
+
+
+# --- starting -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ({"coordinator": "127.0.0.1:1"}, "coordinator, processes and index belong together, and processes and index are"),
+    ({"processes": 2, "index": 0}, "coordinator are missing"),
+    ({"coordinator": "localhost", "processes": 2, "index": 0}, "coordinator must be HOST:PORT, such as 10.0.0.1:1234"),
+    ({"coordinator": "a:99999", "processes": 2, "index": 0}, "coordinator must be HOST:PORT"),
+    ({"coordinator": "a:1", "processes": 0, "index": 0}, "processes must be"),
+    ({"coordinator": "a:1", "processes": 2, "index": 2}, "index must be"),
+    ({"coordinator": "a:1", "processes": 2, "index": 0, "timeout": 0}, "timeout must be"),
+  ],
+)
+def test_what_start_refuses(given, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    distributed.start(**given)
+  assert not processes.several()
+
+
+def test_start_finds_nobody_and_comes_first():
+  assert jax.devices()
+  with pytest.raises(RuntimeError, match="call start once, and before anything else of JAX"):
+    distributed.start()
+  code = "from jaxguide import distributed; distributed.start()"
+  result = subprocess.run(
+    [sys.executable, "-c", code], env=several.environment(), capture_output=True, text=True, check=False
+  )
+  assert "ValueError: JAX finds no other processes here (it knows Cloud TPU, GKE, SLURM and Open MPI)" in result.stderr
+
+
+def test_a_coordinator_that_cannot_be_reached():
+  began = time.monotonic()
+  with pytest.raises(OSError, match=r"the coordinator 127\.0\.0\.1:\d+ cannot be reached after 1 s \(.*is process 0"):
+    distributed.start(f"127.0.0.1:{several.free_port()}", 2, 1, timeout=1)
+  assert time.monotonic() - began < 10
+
+
+def test_a_port_that_is_in_use():
+  with socket.socket(socket.AF_INET6) as listener:
+    listener.bind(("::", 0))
+    listener.listen()
+    with pytest.raises(OSError, match=r"the coordinator's port \d+ cannot be used \(Address already in use\)"):
+      distributed.start(f"127.0.0.1:{listener.getsockname()[1]}", 2, 0)
+
+
+def met(*told, timeout=20):
+  """What each of several processes, told a number of processes and an index, says of a meeting; None if it is good."""
+  port = several.free_port()
+
+  def go(processes, index):
+    try:
+      return meeting.meet("127.0.0.1", port, processes, index, timeout)
+    except (OSError, ValueError) as error:
+      return f"{type(error).__name__}: {error}"
+
+  with ThreadPoolExecutor() as pool:
+    return list(pool.map(go, *zip(*told, strict=True)))
+
+
+def test_processes_meet():
+  assert met((3, 0), (3, 2), (3, 1)) == [None] * 3
+  same = met((3, 0), (3, 1), (3, 1))
+  assert {said for said in same if said} == {
+    "ValueError: two processes have the number 1: give each its own --process-index"
+  }
+  other = met((2, 0), (3, 1))
+  assert set(other) == {"ValueError: process 0 was told of 2 processes, and process 1 of 3"}
+  alone = met((3, 0), (3, 2), timeout=1)
+  assert "of 3 processes, number 1 did not come within 1 s: was the command started on every host" in alone[0]
+  assert alone[1].startswith("OSError: the coordinator")
+
+
+def test_a_stranger_at_the_port_does_not_count():
+  port = several.free_port()
+  with ThreadPoolExecutor() as pool:
+    first = pool.submit(meeting.meet, "127.0.0.1", port, 2, 0, 20)
+    for content in (b"GET / HTTP/1.1\r\n\n", b"{}\n", b""):
+      while True:
+        try:
+          with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(content)
+            break
+        except ConnectionRefusedError:
+          time.sleep(0.01)
+    meeting.meet("127.0.0.1", port, 2, 1, 20)
+    first.result()
+
+
+def test_options_without_distributed():
+  with pytest.raises(ValueError, match="processes and process_index are for --distributed"):
+    join({"distributed": False, "coordinator": None, "processes": 2, "process_index": 0, "mesh": None})
+  options = {
+    "distributed": False,
+    "coordinator": None,
+    "processes": None,
+    "process_index": None,
+    "mesh": "fsdp=2",
+    "x": 1,
+  }
+  assert join(options) == "fsdp=2"
+  assert options == {"x": 1}
+
+
+def test_one_process_alone_waits_for_nobody():
+  assert processes.from_each({"a": 1}) == [{"a": 1}]
+  assert processes.from_first([1, None]) == [1, None]
+  assert processes.first_does(lambda: 7) == 7
+  processes.wait_for_all("nothing")
+  processes.check_same({"a": 1})
+  assert processes.gathered({"x": jax.numpy.ones(2)})["x"].tolist() == [1, 1]
+
+
+# --- the same files -------------------------------------------------------------------------------
+
+
+def sample_command(model, out, *more):
+  return (
+    "sample",
+    "--model",
+    model,
+    "--out",
+    out,
+    "--num",
+    NUM,
+    "--steps",
+    3,
+    "--batch-size",
+    8,
+    "--no-progress",
+    *more,
+  )
+
+
+@pytest.mark.slow
+def test_a_file_of_samples_is_the_same_after_a_process_has_died(model, tmp_path):
+  one, two = tmp_path / "one.npz", tmp_path / "two.npz"
+  assert ended([command(*sample_command(model, one))])[0][0] == 0
+  # The second process dies when a third of the samples are done.
+  started = together(*sample_command(model, two, "--mesh", "data=2"))
+  done = tmp_path / "two.npz.unfinished" / "done.json"
+  while not (done.exists() and json.loads(done.read_text())["done"] >= 8):
+    assert started[0].poll() is None, started[0].communicate()
+    time.sleep(0.005)
+  began = time.monotonic()
+  started[1].send_signal(signal.SIGKILL)
+  status, _, errors = ended(started)[0]
+  assert time.monotonic() - began < 60
+  if status == 0:  # The first one had finished already.
+    pytest.skip("the samples were drawn before the process was killed")
+  assert "the communication with the other processes failed" in errors
+  # Another number of processes goes on, with what is there.
+  before = json.loads(done.read_text())["done"]
+  assert before >= 8
+  (status, printed, errors) = ended([command(*sample_command(model, two, "--mesh", "data=3"), devices=3)])[0]
+  assert (status, printed) == (0, f"{NUM} samples are in {two}.\n"), errors
+  (images, labels), (wanted, wanted_labels) = data.load_npz(two), data.load_npz(one)
+  np.testing.assert_array_equal(labels, wanted_labels)
+  assert np.abs(images.astype(int) - wanted).max() <= 1
+
+
+@pytest.mark.slow
+def test_a_sweep_of_two_processes_has_the_figures_of_one(model, tmp_path):
+  real = tmp_path / "real.npz"
+  data.save_npz(real, np.random.default_rng(0).integers(0, 256, (40, 4, 4, 1)).astype(np.uint8))
+  table = {}
+  for number in (1, 2):
+    out = tmp_path / str(number)
+    args = ["--model", model, "--guidance", "cfg", "--scales", "1,3", "--num", 12, "--steps", 2, "--batch-size", 4]
+    args += ["--reference", real, "--features", "pixels", "--judge", "none", "--measures", "frechet_distance"]
+    found = ended(together("sweep", *args, "--out", out, "--no-progress", number=number), timeout=500)
+    assert [status for status, _, _ in found] == [0] * number, found
+    # Gloo prints to the output as well.
+    assert ["distance" in printed for _, printed, _ in found] == [True] + [False] * (number - 1)
+    table[number] = (out / "sweep.csv").read_text().splitlines()
+    assert (out / "report.html").exists()
+  rows = [[line.split(",")[:4] for line in lines] for lines in table.values()]
+  assert rows[0][0] == rows[1][0]
+  for one, two in zip(rows[0][1:], rows[1][1:], strict=True):
+    assert one[:3] == two[:3]
+    assert float(one[3]) == pytest.approx(float(two[3]), rel=1e-3)
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_processes_with_other_settings_are_told_so(model, tmp_path):
+  port = several.free_port()
+  started = [
+    command(*sample_command(model, tmp_path / "x.npz", "--seed", seed), of=(port, 2, seed)) for seed in range(2)
+  ]
+  for status, _, errors in ended(started):
+    assert status == 2
+    assert "the processes do not run the same" in errors
+    assert "settings is " in errors
+    assert "Traceback" not in errors
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_the_others(model, tmp_path):
+  """The model of the second process is not there."""
+  port = several.free_port()
+  out = tmp_path / "x.npz"
+  started = [command(*sample_command(model, out), of=(port, 2, 0))]
+  began = time.monotonic()
+  started.append(command(*sample_command(tmp_path / "nowhere", out), of=(port, 2, 1)))
+  (first, _, errors), (second, _, own) = ended(started)
+  assert time.monotonic() - began < 90
+  assert second == 2
+  assert "there is no model in" in own
+  assert first != 0
+  assert errors
