@@ -35,8 +35,8 @@ def test_the_rule_is_what_compiled_programs_contain(name, row):
       assert row[what] == pytest.approx(row[f"{what}, rule"], rel=within, abs=2**10)
     else:  # Some arrays stay in float32.
       assert 0.99 * row[f"{what}, rule"] <= row[what] <= 1.25 * row[f"{what}, rule"]
-  # XLA's compiler for CPUs merges the two gathers of a parameter.
-  assert row["gathers"] in ((0,) if row["mesh"] == "data" else (1,) if name == "scaling-cpu" else (1, 2))
+  # In float32 a TPU's programs gather twice what was cast to half of the bytes.
+  assert row["gathers"] in ((0,) if row["mesh"] == "data" else (2,) if name == "scaling-cpu" else (1, 2))
 
 
 def test_the_counted_meshes_are_all_there():
