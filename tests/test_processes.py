@@ -1,5 +1,6 @@
 """Commands that several processes run together: the same files, and what happens when something goes wrong."""
 
+import contextlib
 import json
 import re
 import signal
@@ -124,15 +125,17 @@ def test_processes_meet():
   assert alone[1].startswith("OSError: the coordinator")
 
 
-def test_a_stranger_at_the_port_does_not_count():
+def test_a_stranger_at_the_port_does_not_count(monkeypatch):
+  monkeypatch.setattr(meeting, "ANSWER", 0.3)
   port = several.free_port()
-  with ThreadPoolExecutor() as pool:
+  with ThreadPoolExecutor() as pool, contextlib.ExitStack() as silent:
     first = pool.submit(meeting.meet, "127.0.0.1", port, 2, 0, 20)
     for content in (b"GET / HTTP/1.1\r\n\n", b"{}\n", b""):
       while True:
         try:
           with socket.create_connection(("127.0.0.1", port)) as stranger:
             stranger.sendall(content)
+            silent.enter_context(socket.create_connection(("127.0.0.1", port)))
             break
         except ConnectionRefusedError:
           time.sleep(0.01)

@@ -9,6 +9,9 @@ import socket
 import time
 from typing import Any
 
+ANSWER = 5.0
+"""Seconds in which what connects has to say who it is. Something else than one of the processes may say nothing."""
+
 
 def meet(host: str, port: int, processes: int, index: int, timeout: float | int) -> None:
   """Wait until all processes are there. The first one listens, and the others connect to it.
@@ -41,7 +44,7 @@ def _receive(port: int, processes: int, end: float, timeout: float | int) -> Non
     raise OSError(
       f"the coordinator's port {port} cannot be used ({os.strerror(error.errno or 0)}): choose another port"
     ) from None
-  present: dict[int, socket.socket] = {}
+  present: set[int] = set()
   others: list[socket.socket] = []
   problem: str | None = None
   with listener:
@@ -56,7 +59,7 @@ def _receive(port: int, processes: int, end: float, timeout: float | int) -> Non
             f"of {processes} processes, number {', '.join(missing[:8])} did not come within {timeout:g} s: was the "
             "command started on every host, with the same coordinator?"
           ) from None
-        said = _line(connection, end)
+        said = _line(connection, min(end, time.monotonic() + ANSWER))
         number = said.get("index") if isinstance(said, dict) else None
         if type(number) is not int:
           connection.close()  # Something else than one of the processes.
@@ -66,7 +69,7 @@ def _receive(port: int, processes: int, end: float, timeout: float | int) -> Non
         elif number in present or not 0 < number < processes:
           problem = f"two processes have the number {number}: give each its own --process-index"
         others.append(connection)
-        present[number] = connection
+        present.add(number)
       for connection in others:
         connection.sendall(json.dumps({"problem": problem}).encode() + b"\n")
     finally:

@@ -19,7 +19,8 @@ from jaxguide._core import checks, specs
 BATCH_AXES = ("data", "fsdp")
 """The axes that the rows of a batch are split over."""
 
-FSDP, TENSOR = "fsdp", "tensor"
+FSDP = "fsdp"
+"""The axis that parameters are split over."""
 
 
 @dataclasses.dataclass(frozen=True)

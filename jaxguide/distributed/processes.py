@@ -5,12 +5,13 @@ What one process alone may do, such as writing a file, is done by the first one 
 (`first_does`).
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -268,23 +269,27 @@ def _short(text: str | None) -> str:
   return "missing" if text is None else text if len(text) <= 200 else f"{text[:200]}..."
 
 
-class explained:
-  """While the block runs, an error of communication says that another process has probably ended."""
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+  """While the block runs, an error of communication says that another process has probably ended.
 
-  def __enter__(self) -> None:
-    return None
-
-  def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-    if error is not None and _is_of_communication(error):
-      first = str(error).strip().splitlines()[0][:200]
-      raise ConnectionError(
-        f"process {jax.process_index()}: the communication with the other processes failed, probably because one of "
-        f"them has ended; see its messages. Start all of them again to go on. ({first})"
-      ) from error
+  Raises:
+    ConnectionError: in place of such an error.
+  """
+  try:
+    yield
+  except (RuntimeError, ValueError) as error:  # JAX raises both kinds.
+    if not _is_of_communication(error):
+      raise
+    first = str(error).strip().splitlines()[0][:200]
+    raise ConnectionError(
+      f"process {jax.process_index()}: the communication with the other processes failed, probably because one of "
+      f"them has ended; see its messages. Start all of them again to go on. ({first})"
+    ) from error
 
 
 def _is_of_communication(error: BaseException) -> bool:
-  if not several() or not isinstance(error, RuntimeError | ValueError):  # JAX raises both kinds.
+  if not several():
     return False
   text = str(error)
   return any(word in text for word in ("Gloo", "gloo", "NCCL", "Connection", "connection", "UNAVAILABLE", "heartbeat"))

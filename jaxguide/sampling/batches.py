@@ -205,6 +205,14 @@ def sample_shares(
   Raises:
     ValueError, TypeError: as in `sample_batch`, before the first micro-batch.
     FloatingPointError: in every process, if a sample is not finite.
+
+  >>> from jaxguide import mixtures, schedules, solvers
+  >>> shares = sample_shares(
+  ...   mixtures.ring(4).denoiser, jax.random.key(0), 1, num=5, shape=(2,), sigmas=schedules.karras(3),
+  ...   solver=solvers.DDPM(), batch_size=4,
+  ... )
+  >>> [(share.first, share.num, share.rows.tolist()) for share in shares]  # one process draws all
+  [(0, 4, [0, 1, 2, 3]), (4, 1, [4])]
   """
   batches = _begin(denoise, key, cond, shape, sigmas, solver, num, start, batch_size, devices, skip, x_init, add_noise)
   return (_share(batch) for batch in batches)
