@@ -249,7 +249,7 @@ def test_processes_with_other_settings_are_told_so(model, tmp_path):
   for status, _, errors in ended(started):
     assert status == 2
     assert "the processes do not run the same" in errors
-    assert "settings is " in errors
+    assert "settings.seed is 0 in process 0 and 1 in process 1" in errors
     assert "Traceback" not in errors
   assert not list(tmp_path.iterdir())
 

@@ -31,6 +31,20 @@ def record(**parts: Any) -> dict[str, Any]:
   return {"version": VERSION, **json.loads(json.dumps(parts, default=dataclasses.asdict))}
 
 
+def flat(stored: Mapping[str, Any]) -> dict[str, Any]:
+  """Return the fields of a record by name.
+
+  >>> flat({"version": 1, "training": {"steps": 5}})
+  {'version': 1, 'training.steps': 5}
+  """
+  fields: dict[str, Any] = {}
+  for name, part in stored.items():
+    fields.update(
+      {f"{name}.{field}": value for field, value in part.items()} if isinstance(part, Mapping) else {name: part}
+    )
+  return fields
+
+
 def read(path: PathLike) -> dict[str, Any]:
   """Read a record, or another JSON file that holds an object, strictly.
 

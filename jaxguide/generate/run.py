@@ -111,7 +111,7 @@ def run(
       f"a PNG needs images of 1 (gray) or 3 (RGB) channels, and the model's have {run_plan.image_shape[-1]}: write .npz"
     )
   record = _record(run_plan, settings.num)
-  processes.check_same({name: record[name] for name in record if name != "version"})
+  processes.check_same(records.flat(record))
   unfinished_at = out.with_name(out.name + ".unfinished")
 
   def begin() -> unfinished.Unfinished | None:

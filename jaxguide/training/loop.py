@@ -17,7 +17,7 @@ import numpy as np
 
 import jaxguide
 from jaxguide import data as datasets
-from jaxguide._core import checks, files
+from jaxguide._core import checks, files, records
 from jaxguide._core.bars import progress_bar
 from jaxguide._core.devices import first
 from jaxguide._core.files import PathLike
@@ -40,6 +40,9 @@ from jaxguide.training.writers import Writers
 Callback = Callable[[int, TrainState, Mapping[str, Any]], object]
 
 LOG = logging.getLogger("jaxguide.training")
+
+VERSIONS = {"the version of jaxguide": jaxguide.__version__, "the version of jax": jax.__version__}
+"""What has to be the same in all processes, beside the record of the training."""
 
 QUIET = RunConfig(sample_every=0)
 """A run without pictures, whose sampler would have to be compiled."""
@@ -125,44 +128,15 @@ def fit_with(
   folder = Path(folder).absolute()
   record = run_folder.record(model, training, data, run, begun if params is None else inputs.checksum(params))
   place = for_batches(training.batch_size, run.mesh)
-  processes.check_same(_facts(record))
+  processes.check_same({**records.flat(record), **VERSIONS})
   desk.settle()
   with contextlib.ExitStack() as stack:
-    start = _begin(folder, record, retrain, data, stack)
+    start = run_folder.begin(folder, record, retrain, data, stack)
     if start.trained:
       return folders.load(folder)
     trainer = Trainer(model, training, data, folder, run, record, start, place)
     trainer.begin(toml.of_fit(model, training, run, data) if config is None else config)
     return trainer.train(held_out, params, callback, progress)
-
-
-def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
-  """Return what must be the same in all processes, field by field."""
-  parts = {name: part for name, part in record.items() if isinstance(part, Mapping)}
-  fields = {f"{name}.{field}": value for name, part in parts.items() for field, value in part.items()}
-  others = {name: value for name, value in record.items() if name not in parts}
-  return {**fields, **others, "the version of jaxguide": jaxguide.__version__, "the version of jax": jax.__version__}
-
-
-def _begin(
-  folder: Path, record: Mapping[str, Any], retrain: bool, data: Any, stack: contextlib.ExitStack
-) -> run_folder.Start:
-  """Lock the folder and look at what is there, in the first process."""
-  found: list[run_folder.Start] = []
-
-  def look() -> list[bool]:
-    files.check_writable(folder / run_folder.RECORD)
-    stack.enter_context(files.lock(folder / ".lock", folder))
-    files.remove_parts(folder)
-    start = run_folder.start(folder, record, retrain, grown=inputs.has_grown(folder, data))
-    if not start.trained:
-      run_folder.adopt(folder)
-    found.append(start)
-    return [start.trained, start.keeps_model]
-
-  trained, keeps_model = processes.first_does(look)
-  # Only the first process says and writes what has changed.
-  return found[0] if found else run_folder.Start(trained, keeps_model, (), ())
 
 
 class Trainer:

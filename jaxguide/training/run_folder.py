@@ -13,6 +13,7 @@ The folder contains
 - ``index.html``: curves and pictures.
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -20,8 +21,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxguide._core import records
+from jaxguide._core import files, records
 from jaxguide._core.files import write_atomically
+from jaxguide.distributed import processes
 from jaxguide.models import folders, networks
 from jaxguide.models.config import ModelConfig, default_fields
 from jaxguide.training import checkpoints, inputs, snapshots
@@ -288,3 +290,34 @@ def _start_over(folder: Path) -> Start:
   if unfinished and model.exists():
     shutil.rmtree(model)
   return Start(False, model.exists(), (), ())
+
+
+def begin(folder: Path, record: Mapping[str, Any], retrain: bool, data: Any, stack: contextlib.ExitStack) -> Start:
+  """Lock a folder and decide how a training begins there, in the first process, for all.
+
+  Args:
+    folder: the folder of the run.
+    record: the record of this training.
+    retrain: whether to start over.
+    data: the dataset.
+    stack: it releases the lock at its end.
+
+  Raises:
+    OSError: if the folder cannot be written, or another training is running in it.
+    ValueError: as `start`.
+  """
+  found: list[Start] = []
+
+  def look() -> list[bool]:
+    files.check_writable(folder / RECORD)
+    stack.enter_context(files.lock(folder / ".lock", folder))
+    files.remove_parts(folder)
+    decided = start(folder, record, retrain, grown=inputs.has_grown(folder, data))
+    if not decided.trained:
+      adopt(folder)
+    found.append(decided)
+    return [decided.trained, decided.keeps_model]
+
+  trained, keeps_model = processes.first_does(look)
+  # Only the first process says and writes what has changed.
+  return found[0] if found else Start(trained, keeps_model, (), ())
