@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxguide import cli, training
 from jaxguide.models import folders as models
+from jaxguide.models import importers
 from jaxguide.models.importers import openai, state_dicts
 from jaxguide.models.importers.structure import alike, structure
 from jaxguide.models.model import init_params
@@ -94,7 +95,7 @@ def test_a_published_network_is_imported_and_gives_its_numbers(name, tmp_path):
   options = {"use_new_attention_order": False, **PUBLISHED[name], **PROCESS}
   if name != "classifier_attention":
     options["image_size"] = arrays["x"].shape[2]
-  imported = openai.import_model(tmp_path / "weights.safetensors", tmp_path / "model", **options)
+  imported = importers.import_model(tmp_path / "weights.safetensors", tmp_path / "model", **options)
   assert imported.dtypes == {"float16": len(weights)}
   assert imported.parameters == sum(weight.size for weight in weights.values())
   model = training.load(tmp_path / "model")
@@ -113,7 +114,7 @@ B1 = {"num_head_channels": 16, "use_new_attention_order": False, **PROCESS}
 
 
 def test_a_published_file_gives_its_numbers(tmp_path):
-  openai.import_model(DATA / "classifier_b1.safetensors", tmp_path, **B1)
+  importers.import_model(DATA / "classifier_b1.safetensors", tmp_path, **B1)
   model = training.load(tmp_path)
   assert model.config.image_shape == (16, 16, 3)  # determined by the positional embedding of its pool
   with np.load(DATA / "classifier_b1.npz") as file:
@@ -327,7 +328,7 @@ def test_other_precisions_are_cast_and_reported(dtype, tmp_path):
   stored = {name: array.astype(dtype) for name, array in random_state_dict(network).items()}
   save_file(stored, tmp_path / "half.safetensors")
   options = {name: value for name, value in open_options(network).items() if name != "image_size"}
-  imported = openai.import_model(tmp_path / "half.safetensors", tmp_path / "model", **options)
+  imported = importers.import_model(tmp_path / "half.safetensors", tmp_path / "model", **options)
   assert str(imported).endswith(f"in {len(stored)} tensors of {np.dtype(dtype).name}, cast to float32")
   wanted = openai.to_params({name: array.astype(np.float32) for name, array in stored.items()}, network)
   same_bits(training.load(tmp_path / "model").params, wanted)
@@ -335,7 +336,7 @@ def test_other_precisions_are_cast_and_reported(dtype, tmp_path):
 
 def test_float32_is_not_cast(tmp_path):
   save_file(random_state_dict(NETWORKS["attention"]), tmp_path / "full.safetensors")
-  imported = openai.import_model(tmp_path / "full.safetensors", tmp_path / "model", **B1)
+  imported = importers.import_model(tmp_path / "full.safetensors", tmp_path / "model", **B1)
   assert "cast" not in str(imported)
 
 
@@ -463,11 +464,11 @@ def test_missing_files_and_unknown_extensions(refused, tmp_path):
 
 def test_pt_without_torch(monkeypatch, tmp_path):
   monkeypatch.setitem(sys.modules, "torch", None)
-  ways = [openai.import_model(DATA / f"classifier_b1{end}", tmp_path / end, **B1) for end in (".pt", ".safetensors")]
+  ways = [importers.import_model(DATA / f"classifier_b1{end}", tmp_path / end, **B1) for end in (".pt", ".safetensors")]
   assert ways[0] == ways[1]
   same_bits(*(training.load(tmp_path / end).params for end in (".pt", ".safetensors")))
   with pytest.raises(ImportError, match=r"writing a \.pt file needs PyTorch: pip install '\.\[torch\]'"):
-    openai.export_model(tmp_path / ".pt", tmp_path / "out.pt")
+    importers.export_model(tmp_path / ".pt", tmp_path / "out.pt")
 
 
 class Code:
@@ -532,7 +533,7 @@ def test_export_to_pt_gives_what_safetensors_gives(torch, tmp_path):
   params = openai.to_params(random_state_dict(network), network)
   models.save(tmp_path / "model", models.Model(network, params))
   for end in (".pt", ".safetensors"):
-    openai.export_model(tmp_path / "model", tmp_path / f"out{end}")
+    importers.export_model(tmp_path / "model", tmp_path / f"out{end}")
   loaded = torch.load(tmp_path / "out.pt", weights_only=True)
   assert all(tensor.dtype == torch.float32 for tensor in loaded.values())
   same_bits({name: tensor.numpy() for name, tensor in loaded.items()}, load_file(tmp_path / "out.safetensors"))
@@ -611,9 +612,9 @@ def test_export_notes_differences_to_guided_diffusion(run, tmp_path):
 
 def test_export_errors(tmp_path):
   with pytest.raises(FileNotFoundError, match="there is no model"):
-    openai.export_model(tmp_path, tmp_path / "out.safetensors")
+    importers.export_model(tmp_path, tmp_path / "out.safetensors")
   with pytest.raises(ValueError, match="unknown extension of a state dict"):
-    openai.export_model(tmp_path, tmp_path / "out.bin")
+    importers.export_model(tmp_path, tmp_path / "out.bin")
   params = openai.to_params(GOOD, NETWORKS["attention"])
   with pytest.raises(ValueError, match=r"the parameters do not fit Classifier: params/.* has shape None, expected"):
     openai.to_state_dict(params, NETWORKS["adaptive"])

@@ -1,21 +1,74 @@
-"""The commands ``import-adm`` and ``export-adm``, which read and write weights of OpenAI's guided-diffusion."""
+"""The commands ``import``, ``export``, ``import-adm`` and ``export-adm``, which read and write published weights."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from jaxguide.cli.options import options_of, with_options
+from jaxguide._core.specs import HelpRow
+from jaxguide.cli.options import NamesCommand, options_of, with_options
 from jaxguide.models.importers.structure import Options
 
 app = typer.Typer()
+
+File = Annotated[Path, typer.Argument(help="Published weights: .safetensors, .pt, .pth or .pkl.")]
+Out = Annotated[Path, typer.Option(help="Folder for the model, new or empty.")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the model.")]
+Exported = Annotated[Path, typer.Option(help="File to write, .safetensors or .pt.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")]
+
+
+def _family_rows() -> dict[str, list[HelpRow]]:
+  from jaxguide.models.importers import families
+
+  rows = [HelpRow(name, family.title, ", ".join(family.settings)) for name, family in families().items()]
+  return {"Families and their settings": rows}
+
+
+@app.command(name="import", cls=NamesCommand.listing(_family_rows))
+def import_(
+  file: File,
+  out: Out,
+  family: Annotated[str | None, typer.Option(help="Family; by default it is recognised by names.")] = None,
+  preset: Annotated[str | None, typer.Option(help="Published model, whose settings are known.")] = None,
+  heads: Annotated[int | None, typer.Option(help="Number of attention heads, which shapes do not show.")] = None,
+  field: Annotated[
+    list[str] | None, typer.Option(metavar="NAME=VALUE", help="Another setting that names and shapes do not show.")
+  ] = None,
+) -> None:
+  """Import published weights. The family of the network is recognised by its names and shapes.
+
+  The command asks for what they do not show. Nothing in the file is run.
+
+  Example: jaxguide import SiT-XL-2-256x256.pt --heads 16 --out runs/sit
+  """
+  from jaxguide.training import toml
+
+  settings: dict[str, Any] = {} if heads is None else {"heads": heads}
+  for assignment in field or []:
+    name, equals, text = assignment.partition("=")
+    if not equals or not name.strip():
+      raise ValueError(f"--field must be given as NAME=VALUE, such as image_size=64, got {assignment!r}")
+    settings[name.strip()] = toml.value(text.strip())
+  _import(file, out, preset, family, settings)
+
+
+def _import(file: Path, out: Path, preset: str | None, family: str | None, settings: dict[str, Any]) -> None:
+  from jaxguide.models import importers
+
+  imported = importers.import_model(file, out, preset, family, **settings)
+  print(f"{file}: {imported}. The model is in {out}.")
+  if imported.config.scale is not None:
+    unconditional = f"; {importers.openai.UNCONDITIONAL_SCALE:g} with 256x256_diffusion_uncond"
+    also = unconditional if preset == "256x256_classifier" else ""
+    print(f"Its recommended scale is {imported.config.scale:g}{also}.")
 
 
 @app.command()
 @with_options(*options_of(Options), after="preset")
 def import_adm(
-  file: Annotated[Path, typer.Argument(help="State dict of OpenAI's guided-diffusion, .safetensors or .pt.")],
-  out: Annotated[Path, typer.Option(help="Folder for the model, new or empty.")],
+  file: File,
+  out: Out,
   preset: Annotated[
     str | None, typer.Option(help="Published model, such as 256x256_diffusion; it has all of the following settings.")
   ] = None,
@@ -23,34 +76,31 @@ def import_adm(
 ) -> None:
   """Import weights of OpenAI's guided-diffusion: UNet, super-resolution UNet, or classifier.
 
-  Without a preset, the command reads names and shapes, and asks for the settings that they do not show.
+  It is `jaxguide import --family adm`, with an option for each setting. Without a preset, the command reads names and
+  shapes, and asks for the settings that they do not show.
 
   Example: jaxguide import-adm 256x256_classifier.pt --preset 256x256_classifier --out runs/adm/classifier
   """
-  from jaxguide.models.importers import openai
-
-  options = {name: value for name, value in options.items() if value is not None}
-  imported = openai.import_model(file, out, preset, **options)
-  print(f"{file}: {imported}. The model is in {out}.")
-  if imported.config.scale is not None:
-    also = f"; {openai.UNCONDITIONAL_SCALE:g} with 256x256_diffusion_uncond" if preset == "256x256_classifier" else ""
-    print(f"Its recommended scale is {imported.config.scale:g}{also}.")
+  _import(file, out, preset, "adm", {name: value for name, value in options.items() if value is not None})
 
 
 @app.command()
-def export_adm(
-  folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the model.")],
-  out: Annotated[Path, typer.Option(help="File to write, .safetensors or .pt.")],
-  overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+def export(
+  folder: Folder,
+  out: Exported,
+  family: Annotated[str | None, typer.Option(help="Form of the names, where the network has several.")] = None,
+  overwrite: Overwrite = False,
 ) -> None:
-  """Export a model as a state dict of OpenAI's guided-diffusion, for use in PyTorch."""
-  from jaxguide.models.importers import openai
+  """Export a model as a state dict with the published names of its network, for use in PyTorch."""
+  from jaxguide.models import importers
 
   if out.exists() and not overwrite:
     raise ValueError(f"{out} exists already: choose another file, or --overwrite it")
-  exported = openai.export_model(folder, out)
-  print(f"The state dict is in {out}. The network that takes it:\n{exported.constructor}")
-  if exported.flags is not None:
-    print(f"Its process: {exported.flags}")
-  for note in exported.notes:
-    print(f"Note: {note}.")
+  lines = importers.export_model(folder, out, family)
+  print(f"The state dict is in {out}.", *lines, sep="\n")
+
+
+@app.command()
+def export_adm(folder: Folder, out: Exported, overwrite: Overwrite = False) -> None:
+  """Export a model as a state dict of OpenAI's guided-diffusion, for use in PyTorch. It is `jaxguide export`."""
+  export(folder, out, "adm", overwrite)

@@ -15,8 +15,11 @@ the standard deviation of the data:
     v       alpha (eps - sigma x0)  alpha²            -alpha sigma              alpha             time
     edm     mix of eps and x0       s² / (s²+sigma²)  s sigma / √(s²+sigma²)    1 / √(s²+sigma²)  log(sigma) / 4
     flow    eps - x0                1 / (1+sigma)     -sigma / (1+sigma)        1 / (1+sigma)     time
+    to_data x0 - eps                1 / (1+sigma)     sigma / (1+sigma)         1 / (1+sigma)     1 - time
     ve      -eps                    1                 sigma                     1                 log(sigma / 2)
     ======  ======================  ================  ========================  ================  =============
+
+``to_data`` stands for ``flow_to_data``. ``consistency`` is ``edm`` with a boundary condition, see there.
 
 The network's regression target is ``(x0 - c_skip x) / c_out``; `jaxguide.losses` uses it.
 """
@@ -120,25 +123,61 @@ def _v(schedule, time_scale, sigma):
   return Coefficients(alpha**2, -alpha * sigma, alpha, time_scale * schedule.time(sigma))
 
 
-def edm(sigma_data: ArrayLike = 0.5) -> Scaling:
+def edm(sigma_data: ArrayLike = 0.5, time_scale: ArrayLike = 1.0) -> Scaling:
   """The preconditioning of Karras et al. (2022, arXiv:2206.00364, table 1).
 
   Args:
     sigma_data: standard deviation of the data, above 0.
+    time_scale: the network's time input ``c_noise`` is ``time_scale * log(sigma) / 4``. It is 1 for the networks of
+      EDM and EDM2, and 1000 for those of OpenAI's consistency models that were trained in this way.
 
   >>> [round(float(c), 3) for c in edm(0.5)(0.5)]
   [0.5, 0.354, 1.414, -0.173]
   """
-  sigma_data = checks.finite("sigma_data", sigma_data)
-  if checks.is_concrete(sigma_data) and not np.all(np.asarray(sigma_data) > 0):
-    raise ValueError(f"sigma_data must be above 0, got {sigma_data}")
-  return Partial(_edm, sigma_data)
+  return Partial(_edm, _positive("sigma_data", sigma_data), checks.finite("time_scale", time_scale))
 
 
-def _edm(sigma_data, sigma):
+def _positive(name, value):
+  value = checks.finite(name, value)
+  if checks.is_concrete(value) and not np.all(np.asarray(value) > 0):
+    raise ValueError(f"{name} must be above 0, got {value}")
+  return value
+
+
+def _edm(sigma_data, time_scale, sigma):
   sigma = jnp.asarray(sigma)
   total = jnp.sqrt(sigma**2 + sigma_data**2)
-  return Coefficients((sigma_data / total) ** 2, sigma * sigma_data / total, 1 / total, jnp.log(sigma) / 4)
+  time = time_scale * (jnp.log(sigma) / 4)
+  return Coefficients((sigma_data / total) ** 2, sigma * sigma_data / total, 1 / total, time)
+
+
+def consistency(sigma_data: ArrayLike = 0.5, sigma_min: ArrayLike = 0.002, time_scale: ArrayLike = 1000.0) -> Scaling:
+  r"""A consistency model: `edm` with a boundary condition (Song et al. 2023, arXiv:2303.01469, appendix C).
+
+  .. math::
+    c_{skip} = \frac{s^2}{(\sigma - \sigma_{min})^2 + s^2}, \qquad
+    c_{out} = \frac{s (\sigma - \sigma_{min})}{\sqrt{\sigma^2 + s^2}}
+
+  At ``sigma_min`` the denoiser gives its input. At other levels it gives the end of the path through ``x`` instead of
+  the mean of x0, so one evaluation is a sample.
+
+  Args:
+    sigma_data: s, standard deviation of the data, above 0.
+    sigma_min: the smallest noise level, above 0.
+    time_scale: the network's time input is ``time_scale * log(sigma) / 4``; 1000 for OpenAI's networks.
+
+  >>> [round(float(c), 3) for c in consistency()(0.002)]
+  [1.0, 0.0, 2.0, -1553.652]
+  """
+  numbers = _positive("sigma_data", sigma_data), _positive("sigma_min", sigma_min)
+  return Partial(_consistency, *numbers, checks.finite("time_scale", time_scale))
+
+
+def _consistency(sigma_data, sigma_min, time_scale, sigma):
+  sigma = jnp.asarray(sigma)
+  total, above = jnp.sqrt(sigma**2 + sigma_data**2), sigma - sigma_min
+  c_skip = sigma_data**2 / (above**2 + sigma_data**2)
+  return Coefficients(c_skip, above * sigma_data / total, 1 / total, time_scale * (jnp.log(sigma) / 4))
 
 
 def flow(time_scale: ArrayLike | None = None) -> Scaling:
@@ -163,6 +202,28 @@ def _flow(time_scale, sigma):
   sigma = jnp.asarray(sigma)
   keep = 1 / (1 + sigma)
   return Coefficients(keep, -sigma * keep, keep, time_scale * sigma * keep)
+
+
+def flow_to_data(time_scale: ArrayLike = 1.0) -> Scaling:
+  """The network predicts the velocity ``x0 - eps``, and its time is 1 at the data and 0 at the noise.
+
+  It is the convention of SiT (Ma et al. 2024, arXiv:2401.08740) and of LightningDiT (Yao et al. 2025,
+  arXiv:2501.01423): their ``x_t = t x0 + (1 - t) eps``. In the convention of `flow` the time and the velocity have the
+  other direction. A wrong choice gives noise without an error.
+
+  Args:
+    time_scale: the network's time input ``c_noise`` is ``time_scale * t``.
+
+  >>> [round(float(c), 3) for c in flow_to_data()(3.0)]
+  [0.25, 0.75, 0.25, 0.25]
+  """
+  return Partial(_flow_to_data, checks.finite("time_scale", time_scale))
+
+
+def _flow_to_data(time_scale, sigma):
+  sigma = jnp.asarray(sigma)
+  keep = 1 / (1 + sigma)
+  return Coefficients(keep, sigma * keep, keep, time_scale * keep)
 
 
 def ve() -> Scaling:
@@ -215,27 +276,39 @@ PREDICTIONS: dict[str, Callable[..., Scaling]] = {
   "x0": x0,
   "v": v,
   "edm": edm,
+  "consistency": consistency,
   "flow": flow,
+  "flow_to_data": flow_to_data,
   "ve": ve,
 }
 
 
-def scaling(prediction: str, schedule: NoiseSchedule, time_scale: ArrayLike | None = None) -> Scaling:
+def scaling(
+  prediction: str,
+  schedule: NoiseSchedule,
+  time_scale: ArrayLike | None = None,
+  sigma_data: ArrayLike | None = None,
+) -> Scaling:
   """Make a scaling from the name of the network's prediction.
 
   Args:
-    prediction: ``eps``, ``x0``, ``v``, ``edm``, ``flow`` or ``ve``.
-    schedule: the noise schedule that defines the network's time; not used by ``edm``, ``flow`` and ``ve``.
-    time_scale: as in `eps`; required by ``flow``.
+    prediction: ``eps``, ``x0``, ``v``, ``edm``, ``consistency``, ``flow``, ``flow_to_data`` or ``ve``.
+    schedule: the noise schedule that defines the network's time; used by ``eps``, ``x0`` and ``v`` alone.
+    time_scale: as in `eps`, `edm`, `consistency` or `flow_to_data`, with its default; required by ``flow``.
+    sigma_data: standard deviation of the data, for ``edm`` and ``consistency``; 0.5 if it is None.
 
   Raises:
-    ValueError: if the name is unknown; the message names the nearest one.
+    ValueError: if the name is unknown (the message has the nearest one), or a number does not apply to it.
     TypeError: if ``time_scale`` is None for ``flow``.
   """
   make = checks.lookup("prediction", prediction, PREDICTIONS)
-  if make is flow:
-    return flow(time_scale)
-  return make() if make in (edm, ve) else make(schedule, time_scale)
+  given = {"time_scale": time_scale, "sigma_data": sigma_data}
+  given = {name: value for name, value in given.items() if value is not None}
+  if "sigma_data" in given and make not in (edm, consistency):
+    raise ValueError(f"sigma_data is for edm and consistency, and the prediction is {prediction!r}: leave it out")
+  if "time_scale" in given and make is ve:
+    raise ValueError("ve has no time_scale: leave it out")
+  return make(schedule, **given) if make in (eps, x0, v) else make(**given)
 
 
 # --- weights of the loss, on |x0 - D|² -------------------------------------------------------------

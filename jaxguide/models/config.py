@@ -31,6 +31,8 @@ BOUNDS: dict[str, tuple[int | float, int | float]] = {
   "scale": (-math.inf, math.inf),
   "noise_range": (0, math.inf),
   "label_size": (1, 2**24),
+  "time_scale": (-1e6, 1e6),
+  "sigma_data": (1e-6, 1e6),
 }
 
 # For the fields of networks without bounds.
@@ -72,6 +74,10 @@ class ModelConfig:
     noise_range: the least and the largest noise level (sigma) that a classifier was trained on; None for all levels.
     label_size: length of a label that is a vector of floats, such as attributes or an embedding; ``num_classes`` is
       None then.
+    time_scale: what the network's time is multiplied by, as in `jaxguide.scaling`. None for the usual factor: that of
+      the discrete process if there is one, 1000 for ``flow`` and for continuous schedules, and otherwise the default of
+      the prediction.
+    sigma_data: the standard deviation of the data, for the predictions ``edm`` and ``consistency``; 0.5 if it is None.
 
   Raises:
     ValueError: for an unknown name, with the nearest known one; for a field that the network does not have; or for a
@@ -93,6 +99,8 @@ class ModelConfig:
   class_names: Sequence[str] | None = None
   noise_range: Sequence[float | int] | None = None
   label_size: int | None = None
+  time_scale: float | int | None = None
+  sigma_data: float | int | None = None
 
   def __post_init__(self):
     self._name_network()
@@ -126,6 +134,10 @@ class ModelConfig:
     if levels is not None and (len(levels) != 2 or not levels[0] < levels[1]):
       raise ValueError(f"noise_range must be two noise levels, the lower one first, got {levels}")
     self.role.check(self)
+    if self.sigma_data is not None and self.prediction not in ("edm", "consistency"):
+      raise ValueError(f"sigma_data is for edm and consistency, not {self.prediction!r}: leave it out")
+    if self.time_scale is not None and (self.rescale_timesteps or self.prediction == "ve"):
+      raise ValueError("time_scale cannot be chosen together with rescale_timesteps, or for ve: leave it out")
     if self.diffusion_steps is None:
       checks.lookup("schedule", self.schedule, schedules.SCHEDULES)
       if self.rescale_timesteps:
@@ -198,10 +210,12 @@ class ModelConfig:
   @property
   def scaling(self) -> scaling.Scaling:
     """The scaling of the network's input and output."""
-    time_scale = 1000 / self.diffusion_steps if self.diffusion_steps and self.rescale_timesteps else None
-    if self.prediction == "flow":
+    time_scale: float | int | None = self.time_scale
+    if self.diffusion_steps and self.rescale_timesteps:
+      time_scale = 1000 / self.diffusion_steps
+    if self.prediction == "flow" and time_scale is None:
       time_scale = 1000.0  # The convention of the networks that `jaxguide.training` trains.
-    return scaling.scaling(self.prediction, self.noise_schedule, time_scale)
+    return scaling.scaling(self.prediction, self.noise_schedule, time_scale, self.sigma_data)
 
 
 def _network_fields(network: Network, fields: Mapping[str, Any]) -> dict[str, Any]:

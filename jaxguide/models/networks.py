@@ -52,7 +52,9 @@ class Network(NamedTuple):
       training, for dropout. If the class has a field for the number of classes (``num_classes``; ``out_channels`` of a
       classifier) or for the length of a label vector (``label_size``), it is set. If it has ``null_class=True``, label
       ``num_classes``, or the vector of zeros, means "no label". Other Flax collections than ``params`` are not
-      supported.
+      supported. Parameters whose last name is in its attribute ``frozen``, such as tables of positions, keep their
+      values in training. If it has a method ``forced(params)``, each step of the training begins with its result
+      instead of the parameters, as in EDM2's forced weight normalisation.
     role: its role.
     bounds: the least and the largest value of each numeric field. They are far beyond real networks, and catch mistakes
       that would lead to hours of tracing or run out of memory.

@@ -1,6 +1,7 @@
 """The training step and the training state."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -73,10 +74,13 @@ def train_step(model: ModelConfig, training: TrainingConfig, place: Placement | 
   tx, rate, parts = optimizer(training), training.schedule(), training.accumulation
   # Inside a loop XLA's CPU backend is slow at the gradients of Flax's convolutions; the package's networks avoid it.
   loop = model.network in NETWORKS or jax.default_backend() != "cpu"
+  frozen, forced = getattr(model.module, "frozen", ()), getattr(model.module, "forced", None)
   goal, shares = objective(model, training), [ema.newest_share(text, training.ema_decay) for text in training.means]
 
   def step(state: TrainState, examples, labels):
     draw_key, dropout_key = jax.random.split(jax.random.fold_in(keys.seed_key(training.seed), state.step))
+    if forced is not None:
+      state = dataclasses.replace(state, params={**state.params, **forced(state.params)})
     with jax.default_matmul_precision(training.matmul_precision):
       x0 = model.data.encode(examples)
       if any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(state.params)):
@@ -86,6 +90,7 @@ def train_step(model: ModelConfig, training: TrainingConfig, place: Placement | 
     with promotion.standard():  # Optax needs it.
       norm, learning_rate = optax.tree.norm(gradient), jnp.asarray(rate(state.step), jnp.float32)
       updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+      updates = _without(frozen, updates)
       params = optax.apply_updates(state.params, updates)
       means = tuple(
         optax.incremental_update(params, mean, share(state.step))
@@ -110,6 +115,17 @@ def train_step(model: ModelConfig, training: TrainingConfig, place: Placement | 
   if place is None or len(place.devices) == 1:
     return jax.jit(step, donate_argnums=0)
   return jax.jit(step, donate_argnums=0, out_shardings=(place.shardings(state_shapes(model, training)), place.copied))
+
+
+def _without(frozen: Collection[str], updates: PyTree) -> PyTree:
+  """Return updates that are 0 for parameters of these names, which an optimiser with weight decay would change."""
+  if not frozen:
+    return updates
+
+  def hold(path: Any, leaf: Any) -> Any:
+    return jnp.zeros_like(leaf) if path[-1].key in frozen else leaf
+
+  return jax.tree_util.tree_map_with_path(hold, updates)
 
 
 def _gradient(goal: Objective, parts: int, place: Placement | None, *, loop: bool) -> Callable[..., Any]:

@@ -1,9 +1,22 @@
 """Import and export of weights in the formats of other libraries.
 
-`jaxguide.models.importers.openai` reads and writes the networks of OpenAI's guided-diffusion. The commands ``jaxguide
-import-adm`` and ``jaxguide export-adm`` use it.
+`import_model` reads a published state dict of any family in `jaxguide.models.importers.families`, and `export_model`
+writes one. The commands ``jaxguide import`` and ``jaxguide export`` use them.
 """
 
-from jaxguide.models.importers import openai, state_dicts
+from jaxguide.models.importers import layouts, openai, state_dicts
+from jaxguide.models.importers.convert import Imported, export_model, import_model
+from jaxguide.models.importers.families import Family, families, of_network, recognise
 
-__all__ = ["openai", "state_dicts"]
+__all__ = [
+  "Family",
+  "Imported",
+  "export_model",
+  "families",
+  "import_model",
+  "layouts",
+  "of_network",
+  "openai",
+  "recognise",
+  "state_dicts",
+]

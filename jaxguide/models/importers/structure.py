@@ -9,6 +9,7 @@ from typing import Any
 from jaxguide._core import checks
 from jaxguide._core.specs import described_fields
 from jaxguide.models.config import ModelConfig
+from jaxguide.models.importers.layouts import first
 from jaxguide.models.importers.presets import PRESETS
 
 
@@ -309,9 +310,3 @@ def _check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     checks.at_least(name, settings[name], 1)
   checks.finite("scale", settings.get("scale", 1.0))
   return settings
-
-
-def first(names: Sequence[str], count: int = 3) -> str:
-  """Return the first few names, and the number of the others."""
-  rest = f" and {len(names) - count} more" if len(names) > count else ""
-  return ", ".join(names[:count]) + rest

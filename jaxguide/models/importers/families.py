@@ -1,0 +1,86 @@
+"""Families of published networks: how each is recognised, which configuration it has, and where its weights go.
+
+To add a family, write a file with its `Family` beside this one, and add it to `FAMILIES`.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from jaxguide._core import checks
+from jaxguide.models.config import ModelConfig
+from jaxguide.models.importers.layouts import Infer, Layout, first
+
+
+class Family(NamedTuple):
+  """Networks whose state dicts have the same form of names.
+
+  Args:
+    name: its name, for ``--family``.
+    title: what it is, for messages.
+    networks: the names in `jaxguide.models.networks.NETWORKS` that it covers.
+    claims: ``names -> bool``, whether a state dict with these names is one of the family. It looks at a few names that
+      no other family has, so that an incomplete file is recognised too.
+    infer: ``(tensors, **given) -> ModelConfig``. ``tensors`` are the tensors by name: each has a ``shape``, and
+      ``np.asarray`` reads it. ``given`` are the settings that names and shapes do not determine: ``heads``, the number
+      of attention heads, and others by the names of fields. It raises ValueError if a name that it needs is missing, if
+      a setting is missing (`jaxguide.models.importers.layouts.required`), or if one is unknown.
+    layout: ``config -> Layout``.
+    settings: what each setting is that ``infer`` takes, by name.
+    usage: ``config -> lines``, what a user of exported weights must know: the call in Python that makes the published
+      network, and differences. It raises ValueError if the network cannot be exported.
+    presets: configurations of published models, by name.
+    prepare: ``tensors -> tensors``: removes what a published file holds beside the network, such as a prefix of all
+      names, before anything else.
+  """
+
+  name: str
+  title: str
+  networks: tuple[str, ...]
+  claims: Callable[[Collection[str]], bool]
+  infer: Infer
+  layout: Callable[[ModelConfig], Layout]
+  settings: Mapping[str, str] = MappingProxyType({})
+  usage: Callable[[ModelConfig], Sequence[str]] = lambda config: ()
+  presets: Mapping[str, ModelConfig] = MappingProxyType({})
+  prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda tensors: tensors
+
+
+def families() -> dict[str, Family]:
+  """Return the families by name."""
+  from jaxguide.models.importers import openai
+
+  found = (openai.FAMILY,)
+  return {family.name: family for family in found}
+
+
+def recognise(names: Collection[str]) -> Family:
+  """Return the family that a state dict belongs to, by its names.
+
+  Raises:
+    ValueError: if it is none of them, naming its first names.
+
+  >>> recognise(["time_embed.0.weight", "input_blocks.0.0.weight"]).name
+  'adm'
+  """
+  for family in families().values():
+    if family.claims(names):
+      return family
+  known = ", ".join(family.title for family in families().values())
+  raise ValueError(f"its names ({first(list(names))}) are of no family that can be imported; known are {known}")
+
+
+def of_network(network: str, family: str | None = None) -> Family:
+  """Return the family whose names a model is exported under.
+
+  Args:
+    network: the name of the model's network.
+    family: the name of the family; None for the first that has the network.
+
+  Raises:
+    ValueError: if no family has it.
+  """
+  fitting = {name: each for name, each in families().items() if network in each.networks}
+  if not fitting:
+    raise ValueError(f"a {network} has no published form that it could be exported to")
+  return checks.lookup(f"family of a {network}", family or next(iter(fitting)), fitting)
