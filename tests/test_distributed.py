@@ -3,6 +3,7 @@
 import functools
 import re
 import signal
+from pathlib import Path
 
 import chex
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import several
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from tiny import Mlp
+from tiny import Classify, Mlp
 
 import jaxguide as jg
 from jaxguide import sampling, scaling
@@ -22,7 +23,7 @@ from jaxguide.distributed.rows import take_rows
 from jaxguide.models import arrays
 from jaxguide.models.model import init_params
 from jaxguide.sampling.split import split_of
-from jaxguide.training import Interrupted, ModelConfig, RunConfig, TrainingConfig, fit
+from jaxguide.training import Interrupted, ModelConfig, RunConfig, TrainingConfig, fit, journal
 from jaxguide.training.signals import LAG
 from jaxguide.training.step import init_state, train_step
 
@@ -246,6 +247,12 @@ def test_particles_are_the_same_on_every_mesh_and_pass_from_neighbour_to_neighbo
     assert all(shape.split(",")[0] == "16" for shape in permuted)
 
 
+def test_particles_on_a_mesh_with_explicit_axes():
+  mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "fsdp"), axis_types=(AxisType.Explicit,) * 2)
+  key = jax.random.key(0)
+  np.testing.assert_allclose(particles(mesh, key, 8)[0], particles("data=2,fsdp=2", key, 8)[0], atol=1e-5)
+
+
 def test_particles_that_cannot_be_divided():
   with pytest.raises(ValueError, match=r"63 particles cannot be divided over 4 devices: .* such as 64"):
     particles("data=4", jax.random.key(0), 63)
@@ -367,6 +374,27 @@ def test_two_processes_with_four_devices_each(unbroken, tmp_path, mesh):
   for found in several.run("test_distributed:trained", 2, 4, folder=str(tmp_path / "run"), mesh=mesh):
     assert_same_run(found, unbroken)
   assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def classified(folder, mesh=None):
+  """Train a classifier whose model is the best one on held-out data; return its figures and its parameters."""
+  config = ModelConfig(Classify(out_channels=3), {}, SHAPE, 3)
+  run = RunConfig(mesh=mesh, held_out_every=1, patience=3)
+  how = TrainingConfig(steps=3, batch_size=8, save_every=2)
+  done = fit(config, how, images(), folder, run=run, held_out=images(), progress=False)
+  figures = [line["held_out"]["mean_nll"] for line in journal.read(Path(folder, "metrics.jsonl"))]
+  return {"nll": figures, "params": {name: leaf.tolist() for name, leaf in arrays.leaves(done.params).items()}}
+
+
+@pytest.mark.slow
+def test_two_processes_finish_with_the_best_classifier(tmp_path):
+  wanted = classified(tmp_path / "one")
+  for found in several.run("test_distributed:classified", 2, 2, folder=str(tmp_path / "two"), mesh="data=4"):
+    np.testing.assert_allclose(found["nll"], wanted["nll"], rtol=1e-3)
+    for name, values in wanted["params"].items():
+      np.testing.assert_allclose(found["params"][name], values, atol=1e-3, err_msg=name)
+  # The training is finished: nothing is left to do for one process.
+  assert classified(tmp_path / "two", "data=4")["params"] == found["params"]
 
 
 def sampled(meshes):

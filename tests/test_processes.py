@@ -3,12 +3,15 @@
 import contextlib
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,7 +22,10 @@ from tiny import Mlp
 from jaxguide import data, distributed, training
 from jaxguide.cli.joining import join
 from jaxguide.distributed import meeting, processes
+from jaxguide.models import arrays
 from jaxguide.models.model import init_params
+from jaxguide.training import checkpoints
+from jaxguide.training.step import TrainState
 
 NUM = 24
 
@@ -63,6 +69,8 @@ def together(*args, number=2, devices=1):
     ({"processes": 2, "index": 0}, "coordinator are missing"),
     ({"coordinator": "localhost", "processes": 2, "index": 0}, "coordinator must be HOST:PORT, such as 10.0.0.1:1234"),
     ({"coordinator": "a:99999", "processes": 2, "index": 0}, "coordinator must be HOST:PORT"),
+    ({"coordinator": "http://a:1", "processes": 2, "index": 1, "timeout": 1}, "coordinator must be HOST:PORT"),
+    ({"coordinator": " a:1", "processes": 2, "index": 1, "timeout": 1}, "coordinator must be HOST:PORT"),
     ({"coordinator": "a:1", "processes": 0, "index": 0}, "processes must be"),
     ({"coordinator": "a:1", "processes": 2, "index": 2}, "index must be"),
     ({"coordinator": "a:1", "processes": 2, "index": 0, "timeout": 0}, "timeout must be"),
@@ -125,6 +133,49 @@ def test_processes_meet():
   assert alone[1].startswith("OSError: the coordinator")
 
 
+def presented(port, processes, index):
+  """The connection of a process that has presented itself, when the first process has answered."""
+  while True:
+    try:
+      connection = socket.create_connection(("127.0.0.1", port))
+    except ConnectionRefusedError:
+      time.sleep(0.01)
+      continue
+    connection.sendall(json.dumps({"index": index, "processes": processes}).encode() + b"\n")
+    assert meeting._line(connection, time.monotonic() + 20) == meeting.HERE
+    return connection
+
+
+def test_a_process_that_ended_while_it_waited_may_come_again():
+  port = several.free_port()
+  with ThreadPoolExecutor() as pool:
+    first = pool.submit(meeting.meet, "127.0.0.1", port, 3, 0, 20)
+    presented(port, 3, 1).close()
+    second = pool.submit(meeting.meet, "127.0.0.1", port, 3, 2, 20)
+    time.sleep(0.2)
+    assert not first.done()  # Two came, and one of them has gone.
+    meeting.meet("127.0.0.1", port, 3, 1, 20)
+    assert first.result() is second.result() is None
+
+
+def test_a_proxy_that_closes_is_not_the_first_process():
+  with ThreadPoolExecutor() as pool, socket.create_server(("127.0.0.1", 0)) as proxy:
+    port = proxy.getsockname()[1]
+    other = pool.submit(meeting.meet, "127.0.0.1", port, 2, 1, 20)
+    for _ in range(2):
+      proxy.accept()[0].close()
+    proxy.close()
+    meeting.meet("127.0.0.1", port, 2, 0, 20)
+    assert other.result() is None
+  with ThreadPoolExecutor() as pool, socket.create_server(("127.0.0.1", 0)) as proxy:
+    other = pool.submit(meeting.meet, "127.0.0.1", proxy.getsockname()[1], 2, 1, 20)
+    connection, _ = proxy.accept()
+    connection.sendall(json.dumps(meeting.HERE).encode() + b"\n")
+    connection.close()
+    with pytest.raises(OSError, match="ended before all processes were there: see what process 0 says"):
+      other.result()
+
+
 def test_a_stranger_at_the_port_does_not_count(monkeypatch):
   monkeypatch.setattr(meeting, "ANSWER", 0.3)
   port = several.free_port()
@@ -165,6 +216,71 @@ def test_one_process_alone_waits_for_nobody():
   processes.wait_for_all("nothing")
   processes.check_same({"a": 1})
   assert processes.gathered({"x": jax.numpy.ones(2)})["x"].tolist() == [1, 1]
+
+
+def late():
+  """Do a task for longer than Gloo waits for processes that are not connected, and return its result."""
+  return processes.first_does(lambda: time.sleep(33) or 5)
+
+
+@pytest.mark.slow
+def test_processes_wait_for_a_long_task_of_the_first():
+  assert several.run("test_processes:late", 2) == [5, 5]
+
+
+@pytest.mark.slow
+def test_processes_with_different_numbers_of_devices(tmp_path):
+  port = several.free_port()
+  args = sample_command("animals", tmp_path / "x.npz")
+  for status, _, errors in ended([command(*args, of=(port, 2, index), devices=index + 1) for index in range(2)]):
+    assert status == 2
+    assert "all processes must have the same number of devices, but process 0 has 1 and process 1 has 2" in errors
+    assert "Traceback" not in errors
+
+
+def restored(folder):
+  """Save two checkpoints, the last of which the second process cannot read; return the step that is restored."""
+  import orbax.checkpoint as ocp
+
+  place, folder, whole = distributed.placement("fsdp=-1"), Path(folder), ocp.CheckpointManager.restore
+
+  def state(step):
+    arrays = {"w": np.full((64, 128), step, np.float32), "b": np.ones(3, np.float32)}
+    return place.shards(TrainState(np.int32(step), arrays, (), (), np.int32(0)))
+
+  with checkpoints.Checkpoints(folder) as saved:
+    for step in (1, 2):
+      saved.save(state(step), step)
+
+  def restore(manager, step, **options):
+    read = whole(manager, step, **options)
+    if step == 2 and jax.process_index() == 1:
+      raise OSError("this host cannot read it")
+    return read
+
+  ocp.CheckpointManager.restore = restore
+  template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state(0))
+  return int(checkpoints.restore(folder, template, lambda: state(0)).step)
+
+
+def of_one_process():
+  """What each process says of a mesh that has the device of the first one alone."""
+  try:
+    return dict(distributed.placement(jax.devices()[:1]).mesh.shape)
+  except ValueError as error:
+    return str(error)
+
+
+@pytest.mark.slow
+def test_a_mesh_without_devices_of_a_process():
+  mesh, said = several.run("test_processes:of_one_process", 2)
+  assert mesh["data"] == 1
+  assert "none of the 1 devices is of process 1: give devices of every process" in said
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_process_cannot_read_is_left_out_by_all(tmp_path):
+  assert several.results(several.start("test_processes:restored", 2, folder=str(tmp_path / "x")), timeout=120) == [1, 1]
 
 
 # --- the same files -------------------------------------------------------------------------------
@@ -255,6 +371,42 @@ def test_processes_with_other_settings_are_told_so(model, tmp_path):
 
 
 @pytest.mark.slow
+def test_every_process_says_an_error_that_all_have():
+  code = "import sys, time; from jaxguide import distributed; i = int(sys.argv[1]); "
+  code += "distributed.start(f'127.0.0.1:{sys.argv[2]}', 2, i, timeout=60); time.sleep(i); "
+  code += "raise ValueError('no such batch')"
+  port = str(several.free_port())
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": several.environment()}
+  started = [subprocess.Popen([sys.executable, "-c", code, str(index), port], **pipes) for index in range(2)]
+  for status, _, errors in ended(started):
+    assert status == 1
+    assert "ValueError: no such batch" in errors
+    assert "detected fatal errors" not in errors
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (("--mesh", "data=2"), 'the mesh is {"data": 1, "fsdp": 2, "tensor": 1} in process 0 and {"data": 2,'),
+    (("--batch-size", 9), "batch_size is 64 in process 0 and 9 in process 1"),
+  ],
+)
+def test_processes_with_other_arguments_are_told_so(model, tmp_path, options, message):
+  images = tmp_path / "images.npz"
+  data.save_npz(images, np.random.default_rng(0).integers(0, 256, (8, 4, 4, 1)).astype(np.uint8))
+  args = sample_command(model, tmp_path / "x.npz", "--mesh", "fsdp=2")
+  if "--mesh" not in options:
+    args = ("evaluate", images, "--reference", images, "--features", "pixels", "--judge", "none", "--no-progress")
+  port = several.free_port()
+  started = [command(*args, *(options if index else ()), of=(port, 2, index)) for index in range(2)]
+  for status, _, errors in ended(started):
+    assert status == 2
+    assert message in errors
+    assert "Traceback" not in errors
+  assert list(tmp_path.iterdir()) == [images]
+
+
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_others(model, tmp_path):
   """The model of the second process is not there."""
   port = several.free_port()
@@ -268,3 +420,26 @@ def test_a_process_that_fails_ends_the_others(model, tmp_path):
   assert "there is no model in" in own
   assert first != 0
   assert errors
+
+
+def out_of_space(folder):
+  """Train where the second process alone has too little space for a checkpoint; return the error."""
+  if jax.process_index():
+    arrays.shutil = SimpleNamespace(**{**vars(shutil), "disk_usage": lambda path: SimpleNamespace(free=0)})
+  config = training.ModelConfig(Mlp(num_classes=3), {}, (4, 4, 1), 3)
+  pixels = np.random.default_rng(0).integers(0, 256, (16, 4, 4, 1)).astype(np.uint8)
+  images = data.Images(pixels, np.arange(16) % 3, 3, "random")
+  how = training.TrainingConfig(steps=6, batch_size=8, save_every=2)
+  try:
+    training.fit(config, how, images, folder, progress=False, run=training.RunConfig(mesh="fsdp=-1", sample_every=0))
+  except OSError as error:
+    return str(error)
+
+
+@pytest.mark.slow
+def test_a_process_without_space_for_a_checkpoint_ends_all_with_its_reason(tmp_path):
+  said = several.run("test_processes:out_of_space", 2, folder=str(tmp_path / "run"))
+  assert said[0] == said[1]
+  assert re.fullmatch(
+    r"cannot write .*/checkpoints/2: No space left on device, it needs .* and 0 are free; .*", said[0]
+  )

@@ -3,6 +3,7 @@
 JAX itself ends a process with a stack trace of C++ if another one does not come.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -11,6 +12,9 @@ from typing import Any
 
 ANSWER = 5.0
 """Seconds in which what connects has to say who it is. Something else than one of the processes may say nothing."""
+
+HERE = {"process": 0}
+"""What the first process answers at once, so that the others know that it is the first process that listens."""
 
 
 def meet(host: str, port: int, processes: int, index: int, timeout: float | int) -> None:
@@ -44,8 +48,7 @@ def _receive(port: int, processes: int, end: float, timeout: float | int) -> Non
     raise OSError(
       f"the coordinator's port {port} cannot be used ({os.strerror(error.errno or 0)}): choose another port"
     ) from None
-  present: set[int] = set()
-  others: list[socket.socket] = []
+  present: dict[int, socket.socket] = {}
   problem: str | None = None
   with listener:
     try:
@@ -64,16 +67,22 @@ def _receive(port: int, processes: int, end: float, timeout: float | int) -> Non
         if type(number) is not int:
           connection.close()  # Something else than one of the processes.
           continue
+        for other in [other for other, waiting in present.items() if _has_ended(waiting)]:
+          present.pop(other).close()  # It may be started again.
         if said.get("processes") != processes:
           problem = f"process 0 was told of {processes} processes, and process {number} of {said.get('processes')}"
         elif number in present or not 0 < number < processes:
           problem = f"two processes have the number {number}: give each its own --process-index"
-        others.append(connection)
-        present.add(number)
-      for connection in others:
-        connection.sendall(json.dumps({"problem": problem}).encode() + b"\n")
+        _say(connection, HERE)
+        if problem is not None:
+          _say(connection, {"problem": problem})
+          connection.close()
+        else:
+          present[number] = connection
+      for connection in present.values():
+        _say(connection, {"problem": problem})
     finally:
-      for connection in others:
+      for connection in present.values():
         connection.close()
   if problem is not None:
     raise ValueError(problem)
@@ -85,21 +94,43 @@ def _present(host: str, port: int, processes: int, index: int, end: float, timeo
     try:
       with socket.create_connection((host, port), timeout=max(min(5.0, end - time.monotonic()), 0.01)) as connection:
         connection.sendall(json.dumps({"index": index, "processes": processes}).encode() + b"\n")
-        said = _line(connection, end)
+        here = _line(connection, end) == HERE
+        said = _line(connection, end) if here else None
     except OSError as error:
       reason = error.strerror or str(error)
       time.sleep(0.2)
       continue
-    if isinstance(said, dict) and said.get("problem") is None:
-      return
     if isinstance(said, dict):
-      raise ValueError(said["problem"])
-    reason = "it ended before all processes were there"
-    break
+      if said.get("problem") is not None:
+        raise ValueError(said["problem"])
+      return
+    if here:
+      raise OSError(f"the coordinator {host}:{port} ended before all processes were there: see what process 0 says")
+    reason = "what is there does not answer as process 0 does"  # Proxies accept, and close, before process 0 is there.
+    time.sleep(0.2)
   raise OSError(
     f"the coordinator {host}:{port} cannot be reached after {timeout:g} s ({reason}): is process 0 running there, and "
     "is the port open?"
   )
+
+
+def _say(connection: socket.socket, what: dict[str, Any]) -> None:
+  # JAX says which process is missing, if this one has just ended.
+  with contextlib.suppress(OSError):
+    connection.sendall(json.dumps(what).encode() + b"\n")
+
+
+def _has_ended(connection: socket.socket) -> bool:
+  """Whether the process at the other end, which has nothing more to say, has closed the connection."""
+  connection.settimeout(0)
+  try:
+    return not connection.recv(1)
+  except BlockingIOError:
+    return False
+  except OSError:
+    return True
+  finally:
+    connection.settimeout(ANSWER)
 
 
 def _line(connection: socket.socket, end: float) -> Any:
@@ -108,7 +139,7 @@ def _line(connection: socket.socket, end: float) -> Any:
   try:
     while not received.endswith(b"\n") and len(received) < 10_000:
       connection.settimeout(max(end - time.monotonic(), 0.01))
-      part = connection.recv(4096)
+      part = connection.recv(1)  # No more than this line: another one may follow.
       if not part:
         return None
       received += part

@@ -84,7 +84,7 @@ class MeshConfig:
     if math.prod(sizes) != devices:
       raise ValueError(
         f"the mesh {self} needs {given if -1 not in sizes else f'a multiple of {given}'} devices, and there are "
-        f"{devices}: change an axis, or give -1 for all devices that are left"
+        f"{devices}: give another mesh, such as data=-1 or fsdp=-1, where -1 is all devices that are left"
       )
     return tuple(sizes)  # type: ignore[return-value]
 

@@ -203,13 +203,20 @@ def placement(devices: Any = None) -> Placement:
 
   Raises:
     TypeError: if it is none of these.
-    ValueError: if a list is empty or has a device twice, or the devices cannot be arranged so.
+    ValueError: if a list is empty or has a device twice, the devices cannot be arranged so, or none of them is of this
+      process.
 
   >>> placement([jax.devices()[0]]).rows(np.zeros((4, 2))).shape
   (4, 2)
   """
   mesh = as_mesh(devices)
-  return Placement(as_mesh(jax.devices()) if mesh is None else mesh)  # type: ignore[arg-type]
+  place = Placement(as_mesh(jax.devices()) if mesh is None else mesh)  # type: ignore[arg-type]
+  if all(device.process_index != jax.process_index() for device in place.devices):
+    raise ValueError(
+      f"none of the {len(place.devices)} devices is of process {jax.process_index()}: give devices of every "
+      "process, or call this in the processes of the devices alone"
+    )
+  return place
 
 
 def for_batches(batch_size: int, devices: Any = None) -> Placement:

@@ -5,12 +5,14 @@ What one process alone may do, such as writing a file, is done by the first one 
 (`first_does`).
 """
 
+import collections
 import contextlib
 import hashlib
 import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -28,6 +30,9 @@ LOG = logging.getLogger("jaxguide.distributed")
 PATIENCE = 30
 """Seconds after which a process that does not answer counts as dead. Then the others end."""
 
+LAST_WORDS = 2
+"""Seconds that the first process waits when it ends because of an error, so that the others can say theirs."""
+
 START = 300
 """Seconds that `start` waits for the other processes by default."""
 
@@ -42,7 +47,8 @@ def start(
   """Join the processes of this program. Call it once, before anything else of JAX.
 
   Without arguments JAX finds the other processes itself, on Cloud TPU and GKE, and under SLURM and Open MPI. On CPU the
-  processes communicate by Gloo. If one process dies, the others end within a minute.
+  processes communicate by Gloo. If one process dies, the others end within a minute. Under SLURM and Open MPI JAX gives
+  each process one GPU, that of its number on its host, unless ``JAX_LOCAL_DEVICE_IDS`` says otherwise.
 
   Args:
     coordinator: ``HOST:PORT`` of the first process.
@@ -52,7 +58,8 @@ def start(
 
   Raises:
     ValueError: if only some of the three arguments are given, or one is out of range; if two processes have the same
-      index, or were told different numbers of processes; or if nothing is given and JAX finds no other processes.
+      index, or were told different numbers of processes; if they have different numbers of devices; or if nothing is
+      given and JAX finds no other processes.
     OSError: if the coordinator cannot be reached, its port is in use, or a process does not come in time.
     RuntimeError: if JAX has computed something already, or the processes are joined already.
   """
@@ -89,15 +96,43 @@ def start(
     reason = str(error).strip().splitlines()[0][:200]
     raise OSError(f"the processes could not be joined within {timeout} s: {reason}") from error
   _end_all_on_error()
+  _check_devices()
+  _connect()
   LOG.info(
     "process %d of %d, with %d of %d devices", jax.process_index(), jax.process_count(), jax.local_device_count(),
     jax.device_count(),
   )  # fmt: skip
 
 
+def _check_devices() -> None:
+  """Check that all processes have the same number of devices.
+
+  Raises:
+    ValueError: in every process, if not.
+  """
+  counts = collections.Counter(device.process_index for device in jax.devices())
+  numbers = [counts[index] for index in range(jax.process_count())]
+  other = next((index for index, number in enumerate(numbers) if number != numbers[0]), None)
+  if other is not None:
+    raise ValueError(
+      f"all processes must have the same number of devices, but process 0 has {numbers[0]} and process {other} has "
+      f"{numbers[other]}: give each process as many"
+    )
+
+
+def _connect() -> None:
+  """Let the processes connect to each other now, when all of them are there.
+
+  Gloo connects a group of devices when they communicate for the first time, and then waits 30 seconds only. Later one
+  process may come much later than the others, such as when it alone writes a file. Once connected they wait for it.
+  """
+  from_each(None)  # From device i of each process to device i of the others.
+  wait_for_all("the processes are joined")  # From all devices to all.
+
+
 def _address(coordinator: str) -> tuple[str, int]:
   host, colon, port = str(coordinator).rpartition(":")
-  if not (host and colon and port.isdigit() and 0 < int(port) < 2**16):
+  if not (host and colon and port.isdigit() and 0 < int(port) < 2**16) or "/" in host or host.split() != [host]:
     raise ValueError(f"coordinator must be HOST:PORT, such as 10.0.0.1:1234, got {coordinator!r}")
   return host.strip("[]"), int(port)
 
@@ -124,6 +159,8 @@ def end(status: int) -> None:
   if several():
     sys.stdout.flush()
     sys.stderr.flush()
+    if is_first():
+      time.sleep(LAST_WORDS)  # Without process 0 JAX ends the others, which may be about to say the same error.
     os._exit(status)
   sys.exit(status)
 

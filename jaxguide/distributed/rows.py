@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxguide._core.typing import PyTree
 from jaxguide.distributed.placing import Placement, placement
@@ -17,6 +17,8 @@ def for_particles(number: int, devices: Any) -> Placement:
     ValueError: if their number is no multiple of the number of devices.
   """
   place = placement(devices)
+  # Of a mesh with Explicit axes every operation on particles would have to name them.
+  place = Placement(Mesh(place.mesh.devices, place.mesh.axis_names))
   if number % place.parts:
     raise ValueError(
       f"{number} particles cannot be divided over {place.parts} devices: give a multiple of {place.parts}, such as "

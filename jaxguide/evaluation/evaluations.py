@@ -137,6 +137,19 @@ def evaluate_files(
     raise ValueError("a file of samples is given twice: give each once")
   if (size is not None or channels is not None) and all(Path(name).suffix == ".npz" for name in names):
     raise ValueError("size and channels are for folders of pictures, and all samples are .npz files: leave them out")
+  processes.check_same(
+    {
+      "samples": names,
+      "reference": str(reference) if isinstance(reference, str | os.PathLike) else None,
+      "features": features if isinstance(features, str) else None,
+      "judge": judge if isinstance(judge, str) else None,
+      "measures": measures,
+      "options": dataclasses.asdict(options or Options()),
+      "batch_size": batch_size,
+      "size": size,
+      "channels": channels,
+    }
+  )
   results: dict[str, Evaluation] = {}
   chosen = against = fitted = shape = None
   notes: Sequence[str] = ()

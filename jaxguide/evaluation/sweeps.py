@@ -8,6 +8,7 @@ on where it stopped, and one with more scales, more samples or another solver is
 import contextlib
 import dataclasses
 import functools
+import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -125,6 +126,17 @@ def sweep(
   found = cells(base, guidance, scales, over, SCALES)
   plans = [plan(cell.settings, load) for cell in found]  # A setting that does not suit the networks is refused here.
   chosen = evaluations.chosen_features(features, plans[0].image_shape)
+  processes.check_same(
+    {
+      "out": str(out.absolute()),
+      "the points": [dataclasses.asdict(cell.settings) for cell in found],
+      "reference": str(reference) if isinstance(reference, str | os.PathLike) else None,
+      "features": chosen.name,
+      "judge": judge if isinstance(judge, str) else None,
+      "measures": measures,
+      "options": dataclasses.asdict(options),
+    }
+  )
   with contextlib.ExitStack() as stack:
     processes.first_does(functools.partial(_begin, out, overwrite, stack))
     points = find_points(out, found, load)

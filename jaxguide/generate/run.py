@@ -20,7 +20,7 @@ from jaxguide._core import checks, keys, records
 from jaxguide._core.bars import progress_bar
 from jaxguide._core.files import PathLike, check_writable, lock, remove_parts
 from jaxguide._core.typing import PyTree
-from jaxguide.distributed import processes
+from jaxguide.distributed import placement, processes
 from jaxguide.generate import unfinished
 from jaxguide.generate.plan import Load, Plan, plan
 from jaxguide.generate.settings import Settings, plain_record
@@ -111,7 +111,7 @@ def run(
       f"a PNG needs images of 1 (gray) or 3 (RGB) channels, and the model's have {run_plan.image_shape[-1]}: write .npz"
     )
   record = _record(run_plan, settings.num)
-  processes.check_same(records.flat(record))
+  _check_same(record, out, devices)
   unfinished_at = out.with_name(out.name + ".unfinished")
 
   def begin() -> unfinished.Unfinished | None:
@@ -155,6 +155,15 @@ def run(
   if processes.is_first():
     _warn_of_saturation(settings, share)
   return True
+
+
+def _check_same(record: Mapping[str, Any], out: Path, devices: Any) -> None:
+  """Check that all processes draw the same samples to the same file on the same mesh."""
+  if processes.several():
+    mesh = placement(devices).mesh
+    numbers = [device.id for device in mesh.devices.flat]
+    facts = {"out": str(out.absolute()), "the mesh": dict(mesh.shape), "devices": numbers, "jax": jax.__version__}
+    processes.check_same({**records.flat(record), **facts})
 
 
 @contextlib.contextmanager

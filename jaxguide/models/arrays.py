@@ -255,10 +255,17 @@ def check_space(path: Path, tree: PyTree) -> None:
   Raises:
     OSError: if there is too little space.
   """
+  if (failure := shortage(path, tree)) is not None:
+    raise cannot_write(path, failure)
+
+
+def shortage(path: Path, tree: PyTree) -> str | None:
+  """Say how much space is missing for a tree at ``path``; None if there is enough."""
   needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + MARGIN
   free = shutil.disk_usage(path.parent).free
-  if free < needed:
-    raise cannot_write(path, f"{os.strerror(errno.ENOSPC)}, it needs {needed:,} bytes and {free:,} are free")
+  if free >= needed:
+    return None
+  return f"{os.strerror(errno.ENOSPC)}, it needs {needed:,} bytes and {free:,} are free"
 
 
 def cannot_write(path: Path, failure: str) -> OSError:

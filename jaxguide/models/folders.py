@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxguide._core import devices, records
 from jaxguide._core.files import PathLike, check_writable, lock, remove_parts, sync_folder, write_atomically
 from jaxguide._core.typing import PyTree
+from jaxguide.distributed.processes import several
 from jaxguide.models import arrays, pretrained
 from jaxguide.models.config import ModelConfig
 from jaxguide.models.model import Model, check, shapes
@@ -80,11 +81,14 @@ def write(folder: Path, model: Model) -> None:
     (folder / name).unlink(missing_ok=True)
   arrays.remove_unfinished(folder)
 
+  # Where there are several processes, Orbax refuses arrays on the devices of one, as those of a loaded model are.
+  params = jax.device_get(model.params) if several() else model.params
+
   def save_params():
     with arrays.checkpointer() as checkpointer:
-      checkpointer.save(folder / "params", model.params, force=True)
+      checkpointer.save(folder / "params", params, force=True)
 
-  arrays.write(folder / "params", model.params, save_params)
+  arrays.write(folder / "params", params, save_params)
   sync_folder(folder)
   config = records.record(config=model.config)["config"]
   checksums = {"version": records.VERSION, "config": _checksum(config), "params": arrays.checksums(model.params)}

@@ -18,6 +18,10 @@ from jaxguide.training.step import TrainState
 LOG = logging.getLogger("jaxguide.training")
 
 
+TIMEOUT = 600
+"""Seconds until the other processes end the saving of a checkpoint that one process could not write."""
+
+
 def steps(folder: Path) -> list[int]:
   """Return the steps that have a checkpoint, in increasing order."""
   return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
@@ -36,7 +40,12 @@ class Checkpoints:
     import orbax.checkpoint as ocp
 
     processes.first_does(lambda: folder.mkdir(parents=True, exist_ok=True))
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every, enable_async_checkpointing=True)
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep,
+      keep_period=keep_every,
+      enable_async_checkpointing=True,
+      async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT),
+    )
     self.folder, self._manager = folder, ocp.CheckpointManager(folder, options=options)
     self._pending: int | None = None
     self._stack = contextlib.ExitStack()
@@ -60,9 +69,9 @@ class Checkpoints:
     import orbax.checkpoint as ocp
 
     self.wait()
-    processes.first_does(lambda: arrays.check_space(self.folder / str(step), state))
-    items = {"state": ocp.args.StandardSave(state), "checksums": ocp.args.JsonSave(checksums(state))}
     self._pending = step
+    self._raise_first(arrays.shortage(self.folder / str(step), state))  # In the process that has too little space.
+    items = {"state": ocp.args.StandardSave(state), "checksums": ocp.args.JsonSave(checksums(state))}
     self._attempt(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
 
   def wait(self) -> None:
@@ -88,6 +97,9 @@ class Checkpoints:
 
   def _attempt(self, call: Callable[[], Any]) -> None:
     _, failure = arrays.attempt(call, arrays.PATIENCE)
+    self._raise_first(failure)
+
+  def _raise_first(self, failure: str | None) -> None:
     failure = _first_failure(failure)
     if failure is not None:
       path, self._pending = self.folder / str(self._pending), None
@@ -128,10 +140,12 @@ def restore(folder: Path, template: TrainState, state: Callable[[], TrainState])
 
   items = {"state": ocp.args.StandardRestore(template), "checksums": ocp.args.JsonRestore()}
 
-  def restore(step: int) -> TrainState:
+  def read(step: int) -> Any:
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     with ocp.CheckpointManager(folder, options=options) as manager:
-      checkpoint = manager.restore(step, args=ocp.args.Composite(**items))
+      return manager.restore(step, args=ocp.args.Composite(**items))
+
+  def check(checkpoint: Any, step: int) -> TrainState:
     arrays.check(checkpoint["state"], checkpoint["checksums"])
     if checkpoint["state"].step != step:
       raise ValueError(f"it contains the state of step {checkpoint['state'].step}")
@@ -146,8 +160,11 @@ def restore(folder: Path, template: TrainState, state: Callable[[], TrainState])
   unfinished, found = processes.first_does(prepare)
   damaged: dict[int, str] = {}
   for step in reversed(found):
-    restored, failure = arrays.attempt(lambda: restore(step))  # noqa: B023
+    checkpoint, failure = arrays.attempt(lambda: read(step))  # noqa: B023
     failure = _first_failure(failure)
+    if failure is None:  # Then all processes have read it, and compute the checksums together.
+      restored, failure = arrays.attempt(lambda: check(checkpoint, step))  # noqa: B023
+      failure = _first_failure(failure)
     if failure is None:
       for number, reason in damaged.items():
         warnings.warn(
@@ -157,7 +174,7 @@ def restore(folder: Path, template: TrainState, state: Callable[[], TrainState])
         processes.first_does(lambda: shutil.rmtree(folder / str(number)))  # noqa: B023
       _say_where_it_goes_on(folder, step, unfinished)
       return restored
-    damaged[step] = failure
+    damaged[step], checkpoint = failure, None  # There may be no room for two.
   if damaged:
     step, reason = next(iter(damaged.items()))
     raise ValueError(

@@ -189,7 +189,8 @@ def on_mesh(model: ModelConfig, training: TrainingConfig, place: Placement) -> s
     for row in rows
     if row.name.startswith("params/")
   ]
-  return "\n".join([head, "Each of the parameters, and the same for the optimiser's state and running means:", *lines])
+  title = "Each of the parameters, with its bytes on a device; the optimiser's state and running means are split alike:"
+  return "\n".join([head, title, *lines])
 
 
 def shortage(model: ModelConfig, training: TrainingConfig, mesh: str | None = None) -> str | None:

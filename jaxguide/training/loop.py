@@ -128,7 +128,7 @@ def fit_with(
   folder = Path(folder).absolute()
   record = run_folder.record(model, training, data, run, begun if params is None else inputs.checksum(params))
   place = for_batches(training.batch_size, run.mesh)
-  processes.check_same({**records.flat(record), **VERSIONS})
+  processes.check_same({**records.flat(record), "the folder": str(folder), **VERSIONS})
   desk.settle()
   with contextlib.ExitStack() as stack:
     start = run_folder.begin(folder, record, retrain, data, stack)
