@@ -21,6 +21,7 @@ from jaxguide import denoisers, guidance, nn, sampling, schedules, solvers
 from jaxguide._core import checks, keys, promotion, struct, typing  # noqa: F401
 from jaxguide._core.typing import Denoiser, Guidance, LogProb, Prediction, Solver
 from jaxguide.denoisers import (
+  Autoencoder,
   ClassifierLogProb,
   NetworkDenoiser,
   given,
@@ -54,7 +55,7 @@ from jaxguide.guidance import (
 from jaxguide.guidance import state as memory  # noqa: F401
 from jaxguide.guidance.combine import frequency_decoupled, projected, rescaled, tangential, zero_star
 from jaxguide.guidance.measurements import distance, measurement
-from jaxguide.nn import Classifier, Perturbation, SuperResUNet, UNet
+from jaxguide.nn import AutoencoderKL, Classifier, Perturbation, SuperResUNet, UNet
 from jaxguide.sampling import invert, sample, sample_batch, sample_keys
 from jaxguide.sampling import products as smc
 from jaxguide.sampling.products import sample_product, tempered
@@ -81,6 +82,8 @@ __version__ = "0.1.0"
 __all__ = [
   "DDIM",
   "DDPM",
+  "Autoencoder",
+  "AutoencoderKL",
   "Classifier",
   "ClassifierLogProb",
   "DPMpp2M",

@@ -292,7 +292,7 @@ def test_latents(run, train, tmp_path):
   status, _, errors = train(*given, "--set", "model.encoder=pixels")
   assert (status, "holds floats, and the network's encoder is pixels: give encoder 'latents'" in errors) == (2, True)
   status, printed, errors = train(*given)
-  assert (status, "Sample latents from it in Python" in printed) == (0, True), errors
+  assert (status, "--vae FILE --label" in printed or "--vae FILE --out" in printed) == (0, True), errors
   model = models.load(tmp_path / "run")
   examples = data.open_data(DataConfig(tmp_path / "latents.npz")).example(7)[0][None]
   np.testing.assert_allclose(model.config.data.encode(examples), (z[7:8] - 3) * 0.5, rtol=1e-6)
@@ -302,7 +302,7 @@ def test_latents(run, train, tmp_path):
   )  # fmt: skip
   assert latents.shape == (3, 2, 2, 4)
   status, _, errors = run("sample", "--model", tmp_path / "run", "--out", tmp_path / "s.npz")
-  assert (status, "makes latents, which are no pictures yet: sample it in Python" in errors) == (2, True)
+  assert (status, "makes latents, which are no pictures yet: give their autoencoder" in errors) == (2, True)
 
 
 def test_pixels_are_no_latents(train, photos, tmp_path):

@@ -58,6 +58,12 @@ def _import(file: Path, out: Path, preset: str | None, family: str | None, setti
 
   imported = importers.import_model(file, out, preset, family, **settings)
   print(f"{file}: {imported}. The model is in {out}.")
+  if imported.config.role.name == "autoencoder":
+    module = imported.config.module
+    print(
+      f"Its latents are (z - {module.shift_factor}) * {module.scaling_factor}, and its normalisations have "
+      f"{module.norm_num_groups} groups: the file does not show this, and --field or a config.json beside it says it."
+    )
   if imported.config.scale is not None:
     unconditional = f"; {importers.openai.UNCONDITIONAL_SCALE:g} with 256x256_diffusion_uncond"
     also = unconditional if preset == "256x256_classifier" else ""

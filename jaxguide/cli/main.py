@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from jaxguide import generate
-from jaxguide.cli import classifier, ema, interop, measure, train
+from jaxguide.cli import classifier, ema, encode, interop, measure, train
 from jaxguide.cli.joining import join, joining_options, show
 from jaxguide.cli.options import NamesCommand, options_of, with_options
 from jaxguide.generate import Settings
@@ -24,6 +24,7 @@ app = typer.Typer(
 
 app.add_typer(train.app)
 app.add_typer(interop.app)
+app.add_typer(encode.app)
 app.add_typer(ema.app)
 app.add_typer(classifier.app)
 app.add_typer(measure.app)

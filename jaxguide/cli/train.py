@@ -167,7 +167,7 @@ def _train(recipe: Any, out: Path, retrain: bool, progress: bool) -> None:
   if recipe.is_classifier:
     show(f"Is it fit to guide? jaxguide classifier-report {shlex.quote(str(out))} --out report.html")
   elif model.config.encoder == "latents":
-    show("Sample latents from it in Python, with jaxguide.sample_batch, and decode them with their autoencoder.")
+    show(f"Sample from it: jaxguide sample --model {shlex.quote(str(out))} --vae FILE{label} --out new.png")
   else:
     base = "" if model.config.low_res_shape is None else " --base-samples FILE"
     label = "" if base else label

@@ -49,14 +49,16 @@ class Preparation:
     """Make an example of a record.
 
     Returns:
-      ``uint8`` (h, w, channels); or ``float32`` (h, w, c), if the record is an array of floats, such as latents.
+      ``uint8`` (h, w, channels); or ``float32`` (h, w, c), if the record is an array of floats, such as latents. An
+      array of floats (variants, moments, h, w, c) is what an example is drawn from: one of the variants, and with two
+      moments normal noise of that mean and that standard deviation.
 
     Raises:
       BadRecord: if the record is no picture, or is damaged.
     """
     if isinstance(content, np.ndarray):
       if content.dtype.kind == "f":
-        return _floats(content)
+        return _floats(content, rng)
       picture = decode.from_array(content)
     else:
       picture = decode.decode(content, self.background)
@@ -68,7 +70,15 @@ class Preparation:
     return array[:, ::-1] if self.flip and rng.random() < 0.5 else array
 
 
-def _floats(array: np.ndarray) -> np.ndarray:
+def _drawn(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """Draw an example from an array (variants, moments, h, w, c): a variant, and with two moments noise for its mean."""
+  mean, *deviation = array[rng.integers(len(array))]
+  return mean + deviation[0] * rng.standard_normal(mean.shape, np.float32) if deviation else mean
+
+
+def _floats(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  if array.ndim == 5 and np.isfinite(array).all():
+    return _drawn(array, rng)
   if array.ndim != 3 or not np.isfinite(array).all():
     problem = f"it has shape {array.shape}, not (height, width, channels)" if array.ndim != 3 else "it is not finite"
     raise BadRecord(problem)

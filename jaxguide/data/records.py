@@ -31,7 +31,8 @@ class Records:
     labels: (n,) ``int32`` classes, (n, d) ``float32`` vectors, or None.
     class_names: the names of the classes; None if there are none, or they have no names.
     num_classes: number of classes; None without classes.
-    read: ``row -> bytes`` of an encoded picture, or an array: ``uint8`` (h, w, c) or (h, w), or ``float32`` (h, w, c).
+    read: ``row -> bytes`` of an encoded picture, or an array: ``uint8`` (h, w, c) or (h, w), or ``float32`` (h, w, c)
+      or (variants, moments, h, w, c), see `jaxguide.data.prepared.Preparation.picture`.
       It raises BadRecord for a record that cannot be used.
     stamps: (n,) ``uint64``; a hash of what is known of each record without reading it, see `stamp`.
     bad: reasons by row, for records that are known to be unusable without reading them.

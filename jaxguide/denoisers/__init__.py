@@ -7,12 +7,14 @@ and they are not constants of the program.
 """
 
 from jaxguide.denoisers import losses, mixtures, scaling, variational
+from jaxguide.denoisers.autoencoders import Autoencoder
 from jaxguide.denoisers.conditions import check_cond, given
 from jaxguide.denoisers.conversions import eps_to_x0, score_to_x0, v_to_x0, x0_to_eps, x0_to_score, x0_to_v
 from jaxguide.denoisers.linen import check_params, param_shapes
 from jaxguide.denoisers.network import ClassifierLogProb, NetworkDenoiser, perturbed, split_variance
 
 __all__ = [
+  "Autoencoder",
   "ClassifierLogProb",
   "NetworkDenoiser",
   "check_cond",

@@ -15,6 +15,7 @@ from jaxguide import guidance as guide
 from jaxguide._core import checks
 from jaxguide._core.files import PathLike
 from jaxguide._core.typing import Array, Denoiser, Guidance, Solver
+from jaxguide.generate import latents
 from jaxguide.generate.guidances import GuidanceSpec, Networks
 from jaxguide.generate.settings import Settings
 from jaxguide.generate.walks import GridSpec, check_levels, ddim_eta
@@ -22,7 +23,7 @@ from jaxguide.models import pretrained
 from jaxguide.models.config import ModelConfig
 from jaxguide.models.encoders import Encoder
 from jaxguide.models.model import Model
-from jaxguide.models.networks import CLASSIFIER
+from jaxguide.models.networks import CLASSIFIER, DENOISER
 
 
 class Plan(NamedTuple):
@@ -37,7 +38,8 @@ class Plan(NamedTuple):
     labels: the label of every sample; None where there are no classes.
     class_names: the names of the classes; None where they have none.
     image_shape: the shape of one sample.
-    init: (n, *image_shape) stored examples that samples start from in turn; None where they start from noise.
+    file_shape: the shape of one picture in the file; another one than ``image_shape`` where latents are decoded.
+    init: (n, *file_shape) stored examples that samples start from in turn; None where they start from noise.
     encoder: how ``x0`` becomes what the file holds.
     record: what the networks are, as plain data.
     data: all arrays that the samples depend on.
@@ -51,6 +53,7 @@ class Plan(NamedTuple):
   labels: np.ndarray | None
   class_names: Sequence[str] | None
   image_shape: Sequence[int]
+  file_shape: Sequence[int]
   init: np.ndarray | None
   encoder: Encoder
   record: Any
@@ -73,15 +76,14 @@ def plan(settings: Settings, load: Load = models.load) -> Plan:
   """
   load = functools.partial(_load, settings, load)
   model = load(settings.model)
-  if model.config.encoder == "latents":
-    raise ValueError(
-      f"the model in {settings.model} makes latents, which are no pictures yet: sample it in Python with "
-      "jaxguide.sample_batch, and decode the latents with their autoencoder"
-    )
+  if model.config.role is not DENOISER:
+    raise ValueError(f"the model in {settings.model} is {_kind(model)}, and samples are drawn from a denoiser")
+  vae = _vae(settings, model)
   chosen = chosen_of(settings, model)
   classifier = _classifier(settings, model, load) if any(spec.method.gradient for spec in chosen) else None
   _check_unused(settings, model, chosen, classifier, load)
-  init = _init(settings, model)
+  file_shape = model.config.image_shape if vae is None else vae.image_shape(model.config.image_shape)
+  init = _init(settings, file_shape)
   sigmas = _sigmas(settings, model)
   shifts_mean = settings.solver_spec.name == "ddpm" and any(spec.name == "classifier" for spec in chosen)
   solver = settings.solver_spec.build(len(sigmas) - 1, **_solver_defaults(settings, model, shifts_mean))
@@ -101,6 +103,7 @@ def plan(settings: Settings, load: Load = models.load) -> Plan:
     steps = [guide.unconditional(model.null_cond), *steps]
   settings, class_names = by_number(settings, model, classifier)
   cond, labels = _cond(settings, model, classifier)
+  others += [] if vae is None else [vae.model]
   every_model = [model, *([] if classifier is None else [classifier]), *others]
   return Plan(
     settings=settings,
@@ -111,8 +114,9 @@ def plan(settings: Settings, load: Load = models.load) -> Plan:
     labels=labels,
     class_names=class_names,
     image_shape=model.config.image_shape,
+    file_shape=file_shape,
     init=init,
-    encoder=model.config.data,
+    encoder=model.config.data if vae is None else vae.encoder,
     record={
       "network": dataclasses.asdict(model.config),
       "classifier_network": None if classifier is None else dataclasses.asdict(classifier.config),
@@ -330,14 +334,42 @@ def base_samples_of(config: ModelConfig) -> str:
   return f"an .npz with uint8 images of shape (images, {height}, {width}, {channels}) as arr_0{labels}"
 
 
-def _init(settings: Settings, model: Model) -> np.ndarray | None:
+def _kind(model: Model) -> str:
+  role = model.config.role.name
+  return f"{'an' if role[0] in 'aeiou' else 'a'} {role} ({model.config.network})"
+
+
+def _vae(settings: Settings, model: Model) -> latents.Vae | None:
+  """Load the autoencoder of a model that makes latents.
+
+  Raises:
+    ValueError: if there is none, the model makes pixels, or its latents have other channels.
+  """
+  if model.config.encoder != "latents":
+    if settings.vae is not None:
+      raise ValueError(f"the model in {settings.model} makes pixels, and needs no autoencoder: leave out vae")
+    return None
+  if settings.vae is None:
+    raise ValueError(
+      f"the model in {settings.model} makes latents, which are no pictures yet: give their autoencoder, vae "
+      "(--vae FILE)"
+    )
+  vae = latents.Vae.load(settings.vae, settings.vae_tile)
+  ours, theirs = model.config.image_shape[-1], vae.autoencoder.module.latent_channels
+  if ours != theirs:
+    raise ValueError(
+      f"the model in {settings.model} makes latents of {ours} channels, and the autoencoder in {settings.vae} takes "
+      f"{theirs}: give the one that the model was trained with"
+    )
+  return vae
+
+
+def _init(settings: Settings, shape: Sequence[int]) -> np.ndarray | None:
   if settings.init is None:
     return None
   images, _ = data.load_npz(settings.init, labelled=False)
-  if images.shape[1:] != model.config.image_shape:
-    raise ValueError(
-      f"{settings.init} has images of shape {images.shape[1:]}, but the model makes {model.config.image_shape}"
-    )
+  if images.shape[1:] != tuple(shape):
+    raise ValueError(f"{settings.init} has images of shape {images.shape[1:]}, but the model makes {tuple(shape)}")
   return images[: settings.num]
 
 

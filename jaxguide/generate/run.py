@@ -29,7 +29,7 @@ from jaxguide.models.config import ModelConfig
 
 Names = Sequence[str] | None
 
-WITHOUT_EFFECT = ("model", "classifier", "init", "base_samples", "batch_size")
+WITHOUT_EFFECT = ("model", "classifier", "init", "base_samples", "vae", "batch_size")
 """The settings that may differ where the record has the arrays that the samples depend on."""
 
 
@@ -106,9 +106,9 @@ def run(
   checks.flag("overwrite", overwrite)
   run_plan = plan(settings, load)
   settings = run_plan.settings
-  if out.suffix == ".png" and run_plan.image_shape[-1] not in (1, 3):
+  if out.suffix == ".png" and run_plan.file_shape[-1] not in (1, 3):
     raise ValueError(
-      f"a PNG needs images of 1 (gray) or 3 (RGB) channels, and the model's have {run_plan.image_shape[-1]}: write .npz"
+      f"a PNG needs images of 1 (gray) or 3 (RGB) channels, and the model's have {run_plan.file_shape[-1]}: write .npz"
     )
   record = _record(run_plan, settings.num)
   _check_same(record, out, devices)
@@ -129,7 +129,7 @@ def run(
       if grown is not None and grown >= settings.num:
         return None
     kept = _continued(unfinished_at, record, run_plan, load) if grow else None
-    samples = unfinished.Unfinished(unfinished_at, record, (settings.num, *run_plan.image_shape), _DEFAULTS)
+    samples = unfinished.Unfinished(unfinished_at, record, (settings.num, *run_plan.file_shape), _DEFAULTS)
     with _removed_if_empty(samples):
       if grow and not samples.done and kept is None and out.exists():
         kept = data.load_npz(out, labelled=False)[0]
@@ -254,7 +254,7 @@ def _continued(folder: Path, record: Mapping[str, Any], run_plan: Plan, load: Lo
   num = _grown(old_record, run_plan, load)
   if num is None:
     return None
-  old = unfinished.Unfinished(folder, old_record, (num, *run_plan.image_shape), _DEFAULTS)
+  old = unfinished.Unfinished(folder, old_record, (num, *run_plan.file_shape), _DEFAULTS)
   kept = np.array(old.images[: old.done])
   old.remove()
   return kept

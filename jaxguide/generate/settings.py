@@ -62,6 +62,9 @@ class Settings:
     init_level: Noise level sigma that is added to the images of init. Each sample draws its own noise, and the walk
       begins at the nearest level of the grid. A higher level keeps less of the images. If left out, the walk
       begins in the middle of the grid's steps.
+    vae: Autoencoder of a model that makes latents: the folder of an imported one, or a published file. Then the samples
+      are pictures.
+    vae_tile: Side in pixels from which latents are decoded in tiles, which takes less memory and is approximate.
     labels: Classes to sample, taken in turn, by name or by number; all classes if left out. A text that is both a name
       and a number is the class of that name.
     num: Number of samples, at most 100,000,000.
@@ -95,6 +98,8 @@ class Settings:
   base_samples: PathLike | None = None
   init: PathLike | None = None
   init_level: float | None = None
+  vae: PathLike | None = None
+  vae_tile: int | None = None
   labels: Sequence[int | str] | None = None
   num: int = 16
   guidance: str | Sequence[str] | None = None
@@ -136,7 +141,11 @@ class Settings:
       plain["init_level"] = checks.above("init_level", checks.number("init_level", self.init_level), 0)
     if isinstance(self.guidance, str):
       plain["guidance"] = (self.guidance,)
-    for name in ("model", "classifier", "base_samples", "init"):
+    if self.vae_tile is not None:
+      if self.vae is None:
+        raise ValueError("vae_tile is how vae decodes: give both, or leave it out")
+      plain["vae_tile"] = checks.at_least("vae_tile", self.vae_tile, 1)
+    for name in ("model", "classifier", "base_samples", "init", "vae"):
       value = getattr(self, name)
       if isinstance(value, os.PathLike):
         plain[name] = os.fspath(value)

@@ -7,11 +7,12 @@ from typing import Any
 import jax
 
 from jaxguide._core.typing import PyTree
+from jaxguide.denoisers.autoencoders import Autoencoder
 from jaxguide.denoisers.linen import check_params, param_shapes
 from jaxguide.denoisers.network import ClassifierLogProb, NetworkDenoiser
 from jaxguide.models import arrays
 from jaxguide.models.config import ModelConfig
-from jaxguide.models.networks import CLASSIFIER, DENOISER, Role
+from jaxguide.models.networks import AUTOENCODER, CLASSIFIER, DENOISER, Role
 
 LARGEST_NETWORK = 2**34
 """The largest number of parameters of a network: 17 billion."""
@@ -41,6 +42,15 @@ class Model:
       ValueError: if the network is not a classifier.
     """
     return self._as(CLASSIFIER)
+
+  @property
+  def autoencoder(self) -> Autoencoder:
+    """The network as an autoencoder, with the scale and the shift of its latents.
+
+    Raises:
+      ValueError: if the network is not an autoencoder.
+    """
+    return self._as(AUTOENCODER)
 
   @property
   def null_cond(self) -> Any:

@@ -1,7 +1,8 @@
 """The networks that a model can use, each with its role.
 
-A *role* is the purpose of a network: denoiser or classifier. It defines the network's inputs, the function that
-guidance uses, and the checks of its configuration. `jaxguide.training.objectives` defines how each role is trained.
+A *role* is the purpose of a network: denoiser, classifier or autoencoder. It defines the network's inputs, the function
+that guidance uses, and the checks of its configuration. `jaxguide.training.objectives` defines how each role is
+trained. Autoencoders are imported, and not trained here.
 
 To add a network, write its Flax module and add an entry to `NETWORKS`. A network of one's own needs no entry: its name
 is ``module:Class``, where Python finds it.
@@ -19,6 +20,7 @@ from flax import linen
 from jaxguide import nn
 from jaxguide._core import checks
 from jaxguide._core.typing import PyTree
+from jaxguide.denoisers.autoencoders import Autoencoder
 from jaxguide.denoisers.network import ClassifierLogProb, NetworkDenoiser
 from jaxguide.nn.adm.classifier import POOLS
 
@@ -48,7 +50,8 @@ class Network(NamedTuple):
 
   Args:
     module: its Flax linen module class. `ModelConfig.fields` are the fields of this class. A denoiser is called as
-      ``module(x, t, label)``, a classifier as ``module(x, t)``. If the method takes ``train`` as well, it is True in
+      ``module(x, t, label)``, a classifier as ``module(x, t)``, an autoencoder by its methods ``moments(images)`` and
+      ``decode(latents)``, as `jaxguide.AutoencoderKL` has them. If the method takes ``train`` as well, it is True in
       training, for dropout. If the class has a field for the number of classes (``num_classes``; ``out_channels`` of a
       classifier) or for the length of a label vector (``label_size``), it is set. If it has ``null_class=True``, label
       ``num_classes``, or the vector of zeros, means "no label". Other Flax collections than ``params`` are not
@@ -123,6 +126,34 @@ CLASSIFIER = Role("classifier", "out_channels", _classifier_inputs, _as_log_prob
 """A network that predicts the class of a noisy example; `jaxguide.ClassifierLogProb`."""
 
 
+# --- autoencoders ---------------------------------------------------------------------------------
+
+
+def _autoencoder_inputs(config: Any) -> tuple[Any, ...]:
+  return (jnp.zeros((1, *config.image_shape)),)
+
+
+def _as_autoencoder(config: Any, params: PyTree) -> Autoencoder:
+  return Autoencoder(params, config.module.apply)
+
+
+def _check_autoencoder(config: Any) -> None:
+  for name in ("num_classes", "class_names", "label_size", "scale", "noise_range", "diffusion_steps"):
+    if getattr(config, name) is not None:
+      raise ValueError(f"an autoencoder has neither labels nor noise levels: leave out {name}")
+  if config.variance != "small" or config.encoder != "pixels":
+    raise ValueError("an autoencoder takes pixels and has no variance of steps: leave out encoder and variance")
+  factor = getattr(config.module, "factor", 1)
+  if any(side % factor for side in config.image_shape[:2]):
+    raise ValueError(
+      f"the sides of image_shape must be multiples of {factor}, the pixels of a latent, got {config.image_shape}"
+    )
+
+
+AUTOENCODER = Role("autoencoder", "num_classes", _autoencoder_inputs, _as_autoencoder, _check_autoencoder)
+"""A network that maps images to latents and back; `jaxguide.Autoencoder`."""
+
+
 # --- the table ------------------------------------------------------------------------------------
 
 ADM_BOUNDS: Bounds = {
@@ -154,10 +185,49 @@ def _check_adm(fields: Mapping[str, Any]) -> None:
     checks.lookup("pool", fields["pool"], dict.fromkeys(POOLS))
 
 
+KL_BOUNDS: Bounds = {
+  "block_out_channels": (1, 2**16),
+  "layers_per_block": (1, 64),
+  "latent_channels": (1, 2**12),
+  "z_channels": (1, 2**12),
+  "out_channels": (1, 2**12),
+  "norm_num_groups": (1, 2**12),
+}
+
+
+def _check_kl(fields: Mapping[str, Any]) -> None:
+  channels = fields.get("block_out_channels", nn.AutoencoderKL.block_out_channels)
+  groups = fields.get("norm_num_groups", nn.AutoencoderKL.norm_num_groups)
+  if not 1 <= len(channels) <= 16:
+    raise ValueError(f"block_out_channels must have from 1 to 16 levels, got {len(channels)}")
+  for number in channels:
+    if number % groups:
+      raise ValueError(f"norm_num_groups {groups} must divide each of block_out_channels, got {number}")
+  for name, plain in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+    types = fields.get(name, ())
+    if types and len(types) != len(channels):
+      raise ValueError(f"{name} must have a type for each of the {len(channels)} levels, got {len(types)}")
+    for kind in types:
+      checks.lookup(name, kind, dict.fromkeys((plain, f"Attn{plain}")))
+  size = fields.get("latent_channels", nn.AutoencoderKL.latent_channels)
+  mapped = fields.get("use_post_quant_conv", True) and fields.get("use_quant_conv", True)
+  if fields.get("z_channels") is not None and not mapped:
+    raise ValueError("z_channels needs use_quant_conv and use_post_quant_conv, which map to latent_channels")
+  for name in ("scaling_factor", "shift_factor"):
+    factor = fields.get(name, 1.0)
+    numbers = factor if isinstance(factor, tuple) else (factor,)
+    if isinstance(factor, tuple) and len(factor) != size:
+      raise ValueError(f"{name} must be one number, or one for each of the {size} latent channels, got {len(factor)}")
+    for number in numbers:
+      if checks.finite(name, checks.number(name, number)) == 0 and name == "scaling_factor":
+        raise ValueError("scaling_factor must not be 0")
+
+
 NETWORKS: dict[str, Network] = {
   "unet": Network(nn.UNet, DENOISER, ADM_BOUNDS, _check_adm),
   "super_res_unet": Network(nn.SuperResUNet, DENOISER, ADM_BOUNDS, _check_adm, low_res=True),
   "classifier": Network(nn.Classifier, CLASSIFIER, ADM_BOUNDS, _check_adm),
+  "autoencoder_kl": Network(nn.AutoencoderKL, AUTOENCODER, KL_BOUNDS, _check_kl),
 }
 
 
@@ -166,7 +236,8 @@ def find(name: str) -> Network:
 
   Args:
     name: a name of `NETWORKS`; or ``module:Class``, a Flax linen module class that Python can import. It is a denoiser,
-      or a classifier if the class has an attribute ``role = "classifier"``. The module is imported, so its code runs.
+      or what the attribute ``role`` of the class says, "classifier" or "autoencoder". The module is imported, so its
+      code runs.
 
   Raises:
     ValueError: for an unknown name (with the nearest known one), or a class that cannot be imported or is no network.
@@ -208,7 +279,7 @@ def own(cls: Any) -> tuple[str, Network]:
       return name, network
   name = f"{cls.__module__}:{cls.__qualname__}"
   role = checks.lookup(
-    "role", getattr(cls, "role", DENOISER.name), {role.name: role for role in (DENOISER, CLASSIFIER)}
+    "role", getattr(cls, "role", DENOISER.name), {role.name: role for role in (DENOISER, CLASSIFIER, AUTOENCODER)}
   )
   _OWN[name] = Network(cls, role)
   return name, _OWN[name]

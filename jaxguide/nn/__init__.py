@@ -1,7 +1,8 @@
-"""Networks in Flax linen: the UNets and the noise-aware classifier of Dhariwal & Nichol 2021 (arXiv:2105.05233)."""
+"""Networks in Flax linen."""
 
 from jaxguide.nn.adm.classifier import Classifier
 from jaxguide.nn.adm.unet import SuperResUNet, UNet
 from jaxguide.nn.perturbation import Perturbation
+from jaxguide.nn.vae.autoencoder import AutoencoderKL
 
-__all__ = ["Classifier", "Perturbation", "SuperResUNet", "UNet"]
+__all__ = ["AutoencoderKL", "Classifier", "Perturbation", "SuperResUNet", "UNet"]

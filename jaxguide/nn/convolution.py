@@ -42,7 +42,10 @@ MIN_ROWS, MIN_KERNEL_SIZE = 16, 2**20
 
 
 def convolve(
-  x: Float[Array, "n h w c"], kernel: Float[Array, "kh kw c d"], stride: int = 1
+  x: Float[Array, "n h w c"],
+  kernel: Float[Array, "kh kw c d"],
+  stride: int = 1,
+  padding: tuple[int, int] | None = None,
 ) -> Float[Array, "n hh ww d"]:
   """Convolve images, padded with zeros by half a kernel on each side, like ``padding=k//2`` in PyTorch.
 
@@ -50,16 +53,17 @@ def convolve(
     x: images, NHWC.
     kernel: HWIO, with odd sides.
     stride: 1, or 2 to halve the sides (an even side becomes exactly half).
+    padding: the number of zeros before and behind rows and columns; half a kernel on each side if it is None.
 
   >>> convolve(jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 3, 5)), stride=2).shape
   (1, 4, 4, 5)
   """
   kh, kw = kernel.shape[:2]
-  padding = ((kh // 2, kh // 2), (kw // 2, kw // 2))
+  pads = ((kh // 2, kh // 2), (kw // 2, kw // 2)) if padding is None else (padding, padding)
   # Inside shard_map JAX tracks which mesh axes a value varies over, and this primitive has no rule for that.
   if jax.default_backend() == "cpu" and not jax.sharding.get_abstract_mesh().manual_axes:
-    return _convolve_p.bind(x, kernel, stride=stride, padding=padding, flipped=False)
-  return _plain(x, kernel, stride=stride, padding=padding, flipped=False)
+    return _convolve_p.bind(x, kernel, stride=stride, padding=pads, flipped=False)
+  return _plain(x, kernel, stride=stride, padding=pads, flipped=False)
 
 
 def _flip(kernel):

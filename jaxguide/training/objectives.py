@@ -68,6 +68,8 @@ def objective(model: ModelConfig, training: TrainingConfig) -> Objective:
   Raises:
     ValueError: if an option of the training does not apply to the network or its diffusion process.
   """
+  if model.role.name not in OBJECTIVES:
+    raise ValueError(f"an {model.role.name} cannot be trained here: import a published one with jaxguide import")
   return OBJECTIVES[model.role.name](model, training)
 
 

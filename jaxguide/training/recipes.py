@@ -20,7 +20,7 @@ from jaxguide.data.config import holds_floats
 from jaxguide.data.sources import NAMED
 from jaxguide.models import Model, folders, networks, transplant
 from jaxguide.models.config import NOT_FIELDS, ModelConfig, default_fields
-from jaxguide.models.networks import CLASSIFIER
+from jaxguide.models.networks import AUTOENCODER, CLASSIFIER
 from jaxguide.training import presets, toml
 from jaxguide.training.config import TrainingConfig
 from jaxguide.training.run_config import RunConfig
@@ -140,7 +140,10 @@ def recipe(sections: Mapping[str, Any], data: Any = None) -> Recipe:
   model, training, run = ({**_table(sections, name)} for name in ("model", "training", "run"))
   network = model.setdefault("network", "unet")
   model["fields"] = {**_table(model, "fields")} if "fields" in model else {}
-  classifies = networks.find(network).role is CLASSIFIER
+  role = networks.find(network).role
+  if role is AUTOENCODER:
+    raise ValueError("an autoencoder cannot be trained here: import a published one with jaxguide import")
+  classifies = role is CLASSIFIER
   init_from = sections.get("init_from")
   if init_from is not None and not isinstance(init_from, str):
     raise ValueError(f"init_from must be the folder of a model, got {init_from!r}")

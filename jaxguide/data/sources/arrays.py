@@ -28,7 +28,10 @@ LATENTS = "latents"
 EXAMPLES = (*IMAGES, LATENTS)
 """The names of arrays of examples."""
 
-OTHERS = (*IMAGES.values(), "shift", "scale", "class_names")
+POSTERIOR = ("std", "flipped", "flipped_std")
+"""The arrays beside latents, of the same shape, that `jaxguide encode` writes: see `open_arrays`."""
+
+OTHERS = (*IMAGES.values(), "shift", "scale", "class_names", *POSTERIOR)
 """The names of the other arrays that are read. ``settings`` may be there too, since ``jaxguide sample`` writes it."""
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -74,7 +77,10 @@ def open_arrays(path: Path) -> Records:
     and OpenAI's guided-diffusion write them;
   - ``images`` and perhaps ``labels``: the same under other names;
   - ``latents``: floats (n, h, w, c), and perhaps ``labels``, ``shift`` and ``scale``. Examples are
-    ``(latents - shift) * scale``, with one number or (c,) numbers each.
+    ``(latents - shift) * scale``, with one number or (c,) numbers each. With an array ``std`` of the same shape they
+    are means, and each time an example is read, ``std`` times fresh normal noise is added to it. ``flipped``, and
+    ``flipped_std`` with ``std``, are those of the mirrored images, of which one half of the examples is then taken, at
+    random. ``jaxguide encode`` writes such files.
 
   Labels are (n,) whole numbers or texts, which are classes, or (n, d) numbers, which are vectors. ``class_names`` may
   hold the names of the classes. A record's stamp is a hash of the file's name, size and time and of its row.
@@ -98,7 +104,8 @@ def open_arrays(path: Path) -> Records:
     labels = arrays.pop(IMAGES.get(main, "labels"), None)
     class_names = arrays.pop("class_names", None)
     if main == LATENTS:
-      read = _latents(rows, arrays.pop("shift", None), arrays.pop("scale", None))
+      parts = {name: arrays.pop(name) for name in POSTERIOR if name in arrays}
+      read = _latents(rows, arrays.pop("shift", None), arrays.pop("scale", None), parts)
     else:
       read = _images(main, rows)
     names = Numbered("latent " if main == LATENTS else "image ", rows.shape[0])
@@ -152,7 +159,7 @@ def _read(path: Path) -> dict[str, Any]:
     with zipfile.ZipFile(path) as archive, np.load(path) as loaded:
       for member in archive.infolist():
         name = member.filename.removesuffix(".npy")
-        rows = _rows_in_file(path, archive, member) if name in EXAMPLES else None
+        rows = _rows_in_file(path, archive, member) if name in (*EXAMPLES, *POSTERIOR) else None
         arrays[name] = loaded[name] if rows is None and name in (*EXAMPLES, *OTHERS) else rows
     arrays.pop("settings", None)
     return arrays
@@ -204,11 +211,11 @@ def _images(name: str, rows: np.ndarray | FileRows) -> Any:
   return rows.__getitem__
 
 
-def _latents(rows: np.ndarray | FileRows, shift: Any, scale: Any) -> Any:
+def _latents(rows: np.ndarray | FileRows, shift: Any, scale: Any, parts: Mapping[str, Any]) -> Any:
   """Return the function that reads a latent.
 
   Raises:
-    ValueError: if the array is not latents, or the shift or the scale does not belong to them.
+    ValueError: if the array is not latents, or the shift, the scale or another array does not belong to them.
   """
   if rows.dtype.kind != "f" or len(rows.shape) != 4 or 0 in rows.shape:
     raise ValueError(
@@ -226,11 +233,25 @@ def _latents(rows: np.ndarray | FileRows, shift: Any, scale: Any) -> Any:
         f"{', and not 0' if name == 'scale' else ''}, got {array.dtype} of shape {array.shape}: {array}"
       )
     factors.append(array.astype(np.float64))
-  return functools.partial(_read_latent, rows, factors[0], factors[1])
+  for name, array in parts.items():
+    if array.dtype.kind != "f" or array.shape != rows.shape:
+      raise ValueError(f"{name} must be floats of the shape of latents, {rows.shape}, got {array.dtype} {array.shape}")
+  if "flipped_std" in parts and "flipped" not in parts:
+    raise ValueError("flipped_std needs the array flipped")
+  if "flipped" in parts and ("std" in parts) != ("flipped_std" in parts):
+    raise ValueError("std and flipped_std belong together: leave out both, or give both")
+  means = [rows, *([parts["flipped"]] if "flipped" in parts else [])]
+  deviations = [parts[name] for name in ("std", "flipped_std") if name in parts]
+  return functools.partial(_read_latent, means, deviations, factors[0], factors[1])
 
 
-def _read_latent(rows: np.ndarray | FileRows, shift: np.ndarray, scale: np.ndarray, row: int) -> np.ndarray:
-  return ((rows[row] - shift) * scale).astype(np.float32)
+def _read_latent(means: Any, deviations: Any, shift: np.ndarray, scale: np.ndarray, row: int) -> np.ndarray:
+  """Return a latent (h, w, c); or, if it is drawn when it is read, what it is drawn from: (variants, moments, ...)."""
+  found = [((rows[row] - shift) * scale).astype(np.float32) for rows in means]
+  if len(means) == 1 and not deviations:
+    return found[0]
+  moments = [found, *([[(rows[row] * scale).astype(np.float32) for rows in deviations]] if deviations else [])]
+  return np.stack([np.stack(moment) for moment in moments], axis=1)
 
 
 def _labels(labels: Any, class_names: Any, names: Sequence[str]) -> tuple[Any, Any, int | None]:

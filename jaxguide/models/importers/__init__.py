@@ -5,7 +5,7 @@ writes one. The commands ``jaxguide import`` and ``jaxguide export`` use them.
 """
 
 from jaxguide.models.importers import layouts, openai, state_dicts
-from jaxguide.models.importers.convert import Imported, export_model, import_model
+from jaxguide.models.importers.convert import Imported, export_model, import_model, read_model
 from jaxguide.models.importers.families import Family, families, of_network, recognise
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
   "layouts",
   "of_network",
   "openai",
+  "read_model",
   "recognise",
   "state_dicts",
 ]

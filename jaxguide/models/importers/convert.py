@@ -63,7 +63,24 @@ def import_model(
       Nothing is written.
     OSError: if there is no such file, or ``out`` is not empty or cannot be written.
   """
-  file, out = Path(file), Path(out)
+  out = Path(out)
+  if out.is_dir() and any(out.iterdir()):
+    raise OSError(f"{out} is not empty: choose a new folder, or remove it")
+  check_writable(out / "config.json")
+  model, imported = read_model(file, preset, family, **given)
+  folders.save(out, model)
+  return imported
+
+
+def read_model(
+  file: PathLike, preset: str | None = None, family: str | None = None, **given: Any
+) -> tuple[Model, Imported]:
+  """Read a published state dict as a model. The arguments and the errors are those of `import_model`.
+
+  Returns:
+    The model, and a summary.
+  """
+  file = Path(file)
   known = families.families()
   chosen = None if family is None else checks.lookup("family", family, known)
   presets = {name: each for each in known.values() if chosen in (None, each) for name in each.presets}
@@ -71,14 +88,14 @@ def import_model(
     chosen = checks.lookup("preset", preset, presets)
     if given:
       raise ValueError(f"a preset is a complete configuration: leave out {', '.join(given)}, or the preset")
-  if out.is_dir() and any(out.iterdir()):
-    raise OSError(f"{out} is not empty: choose a new folder, or remove it")
-  check_writable(out / "config.json")
   tensors = state_dicts.read(file)
   try:
     chosen = chosen or families.recognise(tensors)
     tensors = dict(chosen.prepare(tensors))
-    config = chosen.presets[preset] if preset is not None else chosen.infer(tensors, **_settings(chosen, given))
+    if preset is not None:
+      config = chosen.presets[preset]
+    else:
+      config = chosen.infer(tensors, **_settings(chosen, {**chosen.beside(file), **given}))
     params = layouts.to_params(tensors, chosen.layout(config), type(config.module).__name__)
   except ValueError as error:
     as_preset = f" as preset {preset}" if preset else ""
@@ -86,8 +103,8 @@ def import_model(
   dtypes = Counter(tensor.dtype for tensor in tensors.values())
   # The pages that were read of a memory-mapped file stay in memory until its tensors are deleted.
   del tensors
-  folders.save(out, Model(config, params))
-  return Imported(config, sum(leaf.size for leaf in jax.tree.leaves(params)), dtypes, chosen.name)
+  size = sum(leaf.size for leaf in jax.tree.leaves(params))
+  return Model(config, params), Imported(config, size, dtypes, chosen.name)
 
 
 def _settings(family: families.Family, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ To add a family, write a file with its `Family` beside this one, and add it to `
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ class Family(NamedTuple):
     presets: configurations of published models, by name.
     prepare: ``tensors -> tensors``: removes what a published file holds beside the network, such as a prefix of all
       names, before anything else.
+    beside: ``file -> settings``: settings that published files beside the weights hold, such as a configuration. Those
+      that are given replace them. It raises ValueError if such a file is damaged.
   """
 
   name: str
@@ -44,13 +47,14 @@ class Family(NamedTuple):
   usage: Callable[[ModelConfig], Sequence[str]] = lambda config: ()
   presets: Mapping[str, ModelConfig] = MappingProxyType({})
   prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda tensors: tensors
+  beside: Callable[[Path], Mapping[str, Any]] = lambda file: {}
 
 
 def families() -> dict[str, Family]:
   """Return the families by name."""
-  from jaxguide.models.importers import openai
+  from jaxguide.models.importers import openai, vae
 
-  found = (openai.FAMILY,)
+  found = (openai.FAMILY, *vae.FAMILIES)
   return {family.name: family for family in found}
 
 
