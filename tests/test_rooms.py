@@ -25,8 +25,14 @@ MATHEMATICS = ["_core", "distributed", "schedules", "nn", "denoisers", "guidance
 PROGRAMS = ["data", "models", "training", "generate", "evaluation", "cli"]
 ROOMS = [*MATHEMATICS, *PROGRAMS]
 LIBRARIES = {"flax", "jax", "jaxtyping", "numpy", *sys.stdlib_module_names}
-# Files of `_core` that need a library when they are used and not before.
-LATER = {"_core/files.py imports filelock", "_core/bars.py imports tqdm"}
+# Files that need a library when they are used and not before.
+LATER = {
+  "_core/files.py imports filelock",
+  "_core/bars.py imports tqdm",
+  "denoisers/frameworks/__init__.py imports equinox",
+  "denoisers/frameworks/equinox.py imports equinox",
+  "denoisers/frameworks/haiku.py imports haiku",
+}
 
 
 def imports(path):
@@ -68,7 +74,19 @@ def test_the_mathematics_needs_jax_and_flax_alone():
 
 def test_heavy_libraries_are_imported_where_they_are_used():
   """``import jaxguide`` brings none of them, and the command's help no more than optax."""
-  heavy = ["optax", "orbax", "tensorflow_datasets", "sklearn", "matplotlib", "PIL", "jinja2", "torch", "tensorflow"]
+  heavy = [
+    "optax",
+    "orbax",
+    "tensorflow_datasets",
+    "sklearn",
+    "matplotlib",
+    "PIL",
+    "jinja2",
+    "torch",
+    "tensorflow",
+    "equinox",
+    "haiku",
+  ]
   code = "import sys, jaxguide; before = set(sys.modules); import jaxguide.cli; print(*before, '|', *sys.modules)"
   out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
   library, command = ({name.partition(".")[0] for name in part.split()} for part in out.split("|"))

@@ -10,6 +10,7 @@ from jaxguide.denoisers import losses, mixtures, scaling, variational
 from jaxguide.denoisers.autoencoders import Autoencoder
 from jaxguide.denoisers.conditions import check_cond, given
 from jaxguide.denoisers.conversions import eps_to_x0, score_to_x0, v_to_x0, x0_to_eps, x0_to_score, x0_to_v
+from jaxguide.denoisers.frameworks import from_equinox, from_haiku, from_nnx
 from jaxguide.denoisers.linen import check_params, param_shapes
 from jaxguide.denoisers.network import ClassifierLogProb, NetworkDenoiser, perturbed, split_variance
 
@@ -20,6 +21,9 @@ __all__ = [
   "check_cond",
   "check_params",
   "eps_to_x0",
+  "from_equinox",
+  "from_haiku",
+  "from_nnx",
   "given",
   "losses",
   "mixtures",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -79,17 +80,35 @@ def by_value(apply: Callable[..., Any]) -> Callable[..., Any]:
   """Return a Flax module's method as a `ModuleMethod`, and any other function unchanged.
 
   Raises:
-    TypeError: if ``apply`` is a module or cannot be called.
+    TypeError: if ``apply`` is a module, is a network of another framework with its parameters, or cannot be called.
   """
   if isinstance(apply, nn.Module):
     raise TypeError(
       "apply must be a function of (params, x, c_noise, ...), got a module: give its method, "
       f"{type(apply).__name__}.apply"
     )
+  maker = _maker_of(apply)
+  if maker is not None:
+    raise TypeError(
+      f"apply must be a function of (params, x, c_noise, ...), got {type(apply).__name__} with its parameters, which "
+      f"would be constants of the program: give jaxguide.{maker}(model, scaling)"
+    )
   if isinstance(apply, str) or (apply is not None and not callable(apply)):
     raise TypeError(f"apply must be a function of (params, x, c_noise, ...), got {apply!r}")
   owner = getattr(apply, "__self__", None)
   return ModuleMethod(owner, apply.__name__) if isinstance(owner, nn.Module) else apply
+
+
+def _maker_of(apply: Any) -> str | None:
+  """Return which function makes a denoiser of a network that has its parameters inside; None for other functions."""
+  # Neither is imported here: a network of theirs exists only where the user has imported them.
+  nnx, equinox = sys.modules.get("flax.nnx"), sys.modules.get("equinox")
+  if nnx is not None and isinstance(apply, nnx.Module):
+    return "from_nnx"
+  # Equinox's transformed functions are modules without arrays.
+  if equinox is not None and isinstance(apply, equinox.Module) and any(map(equinox.is_array, jax.tree.leaves(apply))):
+    return "from_equinox"
+  return None
 
 
 def module_of(apply: Callable[..., Any] | None) -> nn.Module | None:
@@ -99,6 +118,11 @@ def module_of(apply: Callable[..., Any] | None) -> nn.Module | None:
   3
   """
   return apply.module if isinstance(apply, ModuleMethod) else None
+
+
+def name_of(module: Any) -> str:
+  """Return the name of a module's class, or of the network of another framework in it."""
+  return getattr(module, "name_of_network", type(module).__name__)
 
 
 def check_params(module: nn.Module, params: PyTree, *args: Any) -> None:
@@ -113,7 +137,7 @@ def check_params(module: nn.Module, params: PyTree, *args: Any) -> None:
     ValueError: if a parameter is missing, unknown or of another shape (the message names the first one), or if the
       network cannot be called with ``args``.
   """
-  name, expected = type(module).__name__, param_shapes(module, *args)
+  name, expected = name_of(module), param_shapes(module, *args)
   ours, theirs = (
     {jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(leaf) for path, leaf in leaves}
     # Parameters can be in Flax boxes with partitioning metadata.

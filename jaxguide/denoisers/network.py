@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from jaxguide._core import checks, struct
 from jaxguide._core.promotion import together
 from jaxguide._core.typing import Array, Example, Leaf, Prediction, PyTree, Scalar
-from jaxguide.denoisers.linen import by_value, check_params, module_of
+from jaxguide.denoisers.linen import by_value, check_params, module_of, name_of
 from jaxguide.denoisers.scaling import coefficients
 from jaxguide.nn.perturbation import Perturbation
 
@@ -144,8 +144,10 @@ def perturbed(denoiser: NetworkDenoiser, perturbation: Perturbation) -> NetworkD
   ``autoguidance(perturbed(denoise, perturbation), scale)(denoise)`` with different values of `jaxguide.Perturbation`.
 
   Args:
-    denoiser: a `NetworkDenoiser` without guidance, of a `jaxguide.UNet`, a `jaxguide.SuperResUNet` or another Flax
-      module with a field ``perturbation``.
+    denoiser: a `NetworkDenoiser` without guidance, of a `jaxguide.UNet`, a `jaxguide.SuperResUNet`, another Flax
+      module with a field ``perturbation``, or any other network that is ``perturbable``: an attribute, or an argument
+      of `jaxguide.from_nnx` and its like, with the names of the blocks by the kind of perturbation. An ``apply`` with
+      the attribute gets the keyword argument ``perturbation``.
     perturbation: the kind of perturbation and the blocks; it replaces a perturbation that the network already has.
 
   Returns:
@@ -165,15 +167,42 @@ def perturbed(denoiser: NetworkDenoiser, perturbation: Perturbation) -> NetworkD
   (8, 8, 1)
   """
   apply: Any = getattr(denoiser, "apply", None)
-  module = module_of(apply)
-  if module is None or not hasattr(module, "perturbation"):
+  module: Any = module_of(apply)
+  network = apply if module is None else module
+  own = hasattr(network, "perturbable")
+  if not own and (module is None or not hasattr(module, "perturbation")):
     what = type(denoiser if module is None else module).__name__
     raise ValueError(
       f"perturbed takes a NetworkDenoiser of a UNet, or of a Flax module with a field `perturbation`; got {what}. "
       "Perturb the bare denoiser and apply guidance afterwards"
     )
-  perturbation.check(denoiser.params)
+  if own and network.perturbable is None:
+    raise ValueError(
+      f"{name_of(network)} does not say which blocks can be perturbed: give it the attribute `perturbable`, such as "
+      "{'skip': ['block_0']}, and its call the keyword argument `perturbation`"
+    )
+  perturbation.check(denoiser.params, network.perturbable if own else None)
+  if module is None:
+    function = apply.function if isinstance(apply, PerturbedFunction) else apply
+    return dataclasses.replace(denoiser, apply=PerturbedFunction(function, perturbation))
   return dataclasses.replace(denoiser, apply=dataclasses.replace(apply, module=module.clone(perturbation=perturbation)))
+
+
+@dataclasses.dataclass(frozen=True)
+class PerturbedFunction:
+  """A function that gets a perturbation; equal to another one of the same function and perturbation."""
+
+  function: Any
+  perturbation: Perturbation
+
+  def __call__(self, *args):
+    """Call the function."""
+    return self.function(*args, perturbation=self.perturbation)
+
+  @property
+  def perturbable(self) -> Mapping[str, Sequence[str]]:
+    """The names of the function's blocks by kind."""
+    return self.function.perturbable
 
 
 def split_variance(output: Array, x: Array) -> tuple[Array, Array | None]:

@@ -14,6 +14,7 @@ from flax import linen
 from jaxguide import schedules
 from jaxguide._core import checks, records
 from jaxguide.denoisers import scaling
+from jaxguide.denoisers.frameworks import linen_class
 from jaxguide.models import networks
 from jaxguide.models.encoders import ENCODERS, Encoder
 from jaxguide.models.networks import Network, Role
@@ -52,7 +53,8 @@ class ModelConfig:
 
   Args:
     network: ``unet``, ``super_res_unet`` or ``classifier``; or a network of your own: a Flax linen module, its class,
-      or ``"module:Class"``. See `jaxguide.models.networks.Network` for how it is called. It is stored by its name, so
+      a class of NNX, Equinox or Haiku, or ``"module:Class"``. The arguments of such a class's constructor are its
+      fields. See `jaxguide.models.networks.Network` for how it is called. It is stored by its name, so
       that a saved model can be loaded wherever Python can import the class.
     fields: the fields of the network, those of `jaxguide.UNet`, `jaxguide.SuperResUNet`, `jaxguide.Classifier` or your
       class; ``dtype`` is stored by its name. ``{}`` for a module, which has its own.
@@ -152,6 +154,7 @@ class ModelConfig:
   def _name_network(self) -> None:
     """Replace a Flax module or its class by its name, and a module's fields by plain data."""
     network: Any = self.network
+    cls: Any = type(network)
     if isinstance(network, linen.Module):
       if self.fields:
         raise ValueError(f"fields are those of the module {type(network).__name__}: give {{}}")
@@ -163,6 +166,12 @@ class ModelConfig:
       network = type(network)
     if isinstance(network, type):
       object.__setattr__(self, "network", networks.own(network)[0])
+    elif not isinstance(network, str) and linen_class(cls) is not None:
+      name = cls.__name__
+      raise ValueError(
+        f"network is an object of {name}, and a configuration needs the class and the arguments of its constructor: "
+        f"give ModelConfig({name}, {{...}}). The parameters of the object are those of its denoiser"
+      )
 
   def _check_class_names(self) -> None:
     names = self.class_names

@@ -21,6 +21,7 @@ from jaxguide import nn
 from jaxguide._core import checks
 from jaxguide._core.typing import PyTree
 from jaxguide.denoisers.autoencoders import Autoencoder
+from jaxguide.denoisers.frameworks import linen_class
 from jaxguide.denoisers.network import ClassifierLogProb, NetworkDenoiser
 from jaxguide.nn.adm.classifier import POOLS
 
@@ -49,15 +50,16 @@ class Network(NamedTuple):
   """An entry of `NETWORKS`: a type of network.
 
   Args:
-    module: its Flax linen module class. `ModelConfig.fields` are the fields of this class. A denoiser is called as
-      ``module(x, t, label)``, a classifier as ``module(x, t)``, an autoencoder by its methods ``moments(images)`` and
-      ``decode(latents)``, as `jaxguide.AutoencoderKL` has them. If the method takes ``train`` as well, it is True in
-      training, for dropout. If the class has a field for the number of classes (``num_classes``; ``out_channels`` of a
-      classifier) or for the length of a label vector (``label_size``), it is set. If it has ``null_class=True``, label
-      ``num_classes``, or the vector of zeros, means "no label". Other Flax collections than ``params`` are not
-      supported. Parameters whose last name is in its attribute ``frozen``, such as tables of positions, keep their
-      values in training. If it has a method ``forced(params)``, each step of the training begins with its result
-      instead of the parameters, as in EDM2's forced weight normalisation.
+    module: its Flax linen module class; for a class of another framework, that of
+      `jaxguide.denoisers.frameworks.linen_class`. `ModelConfig.fields` are the fields of this class. A denoiser is
+      called as ``module(x, t, label)``, a classifier as ``module(x, t)``, an autoencoder by its methods
+      ``moments(images)`` and ``decode(latents)``, as `jaxguide.AutoencoderKL` has them. If the method takes ``train``
+      as well, it is True in training, for dropout. If the class has a field for the number of classes (``num_classes``;
+      ``out_channels`` of a classifier) or for the length of a label vector (``label_size``), it is set. If it has
+      ``null_class=True``, label ``num_classes``, or the vector of zeros, means "no label". Other Flax collections than
+      ``params`` are not supported. Parameters whose last name is in its attribute ``frozen``, such as tables of
+      positions, keep their values in training. If it has a method ``forced(params)``, each step of the training begins
+      with its result instead of the parameters, as in EDM2's forced weight normalisation.
     role: its role.
     bounds: the least and the largest value of each numeric field. They are far beyond real networks, and catch mistakes
       that would lead to hours of tracing or run out of memory.
@@ -235,9 +237,9 @@ def find(name: str) -> Network:
   """Return the network of a name.
 
   Args:
-    name: a name of `NETWORKS`; or ``module:Class``, a Flax linen module class that Python can import. It is a denoiser,
-      or what the attribute ``role`` of the class says, "classifier" or "autoencoder". The module is imported, so its
-      code runs.
+    name: a name of `NETWORKS`; or ``module:Class``, a class that Python can import: of a Flax linen module, or of
+      another framework, see `jaxguide.denoisers.frameworks`. It is a denoiser, or what the attribute ``role`` of the
+      class says, "classifier" or "autoencoder". The module is imported, so its code runs.
 
   Raises:
     ValueError: for an unknown name (with the nearest known one), or a class that cannot be imported or is no network.
@@ -267,13 +269,19 @@ def find(name: str) -> Network:
 
 
 def own(cls: Any) -> tuple[str, Network]:
-  """Return the name and the entry of a network of one's own, a Flax linen module class.
+  """Return the name and the entry of a network of one's own, a class of Flax linen or of another framework.
 
   Raises:
+    TypeError: if the class is of another framework and its networks cannot be called as networks are here.
     ValueError: if it is not such a class.
   """
-  if not (isinstance(cls, type) and issubclass(cls, linen.Module)):
-    raise ValueError(f"network must be a name, a Flax linen module or its class, got {cls!r}")
+  is_linen = isinstance(cls, type) and issubclass(cls, linen.Module)
+  module = cls if is_linen else linen_class(cls) if isinstance(cls, type) else None
+  if module is None:
+    raise ValueError(
+      "network must be a name, a Flax linen module or its class, a class of NNX, Equinox or Haiku, or a class with the "
+      f"methods init and apply, got {cls!r}"
+    )
   for name, network in NETWORKS.items():
     if network.module is cls:
       return name, network
@@ -281,7 +289,7 @@ def own(cls: Any) -> tuple[str, Network]:
   role = checks.lookup(
     "role", getattr(cls, "role", DENOISER.name), {role.name: role for role in (DENOISER, CLASSIFIER, AUTOENCODER)}
   )
-  _OWN[name] = Network(cls, role)
+  _OWN[name] = Network(module, role)
   return name, _OWN[name]
 
 

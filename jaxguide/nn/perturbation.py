@@ -5,7 +5,7 @@ The perturbed network is a weak model for guidance that needs no training.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -69,8 +69,18 @@ class Perturbation:
     if self.kind != "smooth" and self.width != math.inf:
       raise ValueError(f"only the perturbation 'smooth' has a width: leave it out for {self.kind!r}, got {self.width}")
 
-  def check(self, params: PyTree) -> None:
-    """Raise ValueError unless the network with these parameters has all named blocks, each of a suitable type."""
+  def check(self, params: PyTree, perturbable: Mapping[str, Sequence[str]] | None = None) -> None:
+    """Raise ValueError unless the network with these parameters has all named blocks, each of a suitable type.
+
+    Args:
+      params: the parameters, whose names show which blocks there are.
+      perturbable: the names of the blocks by kind, if the network says them itself.
+    """
+    if perturbable is not None:
+      checks.lookup("perturbation of this network", self.kind, perturbable)
+      for name in self.blocks:
+        checks.lookup(f"block for {self.kind!r}", name, dict.fromkeys(perturbable[self.kind]))
+      return
     block_types = KINDS[self.kind]
     suitable: dict[str, None] = {}
     for path, _ in jax.tree_util.tree_leaves_with_path(params):
