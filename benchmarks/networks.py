@@ -49,7 +49,8 @@ SIZES = {
 def prepared(config: ModelConfig, dtype: str = DTYPE) -> ModelConfig:
   """Give a network as it is measured: without dropout, in the type that the backend computes in, and by its kernels."""
   fused = jax.default_backend() == "gpu" and dtype != "float32"
-  fields = {**config.fields, "dtype": dtype, "dropout": 0.0, "cudnn_attention": fused}
+  dropout = {"dropout": 0.0} if hasattr(config.module, "dropout") else {}
+  fields = {**config.fields, "dtype": dtype, **dropout, "cudnn_attention": fused}
   return dataclasses.replace(config, fields=fields)
 
 

@@ -56,9 +56,19 @@ from jaxguide.guidance import (
   unconditional,
 )
 from jaxguide.guidance import state as memory  # noqa: F401
-from jaxguide.guidance.combine import frequency_decoupled, projected, rescaled, tangential, zero_star
+from jaxguide.guidance.combine import channels, frequency_decoupled, projected, rescaled, tangential, zero_star
 from jaxguide.guidance.measurements import distance, measurement
-from jaxguide.nn import AutoencoderKL, Classifier, Perturbation, SuperResUNet, UNet
+from jaxguide.nn import (
+  AutoencoderKL,
+  Classifier,
+  DiT,
+  LightningDiT,
+  Perturbation,
+  RepaSiT,
+  SiT,
+  SuperResUNet,
+  UNet,
+)
 from jaxguide.sampling import invert, sample, sample_batch, sample_keys
 from jaxguide.sampling import products as smc
 from jaxguide.sampling.products import sample_product, tempered
@@ -97,16 +107,20 @@ __all__ = [
   "DPMpp3M",
   "DPMpp3MSDE",
   "Denoiser",
+  "DiT",
   "EDMStochastic",
   "Euler",
   "EulerAncestral",
   "GaussianMixture",
   "Guidance",
   "Heun",
+  "LightningDiT",
   "LogProb",
   "NetworkDenoiser",
   "Perturbation",
   "Prediction",
+  "RepaSiT",
+  "SiT",
   "Solver",
   "SuperResUNet",
   "UNet",
@@ -114,6 +128,7 @@ __all__ = [
   "autoguidance",
   "backward_guidance",
   "chain",
+  "channels",
   "checks",
   "classifier",
   "classifier_free",

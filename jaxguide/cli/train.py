@@ -46,6 +46,9 @@ def train(
     str | None,
     typer.Option(help="Network: unet (default), classifier, super_res_unet, or a Flax module as module:Class."),
   ] = None,
+  preset: Annotated[
+    str | None, typer.Option(help="Preset: size (default, by the images' size), none, or a name such as DiT-S/2.")
+  ] = None,
   init_from: Annotated[
     Path | None, typer.Option(help="Folder of a trained or imported model to begin from, for fine-tuning.")
   ] = None,
@@ -82,6 +85,8 @@ def train(
   }
   given["data"] = {name: str(value) if name == "source" else value for name, value in given["data"].items()}
   given["model"] = {} if network is None else {"network": network}
+  if preset is not None:
+    given["preset"] = preset
   if init_from is not None:
     given["init_from"] = str(init_from)
   for assignment in set_ or ():

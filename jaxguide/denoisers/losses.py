@@ -8,7 +8,7 @@ does not change its expectation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -408,3 +408,41 @@ def uncertainty_errors(
     )
   error = jnp.square(wide(c_skip, x) * x + wide(c_out, x) * output.astype(x.dtype) - x0)
   return per_example(wide(weight(sigma) * jnp.exp(-u), x) * error) + u
+
+
+def alignment(
+  projected: Sequence[Float[Array, "n t _"]], features: Sequence[Float[ArrayLike, "n t _"]]
+) -> Float[Array, " n"]:
+  r"""REPA's loss: projected tokens shall point where an image encoder's features do (arXiv:2410.06940, eq. 8).
+
+  .. math:: -\frac{1}{T} \sum_t \frac{\langle z_t, y_t\rangle}{\|z_t\| \|y_t\|}
+
+  It is added to the loss of the velocity with a factor of 0.5 in the paper. The features are of the clean image.
+
+  Args:
+    projected: for each image encoder, the (n, tokens, z_dim) projected tokens, as
+      ``jaxguide.RepaSiT(...).apply(params, x, t, y, features=True)[1]`` gives them.
+    features: for each image encoder, its (n, tokens, z_dim) features.
+
+  Returns:
+    (n,) the mean over tokens and image encoders, from -1 to 1.
+
+  Raises:
+    ValueError: unless there are features of the same shape for each of ``projected``, at least one.
+
+  >>> z = jnp.array([[[1.0, 0.0], [0.0, 2.0]]])
+  >>> alignment([z], [3 * z]).tolist()
+  [-1.0]
+  """
+  if not projected or [jnp.shape(z) for z in projected] != [jnp.shape(y) for y in features]:
+    raise ValueError(
+      "projected and features need an array for each image encoder, of the same shape; got "
+      f"{[jnp.shape(z) for z in projected]} and {[jnp.shape(y) for y in features]}"
+    )
+
+  def cosine(z: Array, y: ArrayLike) -> Array:
+    z, y = z.astype(jnp.float32), jnp.asarray(y, jnp.float32)
+    lengths = jnp.linalg.norm(z, axis=-1) * jnp.linalg.norm(y, axis=-1)
+    return (jnp.sum(z * y, -1) / jnp.maximum(lengths, 1e-12)).mean(1)
+
+  return -sum(map(cosine, projected, features), jnp.zeros(())) / len(projected)

@@ -1,8 +1,8 @@
 """Meshes of devices, described by three numbers.
 
 A mesh has three axes. The rows of a batch are split over ``data`` and ``fsdp``. Parameters are split over ``fsdp``, and
-copied along ``data``. ``tensor`` is for networks that split their own layers; the networks here do not yet, and all
-arrays are copied along it.
+copied along ``data``. Over ``tensor`` the layers of transformers are split, their heads and widths; other arrays are
+copied along it.
 """
 
 import dataclasses
@@ -22,6 +22,9 @@ BATCH_AXES = ("data", "fsdp")
 FSDP = "fsdp"
 """The axis that parameters are split over."""
 
+TENSOR = "tensor"
+"""The axis that the heads and widths of transformers are split over."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -31,7 +34,7 @@ class MeshConfig:
     data: number of copies of the parameters; each has its own part of a batch.
     fsdp: number of devices over which parameters, optimiser state and running means are split. Each device has its own
       part of a batch too.
-    tensor: number of devices for one part of a batch, for networks that split their layers over them.
+    tensor: number of devices for one part of a batch, over which the layers of transformers are split.
 
   Raises:
     ValueError: if an axis is neither -1 nor at least 1, or two of them are -1.

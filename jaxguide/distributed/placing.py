@@ -1,8 +1,12 @@
 """The placement of arrays on a mesh: the rows of batches, and parameters that are copied or split.
 
-One rule says how an array of parameters is split: along its largest axis that the number of devices divides, and not at
-all if it has fewer than `SMALL` numbers. Each array with the shape of the parameters follows it: gradients, the
-optimiser's state and running means.
+One rule says how an array of parameters is split over ``fsdp``: along its largest axis that the number of devices
+divides, and not at all if it has fewer than `SMALL` numbers. Each array with the shape of the parameters follows it:
+gradients, the optimiser's state and running means.
+
+Another rule, by names, splits the layers of transformers over ``tensor``: the first of two layers by its outputs, the
+second by its inputs (Shoeybi et al. 2019, arXiv:1909.08053). These stay split where they are used, so each device
+computes a part of the heads and of the width, and XLA sums the results.
 """
 
 import functools
@@ -15,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxguide._core.typing import PyTree
-from jaxguide.distributed.meshes import BATCH_AXES, FSDP, as_mesh
+from jaxguide.distributed.meshes import BATCH_AXES, FSDP, TENSOR, as_mesh
 
 SMALL = 2**12
 """Arrays with fewer numbers are not split: a message costs more than the memory is worth."""
@@ -33,6 +37,36 @@ def split_axis(shape: Sequence[int], parts: int) -> int | None:
     return None
   axes = [axis for axis, size in enumerate(shape) if size % parts == 0]
   return max(axes, key=lambda axis: (shape[axis], axis)) if axes else None
+
+
+BY_OUTPUTS = ("attn/qkv", "mlp/fc1", "mlp/w12", "adaLN_modulation_1")
+BY_INPUTS = ("attn/proj", "mlp/fc2", "mlp/w3")
+"""The layers of a transformer's block that are split over ``tensor``, along their outputs or their inputs."""
+
+
+def tensor_axis(path: Sequence[Any], shape: Sequence[int], parts: int) -> int | None:
+  """Return the axis along which a parameter is split over ``tensor``; None if it is not split.
+
+  Args:
+    path: where the parameter is in a tree, as JAX's paths, or names.
+    shape: its shape.
+    parts: the number of devices of the axis.
+
+  >>> tensor_axis(["attn", "qkv", "kernel"], (32, 96), 2), tensor_axis(["attn", "proj", "kernel"], (32, 32), 2)
+  (1, 0)
+  >>> tensor_axis(["attn", "proj", "bias"], (32,), 2)
+  """
+  if parts == 1 or not shape:
+    return None
+  *layer, kind = [str(getattr(part, "key", getattr(part, "name", part))) for part in path] or [""]
+  name = "/".join(layer)
+  if name.endswith(BY_OUTPUTS):
+    axis = len(shape) - 1
+  elif name.endswith(BY_INPUTS) and kind == "kernel" and len(shape) == 2:
+    axis = 0
+  else:
+    return None
+  return axis if shape[axis] % parts == 0 else None
 
 
 class Placement(NamedTuple):
@@ -62,6 +96,11 @@ class Placement(NamedTuple):
     return dict(self.mesh.shape).get(FSDP, 1)
 
   @property
+  def tensor(self) -> int:
+    """The number of parts of the layers of transformers."""
+    return dict(self.mesh.shape).get(TENSOR, 1)
+
+  @property
   def devices(self) -> list[jax.Device]:
     """The devices of the mesh, of all processes."""
     return list(self.mesh.devices.flat)
@@ -81,14 +120,24 @@ class Placement(NamedTuple):
     """The sharding of arrays that each device has as a whole."""
     return NamedSharding(self.mesh, PartitionSpec())
 
-  def spec(self, shape: Sequence[int]) -> PartitionSpec:
-    """Return how an array of parameters of this shape is split, by the rule of `split_axis`."""
-    axis = split_axis(shape, self.fsdp)
-    return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, FSDP)
+  def spec(self, shape: Sequence[int], path: Sequence[Any] = ()) -> PartitionSpec:
+    """Return how an array of parameters is split: by `tensor_axis`, and over ``fsdp`` by the rule of `split_axis`."""
+    along = tensor_axis(path, shape, self.tensor)
+    # The axis that is split over `tensor` is not split again: as if the number of devices did not divide it.
+    axis = split_axis([size if each != along else 1 for each, size in enumerate(shape)], self.fsdp)
+    names: list[str | None] = [None] * len(shape)
+    for name, each in ((FSDP, axis), (TENSOR, along)):
+      if each is not None:
+        names[each] = name
+    while names and names[-1] is None:
+      names.pop()
+    return PartitionSpec(*names)
 
   def shardings(self, tree: PyTree) -> PyTree:
     """Return the sharding of each array of a tree of parameters, or of shapes."""
-    return jax.tree.map(lambda leaf: NamedSharding(self.mesh, self.spec(np.shape(leaf))), tree)
+    return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: NamedSharding(self.mesh, self.spec(np.shape(leaf), path)), tree
+    )
 
   def local_rows(self, size: int) -> np.ndarray:
     """Return which rows of a batch of ``size`` rows are on devices of this process, in increasing order."""
@@ -133,7 +182,11 @@ class Placement(NamedTuple):
 
     With the policy `not_gathered`, `jax.checkpoint` drops the gathered arrays and gathers them again.
     """
-    return jax.tree.map(lambda leaf: _gathered(self, self.spec(leaf.shape), leaf), params) if self.fsdp > 1 else params
+    if self.fsdp == 1:
+      return params
+    return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: _gathered(self, self.spec(leaf.shape, path), leaf), params
+    )
 
   def placed(self, tree: PyTree, shardings: Sequence[NamedSharding]) -> PyTree:
     """Place each array of a tree by its sharding. Each process has the whole arrays, or they are placed already.
@@ -172,14 +225,12 @@ def not_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gather(place: Placement, spec: PartitionSpec, leaf: jax.Array) -> jax.Array:
-  del spec
-  return jax.lax.with_sharding_constraint(leaf, place.copied)
+  return jax.lax.with_sharding_constraint(leaf, NamedSharding(place.mesh, without(spec, FSDP)))
 
 
 def _gather_forward(place: Placement, spec: PartitionSpec, leaf: jax.Array) -> tuple[jax.Array, None]:
   # Not by `_gather` itself: `jax.checkpoint` would see a function with a rule of its own, and keep its result.
-  del spec
-  return jax.lax.with_sharding_constraint(leaf, place.copied), None
+  return jax.lax.with_sharding_constraint(leaf, NamedSharding(place.mesh, without(spec, FSDP))), None
 
 
 def _gather_backward(place: Placement, spec: PartitionSpec, _: None, gradient: jax.Array) -> tuple[jax.Array]:
@@ -191,7 +242,16 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 def _gathered(place: Placement, spec: PartitionSpec, leaf: jax.Array) -> jax.Array:
-  return leaf if spec == PartitionSpec() else _gather(place, spec, leaf)
+  return _gather(place, spec, leaf) if FSDP in spec else leaf
+
+
+def without(spec: PartitionSpec, axis: str) -> PartitionSpec:
+  """Return a specification without an axis of the mesh.
+
+  >>> without(PartitionSpec("tensor", "fsdp"), "fsdp")
+  PartitionSpec('tensor', None)
+  """
+  return PartitionSpec(*(None if name == axis else name for name in spec))
 
 
 def placement(devices: Any = None) -> Placement:

@@ -20,6 +20,7 @@ from jaxguide import guidance as guide
 from jaxguide._core import checks, promotion, specs
 from jaxguide._core.specs import choose, options_of
 from jaxguide._core.typing import Array, Guidance, LogProb, Scale, scale_at
+from jaxguide.denoisers import scaling
 from jaxguide.generate.walks import check_levels
 from jaxguide.guidance import Rule
 from jaxguide.guidance import combine as rules
@@ -256,6 +257,25 @@ def _frequency_decoupled(*, ratios: tuple[float, ...] = (1.0, 0.5)) -> Combine:
   return rules.frequency_decoupled(*ratios)
 
 
+@dataclasses.dataclass(frozen=True)
+class _OnChannels:
+  """The rule `of` on the first channels only, as published for DiT, SiT and LightningDiT; the others conditional."""
+
+  inner: Callable[..., Combine]
+
+  @property
+  def __signature__(self) -> inspect.Signature:
+    """The options: its own, and those of the rule."""
+    number = inspect.Parameter("channels", inspect.Parameter.KEYWORD_ONLY, default=3, annotation=int)
+    inner = (option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options_of(self.inner).values())
+    return inspect.Signature([number, _word("of", "linear"), *inner])
+
+  def __call__(self, channels: int = 3, of: str = "linear", **options: Any) -> Combine:
+    """Make the rule."""
+    del of
+    return rules.channels(channels, self.inner(**options))
+
+
 COMBINES: dict[str, Callable[..., Combine]] = {
   "linear": _linear,
   "rescaled": rules.rescaled,
@@ -263,7 +283,17 @@ COMBINES: dict[str, Callable[..., Combine]] = {
   "zero-star": rules.zero_star,
   "tangential": _tangential,
   "frequency-decoupled": _frequency_decoupled,
+  "channels": _OnChannels(_linear),
 }
+
+
+def _rule_of(options: Mapping[str, str]) -> Callable[..., Combine]:
+  """Return the function that makes the combine rule that is named in options."""
+  rule = checks.lookup("combine rule", options.get("combine", "linear"), COMBINES)
+  if not isinstance(rule, _OnChannels):
+    return rule
+  others = {name: each for name, each in COMBINES.items() if each is not rule}
+  return _OnChannels(checks.lookup("combine rule of channels", options.get("of", "linear"), others))
 
 
 def _constant(networks: Networks, scale: float) -> Scale:
@@ -303,8 +333,49 @@ PROFILES: dict[str, Callable[..., Scale]] = {
 }
 
 
-def _everywhere(*, sigma_lo: float | None = None, sigma_hi: float | None = None, ratio: float | None = None) -> None:
-  """Act at levels from sigma_lo to sigma_hi only; scale the change to ratio times the length of the predicted noise."""
+def _everywhere(
+  *,
+  sigma_lo: float | None = None,
+  sigma_hi: float | None = None,
+  t_lo: float | None = None,
+  t_hi: float | None = None,
+  step_lo: int | None = None,
+  step_hi: int | None = None,
+  ratio: float | None = None,
+) -> None:
+  """Act at levels sigma_lo to sigma_hi, times t_lo to t_hi, or steps step_lo to step_hi - 1 only; ratio of the change.
+
+  The change is scaled to ``ratio`` times the length of the predicted noise.
+  """
+
+
+BOUNDS = {kind: (f"{kind}_lo", f"{kind}_hi") for kind in ("sigma", "t", "step")}
+"""The options that narrow a guidance to an interval; one kind can be given."""
+
+
+def _narrowed(guidance: Guidance, networks: Networks, options: Mapping[str, Any]) -> Guidance:
+  """Narrow a guidance to the interval that options give, if they give one."""
+  bounds = {name: options[name] for pair in BOUNDS.values() for name in pair if name in options}
+  if not bounds:
+    return guidance
+  kinds = [kind for kind, pair in BOUNDS.items() if set(pair) & set(bounds)]
+  more: dict[str, Any] = {}
+  if kinds == ["t"]:
+    more["time"] = networks.model.config.scaling
+    times = np.asarray(scaling.coefficients(more["time"], jnp.asarray(networks.sigmas)[:-1]).c_noise)
+    low, high = bounds.get("t_lo", -math.inf), bounds.get("t_hi", math.inf)
+    if low <= high and not ((times >= low) & (times <= high)).any():
+      raise ValueError(
+        f"no step lies between t_lo {low:g} and t_hi {high:g}: the network's time goes from {times[0]:g} to "
+        f"{times[-1]:g}"
+      )
+  elif kinds == ["step"]:
+    more["sigmas"] = networks.sigmas
+  narrowed = guide.interval(guidance, **bounds, **more)
+  if kinds == ["sigma"]:
+    low, high = bounds.get("sigma_lo", 0.0), bounds.get("sigma_hi", math.inf)
+    check_levels(networks.sigmas, "sigma_lo", np.nextafter(low, np.inf), "sigma_hi", high)
+  return narrowed
 
 
 # --- a guidance that was named --------------------------------------------------------------------
@@ -344,7 +415,7 @@ class GuidanceSpec:
     spec = specs.parse(text)
     method = checks.lookup("guidance", spec.name, METHODS)
     profile = checks.lookup("scale profile", spec.options.get("profile", "constant"), PROFILES)
-    rule = checks.lookup("combine rule", spec.options.get("combine", "linear"), COMBINES)
+    rule = _rule_of(spec.options)
     options = choose(spec, _known(method, profile, rule))
     for name, parameter in method.options.items():
       if parameter.default is parameter.empty and name not in options:
@@ -362,8 +433,8 @@ class GuidanceSpec:
     Args:
       scale: the scale, if the options have none.
 
-    >>> GuidanceSpec.parse("clip").complete(None)
-    {'bound': 1.0, 'sigma_lo': None, 'sigma_hi': None, 'ratio': None}
+    >>> GuidanceSpec.parse("clip:t_lo=0.1").complete(None)
+    {'bound': 1.0, 'sigma_lo': None, 'sigma_hi': None, 't_lo': 0.1, 't_hi': None, 'step_lo': None, ...}
     """
     defaults = {name: option.default for name, option in _known(self.method, self.profile, self.rule).items()}
     return {**defaults, **({"scale": scale} if self.takes_scale else {}), **self.options}
@@ -390,11 +461,9 @@ class GuidanceSpec:
     guidance = self.method.make(networks, **options)
     if "ratio" in self.options:
       guidance = guide.normalized(guidance, checks.in_range("ratio", self.options["ratio"], 0))
-    low, high = self.options.get("sigma_lo", 0.0), self.options.get("sigma_hi", math.inf)
-    if "sigma_lo" in self.options or "sigma_hi" in self.options:
-      guidance = guide.interval(guidance, low, high)
-      check_levels(networks.sigmas, "sigma_lo", np.nextafter(low, np.inf), "sigma_hi", high)
+    guidance = _narrowed(guidance, networks, self.options)
     if self.name == "classifier":
+      low, high = self.options.get("sigma_lo", 0.0), self.options.get("sigma_hi", math.inf)
       # At other levels the log-probability of `jaxguide.ClassifierLogProb` is constant, so the guidance is off.
       least, largest = networks.noise_range
       names = "the classifier's least noise level", "its largest"

@@ -16,7 +16,7 @@ from jaxguide._core import checks
 from jaxguide._core.files import PathLike
 from jaxguide._core.typing import Array, Denoiser, Guidance, Solver
 from jaxguide.generate import latents
-from jaxguide.generate.guidances import GuidanceSpec, Networks
+from jaxguide.generate.guidances import BOUNDS, GuidanceSpec, Networks
 from jaxguide.generate.settings import Settings
 from jaxguide.generate.walks import GridSpec, check_levels, ddim_eta
 from jaxguide.models import pretrained
@@ -213,7 +213,7 @@ def _move_into_solver(solver: Solver, guidances: list[Named]) -> tuple[Solver, l
   (spec, guidance), *more = [named for named in guidances if named[0].name == "classifier"]
   if more:
     raise ValueError("solver 'ddpm' shifts its mean by one classifier: leave out the others, or choose another solver")
-  narrowed = {"sigma_lo", "sigma_hi", "ratio"} & set(spec.options)
+  narrowed = {"ratio", *(name for pair in BOUNDS.values() for name in pair)} & set(spec.options)
   if narrowed:
     raise ValueError(
       f"solver 'ddpm' shifts its mean by all of the classifier's gradient, at every level: leave out "

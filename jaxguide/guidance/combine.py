@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from jaxguide._core import checks, struct
-from jaxguide._core.typing import Array, ArrayLike, Example, Prediction, Scalar, map_x0
+from jaxguide._core.typing import Array, ArrayLike, Example, Prediction, Scalar, map_x0, x0_of
+from jaxguide.guidance import state as guidance_state
 from jaxguide.guidance.state import GuidanceState
 
 Combine = Callable[..., Example | Prediction]
@@ -253,6 +254,48 @@ def _frequency_decoupled(ratios, x0, x0_base, scale, x, sigma):
   return x0 + (jnp.asarray(scale, x0.dtype) - 1) * changed
 
 
+def channels(n: int, of: Combine = linear) -> Combine:
+  """Guide the first channels only; the others are those of the conditional prediction.
+
+  The samplers of DiT (arXiv:2212.09748), SiT (arXiv:2401.08740) and LightningDiT (arXiv:2501.01423) guide the first
+  three channels of their latents, for historical reasons. Each of x0, eps and velocity of a channel depends on that
+  channel alone, so the rule means the same for each of them.
+
+  Args:
+    n: number of guided channels, the first of the last axis; at least 1.
+    of: the rule for these channels. It receives these channels alone: what it measures, such as a norm, is theirs.
+
+  Raises:
+    ValueError: if ``n`` is below 1; when called, if an example has fewer channels.
+
+  >>> x0, base = jnp.array([[1.0, 1.0]]), jnp.array([[0.0, 0.0]])
+  >>> channels(1)(x0, base, 5.0, x0, jnp.asarray(1.0)).tolist()
+  [[5.0, 1.0]]
+  """
+  return Partial(_channels, _Count(checks.at_least("n", n, 1)), check_rule(of))
+
+
+@struct.dataclass
+class _Count:
+  """A whole number that is static in a compiled program."""
+
+  n: int = struct.field(pytree_node=False)
+
+
+def _channels(count, of, x0, x0_base, scale, x, sigma):
+  n, width = count.n, x0.shape[-1] if x0.ndim else 0
+  if n > width:
+    raise ValueError(f"channels guides the first {n} channels, and the example has shape {x0.shape}: give a smaller n")
+  state = guidance_state.find(of)
+  if state is not None and state.value is not None:
+    of = guidance_state.with_value(of, state.value[..., :n])
+  guided = of(x0[..., :n], x0_base[..., :n], scale, x[..., :n], sigma)
+  whole = jnp.concatenate([x0_of(guided), x0[..., n:]], -1)
+  if not isinstance(guided, Prediction):
+    return whole
+  return Prediction(whole, guidance_state=jnp.zeros_like(x0).at[..., :n].set(guided.guidance_state))
+
+
 def _blurred(x: Array, space: Sequence[int]) -> Array:
   """Convolve with Burt & Adelson's kernel (1, 4, 6, 4, 1) / 16 along the axes ``space``, mirrored at the borders."""
   for axis in space:
@@ -297,7 +340,7 @@ def check_rule(combine: Any) -> Combine:
   ...
   TypeError: combine must be a rule, got the function that makes one: call it, rescaled(...)
   """
-  for make in (rescaled, projected, zero_star, frequency_decoupled):
+  for make in (rescaled, projected, zero_star, frequency_decoupled, channels):
     if combine is make:
       raise TypeError(f"combine must be a rule, got the function that makes one: call it, {make.__name__}(...)")
   if not callable(combine) or isinstance(combine, type):

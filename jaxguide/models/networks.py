@@ -98,8 +98,11 @@ def _check_denoiser(config: Any) -> None:
   if config.noise_range is not None:
     raise ValueError("noise_range is for a classifier: leave it out for a denoiser")
   twice = 2 * config.image_shape[-1]
-  if config.variance == "learned_range" and config.fields.get("out_channels") != twice:
-    raise ValueError(f"variance 'learned_range' needs twice the image's channels: give out_channels {twice}")
+  if config.variance == "learned_range" and not getattr(config.module, "learned_variance", False):
+    if hasattr(config.module, "learn_sigma"):
+      raise ValueError(f"variance 'learned_range' needs a network that has one: this {config.network} has none")
+    if config.fields.get("out_channels") != twice:
+      raise ValueError(f"variance 'learned_range' needs twice the image's channels: give out_channels {twice}")
 
 
 DENOISER = Role("denoiser", "num_classes", _denoiser_inputs, _as_denoiser, _check_denoiser)
@@ -225,11 +228,39 @@ def _check_kl(fields: Mapping[str, Any]) -> None:
         raise ValueError("scaling_factor must not be 0")
 
 
+DIT_BOUNDS: Bounds = {
+  "patch_size": (1, 2**10),
+  "hidden_size": (4, 2**16),
+  "depth": (1, 2**10),
+  "num_heads": (1, 2**16),
+  "mlp_ratio": (2**-10, 2**10),
+  "norm_eps": (0, 1),
+  "freq_shift": (0, 1),
+  "encoder_depth": (1, 2**10),
+  "z_dims": (1, 2**16),
+  "projector_dim": (1, 2**16),
+}
+
+
+def _check_dit(fields: Mapping[str, Any]) -> None:
+  hidden, heads = fields.get("hidden_size", nn.DiT.hidden_size), fields.get("num_heads", nn.DiT.num_heads)
+  if hidden % 4 or hidden % heads:
+    raise ValueError(f"hidden_size must be a multiple of 4 and of the {heads} num_heads, got {hidden}")
+  if fields.get("use_rope") and hidden // heads % 4:
+    raise ValueError(
+      f"use_rope needs heads whose channels are a multiple of 4, got {hidden // heads} of {heads} num_heads"
+    )
+
+
 NETWORKS: dict[str, Network] = {
   "unet": Network(nn.UNet, DENOISER, ADM_BOUNDS, _check_adm),
   "super_res_unet": Network(nn.SuperResUNet, DENOISER, ADM_BOUNDS, _check_adm, low_res=True),
   "classifier": Network(nn.Classifier, CLASSIFIER, ADM_BOUNDS, _check_adm),
   "autoencoder_kl": Network(nn.AutoencoderKL, AUTOENCODER, KL_BOUNDS, _check_kl),
+  "dit": Network(nn.DiT, DENOISER, DIT_BOUNDS, _check_dit),
+  "sit": Network(nn.SiT, DENOISER, DIT_BOUNDS, _check_dit),
+  "repa": Network(nn.RepaSiT, DENOISER, DIT_BOUNDS, _check_dit),
+  "lightningdit": Network(nn.LightningDiT, DENOISER, DIT_BOUNDS, _check_dit),
 }
 
 

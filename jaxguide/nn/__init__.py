@@ -1,8 +1,23 @@
-"""Networks in Flax linen."""
+"""Networks in Flax linen.
+
+The UNets and the noise-aware classifier of Dhariwal & Nichol 2021 (arXiv:2105.05233), the transformers DiT, SiT, REPA's
+SiT and LightningDiT, and the autoencoder of Stable Diffusion.
+"""
 
 from jaxguide.nn.adm.classifier import Classifier
 from jaxguide.nn.adm.unet import SuperResUNet, UNet
+from jaxguide.nn.dit.transformer import DiT, LightningDiT, RepaSiT, SiT
 from jaxguide.nn.perturbation import Perturbation
 from jaxguide.nn.vae.autoencoder import AutoencoderKL
 
-__all__ = ["AutoencoderKL", "Classifier", "Perturbation", "SuperResUNet", "UNet"]
+__all__ = [
+  "AutoencoderKL",
+  "Classifier",
+  "DiT",
+  "LightningDiT",
+  "Perturbation",
+  "RepaSiT",
+  "SiT",
+  "SuperResUNet",
+  "UNet",
+]

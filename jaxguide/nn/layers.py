@@ -240,9 +240,24 @@ def attend(
   else:
     if perturbation is not None:
       q = smooth(q.reshape(n, *sides, heads, -1), perturbation.width).reshape(n, -1, heads, v.shape[-1])
-    # A single mean query has one output, which every pixel gets.
-    out = jnp.broadcast_to(_attention(q, k, v, cudnn), v.shape)
+    out = attend_heads(q, k, v, cudnn)
   return out.reshape(n, t, channels // 3)
+
+
+# Jitted by itself for the same reason as `_normalise`.
+@functools.partial(jax.jit, static_argnames="cudnn")
+def attend_heads(
+  q: Float[Array, "n queries heads c"], k: Float[Array, "n t heads c"], v: Float[Array, "n t heads c"], cudnn: bool
+) -> Float[Array, "n t heads c"]:
+  """Attend with given queries, keys and values, with the softmax in float32.
+
+  Args:
+    q: queries, as many as keys; or a single one, whose output every token gets.
+    k: keys.
+    v: values.
+    cudnn: as for `attend`.
+  """
+  return jnp.broadcast_to(_attention(q, k, v, cudnn), v.shape)
 
 
 def _attention(q, k, v, cudnn):

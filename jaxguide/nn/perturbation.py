@@ -14,15 +14,17 @@ import numpy as np
 from jaxguide._core import checks
 from jaxguide._core.typing import Array, Float, PyTree
 
-# The blocks that each kind of perturbation applies to: name of the block type -> the submodule that identifies such a
-# block among the parameters.
-ATTENTION = {"attention": "qkv"}
-KINDS = {"identity": ATTENTION, "smooth": ATTENTION, "skip": {"residual": "out_layers_3", **ATTENTION}}
+# The blocks that each kind of perturbation applies to: name of the block type -> the submodules of which one identifies
+# such a block among the parameters. A UNet's attention block holds ``qkv``, a transformer's block ``attn/qkv``.
+BlockTypes = dict[str, tuple[str, ...]]
+ATTENTION: BlockTypes = {"attention": ("attn/qkv", "qkv")}
+RESIDUAL: BlockTypes = {"residual": ("out_layers_3",), **ATTENTION}
+KINDS: dict[str, BlockTypes] = {"identity": ATTENTION, "smooth": ATTENTION, "skip": RESIDUAL}
 
 
 @dataclasses.dataclass(frozen=True)
 class Perturbation:
-  """A perturbation of some blocks of a `UNet`, for `jaxguide.perturbed`.
+  """A perturbation of some blocks of a `UNet` or a transformer, for `jaxguide.perturbed`.
 
   It is a static part of a network's configuration, hashed and compared by value: each value, also of ``width``, needs
   its own compiled program. (The width sets the size of the blur kernel, and an infinite width needs less attention than
@@ -31,18 +33,19 @@ class Perturbation:
   Args:
     kind: the kind of perturbation.
 
-      - ``identity``: each pixel attends to itself only. Used in perturbed-attention guidance (PAG; Ahn et al. 2024,
-        arXiv:2403.17377) and as the attention skip of spatiotemporal skip guidance (Hyung et al. 2024,
+      - ``identity``: each pixel or token attends to itself only. Used in perturbed-attention guidance (PAG; Ahn et al.
+        2024, arXiv:2403.17377) and as the attention skip of spatiotemporal skip guidance (Hyung et al. 2024,
         arXiv:2411.18664).
       - ``smooth``: the queries are blurred over the pixels. This also blurs the attention weights before the softmax
         and so flattens the attention energy. Smoothed energy guidance (SEG; Hong 2024, arXiv:2408.00760).
-      - ``skip``: a block's residual is left out. Skip layer guidance, as in Stable Diffusion 3.5, and the residual skip
-        of Hyung et al.
+      - ``skip``: a block's residual is left out; of a transformer, the whole block. Skip layer guidance, as in Stable
+        Diffusion 3.5, and the residual skip of Hyung et al.
     blocks: names of the blocks, as in the parameters. ``identity`` and ``smooth`` accept attention blocks only,
       ``skip`` also residual blocks. A skipped residual block still resamples, and still changes the number of channels
       by its 1x1 convolution. For the ImageNet-256 network of Dhariwal & Nichol, PAG's code uses ``input_blocks_14_1``,
       ``input_blocks_16_1``, ``input_blocks_17_1`` and ``middle_block_1``; for Stable Diffusion, PAG and SEG use the
-      middle block.
+      middle block. A transformer's blocks are ``blocks_0``, ``blocks_1`` and so on; the rules are those of diffusers'
+      guiders, and a smooth query is blurred before it is normalised and turned.
     width: standard deviation of the blur in pixels of the block's feature map, for ``smooth`` only. If it is infinite
       (SEG's default), all queries are replaced by their mean; a width of up to 1/6 has no effect. The kernel is that of
       SEG's code: it is cut off after three standard deviations, and where it would be wider than the feature map, whose
@@ -84,9 +87,11 @@ class Perturbation:
     block_types = KINDS[self.kind]
     suitable: dict[str, None] = {}
     for path, _ in jax.tree_util.tree_leaves_with_path(params):
-      *_, block, part, _ = ("", "", *jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
-      if part in block_types.values():
-        suitable[block] = None
+      modules = jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")[0]
+      for part in (part for parts in block_types.values() for part in parts):
+        if modules.endswith(f"/{part}"):
+          suitable[modules.removesuffix(f"/{part}").rpartition("/")[2]] = None
+          break
     for name in self.blocks:
       checks.lookup(f"{' or '.join(block_types)} block", name, suitable)
 

@@ -374,12 +374,12 @@ def _sample_many(denoise, sigmas, solver, keys, cond, x_init, *, shape, add_nois
   place = split.place
   if len(place.devices) == 1:
     return on_device(leaves, sigmas, solver, keys, cond, x_init)
-  # Each device runs the program of a single one: the partitioner does not decide anything.
+  # Each device runs the program of a single one: the partitioner decides nothing but the layers split over `tensor`.
   rows, same = PartitionSpec(place.batch_axes), PartitionSpec()
   return jax.shard_map(
     on_device,
     mesh=place.mesh,
-    in_specs=(list(split.specs), same, same, rows, rows, rows),
+    in_specs=(list(split.gathered), same, same, rows, rows, rows),
     out_specs=rows,
     axis_names={*place.batch_axes, *split.axes},
     check_vma=False,

@@ -10,7 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxguide._core import struct
 from jaxguide._core.typing import Denoiser, Leaf, PyTree
-from jaxguide.distributed.placing import Placement
+from jaxguide.distributed.meshes import TENSOR
+from jaxguide.distributed.placing import Placement, without
 
 
 class Split(NamedTuple):
@@ -26,8 +27,13 @@ class Split(NamedTuple):
 
   @property
   def axes(self) -> set[str]:
-    """The axes of the mesh that leaves are split over."""
-    return {name for spec in self.specs for names in spec if names for name in _names(names)}
+    """The axes of the mesh that leaves are split over and gathered along."""
+    return {name for spec in self.gathered for names in spec if names for name in _names(names)}
+
+  @property
+  def gathered(self) -> tuple[PartitionSpec, ...]:
+    """The specifications without ``tensor``, over which leaves stay split where they are used."""
+    return tuple(without(spec, TENSOR) for spec in self.specs)
 
   @property
   def shardings(self) -> list[NamedSharding]:
@@ -47,7 +53,7 @@ class Split(NamedTuple):
       return denoise
     leaves = [
       _Part(leaf, spec) if _is_split(spec) else leaf
-      for leaf, spec in zip(jax.tree.leaves(denoise), self.specs, strict=True)
+      for leaf, spec in zip(jax.tree.leaves(denoise), self.gathered, strict=True)
     ]
     return _Gathering(jax.tree.unflatten(jax.tree.structure(denoise), leaves))
 
@@ -95,11 +101,11 @@ def _names(names: Any) -> tuple[str, ...]:
 def split_of(denoise: PyTree, place: Placement) -> Split:
   """Return how a denoiser is split: as its arrays are on this mesh already, and else by the rule of the placement."""
 
-  def spec(leaf: Any) -> PartitionSpec:
+  def spec(path: Any, leaf: Any) -> PartitionSpec:
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, NamedSharding) and sharding.mesh == place.mesh and _is_split(sharding.spec):
       return sharding.spec
     # Arrays of one axis are whole: they are small, and tables of noise levels are checked wherever they are.
-    return place.spec(np.shape(leaf)) if np.ndim(leaf) > 1 else PartitionSpec()
+    return place.spec(np.shape(leaf), path) if np.ndim(leaf) > 1 else PartitionSpec()
 
-  return Split(place, tuple(spec(leaf) for leaf in jax.tree.leaves(denoise)))
+  return Split(place, tuple(spec(*each) for each in jax.tree_util.tree_leaves_with_path(denoise)))

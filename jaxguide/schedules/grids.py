@@ -267,12 +267,18 @@ def flow(steps: int, shift: float | int = 1.0, sigma_max: float | int = 1000.0) 
   """The grid of flow matching: uniform in the time ``t`` of `Flow`, from 1 down, then 0.
 
   Flow matching (Lipman et al. 2023, arXiv:2210.02747) visits ``t = 1, 1 - 1/steps, ..., 1/steps, 0``. A shift above 1
-  places more of the steps at high noise, for large images (Esser et al. 2024, arXiv:2403.03206, eq. 23).
+  places more of the steps at high noise, for large images (Esser et al. 2024, arXiv:2403.03206, eq. 23). It multiplies
+  each level.
+
+  LightningDiT (arXiv:2501.01423) has ``t = 1`` at the data and shifts ``t`` to ``S t / (1 + (S - 1) t)``. That divides
+  each level by S: its S of 0.3 is a shift of ``1 / 0.3`` here.
 
   Args:
     steps: number of steps, at least 1.
     shift: s, above 0. 1 is no shift; Stable Diffusion 3 uses 3 for 1024x1024.
-    sigma_max: the first level, in place of the infinite level at time 1. It must be above the second level.
+    sigma_max: the first level, in place of the infinite level at time 1. It must be above the second level. From 1000
+      the path differs from that from time 1 by about a thousandth; from 1e7, with ``x = (1 + sigma_max) noise``, by
+      less than the rounding of float32.
 
   Returns:
     (steps + 1,) decreasing levels.

@@ -21,7 +21,7 @@ from jaxguide.data.sources import NAMED
 from jaxguide.models import Model, folders, networks, transplant
 from jaxguide.models.config import NOT_FIELDS, ModelConfig, default_fields
 from jaxguide.models.networks import AUTOENCODER, CLASSIFIER
-from jaxguide.training import presets, toml
+from jaxguide.training import presets, toml, transformer_presets
 from jaxguide.training.config import TrainingConfig
 from jaxguide.training.run_config import RunConfig
 
@@ -135,6 +135,9 @@ def recipe(sections: Mapping[str, Any], data: Any = None) -> Recipe:
   known = ("data", "model", "training", "run", "init_from", "preset")
   for name in sections:
     checks.lookup("section", name, dict.fromkeys(known))
+  named = transformer_presets.NAMED.get(str(sections.get("preset")))
+  if named is not None:
+    sections = {**sections, "model": {"network": named.model["network"], **_table(sections, "model")}}
   _check_places(sections)
   where = toml.fill(DataConfig, "data", sections.get("data", {}))
   model, training, run = ({**_table(sections, name)} for name in ("model", "training", "run"))
@@ -152,11 +155,13 @@ def recipe(sections: Mapping[str, Any], data: Any = None) -> Recipe:
       raise ValueError(f"model.{name} follows from the data: leave it out")
     checks.lookup("name in [model]", name, {field.name: None for field in dataclasses.fields(ModelConfig)})
   source = None
-  if checks.lookup("preset", sections.get("preset", "size"), {name: name for name in PRESETS}) == "size":
+  presets_known = {name: name for name in (*PRESETS, *transformer_presets.NAMED)}
+  chosen = checks.lookup("preset", sections.get("preset", "size"), presets_known)
+  if chosen == "size" or named is not None:
     data = _glance(where) if data is None else data
     if holds_floats(data):
       model.setdefault("encoder", "latents")
-    source = _fill_from_preset(model, training, data, init_from)
+    source = _fill_from_preset(model, training, data, init_from, named)
     share = HELD_OUT if where.held_out is None else where.held_out
     if classifies and share and "patience" not in run:
       run["patience"] = PATIENCE
@@ -201,14 +206,20 @@ def _table(sections: Mapping[str, Any], name: str) -> Mapping[str, Any]:
   return values
 
 
-def _fill_from_preset(model: dict[str, Any], training: dict[str, Any], data: Any, init_from: str | None) -> str | None:
+def _fill_from_preset(
+  model: dict[str, Any], training: dict[str, Any], data: Any, init_from: str | None, named: presets.Preset | None = None
+) -> str | None:
   """Add to what is given of a model and its training what the preset for the images has, and return its source.
 
   The network of a model to begin from takes the place of the preset's.
   """
   network, derived = model["network"], _from_data(data)
-  preset, sides = None, tuple(data.image_shape[:2])
-  if network in presets.PUBLISHED:
+  preset, sides = named, tuple(data.image_shape[:2])
+  if named is not None and network != named.model["network"]:
+    raise ValueError(
+      f"the preset is for a {named.model['network']}, and the network is {network}: leave out one of them"
+    )
+  if named is None and network in presets.PUBLISHED:
     complete = bool(model["fields"]) and "steps" in training
     # Images that are too large for the presets need all settings; this raises the error otherwise.
     if not complete or max(sides) <= max(presets.PUBLISHED[network]):

@@ -96,11 +96,12 @@ def read_model(
       config = chosen.presets[preset]
     else:
       config = chosen.infer(tensors, **_settings(chosen, {**chosen.beside(file), **given}))
+    dtypes = Counter(str(tensor.dtype) for tensor in tensors.values())
+    tensors = dict(chosen.complete(tensors, config))
     params = layouts.to_params(tensors, chosen.layout(config), type(config.module).__name__)
   except ValueError as error:
     as_preset = f" as preset {preset}" if preset else ""
     raise ValueError(f"{file} cannot be imported{as_preset}: {error}") from error
-  dtypes = Counter(tensor.dtype for tensor in tensors.values())
   # The pages that were read of a memory-mapped file stay in memory until its tensors are deleted.
   del tensors
   size = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -145,5 +146,6 @@ def export_model(folder: PathLike, file: PathLike, family: str | None = None) ->
   chosen = families.of_network(model.config.network, family)
   lines = chosen.usage(model.config)
   layout = chosen.layout(model.config)
-  state_dicts.write(file, layouts.to_state_dict(model.params, layout, type(model.config.module).__name__))
+  state_dict = layouts.to_state_dict(model.params, layout, type(model.config.module).__name__)
+  state_dicts.write(file, dict(chosen.restore(state_dict, model.config)))
   return lines

@@ -21,7 +21,8 @@ class Family(NamedTuple):
     title: what it is, for messages.
     networks: the names in `jaxguide.models.networks.NETWORKS` that it covers.
     claims: ``names -> bool``, whether a state dict with these names is one of the family. It looks at a few names that
-      no other family has, so that an incomplete file is recognised too.
+      no other family has, so that an incomplete file is recognised too. Where several families claim one, the user is
+      asked.
     infer: ``(tensors, **given) -> ModelConfig``. ``tensors`` are the tensors by name: each has a ``shape``, and
       ``np.asarray`` reads it. ``given`` are the settings that names and shapes do not determine: ``heads``, the number
       of attention heads, and others by the names of fields. It raises ValueError if a name that it needs is missing, if
@@ -32,7 +33,10 @@ class Family(NamedTuple):
       network, and differences. It raises ValueError if the network cannot be exported.
     presets: configurations of published models, by name.
     prepare: ``tensors -> tensors``: removes what a published file holds beside the network, such as a prefix of all
-      names, before anything else.
+      names, before anything else; or gives the tensors the names of another form of the network.
+    restore: ``(state_dict, config) -> state_dict``, the inverse of ``prepare``, for export.
+    complete: ``(tensors, config) -> tensors``: adds what some published files leave out because it follows from the
+      configuration, such as a table of positions.
     beside: ``file -> settings``: settings that published files beside the weights hold, such as a configuration. Those
       that are given replace them. It raises ValueError if such a file is damaged.
   """
@@ -48,13 +52,20 @@ class Family(NamedTuple):
   presets: Mapping[str, ModelConfig] = MappingProxyType({})
   prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda tensors: tensors
   beside: Callable[[Path], Mapping[str, Any]] = lambda file: {}
+  restore: Callable[[Mapping[str, Any], ModelConfig], Mapping[str, Any]] = lambda state_dict, config: state_dict
+  complete: Callable[[Mapping[str, Any], ModelConfig], Mapping[str, Any]] = lambda tensors, config: tensors
 
 
 def families() -> dict[str, Family]:
   """Return the families by name."""
-  from jaxguide.models.importers import openai, vae
+  from jaxguide.models.importers import dit, dit_diffusers, openai, vae
 
-  found = (openai.FAMILY, *vae.FAMILIES)
+  found = (
+    openai.FAMILY,
+    *dit.FAMILIES,
+    dit_diffusers.FAMILY,
+    *vae.FAMILIES,
+  )
   return {family.name: family for family in found}
 
 
@@ -62,14 +73,17 @@ def recognise(names: Collection[str]) -> Family:
   """Return the family that a state dict belongs to, by its names.
 
   Raises:
-    ValueError: if it is none of them, naming its first names.
+    ValueError: if it is none of them, naming its first names; or if it can be one of several.
 
   >>> recognise(["time_embed.0.weight", "input_blocks.0.0.weight"]).name
   'adm'
   """
-  for family in families().values():
-    if family.claims(names):
-      return family
+  found = [family for family in families().values() if family.claims(names)]
+  if len(found) > 1:
+    options = "; ".join(f"--family {family.name} ({family.title})" for family in found)
+    raise ValueError(f"names and shapes are the same in several families, so the family must be given: {options}")
+  if found:
+    return found[0]
   known = ", ".join(family.title for family in families().values())
   raise ValueError(f"its names ({first(list(names))}) are of no family that can be imported; known are {known}")
 

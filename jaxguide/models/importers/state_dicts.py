@@ -66,6 +66,39 @@ def read(path: PathLike) -> dict[str, Tensor]:
   for name, tensor in tensors.items():
     if tensor.dtype not in FLOATS:
       raise ValueError(f"{name} in {path} is {tensor.dtype}; weights must be one of {', '.join(FLOATS)}")
+  return without_prefix(tensors)
+
+
+WRAPPERS = ("ema", "model", "state_dict")
+"""Under which names a training's checkpoint holds its state dicts; the first that there is counts, the running mean."""
+
+PREFIXES = ("module.", "_orig_mod.")
+"""What PyTorch puts before all names of a network on several devices, or of a compiled one."""
+
+
+def unwrapped(content: Any) -> Any:
+  """Return the state dict within a training's checkpoint; anything else as it is.
+
+  >>> unwrapped({"opt": {}, "ema": {"weight": 1}})
+  {'weight': 1}
+  """
+  if isinstance(content, dict):
+    for name in WRAPPERS:
+      if isinstance(content.get(name), dict):
+        return content[name]
+  return content
+
+
+def without_prefix(tensors: Mapping[str, Any]) -> dict[str, Any]:
+  """Remove the prefixes that PyTorch puts before the names of a network, where all names have them.
+
+  >>> without_prefix({"module.fc.weight": 1, "module.fc.bias": 2})
+  {'fc.weight': 1, 'fc.bias': 2}
+  """
+  tensors = dict(tensors)
+  for prefix in PREFIXES:
+    if tensors and all(name.startswith(prefix) for name in tensors):
+      tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
   return tensors
 
 
@@ -129,7 +162,7 @@ def _write_safetensors(file: Any, state_dict: dict[str, np.ndarray]) -> None:
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
-  content = torch_files.read(path)
+  content = unwrapped(torch_files.read(path))
   if not isinstance(content, dict):
     raise ValueError(f"{path} must contain a state dict, got {type(content).__name__}")
   for name, value in content.items():

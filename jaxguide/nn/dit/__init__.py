@@ -1,0 +1,1 @@
+"""Transformers of latents: DiT, SiT, REPA's SiT and LightningDiT, made of one block."""
