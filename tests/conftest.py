@@ -91,6 +91,7 @@ SOLVERS = {
   "dpmpp_2s_sde": jg.DPMpp2SSDE,
   "edm_0": jg.EDMStochastic,
   "edm_churn": lambda: jg.EDMStochastic.from_churn(4, num_steps=40, s_min=0.02, s_max=50.0),
+  "consistency": jg.Consistency,
 }
 
 

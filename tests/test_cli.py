@@ -575,6 +575,8 @@ BY_NAME = {
   "edm-stochastic:churn=0.6,s_min=0.1,s_max=9,s_noise=1.01": jg.EDMStochastic.from_churn(
     0.6, num_steps=3, s_min=0.1, s_max=9.0, s_noise=1.01
   ),
+  "consistency": jg.Consistency(),
+  "consistency:sigma_min=0.01": jg.Consistency(0.01),
 }
 
 

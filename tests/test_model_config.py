@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,8 @@ WRONG = {
   "encoder": [None, 1, []],
   "class_names": ["ab", [], ["a"], ["a", "a"], ["a", ""], [1, 2]],
   "label_size": [0, -1, 1.5, True, [], 3],
+  "time_scale": [True, math.inf, 1e9, "1", []],
+  "sigma_data": [0, -1, True, math.inf, 0.5, []],
   "noise_range": [1.0, [], [1.0], [2.0, 1.0], [-1.0, 1.0], [0.1, math.inf], [0.1, 1.0]],
   "model_channels": [None, -32, 0, 10**9, 32.0, True, "32", []],
   "out_channels": [0, -1, 10**9, 1.0, True, []],
@@ -106,8 +109,7 @@ def fields_of(*classes):
 
 
 def test_the_tables_have_every_field():
-  # The fields of autoencoders stand in test_autoencoder.py.
-  modules = [network.module for network in NETWORKS.values() if network.role is not AUTOENCODER]
+  modules = [NETWORKS[name].module for name in ("unet", "super_res_unet", "classifier")]
   assert {*WRONG} == fields_of(ModelConfig, *modules) - {"perturbation", "parent", "name"}
   assert {*TRAINING_WRONG} == fields_of(TrainingConfig)
 
@@ -135,6 +137,47 @@ def test_a_field_of_another_type_or_range_is_named(name):
 
   for value in [*ALIEN, *WRONG[name]]:
     refused(make, "field" if name == "fields" else name, value)
+
+
+# The smallest networks that are not those of guided-diffusion, by name: their images, and the fields that they need.
+OTHERS = {
+  "dit": ((8, 8, 4), {"hidden_size": 32, "num_heads": 4, "depth": 1}),
+  "sit": ((8, 8, 4), {"hidden_size": 32, "num_heads": 4, "depth": 1}),
+  "repa": ((8, 8, 4), {"hidden_size": 32, "num_heads": 4, "depth": 1}),
+  "lightningdit": ((8, 8, 4), {"hidden_size": 32, "num_heads": 4, "depth": 1}),
+  "song_unet": ((8, 8, 3), {}),
+  "dhariwal_unet": ((8, 8, 3), {}),
+  "edm2_unet": ((8, 8, 3), {}),
+  "autoencoder_kl": ((8, 8, 3), {}),
+}
+
+
+def bad_values(network, name):
+  """Values that a field of a network cannot have, by its type and its bounds."""
+  annotation = str(typing.get_type_hints(network.module).get(name))
+  is_list, low, high = "Sequence" in annotation, *network.bounds.get(name, (None, None))
+  values = [None, 0, 1.0, [], "yes"] if annotation == "<class 'bool'>" else []
+  if low is not None:
+    beyond = [low - 1] + ([10 * high + 1] if high < math.inf else [math.inf])
+    values += [[value] for value in beyond] if is_list else [*beyond, True, []]
+  return values
+
+
+@pytest.mark.parametrize("network", OTHERS)
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_field_of_another_network_of_another_type_or_range_is_named(network):
+  shape, fields = OTHERS[network]
+  role = NETWORKS[network].role
+  rest = {"image_shape": shape, "num_classes": None if role is AUTOENCODER else 10}
+  ModelConfig(network, fields, **rest)
+  names = fields_of(NETWORKS[network].module) - {"perturbation", "parent", "name", "label_size", role.classes}
+  for name in sorted(names):
+    for value in [*ALIEN, *bad_values(NETWORKS[network], name)]:
+      refused(lambda value, name=name: ModelConfig(network, {**fields, name: value}, **rest), name, value)
+
+
+def test_other_networks_are_all_tried():
+  assert {*OTHERS} == {*NETWORKS} - {"unet", "super_res_unet", "classifier"}
 
 
 @pytest.mark.parametrize("name", TRAINING_WRONG)

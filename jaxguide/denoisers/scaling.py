@@ -147,7 +147,7 @@ def _positive(name, value):
 def _edm(sigma_data, time_scale, sigma):
   sigma = jnp.asarray(sigma)
   total = jnp.sqrt(sigma**2 + sigma_data**2)
-  time = time_scale * (jnp.log(sigma) / 4)
+  time = time_scale * (_log(sigma) / 4)
   return Coefficients((sigma_data / total) ** 2, sigma * sigma_data / total, 1 / total, time)
 
 
@@ -177,7 +177,7 @@ def _consistency(sigma_data, sigma_min, time_scale, sigma):
   sigma = jnp.asarray(sigma)
   total, above = jnp.sqrt(sigma**2 + sigma_data**2), sigma - sigma_min
   c_skip = sigma_data**2 / (above**2 + sigma_data**2)
-  return Coefficients(c_skip, above * sigma_data / total, 1 / total, time_scale * (jnp.log(sigma) / 4))
+  return Coefficients(c_skip, above * sigma_data / total, 1 / total, time_scale * (_log(sigma) / 4))
 
 
 def flow(time_scale: ArrayLike | None = None) -> Scaling:
@@ -258,6 +258,11 @@ def iddpm(table: Table) -> Scaling:
 def _iddpm(table, sigma):
   sigma = jnp.asarray(sigma)
   return Coefficients(jnp.ones_like(sigma), -sigma, _alpha(sigma), nearest_step(table, sigma).astype(sigma.dtype))
+
+
+def _log(sigma):
+  """Return ``log(sigma)``, also finite at 0."""
+  return jnp.log(jnp.maximum(sigma, jnp.finfo(sigma.dtype).tiny))
 
 
 def _alpha(sigma):

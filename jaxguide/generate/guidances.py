@@ -112,13 +112,18 @@ def classifier(networks: Networks, scale: Scale) -> Guidance:
 
 
 def autoguidance(networks: Networks, scale: Scale, combine: Combine, *, weak: str) -> Guidance:
-  """Autoguidance (Karras et al. 2024, arXiv:2406.02507): away from a weaker model, loaded from the folder weak."""
+  """Autoguidance (Karras et al. 2024, arXiv:2406.02507): away from a weaker model, loaded from the folder weak.
+
+  An unconditional weak model gets no labels, as in EDM2's guidance (arXiv:2312.02696).
+  """
   weak_model, model = networks.load(weak), networks.model.config
-  for name in ("image_shape", "num_classes"):
+  unlabelled = weak_model.config.num_classes is weak_model.config.label_size is None
+  for name in ("image_shape",) if unlabelled else ("image_shape", "num_classes"):
     ours, theirs = getattr(model, name), getattr(weak_model.config, name)
     if ours != theirs:
       raise ValueError(f"the weak model in {weak} has {name} {theirs}, but the model has {ours}")
-  return guide.autoguidance(weak_model.denoiser, scale, combine)
+  denoiser = guide.unconditional(None)(weak_model.denoiser) if unlabelled else weak_model.denoiser
+  return guide.autoguidance(denoiser, scale, combine)
 
 
 def _perturbed(kind: str, networks: Networks, scale: Scale, combine: Combine, blocks: Sequence[str], **options: float):

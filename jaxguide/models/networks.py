@@ -9,7 +9,6 @@ is ``module:Class``, where Python finds it.
 """
 
 import importlib
-import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -23,9 +22,7 @@ from jaxguide._core.typing import PyTree
 from jaxguide.denoisers.autoencoders import Autoencoder
 from jaxguide.denoisers.frameworks import linen_class
 from jaxguide.denoisers.network import ClassifierLogProb, NetworkDenoiser
-from jaxguide.nn.adm.classifier import POOLS
-
-Bounds = Mapping[str, tuple[int | float, int | float]]
+from jaxguide.models import fields
 
 
 class Role(NamedTuple):
@@ -59,7 +56,8 @@ class Network(NamedTuple):
       ``null_class=True``, label ``num_classes``, or the vector of zeros, means "no label". Other Flax collections than
       ``params`` are not supported. Parameters whose last name is in its attribute ``frozen``, such as tables of
       positions, keep their values in training. If it has a method ``forced(params)``, each step of the training begins
-      with its result instead of the parameters, as in EDM2's forced weight normalisation.
+      with its result instead of the parameters, as in EDM2's forced weight normalisation. If it has a method
+      ``logvar(params, c_noise)``, that is its learned uncertainty, which a training with ``uncertainty`` trains.
     role: its role.
     bounds: the least and the largest value of each numeric field. They are far beyond real networks, and catch mistakes
       that would lead to hours of tracing or run out of memory.
@@ -69,7 +67,7 @@ class Network(NamedTuple):
 
   module: type[linen.Module]
   role: Role
-  bounds: Bounds = MappingProxyType({})
+  bounds: fields.Bounds = MappingProxyType({})
   check: Callable[[Mapping[str, Any]], None] = lambda fields: None
   low_res: bool = False
 
@@ -161,106 +159,18 @@ AUTOENCODER = Role("autoencoder", "num_classes", _autoencoder_inputs, _as_autoen
 
 # --- the table ------------------------------------------------------------------------------------
 
-ADM_BOUNDS: Bounds = {
-  "model_channels": (1, 2**16),
-  "out_channels": (1, 2**16),
-  "num_res_blocks": (0, 64),
-  "attention_resolutions": (1, 2**16),
-  "dropout": (0, 1),
-  "channel_mult": (0, 2**10),
-  "num_heads": (1, 2**16),
-  "num_head_channels": (-1, 2**16),
-  "num_heads_upsample": (-1, 2**16),
-}
-
-
-def _check_adm(fields: Mapping[str, Any]) -> None:
-  for name in ("num_head_channels", "num_heads_upsample"):
-    if fields.get(name) == 0:
-      raise ValueError(f"{name} must be at least 1, or -1 to use num_heads, got 0")
-  if fields.get("channel_mult") == ():
-    raise ValueError("channel_mult must have a number for at least one level, got ()")
-  channels: int = fields.get("model_channels", nn.UNet.model_channels)
-  for factor in fields.get("channel_mult", ()):
-    if math.floor(factor * channels) < 1:
-      raise ValueError(
-        f"each of channel_mult, times the {channels} model_channels, must give at least one channel, got {factor}"
-      )
-  if "pool" in fields:
-    checks.lookup("pool", fields["pool"], dict.fromkeys(POOLS))
-
-
-KL_BOUNDS: Bounds = {
-  "block_out_channels": (1, 2**16),
-  "layers_per_block": (1, 64),
-  "latent_channels": (1, 2**12),
-  "z_channels": (1, 2**12),
-  "out_channels": (1, 2**12),
-  "norm_num_groups": (1, 2**12),
-}
-
-
-def _check_kl(fields: Mapping[str, Any]) -> None:
-  channels = fields.get("block_out_channels", nn.AutoencoderKL.block_out_channels)
-  groups = fields.get("norm_num_groups", nn.AutoencoderKL.norm_num_groups)
-  if not 1 <= len(channels) <= 16:
-    raise ValueError(f"block_out_channels must have from 1 to 16 levels, got {len(channels)}")
-  for number in channels:
-    if number % groups:
-      raise ValueError(f"norm_num_groups {groups} must divide each of block_out_channels, got {number}")
-  for name, plain in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-    types = fields.get(name, ())
-    if types and len(types) != len(channels):
-      raise ValueError(f"{name} must have a type for each of the {len(channels)} levels, got {len(types)}")
-    for kind in types:
-      checks.lookup(name, kind, dict.fromkeys((plain, f"Attn{plain}")))
-  size = fields.get("latent_channels", nn.AutoencoderKL.latent_channels)
-  mapped = fields.get("use_post_quant_conv", True) and fields.get("use_quant_conv", True)
-  if fields.get("z_channels") is not None and not mapped:
-    raise ValueError("z_channels needs use_quant_conv and use_post_quant_conv, which map to latent_channels")
-  for name in ("scaling_factor", "shift_factor"):
-    factor = fields.get(name, 1.0)
-    numbers = factor if isinstance(factor, tuple) else (factor,)
-    if isinstance(factor, tuple) and len(factor) != size:
-      raise ValueError(f"{name} must be one number, or one for each of the {size} latent channels, got {len(factor)}")
-    for number in numbers:
-      if checks.finite(name, checks.number(name, number)) == 0 and name == "scaling_factor":
-        raise ValueError("scaling_factor must not be 0")
-
-
-DIT_BOUNDS: Bounds = {
-  "patch_size": (1, 2**10),
-  "hidden_size": (4, 2**16),
-  "depth": (1, 2**10),
-  "num_heads": (1, 2**16),
-  "mlp_ratio": (2**-10, 2**10),
-  "norm_eps": (0, 1),
-  "freq_shift": (0, 1),
-  "encoder_depth": (1, 2**10),
-  "z_dims": (1, 2**16),
-  "projector_dim": (1, 2**16),
-}
-
-
-def _check_dit(fields: Mapping[str, Any]) -> None:
-  hidden, heads = fields.get("hidden_size", nn.DiT.hidden_size), fields.get("num_heads", nn.DiT.num_heads)
-  if hidden % 4 or hidden % heads:
-    raise ValueError(f"hidden_size must be a multiple of 4 and of the {heads} num_heads, got {hidden}")
-  if fields.get("use_rope") and hidden // heads % 4:
-    raise ValueError(
-      f"use_rope needs heads whose channels are a multiple of 4, got {hidden // heads} of {heads} num_heads"
-    )
-
-
 NETWORKS: dict[str, Network] = {
-  "unet": Network(nn.UNet, DENOISER, ADM_BOUNDS, _check_adm),
-  "super_res_unet": Network(nn.SuperResUNet, DENOISER, ADM_BOUNDS, _check_adm, low_res=True),
-  "classifier": Network(nn.Classifier, CLASSIFIER, ADM_BOUNDS, _check_adm),
-  "autoencoder_kl": Network(nn.AutoencoderKL, AUTOENCODER, KL_BOUNDS, _check_kl),
-  "dit": Network(nn.DiT, DENOISER, DIT_BOUNDS, _check_dit),
-  "sit": Network(nn.SiT, DENOISER, DIT_BOUNDS, _check_dit),
-  "repa": Network(nn.RepaSiT, DENOISER, DIT_BOUNDS, _check_dit),
-  "lightningdit": Network(nn.LightningDiT, DENOISER, DIT_BOUNDS, _check_dit),
+  "unet": Network(nn.UNet, DENOISER, fields.ADM, fields.check_adm),
+  "super_res_unet": Network(nn.SuperResUNet, DENOISER, fields.ADM, fields.check_adm, low_res=True),
+  "classifier": Network(nn.Classifier, CLASSIFIER, fields.ADM, fields.check_adm),
+  "autoencoder_kl": Network(nn.AutoencoderKL, AUTOENCODER, fields.KL, fields.check_kl),
+  "dit": Network(nn.DiT, DENOISER, fields.DIT, fields.check_dit),
+  "sit": Network(nn.SiT, DENOISER, fields.DIT, fields.check_dit),
+  "repa": Network(nn.RepaSiT, DENOISER, fields.DIT, fields.check_dit),
+  "lightningdit": Network(nn.LightningDiT, DENOISER, fields.DIT, fields.check_dit),
+  "song_unet": Network(nn.SongUNet, DENOISER, fields.EDM, fields.check_edm),
+  "dhariwal_unet": Network(nn.DhariwalUNet, DENOISER, fields.EDM, fields.check_edm),
+  "edm2_unet": Network(nn.EDM2UNet, DENOISER, fields.EDM, fields.check_edm),
 }
 
 

@@ -17,8 +17,8 @@ from jaxguide._core.typing import Array, Float, PyTree
 # The blocks that each kind of perturbation applies to: name of the block type -> the submodules of which one identifies
 # such a block among the parameters. A UNet's attention block holds ``qkv``, a transformer's block ``attn/qkv``.
 BlockTypes = dict[str, tuple[str, ...]]
-ATTENTION: BlockTypes = {"attention": ("attn/qkv", "qkv")}
-RESIDUAL: BlockTypes = {"residual": ("out_layers_3",), **ATTENTION}
+ATTENTION: BlockTypes = {"attention": ("attn/qkv", "qkv", "attn_qkv")}
+RESIDUAL: BlockTypes = {"residual": ("out_layers_3", "conv1", "conv_res1"), **ATTENTION}
 KINDS: dict[str, BlockTypes] = {"identity": ATTENTION, "smooth": ATTENTION, "skip": RESIDUAL}
 
 

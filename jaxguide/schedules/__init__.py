@@ -5,6 +5,7 @@ Every noise level is a ``sigma``, the standard deviation of the noise on a clean
 
 from jaxguide.schedules.grids import (
   GRIDS,
+  consistency,
   cosine_time,
   flow,
   from_schedule,
@@ -58,6 +59,7 @@ __all__ = [
   "UniformTime",
   "alpha_bar_to_sigma",
   "betas_of",
+  "consistency",
   "cosine_betas",
   "cosine_time",
   "flow",

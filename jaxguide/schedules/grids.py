@@ -298,10 +298,61 @@ def flow(steps: int, shift: float | int = 1.0, sigma_max: float | int = 1000.0) 
   return _append_zero(levels)
 
 
+def consistency(
+  steps: int,
+  ts: str = "",
+  levels: int = 40,
+  sigma_min: float | int = 0.002,
+  sigma_max: float | int = 80.0,
+  rho: float | int = 7.0,
+) -> Float[Array, " levels"]:
+  """The grid of consistency models (Song et al. 2023, arXiv:2303.01469): some of the levels of `karras`, then 0.
+
+  Args:
+    steps: number of steps, at least 1.
+    ts: the numbers of the levels among `levels`, joined by ``-``, from 0 (``sigma_max``) on. The last may be that of
+      ``sigma_min``, ``levels - 1``, which stands for the end: OpenAI's ``ts="0,22,39"`` is ``ts=0-22-39`` in two steps.
+      Default: ``steps`` levels at equal distances.
+    levels: number of the levels to choose from; 40 for OpenAI's networks that were distilled, 201 for those trained
+      alone.
+    sigma_min: the last of the levels.
+    sigma_max: the first of the levels.
+    rho: as for `karras`.
+
+  Returns:
+    (steps + 1,) decreasing levels, the last one 0.
+
+  Raises:
+    ValueError: if ``ts`` are not ``steps`` increasing numbers below ``levels - 1``, with or without ``levels - 1``.
+
+  >>> [round(float(s), 3) for s in consistency(2, "0-22-39")]
+  [80.0, 1.382, 0.0]
+  """
+  checks.at_least("steps", steps, 1)
+  checks.at_least("levels", levels, 2)
+  known = karras(levels, sigma_min, sigma_max, rho)[:-1]
+  if not ts:
+    if steps > levels - 1:
+      raise ValueError(f"{steps} steps need at least {steps + 1} levels, got levels {levels}")
+    chosen = np.round(np.arange(steps) * (levels - 1) / steps).astype(int)
+  else:
+    parts = str(ts).split("-")
+    numbers = [int(part) for part in parts if part.isdecimal()]
+    if numbers and numbers[-1] == levels - 1 and len(numbers) == steps + 1:
+      numbers = numbers[:-1]
+    if len(numbers) != steps or not all(part.isdecimal() for part in parts):
+      raise ValueError(f"ts must be {steps} whole numbers for {steps} steps, and may end in {levels - 1}; got {ts!r}")
+    chosen = np.asarray(numbers)
+  if chosen[0] < 0 or chosen[-1] >= levels - 1 or (np.diff(chosen) <= 0).any():
+    raise ValueError(f"ts must increase and lie below {levels - 1}, the number of the last level, got {ts!r}")
+  return _append_zero(known[chosen])
+
+
 GRIDS: dict[str, Callable[..., Array]] = {
   "karras": karras,
   "log-snr": log_snr_uniform,
   "cosine-time": cosine_time,
   "flow": flow,
+  "consistency": consistency,
 }
 """Grids by their names on the command line. Each is a function of the number of steps and of options."""

@@ -18,8 +18,9 @@ derives the steps' keys from the sample's key. So on the same grid, a key gives 
 solver, and samples of one key differ only by the solvers. At ``η = 1`` their difference goes to 0 in proportion to the
 length of the steps.
 
-Two exceptions: with ``eta`` between 0 and 1, `DDIM`, `EulerAncestral` and `DPMpp2SAncestral` solve the SDE with
+Exceptions: with ``eta`` between 0 and 1, `DDIM`, `EulerAncestral` and `DPMpp2SAncestral` solve the SDE with
 ``η = eta²``. `EDMStochastic` uses the same draws, but adds the noise before the step; ``gamma`` sets its amount.
+`Consistency` adds noise to x0 and keeps none of the sample's.
 """
 
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 from jaxguide._core import checks
 from jaxguide._core.typing import Solver
 from jaxguide.solvers.base import Conditioned, MultistepState, State
+from jaxguide.solvers.consistency import Consistency
 from jaxguide.solvers.ddim import DDIM, Euler, EulerAncestral
 from jaxguide.solvers.ddpm import DDPM
 from jaxguide.solvers.edm import EDMStochastic
@@ -49,6 +51,7 @@ SOLVERS: dict[str, type] = {
   "dpmpp-2s-ancestral": DPMpp2SAncestral,
   "dpmpp-2s-sde": DPMpp2SSDE,
   "edm-stochastic": EDMStochastic,
+  "consistency": Consistency,
 }
 
 
@@ -75,6 +78,7 @@ __all__ = [
   "DDPM",
   "SOLVERS",
   "Conditioned",
+  "Consistency",
   "DPMpp2M",
   "DPMpp2MSDE",
   "DPMpp2S",

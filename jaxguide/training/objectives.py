@@ -55,9 +55,12 @@ class Uncertainty(linen.Module):
     return linen.Dense(1, use_bias=False, kernel_init=linen.initializers.zeros, dtype=embedding.dtype)(embedding)[:, 0]
 
 
-def extra_params(training: TrainingConfig, key: jax.Array) -> PyTree:
-  """Return the initial parameters that are trained together with the network's own, as Flax collections."""
-  if not training.uncertainty:
+def extra_params(model: ModelConfig, training: TrainingConfig, key: jax.Array) -> PyTree:
+  """Return the initial parameters that are trained together with the network's own, as Flax collections.
+
+  They are those of `Uncertainty`, unless the network has its own, a method ``logvar(params, c_noise)``.
+  """
+  if not training.uncertainty or hasattr(model.module, "logvar"):
     return {}
   return {"uncertainty": Uncertainty().init(key, jnp.zeros(1))["params"]}
 
@@ -79,6 +82,10 @@ def _denoiser(model: ModelConfig, training: TrainingConfig) -> Objective:
     raise ValueError("p_uncond needs a network with a null class: leave it out")
   if training.label_smoothing:
     raise ValueError("label_smoothing is for classifiers: leave it out")
+  if model.prediction == "consistency":
+    raise ValueError(
+      "a consistency model is trained by distillation, which this package does not have: choose prediction 'edm'"
+    )
   p_uncond = training.p_uncond if training.p_uncond is not None else 0.15 if null is not None else 0.0
   drop: dict[str, Any] = {"null_cond": null, "p_uncond": p_uncond}
   if model.diffusion_steps is not None:
@@ -124,7 +131,10 @@ def _continuous(model: ModelConfig, training: TrainingConfig, drop: dict[str, An
 
   def uncertain_errors(params, batch, key):
     def apply(params, x, c_noise, cond):
-      u = Uncertainty().apply({"params": params["uncertainty"]}, c_noise)
+      if hasattr(model.module, "logvar"):
+        u = model.module.logvar(params, c_noise)
+      else:
+        u = Uncertainty().apply({"params": params["uncertainty"]}, c_noise)
       return network(key)(params, x, c_noise, cond), u
 
     plain = functools.partial(_plain_weight, model.scaling)

@@ -21,7 +21,7 @@ from jaxguide.data.sources import NAMED
 from jaxguide.models import Model, folders, networks, transplant
 from jaxguide.models.config import NOT_FIELDS, ModelConfig, default_fields
 from jaxguide.models.networks import AUTOENCODER, CLASSIFIER
-from jaxguide.training import presets, toml, transformer_presets
+from jaxguide.training import edm_presets, presets, toml, transformer_presets
 from jaxguide.training.config import TrainingConfig
 from jaxguide.training.run_config import RunConfig
 
@@ -29,6 +29,9 @@ FROM_DATA = ("image_shape", "num_classes", "class_names", "label_size")
 """The fields of a model that follow from the data."""
 
 PRESETS = ("size", "none")
+
+PUBLISHED = {**transformer_presets.NAMED, **edm_presets.NAMED}
+"""The presets of published networks, by name."""
 
 HELD_OUT = 0.1
 """The share of the data that is held out for a classifier by default."""
@@ -135,7 +138,7 @@ def recipe(sections: Mapping[str, Any], data: Any = None) -> Recipe:
   known = ("data", "model", "training", "run", "init_from", "preset")
   for name in sections:
     checks.lookup("section", name, dict.fromkeys(known))
-  named = transformer_presets.NAMED.get(str(sections.get("preset")))
+  named = PUBLISHED.get(str(sections.get("preset")))
   if named is not None:
     sections = {**sections, "model": {"network": named.model["network"], **_table(sections, "model")}}
   _check_places(sections)
@@ -155,7 +158,7 @@ def recipe(sections: Mapping[str, Any], data: Any = None) -> Recipe:
       raise ValueError(f"model.{name} follows from the data: leave it out")
     checks.lookup("name in [model]", name, {field.name: None for field in dataclasses.fields(ModelConfig)})
   source = None
-  presets_known = {name: name for name in (*PRESETS, *transformer_presets.NAMED)}
+  presets_known = {name: name for name in (*PRESETS, *PUBLISHED)}
   chosen = checks.lookup("preset", sections.get("preset", "size"), presets_known)
   if chosen == "size" or named is not None:
     data = _glance(where) if data is None else data

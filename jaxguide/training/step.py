@@ -189,7 +189,7 @@ def _zero(total: PyTree) -> jax.Array:
 
 def state_shapes(model: ModelConfig, training: TrainingConfig, params: PyTree | None = None) -> TrainState:
   """Return the state of a training, as `init_state` does, with shapes instead of arrays."""
-  extra = jax.eval_shape(lambda: extra_params(training, jax.random.key(0)))
+  extra = jax.eval_shape(lambda: extra_params(model, training, jax.random.key(0)))
   network = shapes(model) if params is None else jax.eval_shape(lambda: params)
   params = {**network, **extra}
   number = jax.ShapeDtypeStruct((), jnp.int32)
@@ -208,7 +208,7 @@ def init_state(model: ModelConfig, training: TrainingConfig, params: PyTree | No
 
   def init(key, params):
     network = init_params(model, key) if params is None else params
-    every = {**network, **extra_params(training, key)}
+    every = {**network, **extra_params(model, training, key)}
     means = tuple(jax.tree.map(jnp.copy, every) for _ in training.means)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, every, means, optimizer(training).init(every), zero + 0)

@@ -88,14 +88,15 @@ def read_model(
     chosen = checks.lookup("preset", preset, presets)
     if given:
       raise ValueError(f"a preset is a complete configuration: leave out {', '.join(given)}, or the preset")
-  tensors = state_dicts.read(file)
+  found = state_dicts.read(file)
   try:
-    chosen = chosen or families.recognise(tensors)
-    tensors = dict(chosen.prepare(tensors))
+    chosen = chosen or families.recognise(found)
+    tensors = dict(chosen.prepare(found))
     if preset is not None:
       config = chosen.presets[preset]
     else:
-      config = chosen.infer(tensors, **_settings(chosen, {**chosen.beside(file), **given}))
+      stated = {} if found.network is None else chosen.stated(*found.network)
+      config = chosen.infer(tensors, **_settings(chosen, {**stated, **chosen.beside(file), **given}))
     dtypes = Counter(str(tensor.dtype) for tensor in tensors.values())
     tensors = dict(chosen.complete(tensors, config))
     params = layouts.to_params(tensors, chosen.layout(config), type(config.module).__name__)
@@ -103,7 +104,7 @@ def read_model(
     as_preset = f" as preset {preset}" if preset else ""
     raise ValueError(f"{file} cannot be imported{as_preset}: {error}") from error
   # The pages that were read of a memory-mapped file stay in memory until its tensors are deleted.
-  del tensors
+  del found, tensors
   size = sum(leaf.size for leaf in jax.tree.leaves(params))
   return Model(config, params), Imported(config, size, dtypes, chosen.name)
 

@@ -39,6 +39,8 @@ class Family(NamedTuple):
       configuration, such as a table of positions.
     beside: ``file -> settings``: settings that published files beside the weights hold, such as a configuration. Those
       that are given replace them. It raises ValueError if such a file is damaged.
+    stated: ``(class, arguments) -> settings``, the settings for ``infer`` that a pickled network states: the name of
+      its class, and the arguments that it was made with by name. It raises ValueError for a class of another network.
   """
 
   name: str
@@ -54,16 +56,19 @@ class Family(NamedTuple):
   beside: Callable[[Path], Mapping[str, Any]] = lambda file: {}
   restore: Callable[[Mapping[str, Any], ModelConfig], Mapping[str, Any]] = lambda state_dict, config: state_dict
   complete: Callable[[Mapping[str, Any], ModelConfig], Mapping[str, Any]] = lambda tensors, config: tensors
+  stated: Callable[[str, Mapping[str, Any]], Mapping[str, Any]] = lambda name, arguments: {}
 
 
 def families() -> dict[str, Family]:
   """Return the families by name."""
-  from jaxguide.models.importers import dit, dit_diffusers, openai, vae
+  from jaxguide.models.importers import dit, dit_diffusers, edm, edm2, openai, vae
 
   found = (
     openai.FAMILY,
     *dit.FAMILIES,
     dit_diffusers.FAMILY,
+    edm.FAMILY,
+    edm2.FAMILY,
     *vae.FAMILIES,
   )
   return {family.name: family for family in found}

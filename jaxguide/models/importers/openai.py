@@ -8,6 +8,7 @@ bit for bit after import and export.
 
 import dataclasses
 import re
+from collections import ChainMap
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -17,8 +18,8 @@ from jaxguide._core.typing import PyTree
 from jaxguide.models.config import ModelConfig
 from jaxguide.models.importers import layouts
 from jaxguide.models.importers.families import Family
-from jaxguide.models.importers.presets import PRESETS, UNCONDITIONAL_SCALE
-from jaxguide.models.importers.structure import OPTIONS, infer
+from jaxguide.models.importers.presets import CONSISTENCY_PRESETS, PRESETS, UNCONDITIONAL_SCALE
+from jaxguide.models.importers.structure import OPTIONS, SCALED, infer
 
 __all__ = [
   "FAMILY",
@@ -53,6 +54,8 @@ def layout(config: ModelConfig) -> dict[str, layouts.Weight]:
     # The last layer of the adaptive pool is a 1x1 convolution too.
     adaptive_pool = name == "out.3.weight" and getattr(config.module, "pool", None) == "adaptive"
     pixel_axes = 2 if adaptive_pool else _PIXEL_AXES.get(modules[-1], 0)
+    if config.prediction in SCALED and pixel_axes:
+      pixel_axes = 2  # consistency_models attends to pixels and not to rows of them.
     found[name] = layouts.weight(path, ours, pixel_axes if kind == "kernel" else 0)
   return found
 
@@ -153,7 +156,9 @@ def flags(config: ModelConfig) -> str | None:
 def notes(config: ModelConfig) -> list[str]:
   """Return the differences to guided-diffusion's own models that a user must know."""
   module, notes = config.module, []
-  if flags(config) is None:
+  if config.prediction in SCALED:
+    notes.append(f"it is a network of OpenAI's consistency_models, in a KarrasDenoiser of kind {config.prediction}")
+  elif flags(config) is None:
     process = f"{config.prediction} on the continuous {config.schedule} schedule"
     notes.append(f"guided-diffusion's scripts do not support its process: the network predicts {process}")
   if getattr(module, "null_class", False) and config.num_classes is not None:
@@ -197,6 +202,6 @@ FAMILY = Family(
   layout=layout,
   settings=OPTIONS,
   usage=usage,
-  presets=PRESETS,
+  presets=ChainMap(PRESETS, CONSISTENCY_PRESETS),
 )
 """The networks of guided-diffusion."""

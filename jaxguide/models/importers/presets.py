@@ -96,3 +96,37 @@ guides ``256x256_diffusion_uncond``, for which `UNCONDITIONAL_SCALE` is recommen
 
 UNCONDITIONAL_SCALE = 10.0
 """The scale recommended for ``256x256_classifier`` on ``256x256_diffusion_uncond``."""
+
+
+def _consistency(side: int, num_classes: int | None, prediction: str, **fields: Any) -> ModelConfig:
+  """Return the configuration of a network of consistency_models, from the flags in ``scripts/launch.sh`` there."""
+  defaults = {
+    "model_channels": 256,
+    "out_channels": 3,
+    "num_res_blocks": 2,
+    "num_head_channels": 64,
+    "attention_resolutions": tuple(side // resolution for resolution in (32, 16, 8)),
+    "channel_mult": _CHANNEL_MULT[side],
+    "use_scale_shift_norm": True,
+    "resblock_updown": True,
+    "use_new_attention_order": True,
+    "null_class": False,
+  }
+  scaled: dict[str, Any] = {"prediction": prediction, "time_scale": 1000.0, "sigma_data": 0.5}
+  return ModelConfig("unet", {**defaults, **fields}, (side, side, 3), num_classes, **scaled)
+
+
+_BY_KIND = {"cd_{}_l2": "consistency", "cd_{}_lpips": "consistency", "ct_{}": "consistency", "edm_{}_ema": "edm"}
+
+CONSISTENCY_PRESETS: dict[str, ModelConfig] = {
+  **{
+    kind.format("imagenet64"): _consistency(64, 1000, prediction, model_channels=192, num_res_blocks=3)
+    for kind, prediction in _BY_KIND.items()
+  },
+  **{
+    kind.format(f"{name}256"): _consistency(256, None, prediction)
+    for name in ("bedroom", "cat")
+    for kind, prediction in _BY_KIND.items()
+  },
+}
+"""The models published with OpenAI's consistency_models (Song et al. 2023, arXiv:2303.01469), by their file names."""

@@ -1,7 +1,7 @@
 """Files of PyTorch state dicts. Reading loads one tensor at a time; writing replaces the whole file.
 
-``.safetensors``, ``.pt`` and ``.pth`` files are read without PyTorch, and nothing in them is run. Writing ``.pt`` and
-``.pth`` files needs PyTorch.
+``.safetensors``, ``.pt``, ``.pth`` and ``.pkl`` files are read without PyTorch, and nothing in them is run. Writing
+``.pt`` and ``.pth`` files needs PyTorch, and ``.pkl`` files are not written.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxguide._core import checks
 from jaxguide._core.files import PathLike, replacing
-from jaxguide.models.importers import torch_files
+from jaxguide.models.importers import network_pickles, torch_files
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 
@@ -41,11 +41,24 @@ class Tensor:
     return np.array(self.read(), dtype, copy=copy)
 
 
-def read(path: PathLike) -> dict[str, Tensor]:
+class StateDict(dict[str, Tensor]):
+  """The tensors of a file by name.
+
+  Args:
+    tensors: the tensors.
+    network: the name of the network's class and the arguments of its call, of a ``.pkl`` file; None for others.
+  """
+
+  def __init__(self, tensors: Mapping[str, Tensor], network: tuple[str, Mapping[str, Any]] | None = None):
+    super().__init__(tensors)
+    self.network = network
+
+
+def read(path: PathLike) -> StateDict:
   """Open a state dict.
 
   Args:
-    path: a ``.safetensors``, ``.pt`` or ``.pth`` file.
+    path: a ``.safetensors``, ``.pt`` or ``.pth`` file; or a ``.pkl`` file, as EDM and EDM2 publish their networks.
 
   Returns:
     Its tensors by name, without BatchNorm's counters of training steps (``num_batches_tracked``). Each is read from the
@@ -60,13 +73,14 @@ def read(path: PathLike) -> dict[str, Tensor]:
   _, opener = _format(path)
   if not path.is_file():
     raise FileNotFoundError(f"there is no file {path}")
-  tensors = {name: tensor for name, tensor in opener(path).items() if name.rpartition(".")[2] != COUNTER}
+  found = opener(path)
+  tensors = {name: tensor for name, tensor in found.items() if name.rpartition(".")[2] != COUNTER}
   if not tensors:
     raise ValueError(f"{path} contains no tensors")
   for name, tensor in tensors.items():
     if tensor.dtype not in FLOATS:
       raise ValueError(f"{name} in {path} is {tensor.dtype}; weights must be one of {', '.join(FLOATS)}")
-  return without_prefix(tensors)
+  return StateDict(without_prefix(tensors), getattr(found, "network", None))
 
 
 WRAPPERS = ("ema", "model", "state_dict")
@@ -116,7 +130,7 @@ def write(path: PathLike, state_dict: Mapping[str, np.ndarray]) -> None:
   """
   writer, _ = _format(Path(path))
   with replacing(path) as file:
-    writer(file, {name: np.ascontiguousarray(array) for name, array in state_dict.items()})
+    writer(file, {name: np.asarray(array, order="C") for name, array in state_dict.items()})  # Scalars stay scalars.
 
 
 def check_format(path: PathLike) -> None:
@@ -126,7 +140,10 @@ def check_format(path: PathLike) -> None:
     ValueError: if the extension is unknown.
     ImportError: for a ``.pt`` or ``.pth`` file if PyTorch is not installed.
   """
-  if _format(Path(path))[0] is _write_torch:
+  writer, _ = _format(Path(path))
+  if writer is _no_pickle:
+    _no_pickle(None, {})
+  if writer is _write_torch:
     _torch()
 
 
@@ -181,6 +198,11 @@ def of_torch(stored: torch_files.StoredTensor) -> Tensor:
   return Tensor(stored.shape, stored.dtype.name, lambda: stored.read().astype(np.float32, copy=False))
 
 
+def _read_pickle(path: Path) -> StateDict:
+  found = network_pickles.read(path)
+  return StateDict({name: of_torch(value) for name, value in found.tensors.items()}, (found.name, found.arguments))
+
+
 def _torch() -> Any:
   try:
     import torch
@@ -196,8 +218,13 @@ def _write_torch(file: Any, state_dict: dict[str, np.ndarray]) -> None:
   torch.save({name: torch.from_numpy(array) for name, array in state_dict.items()}, file)
 
 
+def _no_pickle(file: Any, state_dict: dict[str, np.ndarray]) -> None:
+  raise ValueError("a .pkl file holds a network's source code, which is not written: choose a .safetensors file")
+
+
 FORMATS: dict[str, tuple[Callable[..., None], Callable[[Path], dict[str, Tensor]]]] = {
   ".safetensors": (_write_safetensors, _read_safetensors),
   ".pt": (_write_torch, _read_torch),
   ".pth": (_write_torch, _read_torch),
+  ".pkl": (_no_pickle, _read_pickle),
 }

@@ -31,7 +31,9 @@ class Options:
     noise_schedule: linear or cosine.
     diffusion_steps: Steps that the network was trained on, 1000 for OpenAI's; 0 for continuous time.
     rescale_timesteps: Whether the time input is rescaled to 1000 steps; no if left out.
-    prediction: eps or x0 as in guided-diffusion, or another prediction of jaxguide; eps if left out.
+    prediction: eps or x0 as in guided-diffusion, consistency or edm as in OpenAI's consistency_models (whose attention
+      has use_new_attention_order), or another prediction of jaxguide; eps if left out.
+    sigma_data: Standard deviation of the data, for edm and consistency; 0.5 if left out.
     variance: small or large, if the network has learned no variance; large if left out.
     scale: Recommended guidance scale of a classifier.
   """
@@ -50,12 +52,17 @@ class Options:
   diffusion_steps: int | None = None
   rescale_timesteps: bool | None = None
   prediction: str | None = None
+  sigma_data: float | None = None
   variance: str | None = None
   scale: float | None = None
 
 
 OPTIONS = {name: text[0].lower() + text[1:].rstrip(".") for name, text in described_fields(Options).items()}
 """The description of each option, by name."""
+
+
+SCALED = ("edm", "consistency")
+"""The predictions of OpenAI's consistency_models."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +234,7 @@ def infer(shapes: Mapping[str, Sequence[int]], **options: Any) -> ModelConfig:
   ...
   ValueError: incomplete, or not a network of guided-diffusion: there is no input_blocks.0.0.weight among ...
   """
-  unused = _check_options(options)  # Options are removed as they are used.
+  unused = _check_options(options, shapes)  # Options are removed as they are used.
   inferred, missing = structure(shapes), []
 
   def required(name: str) -> Any:
@@ -273,7 +280,7 @@ def infer(shapes: Mapping[str, Sequence[int]], **options: Any) -> ModelConfig:
     side = inferred.coarsest_size * 2 ** (len(fields["channel_mult"]) - 1)
     if unused.pop("image_size", side) != side:
       raise ValueError(f"the attention pool is for images of side {side}, got image_size {options['image_size']}")
-  schedule, steps = required("noise_schedule"), required("diffusion_steps")
+  process = _process(unused, required)
 
   if missing:
     presets = alike(inferred)
@@ -287,10 +294,7 @@ def infer(shapes: Mapping[str, Sequence[int]], **options: Any) -> ModelConfig:
     fields,
     image_shape=(side, side, channels),
     num_classes=num_classes,
-    prediction=unused.pop("prediction", "eps"),
-    schedule=schedule,
-    diffusion_steps=steps or None,
-    rescale_timesteps=unused.pop("rescale_timesteps", False),
+    **process,
     **rest,
   )
   if unused:
@@ -298,7 +302,24 @@ def infer(shapes: Mapping[str, Sequence[int]], **options: Any) -> ModelConfig:
   return config
 
 
-def _check_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def _process(unused: dict[str, Any], required: Callable[[str], Any]) -> dict[str, Any]:
+  """Return the settings of the diffusion process, and remove the options that give them."""
+  prediction = unused.pop("prediction", "eps")
+  if prediction in SCALED:
+    # Their noise levels are a continuum, and the time input is 1000 log(sigma) / 4 in consistency_models.
+    sigma_data = unused.pop("sigma_data", None)
+    return {"prediction": prediction, "time_scale": 1000.0, "sigma_data": 0.5 if sigma_data is None else sigma_data}
+  schedule, steps = required("noise_schedule"), required("diffusion_steps")
+  rescale = unused.pop("rescale_timesteps", False)
+  return {
+    "prediction": prediction,
+    "schedule": schedule,
+    "diffusion_steps": steps or None,
+    "rescale_timesteps": rescale,
+  }
+
+
+def _check_options(options: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
   """Check names and ranges of `infer`'s options, and return those that are given.
 
   As in guided-diffusion's own flags, -1 for a number of heads or of their channels means that it is not given.
@@ -309,4 +330,10 @@ def _check_options(options: Mapping[str, Any]) -> dict[str, Any]:
   for name in settings.keys() & {"image_size", "low_res_size", "num_heads", "num_head_channels", "num_heads_upsample"}:
     checks.at_least(name, settings[name], 1)
   checks.finite("scale", settings.get("scale", 1.0))
+  if options.get("prediction") not in SCALED and any(
+    name.endswith(".qkv.weight") and len(shape) == 4 for name, shape in shapes.items()
+  ):
+    raise ValueError("its attention is that of OpenAI's consistency_models: give prediction, consistency or edm")
+  if options.get("prediction") in SCALED:
+    settings.setdefault("use_new_attention_order", True)  # The order of consistency_models, whatever its flag.
   return settings

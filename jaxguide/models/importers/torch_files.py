@@ -58,7 +58,7 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")  # Of a part of a zip file: signature,
 
 
 @dataclasses.dataclass
-class _Storage:
+class Storage:
   """A row of numbers in a file, which tensors are cut from."""
 
   path: Path
@@ -153,7 +153,7 @@ def read(path: PathLike) -> Any:
     try:
       zipped = file.read(4) == b"PK\x03\x04"
       file.seek(0)
-      return (_read_zip if zipped else _read_old)(path, file)
+      return (_read_zip if zipped else read_old)(path, file)
     except Exception as error:  # A damaged file leads to many kinds of errors, in zipfile and struct as well.
       reason = str(error) or type(error).__name__
       forbidden = re.search(r"it needs (\S+), which is not allowed", reason)
@@ -207,30 +207,32 @@ def _read_zip(path: Path, file: BinaryIO) -> Any:
   if order not in (b"little", b"big"):
     raise ValueError(f"its byte order is {order!r}")
 
-  def storage(key: str, dtype: np.dtype, numel: int) -> _Storage:
+  def storage(key: str, dtype: np.dtype, numel: int) -> Storage:
     start, info = locate(f"data/{key}")
     if info.file_size != numel * dtype.itemsize:
       raise ValueError(
         f"its part data/{key} has {info.file_size:,} bytes, but {numel:,} numbers of {dtype} belong there"
       )
-    return _Storage(path, dtype, numel, start, info.CRC, order == b"big" and dtype.itemsize > 1)
+    return Storage(path, dtype, numel, start, info.CRC, order == b"big" and dtype.itemsize > 1)
 
   return _unpickle(io.BytesIO(content("data.pkl")), path, storage)
 
 
-def _read_old(path: Path, file: BinaryIO) -> Any:
+def read_old(path: Path, file: Any) -> Any:
   """Read a file of PyTorch before 1.6: five pickles one after the other, and then the storages."""
-  length = os.fstat(file.fileno()).st_size
+  start = file.tell()
+  length = file.seek(0, os.SEEK_END)
+  file.seek(start)
   if _unpickle(file, path) != MAGIC:
     raise ValueError("it does not begin with PyTorch's number")
   version = _unpickle(file, path)
   if version != VERSION:
     raise ValueError(f"its format has version {version}, expected {VERSION}")
   _unpickle(file, path)  # Facts on the system. Numbers are little-endian on every system.
-  storages: dict[str, _Storage] = {}
+  storages: dict[str, Storage] = {}
 
-  def storage(key: str, dtype: np.dtype, numel: int) -> _Storage:
-    known = storages.setdefault(key, _Storage(path, dtype, numel))
+  def storage(key: str, dtype: np.dtype, numel: int) -> Storage:
+    known = storages.setdefault(key, Storage(path, dtype, numel))
     if (known.dtype, known.numel) != (dtype, numel):
       raise ValueError(f"its storage {key} occurs with two types or sizes")
     return known
@@ -261,10 +263,10 @@ class _Dict(dict):
     """Leave the attributes out."""
 
 
-class _Tensors:
+class Tensors:
   """What a pickle of PyTorch may construct besides plain data."""
 
-  def __init__(self, storage: Callable[[str, np.dtype, int], _Storage]):
+  def __init__(self, storage: Callable[[str, np.dtype, int], Storage]):
     self.storage = storage
 
   @property
@@ -278,7 +280,7 @@ class _Tensors:
       **{("torch", name): name for name in DTYPES},
     }
 
-  def load(self, pid: Any) -> _Storage:
+  def load(self, pid: Any) -> Storage:
     """Return the storage of a persistent identifier: ``("storage", type, key, device, numel)`` and, before 1.6, None.
 
     The device on which a tensor was does not matter.
@@ -292,7 +294,7 @@ class _Tensors:
   def tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *grad_hooks_and_metadata: Any) -> StoredTensor:
     """Cut a tensor from its storage. Whether it has gradients does not matter."""
     del grad_hooks_and_metadata
-    if not isinstance(storage, _Storage) or not (type(shape) is type(strides) is tuple):
+    if not isinstance(storage, Storage) or not (type(shape) is type(strides) is tuple):
       raise ValueError("a tensor in it is not described by a storage, an offset, a shape and strides")
     if not all(type(number) is int and 0 <= number < 2**60 for number in (offset, *shape, *strides)):
       raise ValueError("a tensor in it has an offset, a shape or strides that are no whole numbers of at least 0")
@@ -319,22 +321,29 @@ class _Tensors:
     return tensor
 
 
-def _unpickle(file: Any, path: Path, storage: Callable[[str, np.dtype, int], _Storage] | None = None) -> Any:
+def _unpickle(file: Any, path: Path, storage: Callable[[str, np.dtype, int], Storage] | None = None) -> Any:
   """Read the pickle at the position of an open file, with tensors only if there is a function for storages."""
-  pickled = io.BytesIO(_checked(file))
+  pickled = io.BytesIO(checked(file))
   if storage is None:
     return pickles.read(pickled, path, {})
-  tensors = _Tensors(storage)
+  tensors = Tensors(storage)
   return pickles.read(pickled, path, tensors.allowed, tensors.load)
 
 
-def _checked(file: Any) -> bytes:
+def checked(file: Any, longest: int = LONGEST_TEXT) -> bytes:
   """Return the bytes of the pickle at the position of an open file, whose sizes and indices are sensible.
 
   Python's reader allocates what a pickle claims before it finds that the pickle is shorter.
+
+  Args:
+    file: an open file. It is left behind the pickle's end.
+    longest: the largest number of bytes in one text.
+
+  Raises:
+    ValueError: if a text is longer, the pickle is truncated, or an index is beyond its length.
   """
   start = file.tell()
-  limited: Any = _Limited(file)
+  limited: Any = _Limited(file, longest)
   memo = ("PUT", "BINPUT", "LONG_BINPUT")
   largest = max((int(at or 0) for operation, at, _ in pickletools.genops(limited) if operation.name in memo), default=0)
   length = file.tell() - start
@@ -345,22 +354,22 @@ def _checked(file: Any) -> bytes:
 
 
 class _Limited:
-  """A file that is asked for no more than it holds, and for no more than `LONGEST_TEXT` bytes at once."""
+  """A file that is asked for no more than it holds, and for no more than ``longest`` bytes at once."""
 
-  def __init__(self, file: Any):
+  def __init__(self, file: Any, longest: int):
     position = file.tell()
-    self.file, self.end = file, file.seek(0, os.SEEK_END)
+    self.file, self.longest, self.end = file, longest, file.seek(0, os.SEEK_END)
     file.seek(position)
 
   def read(self, size: int) -> bytes:
     """Read up to ``size`` bytes."""
-    if size > LONGEST_TEXT:
-      raise ValueError(f"its pickle has a text of {size:,} bytes; at most {LONGEST_TEXT:,} are read")
+    if size > self.longest:
+      raise ValueError(f"its pickle has a text of {size:,} bytes; at most {self.longest:,} are read")
     return self.file.read(min(size, self.end - self.file.tell()))
 
   def readline(self) -> bytes:
     """Read up to the end of a line."""
-    return self.file.readline(LONGEST_TEXT)
+    return self.file.readline(self.longest)
 
   def tell(self) -> int:
     """Return the position."""

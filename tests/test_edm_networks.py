@@ -1,0 +1,350 @@
+"""EDM's and EDM2's networks: the published code's arrays, the papers in NumPy, import and export, training."""
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from edm_reference import EDM, EDM2
+from safetensors.numpy import load_file, save_file
+
+from jaxguide import models
+from jaxguide.models import ModelConfig, importers
+from jaxguide.models.importers import layouts
+from jaxguide.models.importers.families import of_network
+from jaxguide.models.model import init_params
+from jaxguide.models.networks import NETWORKS
+from jaxguide.nn import SongUNet
+from jaxguide.training import TrainingConfig
+from jaxguide.training.objectives import objective
+from jaxguide.training.step import init_state, train_step
+
+DATA = Path(__file__).parent / "data" / "networks"
+
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+# Settings that names and shapes do not show, and the published code's own error in float32.
+PUBLISHED = {
+  "edmnet_s1_ddpmpp": ({}, 8.2e-7),
+  "edmnet_s2_ncsnpp": ({}, 8.3e-7),
+  "edmnet_s3_adm": ({}, 5.6e-7),
+  "edm2net_s1": ({"channels_per_head": 16}, 3.7e-7),
+}
+
+
+def nhwc(array):
+  return jnp.asarray(np.moveaxis(array, 1, -1), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+  """Each published network, imported once."""
+  folder = tmp_path_factory.mktemp("models")
+
+  @functools.cache
+  def get(name):
+    importers.import_model(DATA / f"{name}.safetensors", folder / name, **PUBLISHED[name][0])
+    return folder / name, models.load(folder / name)
+
+  return get
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_network_gives_the_published_numbers(name, imported):
+  _, model = imported(name)
+  with np.load(DATA / f"{name}.npz") as file:
+    arrays = dict(file)
+  x, cotangent, sigma = nhwc(arrays["x"]), nhwc(arrays["cotangent"]), jnp.asarray(arrays["sigma"])
+  labels = jnp.asarray(arrays["labels"].argmax(1))
+
+  @quick_jit
+  def denoise(x):
+    def weighted(x):
+      out = jax.vmap(model.denoiser)(x, sigma, labels)
+      return (out * cotangent).sum(), out
+
+    return jax.grad(weighted, has_aux=True)(x)
+
+  gradient, out = denoise(x)
+  atol = max(5 * PUBLISHED[name][1], 2e-5 * abs(arrays["out"]).max())
+  np.testing.assert_allclose(out, nhwc(arrays["out"]), rtol=0, atol=atol)
+  np.testing.assert_allclose(gradient, nhwc(arrays["grad_x"]), rtol=0, atol=atol)
+  if "logvar" in arrays:
+    u = model.config.module.logvar(model.params, jnp.log(sigma) / 4)
+    np.testing.assert_allclose(u, arrays["logvar"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_export_gives_back_every_bit(name, imported, tmp_path):
+  lines = importers.export_model(imported(name)[0], tmp_path / "out.safetensors")
+  theirs, ours = load_file(DATA / f"{name}.safetensors"), load_file(tmp_path / "out.safetensors")
+  assert theirs.keys() == ours.keys()
+  for key in theirs:
+    assert theirs[key].shape == ours[key].shape, key
+    assert theirs[key].tobytes() == ours[key].tobytes(), key
+  assert "Precond(img_resolution=8" in lines[0]
+
+
+# --- other fields, against the papers in NumPy -----------------------------------------------------------
+
+SMALL = {"model_channels": 8, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (8,)}
+EDM2_SMALL = {**SMALL, "channels_per_head": 8, "logvar_channels": 8}
+OTHERS = {
+  "skips": ("song_unet", {**SMALL, "encoder_type": "skip", "decoder_type": "skip", "resample_filter": (1, 3, 3, 1)}, 3),
+  "residual_skip": (
+    "song_unet",
+    {**SMALL, "channel_mult": (2, 1, 2), "encoder_type": "residual", "decoder_type": "skip", "augment_dim": 9}
+    | {"resample_filter": (1, 2, 5, 4, 2, 1), "channel_mult_noise": 3, "num_blocks": 2, "channel_mult_emb": 2},
+    None,
+  ),
+  "fourier": ("song_unet", {**SMALL, "embedding_type": "fourier", "channel_mult": (1,), "num_blocks": 2}, 4),
+  "adm_heads": ("dhariwal_unet", {**SMALL, "model_channels": 64, "channel_mult": (1, 2), "augment_dim": 9}, 5),
+  "adm_plain": ("dhariwal_unet", {**SMALL, "model_channels": 16, "channel_mult": (2, 1, 3), "num_blocks": 2}, None),
+  "edm2_other": (
+    "edm2_unet",
+    {**EDM2_SMALL, "resample_filter": (1, 3, 3, 1), "label_balance": 0.3, "concat_balance": 0.6, "res_balance": 0.4}
+    | {"attn_balance": 0.2, "clip_act": 0.8, "channel_mult_noise": 2, "channel_mult_emb": 3},
+    6,
+  ),
+  "edm2_uncond": ("edm2_unet", {**EDM2_SMALL, "channel_mult": (2, 1, 2), "num_blocks": 2, "clip_act": None}, None),
+}
+
+
+def random_weights(config, seed=0):
+  """Weights of every tensor of a layout; gains are not 0, so that every part counts."""
+  rng, found = np.random.default_rng(seed), {}
+  for name, entry in of_network(config.network).layout(config).items():
+    if isinstance(entry, layouts.Fixed):
+      found[name] = entry.value
+    else:
+      fan_in = np.prod(entry.shape[1:]) if len(entry.shape) > 1 else 4
+      found[name] = np.asarray(rng.standard_normal(entry.shape) / np.sqrt(fan_in), np.float32)
+  return found
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_fields_are_read_from_names_and_shapes_and_follow_the_papers(name, tmp_path):
+  network, fields, classes = OTHERS[name]
+  config = ModelConfig(network, fields, (8, 8, 3), classes, "edm", sigma_data=0.5)
+  weights = random_weights(config)
+  save_file(weights, tmp_path / "weights.safetensors")
+  told = ("channels_per_head", "resample_filter", "label_balance", "concat_balance", "res_balance", "attn_balance")
+  told = (*told, "clip_act") if network == "edm2_unet" else ()
+  given = {name: fields[name] for name in told if name in fields}
+  importers.import_model(tmp_path / "weights.safetensors", tmp_path / "model", **given)
+  model = models.load(tmp_path / "model")
+  for field, value in fields.items():
+    found = getattr(model.config.module, field)
+    if field not in ("attn_resolutions", "model_channels", "channel_mult", "channel_mult_noise", "channel_mult_emb"):
+      assert found == value, field
+
+  rng = np.random.default_rng(1)
+  x, c_noise = rng.standard_normal((2, 3, 8, 8)), np.array([-1.3, 0.6])
+  labels = None if classes is None else np.eye(classes)[[1, 0]] * [[1], [0]]  # A class, and no label.
+  y = None if classes is None else jnp.array([1, classes])
+  arguments = {key: value for key, value in fields.items() if key not in SMALL or key in ("channel_mult", "num_blocks")}
+  for name in ("channel_mult_noise", "channel_mult_emb", "logvar_channels", "augment_dim"):
+    arguments.pop(name, None)
+  edm2 = network == "edm2_unet"
+  reference = EDM2(weights, **arguments) if edm2 else EDM(weights, network == "dhariwal_unet", **arguments)
+  wanted = reference(x, c_noise, labels)
+  out = quick_jit(model.config.module.apply)(model.params, nhwc(x), jnp.asarray(c_noise, jnp.float32), y)
+  np.testing.assert_allclose(out, nhwc(wanted), rtol=0, atol=2e-5 * abs(wanted).max())
+  if edm2:
+    u = model.config.module.logvar(model.params, jnp.asarray(c_noise, jnp.float32))
+    np.testing.assert_allclose(u, reference.logvar(c_noise), rtol=0, atol=1e-5)
+
+
+# --- files that do not fit ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("name", "change", "message"),
+  [
+    ("edmnet_s1_ddpmpp", lambda w: w.pop("model.enc.4x4_block0.conv1.weight"), "enc.4x4_block0.conv1.weight"),
+    ("edmnet_s1_ddpmpp", lambda w: w.pop("model.map_layer0.weight"), "there is no map_layer0.weight"),
+    ("edmnet_s2_ncsnpp", lambda w: w.pop("model.dec.8x8_up.skip.resample_filter"), "1 name is missing"),
+    ("edmnet_s3_adm", lambda w: [w.pop(k) for k in list(w) if ".dec." in k], "no block of its decoder"),
+    ("edmnet_s3_adm", lambda w: w.update(more=w["model.out_conv.bias"]), "unknown (more)"),
+    ("edm2net_s1", lambda w: w.pop("unet.out_gain"), "missing (unet.out_gain)"),
+    ("edm2net_s1", lambda w: w.pop("unet.emb_noise.weight"), "there is no emb_noise.weight"),
+    ("edm2net_s1", lambda w: [w.pop(k) for k in list(w) if ".enc." in k], "there is no enc.8x8_conv.weight"),
+  ],
+)
+def test_a_torn_file_is_refused_with_the_first_name(name, change, message, tmp_path):
+  weights = load_file(DATA / f"{name}.safetensors")
+  change(weights)
+  save_file(weights, tmp_path / "torn.safetensors")
+  with pytest.raises(ValueError, match=re.escape(message)):
+    importers.import_model(tmp_path / "torn.safetensors", tmp_path / "model", **PUBLISHED[name][0])
+  assert not (tmp_path / "model" / "config.json").exists()
+
+
+def test_a_filter_that_differs_in_one_block_is_refused(tmp_path):
+  weights = load_file(DATA / "edmnet_s2_ncsnpp.safetensors")
+  weights["model.dec.8x8_up.skip.resample_filter"] = np.full((1, 1, 4, 4), 1 / 16, np.float32)
+  save_file(weights, tmp_path / "weights.safetensors")
+  with pytest.raises(ValueError, match=r"dec\.8x8_up\.skip\.resample_filter is not what every SongUNet has"):
+    importers.import_model(tmp_path / "weights.safetensors", tmp_path / "model")
+
+
+def test_edm2_asks_for_the_channels_of_a_head(tmp_path):
+  file = DATA / "edm2net_s1.safetensors"
+  with pytest.raises(ValueError, match=re.escape("--field channels_per_head=VALUE")):
+    importers.import_model(file, tmp_path / "model")
+  with pytest.raises(ValueError, match="heads must divide"):
+    importers.import_model(file, tmp_path / "model", heads=5)
+  with pytest.raises(ValueError, match="does not fit the channels that attend"):
+    importers.import_model(file, tmp_path / "model", channels_per_head=64)
+  importers.import_model(file, tmp_path / "model", heads=2)
+  assert models.load(tmp_path / "model").config.fields["channels_per_head"] == 16
+
+
+@pytest.mark.parametrize(
+  ("name", "given", "message"),
+  [
+    ("edmnet_s3_adm", {"heads": 2}, "attention heads do not apply"),
+    ("edmnet_s1_ddpmpp", {"img_resolution": 16}, "img_resolution must be 8"),
+    ("edmnet_s1_ddpmpp", {"prediction": "v"}, "prediction must be edm, ve or eps"),
+    ("edmnet_s1_ddpmpp", {"num_heads": 2}, "unknown field of SongUNet 'num_heads'"),
+    ("edmnet_s1_ddpmpp", {"attn_resolutions": (8,)}, "the weights do not fit SongUNet"),
+  ],
+)
+def test_settings_that_do_not_fit_are_refused(name, given, message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    importers.import_model(DATA / f"{name}.safetensors", tmp_path / "model", **given)
+
+
+# --- training ----------------------------------------------------------------------------------------------
+
+TINY = {"model_channels": 8, "channel_mult": (1,), "num_blocks": 1, "channels_per_head": 8, "logvar_channels": 8}
+
+
+def one_step(model, config, params):
+  state, rng = init_state(model, config, params), np.random.default_rng(0)
+  examples = rng.standard_normal((8, 4, 4, 2), np.float32)
+  return train_step(model, config)(state, examples, np.arange(8, dtype=np.int32) % 3)
+
+
+def test_a_step_of_edm2_begins_with_normalised_weights_and_trains_its_own_uncertainty():
+  model = ModelConfig("edm2_unet", TINY, (4, 4, 2), 3, "edm", encoder="latents", sigma_data=0.5)
+  means = ("power:std=0.05", "power:std=0.1")
+  config = TrainingConfig(steps=10, batch_size=8, warmup=0, rate="constant", learning_rate=0.01, uncertainty=True)
+  config = dataclasses.replace(config, ema=means, optimizer="adam:b2=0.99", matmul_precision="highest")
+  params = quick_jit(lambda key: init_params(model, key))(jax.random.key(0))
+  params["params"]["out_gain"] = jnp.asarray(0.5)
+  before = jax.tree.map(np.asarray, params)
+  long = jax.tree_util.tree_map_with_path(lambda path, leaf: leaf * 3 if path[-1].key == "kernel" else leaf, before)
+  state, metrics = one_step(model, config, long)
+  of_normal, same = one_step(model, config, model.module.forced(before))
+  # The length of a kernel changes neither the loss nor the step.
+  np.testing.assert_allclose(metrics["loss"], same["loss"], rtol=1e-4)
+  for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(of_normal.params), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-3)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+    old = functools.reduce(lambda tree, part: tree[part.key], path, before)
+    if path[-1].key == "kernel":
+      norms = np.sqrt(np.square(leaf).mean(tuple(range(leaf.ndim - 1))))
+      np.testing.assert_allclose(norms, 1, atol=0.05)  # 1 before the step of 0.01 per weight.
+      assert np.abs(norms - 1).max() > 1e-6
+    elif path[-1].key in ("freqs", "phases"):
+      np.testing.assert_array_equal(leaf, old)
+  assert state.params.keys() == {"params"}
+  start = model.module.forced(before)["params"]["logvar_linear"]["kernel"]
+  assert np.abs(state.params["params"]["logvar_linear"]["kernel"] - start).max() > 5e-3
+  # After the first step a power-function mean is the parameters of that step, as they are after the optimiser.
+  for mean in state.means:
+    for a, b in zip(jax.tree.leaves(mean), jax.tree.leaves(state.params), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_the_loss_with_uncertainty_is_edm2s():
+  model = ModelConfig("edm2_unet", TINY, (4, 4, 2), 3, "edm", encoder="latents", sigma_data=0.5)
+  config = TrainingConfig(steps=10, batch_size=8, uncertainty=True, noise_mean=-0.4, noise_std=1.0, p_uncond=0.0)
+  params = quick_jit(lambda key: init_params(model, key))(jax.random.key(0))
+  params["params"]["out_gain"] = jnp.asarray(0.5)
+  goal = objective(model, config)
+  batch = goal.draw(jax.random.key(1), jax.random.normal(jax.random.key(2), (4, 4, 4, 2)), jnp.arange(4) % 3)
+  errors, _ = quick_jit(goal.errors)(params, batch, jax.random.key(3))
+  # Equation 14, 15 of arXiv:2312.02696 in NumPy.
+  weights = layouts.to_state_dict(params, of_network("edm2_unet").layout(model), "EDM2UNet")
+  reference = EDM2(weights, channel_mult=(1,), num_blocks=1, channels_per_head=8)
+  x0, x, sigma, labels = (np.asarray(leaf, np.float64) for leaf in batch)
+  s = sigma[:, None, None, None]
+  total = np.sqrt(s**2 + 0.25)
+  f = reference(np.moveaxis(x / total, -1, 1), np.log(sigma) / 4, np.eye(3)[labels.astype(int)])
+  denoised = 0.25 / total**2 * x + s * 0.5 / total * np.moveaxis(f, 1, -1)
+  u = reference.logvar(np.log(sigma) / 4)
+  weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
+  wanted = weight / np.exp(u) * np.square(denoised - x0).mean((1, 2, 3)) + u
+  np.testing.assert_allclose(errors, wanted, rtol=2e-4)
+
+
+def test_dropout_and_dropped_labels_are_for_training_alone():
+  module = SongUNet(**{**SMALL, "channel_mult": (1,), "attn_resolutions": ()}, num_classes=3, label_dropout=1.0)
+  x, t, y = jnp.ones((2, 4, 4, 3)), jnp.zeros(2), jnp.array([1, 3])
+  params = quick_jit(module.init)(jax.random.key(0), x, t, y)
+  params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+
+  @quick_jit
+  def outputs(params):
+    plain = module.clone(dropout=0.0)
+    trained = plain.apply(params, x, t, y, train=True, rngs={"dropout": jax.random.key(1)})
+    dropped = module.clone(label_dropout=0.0).apply(params, x, t, y, train=True, rngs={"dropout": jax.random.key(1)})
+    return module.apply(params, x, t, y), trained, dropped
+
+  sampled, trained, dropped = outputs(params)
+  assert jnp.abs(sampled[0] - sampled[1]).max() > 1e-3  # The label counts,
+  np.testing.assert_allclose(trained[0], trained[1], atol=1e-5)  # unless it is dropped,
+  np.testing.assert_allclose(trained[1], sampled[1], atol=1e-5)  # which is the null label.
+  assert jnp.abs(dropped - sampled).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["skips", "residual_skip", "adm_plain", "edm2_other"])
+def test_other_types_and_rematerialised_blocks_have_the_same_shapes(name):
+  network, fields, classes = OTHERS[name]
+  config = ModelConfig(network, {**fields, "dtype": "bfloat16", "use_checkpoint": True}, (8, 8, 3), classes, "edm")
+  x, t, y = jnp.zeros((2, 8, 8, 3)), jnp.zeros(2), None if classes is None else jnp.array([1, classes])
+  shapes = jax.eval_shape(config.module.init, jax.random.key(0), x, t, y)
+  assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {np.dtype("float32")}
+
+  def loss(params):
+    return config.module.apply(params, x, t, y, train=True, rngs={"dropout": jax.random.key(0)}).sum()
+
+  gradient = jax.eval_shape(jax.grad(loss), shapes)
+  assert jax.tree.structure(gradient) == jax.tree.structure(shapes)
+
+
+WRONG = {
+  "img_resolution": [0, 1.5, []],
+  "augment_dim": [None, -1, 1.5],
+  "model_channels": [None, 0, 8.5],
+  "channel_mult": [None, 1, [], [-1]],
+  "channel_mult_emb": [-1, "x"],
+  "num_blocks": [None, -1, 1.5, [1]],
+  "attn_resolutions": [1, [0], [1.5]],
+  "dropout": [None, -0.1, 1.5],
+  "label_dropout": [None, -0.1, 1.5],
+  "embedding_type": [None, 1, "sines"],
+  "encoder_type": ["residuals", []],
+  "decoder_type": ["residual", None],
+  "resample_filter": [1, [], [1], [1, 2, 1], [1, -1], [0, 0], ["x"]],
+  "channels_per_head": [0, None, 8.5],
+  "label_balance": [-0.1, 2, None],
+  "clip_act": [-1, "x"],
+  "logvar_channels": [0, None],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_field_of_another_type_or_range_is_named(name):
+  networks = ("song_unet", "dhariwal_unet", "edm2_unet")
+  having = [network for network in networks if name in {f.name for f in dataclasses.fields(NETWORKS[network].module)}]
+  for value in WRONG[name]:
+    for network in having:
+      with pytest.raises(ValueError, match=rf"\b{name}"):
+        ModelConfig(network, {name: value}, (8, 8, 3), 3, "edm")
