@@ -49,9 +49,9 @@ SIZES = {
 def prepared(config: ModelConfig, dtype: str = DTYPE) -> ModelConfig:
   """Give a network as it is measured: without dropout, in the type that the backend computes in, and by its kernels."""
   fused = jax.default_backend() == "gpu" and dtype != "float32"
-  dropout = {"dropout": 0.0} if hasattr(config.module, "dropout") else {}
-  fields = {**config.fields, "dtype": dtype, **dropout, "cudnn_attention": fused}
-  return dataclasses.replace(config, fields=fields)
+  wanted = {"dtype": dtype, "dropout": 0.0, "cudnn_attention": fused}
+  measured = {name: value for name, value in wanted.items() if hasattr(config.module, name)}
+  return dataclasses.replace(config, fields={**config.fields, **measured})
 
 
 def random_model(config: ModelConfig, dtype: str = DTYPE) -> Model:

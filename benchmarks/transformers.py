@@ -6,6 +6,7 @@ are held against ours first; and for DiT also diffusers' DiTTransformer2DModel. 
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -64,7 +65,7 @@ def torch_network(model: Model) -> Any:
       h = functional.conv2d(x, self.x_embedder_proj_weight, self.x_embedder_proj_bias, stride=patch)
       n, c, rows, columns = h.shape
       h = h.flatten(2).transpose(1, 2) + self.pos_embed
-      frequencies = torch.exp(-np.log(1e4) / 128 * torch.arange(128, device=x.device))
+      frequencies = torch.exp(-math.log(1e4) / 128 * torch.arange(128, device=x.device))
       angles = t[:, None] * frequencies
       waves = torch.cat([torch.cos(angles), torch.sin(angles)], 1)
       vector = self.linear(functional.silu(self.linear(waves, "t_embedder_mlp_0")), "t_embedder_mlp_2")

@@ -292,6 +292,63 @@ MUTATIONS = [
     "jnp.maximum(step / decay_start, 1)",
     "test_ema.py -k rate",
   ),
+  # --- published networks ---
+  Mutation(
+    "a network whose time is 1 at the data is given the time of the noise",
+    "denoisers/scaling.py",
+    "keep, sigma * keep, keep, time_scale * keep",
+    "keep, sigma * keep, keep, time_scale * sigma * keep",
+    "test_transformers.py",
+  ),
+  Mutation(
+    "the gate of SwiGLU is the other half",
+    "nn/dit/layers.py",
+    "nn.silu(gate) * h",
+    "nn.silu(h) * gate",
+    "test_transformers.py",
+  ),
+  Mutation(
+    "channels leaves the other channels unconditional",
+    "guidance/combine.py",
+    "x0[..., n:]], -1)",
+    "x0_base[..., n:]], -1)",
+    "test_combine.py test_transformers.py",
+  ),
+  Mutation(
+    "EDM2's concatenation forgets the number of channels",
+    "nn/edm2/layers.py",
+    "total / math.sqrt(na) * (1 - t) * a",
+    "total / math.sqrt(nb) * (1 - t) * a",
+    "test_edm_networks.py",
+  ),
+  Mutation(
+    "multistep sampling of consistency models adds the noise of the whole level",
+    "solvers/consistency.py",
+    "jnp.square(sigma_next) - jnp.square(jnp.asarray(self.sigma_min, sigma_next.dtype))",
+    "jnp.square(sigma_next) + 0 * jnp.square(jnp.asarray(self.sigma_min, sigma_next.dtype))",
+    "test_consistency.py",
+  ),
+  Mutation(
+    "the autoencoder's downsampling pads both sides",
+    "nn/vae/blocks.py",
+    "stride=2, padding=(0, 1)",
+    "stride=2, padding=(1, 0)",
+    "test_autoencoder.py",
+  ),
+  Mutation(
+    "latents are shifted after they are scaled",
+    "denoisers/autoencoders.py",
+    "return (mean - shift) * scale, ",
+    "return mean * scale - shift, ",
+    "test_autoencoder.py",
+  ),
+  Mutation(
+    "an Equinox network keeps its dropout",
+    "denoisers/frameworks/equinox.py",
+    "value=not train)",
+    "value=train)",
+    "test_frameworks.py",
+  ),
   # --- evaluation, weights from elsewhere, the command line, checks, files ---
   Mutation(
     "the Fréchet distance takes the covariances' product once",
@@ -302,9 +359,9 @@ MUTATIONS = [
   ),
   Mutation(
     "imported kernels have height and width exchanged",
-    "models/importers/openai.py",
-    "array.transpose(2, 3, 1, 0)",
-    "array.transpose(3, 2, 1, 0)",
+    "models/importers/layouts.py",
+    "len(ours) - 2, *range(len(ours) - 2))",
+    "len(ours) - 2, *reversed(range(len(ours) - 2)))",
     "test_interop.py -k 'gives_its_numbers or identity'",
   ),
   Mutation(

@@ -276,6 +276,7 @@ def test_the_names_of_compvis(folder, tmp_path):
   whole = {f"first_stage_model.{name}": array for name, array in found.items()}
   extra = np.zeros(2, np.float32)
   whole |= {"model.diffusion_model.out.2.bias": extra, "first_stage_model.loss.logvar": extra}
+  whole |= {"cond_stage_model.position_ids": np.arange(77), "model_ema.num_updates": np.asarray(3, np.int32)}
   save_file(whole, tmp_path / "whole.safetensors")
   assert importers.import_model(tmp_path / "whole.safetensors", tmp_path / "model", **GIVEN).parameters == 167_959
 
@@ -372,6 +373,23 @@ def test_networks_of_published_size_have_32_groups_and_ask_for_the_scale_of_wide
   with pytest.raises(ValueError, match="give --field scaling_factor=VALUE"):
     family._infer(wide)
   assert family._infer(wide, scaling_factor=0.3611).fields["latent_channels"] == 16
+
+
+def test_a_whole_number_within_the_autoencoder_is_refused(tmp_path):
+  save_file({**load_file(WEIGHTS), "quant_conv.bias": np.zeros(8, np.int64)}, tmp_path / "whole.safetensors")
+  with pytest.raises(ValueError, match=r"quant_conv.bias in .* is I64; weights must be one of float32"):
+    importers.read_model(tmp_path / "whole.safetensors", **GIVEN)
+
+
+def test_the_preset_of_edm2_gives_each_channel_the_mean_0_and_the_deviation_one_half(autoencoder):
+  fields = {name: family.PRESETS["edm2-vae"].fields[name] for name in ("scaling_factor", "shift_factor")}
+  edm2, raw = (
+    dataclasses.replace(autoencoder, apply=dataclasses.replace(autoencoder.module, **given).apply)
+    for given in (fields, {"scaling_factor": 1.0})
+  )
+  mean, std = np.float32([5.81, 3.25, 0.12, -2.15]), np.float32([4.17, 4.62, 3.71, 3.28])
+  standard = np.random.default_rng(0).standard_normal((1, 4, 4, 4)).astype(np.float32)
+  np.testing.assert_allclose(edm2.decode(0.5 * standard), raw.decode(mean + std * standard), atol=1e-4)
 
 
 # --- its role -------------------------------------------------------------------------------------

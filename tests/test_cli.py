@@ -233,6 +233,8 @@ def test_every_option_reaches_the_settings(run, tmp_path, monkeypatch):
     clip=False,
     seed=9,
     batch_size=2,
+    vae="autoencoder",
+    vae_tile=64,
   )
   args = []
   for field in dataclasses.fields(wanted):
@@ -373,7 +375,7 @@ def test_models_that_are_missing_torn_or_do_not_match(run, folders, tmp_path, mo
     return capsys.readouterr().err
 
   assert "there is no model in" in error("--model", tmp_path / "nowhere")
-  assert "needs a denoiser, but the model is a classifier" in error("--model", folders / "classifier")
+  assert "is a classifier, and samples are drawn from a denoiser" in error("--model", folders / "classifier")
   assert "denoiser holds a unet, not a classifier" in error(
     "--model", folders / "denoiser", "--classifier", folders / "denoiser"
   )
@@ -434,6 +436,10 @@ ASKED = {
     10, 3.0, jg.projected(norm_threshold=0.5, momentum=-0.5)
   ),
   "cfg:scale=3,combine=zero-star": lambda m, c, w: jg.classifier_free(10, 3.0, jg.zero_star()),
+  "cfg:scale=3,combine=channels,channels=1,of=rescaled,phi=0.9": lambda m, c, w: jg.classifier_free(
+    10, 3.0, jg.combine.channels(1, jg.rescaled(0.9))
+  ),
+  "cfg:scale=3,step_lo=1": lambda m, c, w: jg.interval(jg.classifier_free(10, 3.0), step_lo=1, sigmas=jg.karras(3)),
   "cfg:scale=3,combine=tangential": lambda m, c, w: jg.classifier_free(10, 3.0, jg.tangential),
   "cfg:scale=3,combine=frequency-decoupled,ratios=1/0.2": lambda m, c, w: jg.classifier_free(
     10, 3.0, jg.frequency_decoupled(1.0, 0.2)
@@ -607,6 +613,14 @@ def test_every_grid_by_name(run, folders, tmp_path, grid):
 
 
 # --- a run that is cut off ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["heun", "edm-stochastic"])
+def test_heuns_method_does_not_begin_at_pure_noise(solver, folders):
+  with pytest.raises(ValueError, match="Heun's method cannot step from level 1e"):
+    plan(settings(folders, solver=solver, grid="flow:sigma_max=1e7"))
+  plan(settings(folders, solver=solver, grid="flow"))
+  plan(settings(folders, solver="euler", grid="flow:sigma_max=1e7"))
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])

@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxguide as jg
-from jaxguide import models, scaling, schedules, solvers
+from jaxguide import generate, models, scaling, schedules, solvers
+from jaxguide.generate.plan import plan
 from jaxguide.models import ModelConfig, importers
 from jaxguide.models.importers.presets import CONSISTENCY_PRESETS
 from jaxguide.solvers import consistency as module
@@ -80,7 +81,7 @@ def test_multistep_sampling_is_the_published_one(model, arrays, guided, monkeypa
   denoise = model.denoiser
   if guided:  # A guidance of scale 1 changes nothing.
     denoise = jg.autoguidance(lambda x, sigma, cond: 0 * x, 1.0)(denoise)
-  sigmas = schedules.consistency(2, "-".join(map(str, arrays["multi/ts"])))
+  sigmas = schedules.consistency(2, ts="-".join(map(str, arrays["multi/ts"])))
   solver, clipped = solvers.Consistency(), jg.clip_x0(1.0)(denoise)
   labels, x = jnp.asarray(arrays["multi/y"]), nhwc(arrays["multi/x"])
 
@@ -103,16 +104,18 @@ def test_the_published_levels():
   for ts, count in (((0, 22, 39), 40), ((0, 17, 39), 40), ((0, 106, 200), 201)):
     ends = np.array([80.0, 0.002]) ** (1 / 7)
     wanted = [(ends[0] + t / (count - 1) * (ends[1] - ends[0])) ** 7 for t in ts]
-    grid = schedules.consistency(len(ts) - 1, "-".join(map(str, ts)), levels=count)
+    grid = schedules.consistency(len(ts) - 1, ts="-".join(map(str, ts)), levels=count)
     np.testing.assert_allclose(grid, [*wanted[:-1], 0.0], rtol=1e-5)
-    np.testing.assert_array_equal(grid, schedules.consistency(len(ts) - 1, "-".join(map(str, ts[:-1])), levels=count))
+    np.testing.assert_array_equal(
+      grid, schedules.consistency(len(ts) - 1, ts="-".join(map(str, ts[:-1])), levels=count)
+    )
   np.testing.assert_allclose(schedules.consistency(1), [80.0, 0.0])
 
 
 @pytest.mark.parametrize("ts", ["0-22", "0-a-39", "22-0-39", "0-0-39", "0-40-41", "-1-2-3", "0-39-39"])
 def test_levels_that_do_not_fit_are_refused(ts):
   with pytest.raises(ValueError, match="ts must"):
-    schedules.consistency(2 if ts != "0-22" else 3, ts)
+    schedules.consistency(2 if ts != "0-22" else 3, ts=ts)
 
 
 def test_nothing_is_divided_by_0():
@@ -151,10 +154,25 @@ def test_a_consistency_model_is_sampled_but_not_trained(model):
     objective(model.config, TrainingConfig(steps=10))
 
 
-@pytest.mark.parametrize("given", [{}, {"prediction": "eps"}, {"prediction": "v", "noise_schedule": "cosine"}])
-def test_the_prediction_is_asked_for(given, tmp_path):
-  with pytest.raises(ValueError, match="of OpenAI's consistency_models: give prediction, consistency or edm"):
-    importers.import_model(f"{FILE}.safetensors", tmp_path / "model", num_head_channels=16, image_size=8, **given)
+def test_the_walk_of_a_consistency_model_is_its_own(model):
+  with pytest.raises(ValueError, match=r"is a consistency model.*'ddim' needs: give solver 'consistency'"):
+    plan(generate.Settings(model="cd"), lambda folder: model)
+  made = plan(generate.Settings(model="cd", solver="consistency", steps=2), lambda folder: model)
+  np.testing.assert_array_equal(made.sigmas, schedules.consistency(2))
+
+
+@pytest.mark.parametrize("given", [{"prediction": "eps"}, {"prediction": "v", "noise_schedule": "cosine"}])
+def test_other_predictions_are_refused(given):
+  with pytest.raises(ValueError, match="of OpenAI's consistency_models: prediction must be consistency or edm, got '"):
+    importers.read_model(f"{FILE}.safetensors", num_head_channels=16, image_size=8, **given)
+
+
+def test_missing_settings_are_asked_for_together_with_the_presets_that_fit():
+  with pytest.raises(ValueError, match=r"num_heads \(.*image_size \(.*prediction \(consistency or edm; its attention"):
+    importers.read_model(f"{FILE}.safetensors")
+  shapes = importers.openai.shapes(CONSISTENCY_PRESETS["ct_cat256"])
+  with pytest.raises(ValueError, match=r"image_size.*--field NAME=VALUE.*--preset cd_bedroom256_l2 or .*cat256_ema"):
+    importers.openai.infer(shapes)
 
 
 def test_presets_of_the_published_models(tmp_path):

@@ -403,8 +403,9 @@ def sampled(meshes):
 
 
 @pytest.mark.slow
-def test_samples_of_two_processes_with_four_devices_each():
-  for found in several.run("test_distributed:sampled", 2, 4, meshes=["data=8", "data=2,fsdp=4"]):
+@pytest.mark.parametrize(("processes", "devices"), [(1, 8), (2, 4)])
+def test_samples_of_eight_devices(processes, devices):
+  for found in several.run("test_distributed:sampled", processes, devices, meshes=["data=8", "data=2,fsdp=4"]):
     assert len(found) == 6
     for name, samples in found.items():
       wanted = draw(name.partition(" on ")[0], jax.devices()[:1])

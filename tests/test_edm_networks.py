@@ -348,3 +348,9 @@ def test_a_field_of_another_type_or_range_is_named(name):
     for network in having:
       with pytest.raises(ValueError, match=rf"\b{name}"):
         ModelConfig(network, {name: value}, (8, 8, 3), 3, "edm")
+
+
+@pytest.mark.parametrize("given", [{}, {"label_dropout": 0.1}, {"null_class": True}])
+def test_there_is_a_null_label_where_labels_were_dropped_in_training(given, tmp_path):
+  importers.import_model(DATA / "edmnet_s1_ddpmpp.safetensors", tmp_path / "model", **given)
+  assert models.load(tmp_path / "model").null_cond == (10 if given else None)

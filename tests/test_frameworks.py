@@ -452,6 +452,26 @@ def test_networks_that_cannot_be_used_are_refused_where_they_are_made():
       make()
 
 
+class Numbers(nnx.Module):
+  """A network whose variables hold Python's numbers, or another value."""
+
+  def __init__(self, other=None):
+    self.scale, self.power, self.other = nnx.Param(2.0), nnx.Variable(3), nnx.Variable(other)
+
+  def __call__(self, x, t, cond=None):
+    """Scale the input."""
+    return self.scale[...] * x ** self.power[...]
+
+
+def test_numbers_in_variables_are_arrays():
+  denoise = jg.from_nnx(Numbers(), SCALING)
+  assert denoise.params["params"]["scale"].shape == ()
+  assert denoise.params["state"]["power"].dtype == jnp.int32
+  np.testing.assert_allclose(denoise.apply(denoise.params, X, jnp.ones(4)), 2 * X**3, rtol=1e-5)
+  with pytest.raises(TypeError, match=r"the variable other holds a str, and an nnx\.Variable must hold arrays"):
+    jg.from_nnx(Numbers("text"), SCALING)
+
+
 @pytest.mark.parametrize(
   ("kind", "message"),
   [

@@ -272,7 +272,7 @@ def test_ambiguous_names_and_shapes_need_an_option():
   # Equal blocks without attention: one level of three, or two levels of one with a residual block that resamples.
   twofold = config(num_classes=10, attention_resolutions=(), pool="adaptive")
   shapes, options = openai.shapes(twofold), open_options(twofold)
-  with pytest.raises(ValueError, match=r"give num_res_blocks \(residual blocks per level\)$"):
+  with pytest.raises(ValueError, match=r"give num_res_blocks \(residual blocks per level\); jaxguide import takes"):
     openai.infer(shapes, **options)
   assert openai.infer(shapes, **options, num_res_blocks=1).module.channel_mult == (1, 1)
   assert openai.infer(shapes, **options, num_res_blocks=3).module.channel_mult == (1,)
@@ -292,7 +292,7 @@ def test_all_missing_options_are_listed_together():
     openai.infer(OFFICIAL["64_256_upsampler"], low_res_size=64, noise_schedule="linear")
   listed = re.findall(r"(\w+) \(", str(error.value))
   assert listed == ["num_heads", "use_new_attention_order", "image_size", "diffusion_steps"]
-  assert str(error.value).endswith("a preset: 64_256_upsampler")
+  assert str(error.value).endswith("--preset 64_256_upsampler")
 
 
 @pytest.mark.parametrize(
@@ -458,8 +458,8 @@ def test_an_output_folder_that_is_not_empty(refused, tmp_path):
 def test_missing_files_and_unknown_extensions(refused, tmp_path):
   assert "there is no file" in refused(tmp_path / "missing.safetensors")
   assert "there is no file" in refused(DATA.with_suffix(".pt"))
-  (tmp_path / "weights.ckpt").touch()
-  assert "unknown extension of a state dict '.ckpt'" in refused(tmp_path / "weights.ckpt")
+  (tmp_path / "weights.h5").touch()
+  assert "unknown extension of a state dict '.h5'" in refused(tmp_path / "weights.h5")
 
 
 def test_pt_without_torch(monkeypatch, tmp_path):
@@ -614,7 +614,7 @@ def test_export_errors(tmp_path):
   with pytest.raises(FileNotFoundError, match="there is no model"):
     importers.export_model(tmp_path, tmp_path / "out.safetensors")
   with pytest.raises(ValueError, match="unknown extension of a state dict"):
-    importers.export_model(tmp_path, tmp_path / "out.bin")
+    importers.export_model(tmp_path, tmp_path / "out.h5")
   params = openai.to_params(GOOD, NETWORKS["attention"])
   with pytest.raises(ValueError, match=r"the parameters do not fit Classifier: params/.* has shape None, expected"):
     openai.to_state_dict(params, NETWORKS["adaptive"])

@@ -67,7 +67,7 @@ def test_every_prediction_and_weight_is_a_weighted_loss_of_x0(prediction, weight
   alpha = 1 / np.sqrt(1 + sigma**2)
   # For each convention: the factor of its input, the conversion of its output to x0, and the weight of |x0 - D|² that
   # its own squared error has.
-  total = np.sqrt(sigma**2 + 0.25)
+  total, above = np.sqrt(sigma**2 + 0.25), sigma - 0.002
   seen, to_x0, own = {
     "eps": (alpha, lambda x, f: x - w(sigma) * f, sigma**-2.0),
     "x0": (alpha, lambda x, f: f, sigma**0.0),
@@ -79,6 +79,12 @@ def test_every_prediction_and_weight_is_a_weighted_loss_of_x0(prediction, weight
     ),
     "ve": (sigma**0.0, lambda x, f: x + w(sigma) * f, sigma**-2.0),
     "flow": (1 / (1 + sigma), lambda x, f: w(1 / (1 + sigma)) * (x - w(sigma) * f), ((1 + sigma) / sigma) ** 2),
+    "flow_to_data": (1 / (1 + sigma), lambda x, f: w(1 / (1 + sigma)) * (x + w(sigma) * f), ((1 + sigma) / sigma) ** 2),
+    "consistency": (
+      1 / total,
+      lambda x, f: w(0.25 / (above**2 + 0.25)) * x + w(0.5 * above / total) * f,
+      (sigma**2 + 0.25) / (0.5 * above) ** 2,
+    ),
   }[prediction]
   x = x0 + w(sigma) * eps
   scale = scaling.scaling(prediction, schedules.Linear(), 1000.0)

@@ -1,5 +1,6 @@
 """PyTorch's files read without PyTorch: written here byte by byte, PyTorch's own, damaged and hostile ones."""
 
+import argparse
 import contextlib
 import io
 import os
@@ -177,6 +178,14 @@ def test_nested_checkpoints_and_plain_data(write):
   np.testing.assert_array_equal(content["teacher"]["w"].read(), [0, 1, 2])
   with pytest.raises(ValueError, match="must contain a state dict of tensors, but 'teacher' is of type dict"):
     state_dicts.read(write(zipped(value, storages)))
+
+
+def test_settings_beside_the_weights_of_a_checkpoint(write):
+  storages = {"0": np.arange(3.0)}
+  state = ordered({"w": tensor(stored(storages["0"], "0"), (3,), (1,))})
+  settings = argparse.Namespace(model="SiT-XL/2", betas=(0.9, 0.95), results={"dir": None})
+  value = b"}(" + plain("ema") + state + plain("args") + plain(settings) + b"u"
+  np.testing.assert_array_equal(state_dicts.read(write(zipped(value, storages)))["w"], [0, 1, 2])
 
 
 # --- PyTorch's own files ----------------------------------------------------------------------------

@@ -192,6 +192,12 @@ def test_families_are_recognised(model_of):
   assert configs["lightningdit_s2"].fields["mlp_ratio"] == 4.0
 
 
+def test_perturbed_guidance_asks_for_the_blocks_of_a_transformer(model_of):
+  networks = Networks(model_of("sit_s1"), None, lambda folder: None, jg.karras(2))
+  with pytest.raises(ValueError, match=r"'middle_block_1'.* blocks_0, blocks_1; the default is .*: give blocks=NAME"):
+    GuidanceSpec.parse("pag").build(networks, 2.0)
+
+
 def test_the_user_is_asked_for_what_names_and_shapes_do_not_show(tmp_path):
   with pytest.raises(ValueError, match=r"--family dit \(DiT\); --family sit \(SiT\)"):
     imported(tmp_path, weights("sit_s1"), heads=4)
@@ -199,6 +205,18 @@ def test_the_user_is_asked_for_what_names_and_shapes_do_not_show(tmp_path):
     imported(tmp_path, weights("sit_s1"), family="sit")
   with pytest.raises(ValueError, match="give --field image_size=VALUE"):
     imported(tmp_path, weights("dit_s1"), heads=4)
+  with pytest.raises(ValueError, match=r"give --heads N \(.*\), --field image_size=VALUE"):
+    imported(tmp_path, weights("dit_s1"))
+  with pytest.raises(ValueError, match="SiT has no setting 'image_sise'; its settings are heads, image_size,"):
+    imported(tmp_path, weights("sit_s1"), family="sit", heads=4, image_sise=8)
+  with pytest.raises(ValueError, match="DiT of diffusers has no setting 'image_sise'"):
+    imported(tmp_path, weights("dit_s1"), heads=4, image_sise=8)
+  with pytest.raises(ValueError, match="image_size must be a whole number from 2 to 65536, got 'big'"):
+    imported(tmp_path, weights("sit_s1"), family="sit", heads=4, image_size="big")
+  with pytest.raises(ValueError, match=r"image_size must be a number or \[height, width\], got \[8\]"):
+    imported(tmp_path, weights("sit_s1"), family="sit", heads=4, image_size=[8])
+  with pytest.raises(ValueError, match="SiT has no setting 'encoder_depth'"):
+    imported(tmp_path, weights("sit_s1"), family="sit", heads=4, encoder_depth=1)
   with pytest.raises(ValueError, match="heads is 2, but the weights show heads of 8 channels of 32"):
     imported(tmp_path, weights("lightningdit_s1"), heads=2)
   with pytest.raises(ValueError, match="of which the table of positions has 16"):
@@ -230,6 +248,30 @@ def test_half_a_file_is_refused_by_its_first_names(tmp_path, name, change, messa
   with pytest.raises(ValueError, match=message):
     imported(tmp_path, tensors, **given)
   assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+  ("family", "name", "given"),
+  [
+    ("dit", "blocks.{}.attn.proj.bias", {"family": "dit", "heads": 4}),
+    ("dit", "transformer_blocks.{}.norm1.emb.timestep_embedder.linear_1.bias", {"heads": 4, "image_size": 8}),
+    ("repa", "projectors.{}.4.weight", {"heads": 4, "encoder_depth": 1}),
+    ("adm", "input_blocks.{}.0.in_layers.2.weight", {"num_heads": 1}),
+  ],
+)
+def test_a_number_beyond_all_blocks_is_refused_at_once(tmp_path, family, name, given):
+  """A hostile name would take a list of as many blocks, and all memory."""
+  tensors = {
+    "dit": lambda: weights("dit_s1") if "transformer" in name else weights("sit_s1"),
+    "repa": lambda: weights("repa_s1"),
+    "adm": lambda: {name: np.ones((4, 4, 3, 3)[: 2 + 2 * name.startswith("in")], np.float32) for name in ADM},
+  }[family]()
+  tensors[name.format(10**15)] = np.ones((4, 4, 3, 3), np.float32)
+  with pytest.raises(ValueError, match="the names are of 1,000,000,000,000,001 "):
+    imported(tmp_path, tensors, **given)
+
+
+ADM = ("time_embed.0.weight", "input_blocks.0.0.weight")
 
 
 def test_embedders_that_are_the_same_become_one(tmp_path):

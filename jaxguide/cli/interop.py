@@ -11,7 +11,7 @@ from jaxguide.models.importers.structure import Options
 
 app = typer.Typer()
 
-File = Annotated[Path, typer.Argument(help="Published weights: .safetensors, .pt, .pth or .pkl.")]
+File = Annotated[Path, typer.Argument(help="Published weights: .safetensors, .pt, .pth, .ckpt, .bin or .pkl.")]
 Out = Annotated[Path, typer.Option(help="Folder for the model, new or empty.")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the model.")]
 Exported = Annotated[Path, typer.Option(help="File to write, .safetensors or .pt.")]
@@ -58,11 +58,13 @@ def _import(file: Path, out: Path, preset: str | None, family: str | None, setti
 
   imported = importers.import_model(file, out, preset, family, **settings)
   print(f"{file}: {imported}. The model is in {out}.")
-  if imported.config.role.name == "autoencoder":
+  if imported.config.role.name != "autoencoder":
+    print(f"It takes {imported.takes}.")
+  else:
     module = imported.config.module
     print(
       f"Its latents are (z - {module.shift_factor}) * {module.scaling_factor}, and its normalisations have "
-      f"{module.norm_num_groups} groups: the file does not show this, and --field or a config.json beside it says it."
+      f"{module.norm_num_groups} groups: weights do not show this; --preset, --field or a config.json beside them does."
     )
   if imported.config.scale is not None:
     unconditional = f"; {importers.openai.UNCONDITIONAL_SCALE:g} with 256x256_diffusion_uncond"

@@ -288,32 +288,25 @@ PREDICTIONS: dict[str, Callable[..., Scaling]] = {
 }
 
 
-def scaling(
-  prediction: str,
-  schedule: NoiseSchedule,
-  time_scale: ArrayLike | None = None,
-  sigma_data: ArrayLike | None = None,
-) -> Scaling:
+def scaling(prediction: str, schedule: NoiseSchedule, time_scale: ArrayLike | None = None) -> Scaling:
   """Make a scaling from the name of the network's prediction.
 
   Args:
     prediction: ``eps``, ``x0``, ``v``, ``edm``, ``consistency``, ``flow``, ``flow_to_data`` or ``ve``.
-    schedule: the noise schedule that defines the network's time; used by ``eps``, ``x0`` and ``v`` alone.
-    time_scale: as in `eps`, `edm`, `consistency` or `flow_to_data`, with its default; required by ``flow``.
-    sigma_data: standard deviation of the data, for ``edm`` and ``consistency``; 0.5 if it is None.
+    schedule: the noise schedule that defines the network's time; used by ``eps``, ``x0`` and ``v`` alone. The time of
+      the others is a function of sigma.
+    time_scale: as in `eps` or `flow_to_data`; required by ``flow``. Not used by ``edm``, ``consistency`` and ``ve``,
+      whose time is the logarithm of sigma: `edm` and `consistency` take a factor of their own.
 
   Raises:
-    ValueError: if the name is unknown (the message has the nearest one), or a number does not apply to it.
+    ValueError: if the name is unknown; the message names the nearest one.
     TypeError: if ``time_scale`` is None for ``flow``.
   """
   make = checks.lookup("prediction", prediction, PREDICTIONS)
-  given = {"time_scale": time_scale, "sigma_data": sigma_data}
-  given = {name: value for name, value in given.items() if value is not None}
-  if "sigma_data" in given and make not in (edm, consistency):
-    raise ValueError(f"sigma_data is for edm and consistency, and the prediction is {prediction!r}: leave it out")
-  if "time_scale" in given and make is ve:
-    raise ValueError("ve has no time_scale: leave it out")
-  return make(schedule, **given) if make in (eps, x0, v) else make(**given)
+  if make in (edm, consistency, ve):
+    return make()
+  given = {} if time_scale is None else {"time_scale": time_scale}
+  return make(**given) if make in (flow, flow_to_data) else make(schedule, **given)
 
 
 # --- weights of the loss, on |x0 - D|² -------------------------------------------------------------

@@ -248,8 +248,8 @@ def _gathered(place: Placement, spec: PartitionSpec, leaf: jax.Array) -> jax.Arr
 def without(spec: PartitionSpec, axis: str) -> PartitionSpec:
   """Return a specification without an axis of the mesh.
 
-  >>> without(PartitionSpec("tensor", "fsdp"), "fsdp")
-  PartitionSpec('tensor', None)
+  >>> tuple(without(PartitionSpec("tensor", "fsdp"), "fsdp"))
+  ('tensor', None)
   """
   return PartitionSpec(*(None if name == axis else name for name in spec))
 

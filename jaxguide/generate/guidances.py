@@ -126,14 +126,21 @@ def autoguidance(networks: Networks, scale: Scale, combine: Combine, *, weak: st
   return guide.autoguidance(denoiser, scale, combine)
 
 
+MIDDLE = ("middle_block_1",)
+"""The middle of a guided-diffusion UNet, the block that is perturbed by default."""
+
+
 def _perturbed(kind: str, networks: Networks, scale: Scale, combine: Combine, blocks: Sequence[str], **options: float):
-  weak = denoisers.perturbed(networks.model.denoiser, nn.Perturbation(kind, blocks, **options))
+  try:
+    weak = denoisers.perturbed(networks.model.denoiser, nn.Perturbation(kind, blocks, **options))
+  except ValueError as error:
+    if tuple(blocks) != MIDDLE:
+      raise
+    raise ValueError(f"{error}; the default is the middle of a guided-diffusion UNet: give blocks=NAME") from error
   return guide.autoguidance(weak, scale, combine)
 
 
-def pag(
-  networks: Networks, scale: Scale, combine: Combine, *, blocks: tuple[str, ...] = ("middle_block_1",)
-) -> Guidance:
+def pag(networks: Networks, scale: Scale, combine: Combine, *, blocks: tuple[str, ...] = MIDDLE) -> Guidance:
   """PAG (Ahn et al. 2024, arXiv:2403.17377): away from identity attention in some blocks; their s is scale - 1."""
   return _perturbed("identity", networks, scale, combine, blocks)
 
@@ -143,16 +150,14 @@ def seg(
   scale: Scale,
   combine: Combine,
   *,
-  blocks: tuple[str, ...] = ("middle_block_1",),
+  blocks: tuple[str, ...] = MIDDLE,
   width: float = float("inf"),
 ) -> Guidance:
   """SEG (Hong 2024, arXiv:2408.00760): away from attention that is blurred by width pixels."""
   return _perturbed("smooth", networks, scale, combine, blocks, width=width)
 
 
-def slg(
-  networks: Networks, scale: Scale, combine: Combine, *, blocks: tuple[str, ...] = ("middle_block_1",)
-) -> Guidance:
+def slg(networks: Networks, scale: Scale, combine: Combine, *, blocks: tuple[str, ...] = MIDDLE) -> Guidance:
   """SLG (Stable Diffusion 3.5): away from the network with some blocks skipped."""
   return _perturbed("skip", networks, scale, combine, blocks)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxguide import data, models, schedules, solvers
+from jaxguide import data, models, schedules
 from jaxguide import guidance as guide
 from jaxguide._core import checks
 from jaxguide._core.files import PathLike
@@ -18,12 +18,15 @@ from jaxguide._core.typing import Array, Denoiser, Guidance, Solver
 from jaxguide.generate import latents
 from jaxguide.generate.guidances import BOUNDS, GuidanceSpec, Networks
 from jaxguide.generate.settings import Settings
-from jaxguide.generate.walks import GridSpec, check_levels, ddim_eta
+from jaxguide.generate.walks import GridSpec, check_walk, ddim_eta
 from jaxguide.models import pretrained
 from jaxguide.models.config import ModelConfig
 from jaxguide.models.encoders import Encoder
 from jaxguide.models.model import Model
 from jaxguide.models.networks import CLASSIFIER, DENOISER
+
+CONSISTENCY = "consistency"
+"""The prediction of consistency models, and the solver and the grid that they are sampled with."""
 
 
 class Plan(NamedTuple):
@@ -84,10 +87,11 @@ def plan(settings: Settings, load: Load = models.load) -> Plan:
   _check_unused(settings, model, chosen, classifier, load)
   file_shape = model.config.image_shape if vae is None else vae.image_shape(model.config.image_shape)
   init = _init(settings, file_shape)
+  _check_solver(settings, model)
   sigmas = _sigmas(settings, model)
   shifts_mean = settings.solver_spec.name == "ddpm" and any(spec.name == "classifier" for spec in chosen)
   solver = settings.solver_spec.build(len(sigmas) - 1, **_solver_defaults(settings, model, shifts_mean))
-  _check_churn(solver, sigmas)
+  check_walk(solver, sigmas)
   others: list[Model] = []
 
   def load_other(folder: str) -> Model:
@@ -155,6 +159,14 @@ def _check_unused(
     )
 
 
+def _check_solver(settings: Settings, model: Model) -> None:
+  if model.config.prediction == CONSISTENCY != settings.solver_spec.name:
+    raise ValueError(
+      f"the model in {settings.model} is a consistency model, which gives a clean example in one step and not the mean "
+      f"that solver {settings.solver_spec.name!r} needs: give solver 'consistency' (--solver consistency --steps 2)"
+    )
+
+
 def _sigmas(settings: Settings, model: Model) -> Array:
   """Give the levels of the walk: the grid, or its end if the walk starts from images."""
   sigmas = grid_of(settings, model).levels(settings.steps, model.config.noise_schedule)
@@ -164,6 +176,8 @@ def _sigmas(settings: Settings, model: Model) -> Array:
 def grid_of(settings: Settings, model: Model) -> GridSpec:
   """Give the grid that is named, or that which suits the model."""
   default = "respaced" if isinstance(model.config.noise_schedule, schedules.Table) else "karras"
+  if model.config.prediction == CONSISTENCY:
+    default = CONSISTENCY
   return settings.grid_spec or GridSpec.parse(default)
 
 
@@ -177,12 +191,6 @@ def _solver_defaults(settings: Settings, model: Model, shifts_mean: bool) -> dic
   if options.get("variance") == "learned_range" and model.config.variance != "learned_range":
     raise ValueError(f"the model in {settings.model} has learned no variance: choose small or large")
   return {"variance": model.config.variance}
-
-
-def _check_churn(solver: Solver, sigmas: Array) -> None:
-  """Check that the walk has a level at which EDM's stochastic sampler adds its noise."""
-  if isinstance(solver, solvers.EDMStochastic) and np.any(np.asarray(solver.gamma) > 0):
-    check_levels(sigmas, "s_min", solver.s_min, "s_max", solver.s_max)
 
 
 def _built(settings: Settings, chosen: Sequence[GuidanceSpec], networks: Networks) -> list[Guidance]:
@@ -336,7 +344,8 @@ def base_samples_of(config: ModelConfig) -> str:
 
 def _kind(model: Model) -> str:
   role = model.config.role.name
-  return f"{'an' if role[0] in 'aeiou' else 'a'} {role} ({model.config.network})"
+  named = "" if role == model.config.network else f" ({model.config.network})"
+  return f"{'an' if role[0] in 'aeiou' else 'a'} {role}{named}"
 
 
 def _vae(settings: Settings, model: Model) -> latents.Vae | None:

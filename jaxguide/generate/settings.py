@@ -79,10 +79,10 @@ class Settings:
       power is then 1 + scale. For backward it is the step size, for profile cfg++ the lambda. If left out: the
       classifier's recommended scale, or the default of the guidance (2 for cfg).
     solver: Solver. With ddpm a classifier shifts the mean (Dhariwal & Nichol's Algorithm 1), with the others it changes
-      the score (their Algorithm 2).
+      the score (their Algorithm 2). A consistency model takes consistency alone.
     steps: Number of steps of the solver; for the grid respaced also a text, such as ddim25 or 10,10,10.
     grid: Grid of noise levels. If left out: respaced (the steps of the model's own discrete process) where the model
-      has one, else karras.
+      has one, consistency for a consistency model, else karras.
     dtype: Type that the networks compute in, float32 or bfloat16.
     matmul_precision: Precision of products, as jax.default_matmul_precision names it. On a GPU the default for
       float32 is TF32: on an H100 its results differ from those of float64 by 6.6e-4, and those of highest by 1.1e-6.

@@ -161,6 +161,34 @@ def check_levels(sigmas: Array, low_name: str, low: float, high_name: str, high:
     )
 
 
+# From such a level on, one step of Heun's method to a level this many times smaller has an error as large.
+LARGEST_LEVEL, LARGEST_STEP = 1e5, 1e4
+
+
+def check_walk(solver: Solver, sigmas: Array) -> None:
+  """Check that a solver suits the levels of a walk.
+
+  Args:
+    solver: the solver.
+    sigmas: (steps + 1,) the levels of the walk, the last of them 0.
+
+  Raises:
+    ValueError: if Heun's method begins at a level that stands for pure noise, since its correction is multiplied by the
+      step; or if EDM's stochastic sampler adds its noise at none of the levels.
+  """
+  levels = np.asarray(sigmas, np.float64)[:-1]
+  if isinstance(solver, solvers.Heun | solvers.EDMStochastic):
+    far = (levels[:-1] > LARGEST_LEVEL) & (levels[:-1] > LARGEST_STEP * levels[1:])
+    if far.any():
+      at = int(np.argmax(far))
+      raise ValueError(
+        f"Heun's method cannot step from level {levels[at]:g} to {levels[at + 1]:g}, since its correction is "
+        "multiplied by the step: choose another solver, such as euler, or a grid with a smaller first level"
+      )
+  if isinstance(solver, solvers.EDMStochastic) and np.any(np.asarray(solver.gamma) > 0):
+    check_levels(sigmas, "s_min", solver.s_min, "s_max", solver.s_max)
+
+
 def _complete(known: Mapping[str, inspect.Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
   return {**{name: option.default for name, option in known.items()}, **given}
 

@@ -224,7 +224,10 @@ class ModelConfig:
       time_scale = 1000 / self.diffusion_steps
     if self.prediction == "flow" and time_scale is None:
       time_scale = 1000.0  # The convention of the networks that `jaxguide.training` trains.
-    return scaling.scaling(self.prediction, self.noise_schedule, time_scale, self.sigma_data)
+    if self.prediction in ("edm", "consistency"):
+      given = {"time_scale": time_scale, "sigma_data": self.sigma_data}
+      return scaling.PREDICTIONS[self.prediction](**{k: v for k, v in given.items() if v is not None})
+    return scaling.scaling(self.prediction, self.noise_schedule, time_scale)
 
 
 def _network_fields(network: Network, fields: Mapping[str, Any]) -> dict[str, Any]:

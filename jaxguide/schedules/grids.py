@@ -278,7 +278,8 @@ def flow(steps: int, shift: float | int = 1.0, sigma_max: float | int = 1000.0) 
     shift: s, above 0. 1 is no shift; Stable Diffusion 3 uses 3 for 1024x1024.
     sigma_max: the first level, in place of the infinite level at time 1. It must be above the second level. From 1000
       the path differs from that from time 1 by about a thousandth; from 1e7, with ``x = (1 + sigma_max) noise``, by
-      less than the rounding of float32.
+      less than the rounding of float32. `Heun` and `EDMStochastic` average slopes in sigma, and their first step from
+      such a level is wrong by orders of magnitude: use `karras` with them.
 
   Returns:
     (steps + 1,) decreasing levels.
@@ -300,24 +301,24 @@ def flow(steps: int, shift: float | int = 1.0, sigma_max: float | int = 1000.0) 
 
 def consistency(
   steps: int,
+  sigma_min: ArrayLike = 0.002,
+  sigma_max: ArrayLike = 80.0,
+  rho: ArrayLike = 7.0,
   ts: str = "",
   levels: int = 40,
-  sigma_min: float | int = 0.002,
-  sigma_max: float | int = 80.0,
-  rho: float | int = 7.0,
 ) -> Float[Array, " levels"]:
   """The grid of consistency models (Song et al. 2023, arXiv:2303.01469): some of the levels of `karras`, then 0.
 
   Args:
     steps: number of steps, at least 1.
+    sigma_min: the last of the levels.
+    sigma_max: the first of the levels.
+    rho: as for `karras`.
     ts: the numbers of the levels among `levels`, joined by ``-``, from 0 (``sigma_max``) on. The last may be that of
       ``sigma_min``, ``levels - 1``, which stands for the end: OpenAI's ``ts="0,22,39"`` is ``ts=0-22-39`` in two steps.
       Default: ``steps`` levels at equal distances.
     levels: number of the levels to choose from; 40 for OpenAI's networks that were distilled, 201 for those trained
       alone.
-    sigma_min: the last of the levels.
-    sigma_max: the first of the levels.
-    rho: as for `karras`.
 
   Returns:
     (steps + 1,) decreasing levels, the last one 0.
@@ -325,7 +326,7 @@ def consistency(
   Raises:
     ValueError: if ``ts`` are not ``steps`` increasing numbers below ``levels - 1``, with or without ``levels - 1``.
 
-  >>> [round(float(s), 3) for s in consistency(2, "0-22-39")]
+  >>> [round(float(s), 3) for s in consistency(2, ts="0-22-39")]
   [80.0, 1.382, 0.0]
   """
   checks.at_least("steps", steps, 1)
@@ -333,7 +334,7 @@ def consistency(
   known = karras(levels, sigma_min, sigma_max, rho)[:-1]
   if not ts:
     if steps > levels - 1:
-      raise ValueError(f"{steps} steps need at least {steps + 1} levels, got levels {levels}")
+      raise ValueError(f"{steps} steps need at least {steps + 1} levels, got levels {levels}: take fewer, such as 2")
     chosen = np.round(np.arange(steps) * (levels - 1) / steps).astype(int)
   else:
     parts = str(ts).split("-")

@@ -93,8 +93,25 @@ def _placed(state: Any) -> list[tuple[Place, Any]]:
     for inside, leaf in jax.tree_util.tree_leaves_with_path(variable):
       # The first name inside a variable is that of its value.
       names = (*path, *inside[1:])
-      found.append(((collection, tuple(jax.tree_util.keystr((one,), simple=True) for one in names)), leaf))
+      place = collection, tuple(jax.tree_util.keystr((one,), simple=True) for one in names)
+      found.append((place, _array(leaf, place)))
   return found
+
+
+def _array(leaf: Any, place: Place) -> Any:
+  """Return a leaf of a state as an array, which Python's numbers are not yet, as in ``nnx.Param(1.0)``.
+
+  Raises:
+    TypeError: if it is something else, such as a text.
+  """
+  if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+    return leaf
+  if isinstance(leaf, bool | int | float | complex):
+    return jnp.asarray(leaf)
+  raise TypeError(
+    f"the variable {'/'.join(place[1])} holds a {type(leaf).__name__}, and an nnx.Variable must hold arrays or "
+    "numbers: make it an attribute of its module"
+  )
 
 
 def split(model: Any) -> tuple[NnxParts, Variables]:

@@ -40,6 +40,18 @@ class Imported:
     cast = "" if set(self.dtypes) == {"float32"} else ", cast to float32"
     return f"{type(self.config.module).__name__}, {self.parameters:,} parameters in {stored}{cast}"
 
+  @property
+  def takes(self) -> str:
+    """What the network takes and predicts, as a phrase: what a user should compare with the publication."""
+    config = self.config
+    height, width, channels = config.image_shape
+    classes = "no classes" if config.num_classes is None else f"{config.num_classes} classes"
+    if config.null_cond is not None and config.num_classes is not None:
+      classes += " and a null label"
+    kind = "latents" if config.encoder == "latents" else "pixels"
+    prediction = "" if config.role.name == "classifier" else f", prediction {config.prediction}"
+    return f"{kind} of {height}x{width}x{channels}, {classes}{prediction}"
+
 
 def import_model(
   file: PathLike, out: PathLike, preset: str | None = None, family: str | None = None, **given: Any
@@ -47,7 +59,8 @@ def import_model(
   """Convert a published state dict to a model folder, which `jaxguide.models.load` reads.
 
   Args:
-    file: a ``.safetensors``, ``.pt``, ``.pth`` or ``.pkl`` file. PyTorch is not needed, and nothing in it is run.
+    file: a ``.safetensors``, ``.pt``, ``.pth``, ``.ckpt``, ``.bin`` or ``.pkl`` file. PyTorch is not needed, and
+      nothing in it is run.
     out: the folder to write; it must be new or empty.
     preset: the name of a published model, from the presets of its family; its configuration is complete.
     family: the name of the family; by default it is recognised by the names of the tensors.
@@ -88,10 +101,11 @@ def read_model(
     chosen = checks.lookup("preset", preset, presets)
     if given:
       raise ValueError(f"a preset is a complete configuration: leave out {', '.join(given)}, or the preset")
-  found = state_dicts.read(file)
+  found = state_dicts.read(file, any_type=True)
   try:
     chosen = chosen or families.recognise(found)
     tensors = dict(chosen.prepare(found))
+    state_dicts.check_types(file, tensors)
     if preset is not None:
       config = chosen.presets[preset]
     else:

@@ -5,9 +5,10 @@ same names where they have the same parts. Projectors show REPA; rotary tables, 
 or blocks without shift show LightningDiT. Otherwise the same names and shapes can be any of them.
 """
 
+import dataclasses
 import functools
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -46,12 +47,12 @@ def depth_of(names: Collection[str], prefix: str = "blocks") -> int:
   """Return the number of blocks.
 
   Raises:
-    ValueError: if there is none.
+    ValueError: if there is none, or a number is beyond the number of names.
   """
   numbers = [int(found[1]) for name in names if (found := re.match(rf"{prefix}\.(\d+)\.", name))]
   if not numbers:
     raise ValueError(f"the weights are incomplete: they have no {prefix}.0")
-  return 1 + max(numbers)
+  return layouts.counted(prefix, numbers, names)
 
 
 def needed(tensors: Mapping[str, Any], *names: str) -> list[tuple[int, ...]]:
@@ -71,10 +72,10 @@ def needed(tensors: Mapping[str, Any], *names: str) -> list[tuple[int, ...]]:
 
 
 def sides(tensors: Mapping[str, Any], patch_size: int, image_size: Any) -> tuple[int, int]:
-  """Return height and width of the images, from the tables of positions or as given.
+  """Return height and width of the images, from the tables of positions or as given; one of both there must be.
 
   Raises:
-    ValueError: if the size is not known, or does not fit the tables.
+    ValueError: if the size does not fit the tables.
   """
   tokens = None
   for name, axis in (("pos_embed", 1), ("feat_rope.freqs_cos", 0)):
@@ -84,11 +85,11 @@ def sides(tensors: Mapping[str, Any], patch_size: int, image_size: Any) -> tuple
         raise ValueError(f"{name} has shape {shape}, which is not that of a table of positions")
       tokens = shape[axis]
   if image_size is None:
-    if tokens is None:
-      layouts.required({}, {"image_size": SIZE})
     side = layouts.square(tokens or 0, "the table of positions") * patch_size
     return side, side
-  given = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
+  given = list(image_size) if isinstance(image_size, list | tuple) else [image_size] * 2
+  if len(given) != 2:
+    raise ValueError(f"image_size must be a number or [height, width], got {image_size}")
   height, width = (checks.whole("image_size", side, patch_size, 2**16) for side in given)
   if height % patch_size or width % patch_size or tokens not in (None, height * width // patch_size**2):
     count = "" if tokens is None else f", of which the table of positions has {tokens}"
@@ -155,6 +156,11 @@ def infer(
     raise ValueError(
       f"{LAST} gives {out} numbers for each patch, expected once or twice the {patch**2 * channels} of the input"
     )
+  shown = [np.shape(tensors[name])[-1] for name in ("blocks.0.attn.q_norm.weight", ROPE) if name in tensors]
+  needs = {} if shown else {"heads": HEADS}
+  if not {"pos_embed", ROPE} & tensors.keys():
+    needs["image_size"] = SIZE
+  layouts.required({"heads": heads, "image_size": image_size}, needs)
   size = sides(tensors, patch, image_size)
   fields: dict[str, Any] = {
     "patch_size": patch,
@@ -164,12 +170,10 @@ def infer(
     "learn_sigma": per_patch == 2,
     "null_class": null_class,
   }
-  shown = [np.shape(tensors[name])[-1] for name in ("blocks.0.attn.q_norm.weight", ROPE) if name in tensors]
   if shown:
     if heads is not None and heads * shown[0] != hidden:
       raise ValueError(f"heads is {heads}, but the weights show heads of {shown[0]} channels of {hidden}")
     heads = hidden // shown[0]
-  layouts.required({"heads": heads}, {"heads": HEADS})
   fields["num_heads"] = heads
   settings: dict[str, Any] = {"prediction": "flow_to_data", "schedule": "flow"}
   if network == "dit":
@@ -199,7 +203,8 @@ def _projectors(tensors: Mapping[str, Any], depth: int, encoder_depth: int | Non
   numbers = {int(found[1]) for name in tensors if (found := re.match(r"projectors\.(\d+)\.", name))}
   if not numbers:
     return {"z_dims": (), "encoder_depth": encoder_depth or min(8, depth)}
-  lasts = needed(tensors, *(f"projectors.{number}.4.weight" for number in range(1 + max(numbers))))
+  count = layouts.counted("projectors", numbers, tensors)
+  lasts = needed(tensors, *(f"projectors.{number}.4.weight" for number in range(count)))
   return {
     "z_dims": tuple(shape[0] for shape in lasts),
     "projector_dim": lasts[0][1],
@@ -254,7 +259,7 @@ def usage(config: ModelConfig) -> list[str]:
   height, width, channels = config.image_shape
   names = {"dit": "DiT", "sit": "SiT", "repa": "SiT", "lightningdit": "LightningDiT"}
   hidden = ("use_checkpoint", "dtype", "cudnn_attention", "num_classes", "null_class", "perturbation", *DIFFUSERS)
-  fields = {name: getattr(module, name) for name in type(module).__dataclass_fields__ if name not in hidden}
+  fields = {each.name: getattr(module, each.name) for each in dataclasses.fields(module) if each.name not in hidden}
   fields = {name: value for name, value in fields.items() if name not in ("parent", "name")}
   if config.network == "repa":
     fields = {name: value for name, value in fields.items() if name != "learn_sigma"} | {"decoder_hidden_size": 0}
@@ -282,16 +287,12 @@ def _family(network: str) -> Family:
     title=TITLES[network],
     networks=(network,),
     claims=functools.partial(claims, network),
-    infer=_inferring(network),
+    infer=functools.partial(infer, network),
     layout=layout,
     settings=SETTINGS | (more if network == "repa" else {}),
     usage=usage,
     complete=complete,
   )
-
-
-def _inferring(network: str) -> Callable[..., ModelConfig]:
-  return lambda tensors, **given: infer(network, tensors, **given)
 
 
 FAMILIES = tuple(map(_family, TITLES))

@@ -126,11 +126,17 @@ def _all_same(tensors: list[Any]) -> bool:
   return all(np.array_equal(first, np.asarray(each)) for each in tensors[1:])
 
 
-def infer(tensors: Mapping[str, Any], **given: Any) -> ModelConfig:
+def infer(
+  tensors: Mapping[str, Any],
+  heads: int | None = None,
+  image_size: Any = None,
+  null_class: bool = True,
+  encoder: str | None = None,
+) -> ModelConfig:
   """Return the configuration; as `jaxguide.models.importers.dit.infer`."""
   per_block = "t_embedders.0.mlp.0.weight" in tensors
   seen = {**tensors, dit.LABELS: tensors["y_embedders.0.embedding_table.weight"]} if per_block else tensors
-  config = dit.infer("dit", seen, **given)
+  config = dit.infer("dit", seen, heads, image_size, null_class, encoder)
   own = {
     "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
     "norm_eps": 1e-5,

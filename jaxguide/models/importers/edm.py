@@ -23,7 +23,7 @@ SETTINGS = {
   "img_resolution": "side of the images; by default that of the names",
   "dropout": "probability of dropout in training; 0.1 if left out",
   "label_dropout": "probability of dropping a label in training; 0 if left out",
-  "null_class": "whether the network may be given no label; yes if left out",
+  "null_class": "whether the network was trained with labels dropped; by default if label_dropout is above 0",
   "prediction": "edm (the default), eps for VPPrecond, or ve for VEPrecond",
   "sigma_data": "standard deviation of the data, for the prediction edm; 0.5 if left out",
   "attn_resolutions": "sides of feature maps with attention, where their names are there",
@@ -204,6 +204,7 @@ def infer(tensors: Mapping[str, Any], **given: Any) -> ModelConfig:
     raise ValueError(f"prediction must be edm, ve or eps, got {prediction!r}")
   if adm and "decoder_type" in given:
     raise ValueError("decoder_type is of DDPM++ and NCSN++, and this is an ADM: leave it out")
+  given.setdefault("null_class", bool(given.get("label_dropout")))
   return ModelConfig(
     "dhariwal_unet" if adm else "song_unet",
     {**fields, **given},

@@ -27,7 +27,7 @@ SETTINGS = {
   "attn_balance": "share of attention; 0.3 if left out",
   "clip_act": "magnitude at which activations are clipped; 256 if left out",
   "dropout": "probability of dropout in training; 0 if left out",
-  "null_class": "whether the network may be given no label; yes if left out",
+  "null_class": "whether the network was trained with labels dropped; no if left out",
   "sigma_data": "standard deviation of the data; 0.5 if left out",
 }
 
@@ -80,6 +80,7 @@ def infer(tensors: Mapping[str, Any], **given: Any) -> ModelConfig:
   if given.pop("img_resolution", sides[0]) != sides[0]:
     raise ValueError(f"img_resolution must be {sides[0]} according to the names: leave it out")
   sigma_data = given.pop("sigma_data", 0.5)
+  given.setdefault("null_class", False)
   return ModelConfig(
     "edm2_unet",
     {**fields, **given},

@@ -7,7 +7,7 @@ are the same bit for bit after import and export.
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -197,6 +197,28 @@ def first(names: Sequence[str], count: int = 3) -> str:
   """Return the first few names, and the number of the others."""
   rest = f" and {len(names) - count} more" if len(names) > count else ""
   return ", ".join(names[:count]) + rest
+
+
+def counted(what: str, numbers: Iterable[int], names: Collection[str]) -> int:
+  """Return how many parts there are, from their numbers in the names, each of which counts from 0.
+
+  Args:
+    what: the parts, for the message.
+    numbers: the numbers.
+    names: all names of the file.
+
+  Raises:
+    ValueError: if there are more parts than names, so that some have no weights. Memory would not suffice for all.
+
+  >>> counted("blocks", [0, 1], ["blocks.0.weight", "blocks.1.weight"])
+  2
+  """
+  count = 1 + max(numbers, default=-1)
+  if count > len(names):
+    raise ValueError(
+      f"the weights are incomplete: the names are of {count:,} {what}, and there are {len(names):,} names"
+    )
+  return count
 
 
 def required(given: Mapping[str, Any], needed: Mapping[str, str]) -> None:

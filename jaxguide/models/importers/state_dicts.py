@@ -1,7 +1,7 @@
 """Files of PyTorch state dicts. Reading loads one tensor at a time; writing replaces the whole file.
 
-``.safetensors``, ``.pt``, ``.pth`` and ``.pkl`` files are read without PyTorch, and nothing in them is run. Writing
-``.pt`` and ``.pth`` files needs PyTorch, and ``.pkl`` files are not written.
+``.safetensors``, ``.pkl`` and PyTorch's files (``.pt``, ``.pth``, ``.ckpt``, ``.bin``) are read without PyTorch, and
+nothing in them is run. Writing PyTorch's files needs PyTorch, and ``.pkl`` files are not written.
 """
 
 import dataclasses
@@ -54,15 +54,18 @@ class StateDict(dict[str, Tensor]):
     self.network = network
 
 
-def read(path: PathLike) -> StateDict:
+def read(path: PathLike, *, any_type: bool = False) -> StateDict:
   """Open a state dict.
 
   Args:
-    path: a ``.safetensors``, ``.pt`` or ``.pth`` file; or a ``.pkl`` file, as EDM and EDM2 publish their networks.
+    path: a ``.safetensors``, ``.pt``, ``.pth``, ``.ckpt`` or ``.bin`` file; or a ``.pkl`` file, as EDM and EDM2 publish
+      their networks.
+    any_type: whether tensors of other types than floating-point numbers may be among them, for a file that holds more
+      than the network; `check_types` checks those that are wanted.
 
   Returns:
     Its tensors by name, without BatchNorm's counters of training steps (``num_batches_tracked``). Each is read from the
-    file when it is converted to an array; a ``.pt`` or ``.pth`` file that is damaged there gives a ValueError then.
+    file when it is converted to an array; a file of PyTorch that is damaged there gives a ValueError then.
 
   Raises:
     FileNotFoundError: if there is no such file.
@@ -77,10 +80,20 @@ def read(path: PathLike) -> StateDict:
   tensors = {name: tensor for name, tensor in found.items() if name.rpartition(".")[2] != COUNTER}
   if not tensors:
     raise ValueError(f"{path} contains no tensors")
+  if not any_type:
+    check_types(path, tensors)
+  return StateDict(without_prefix(tensors), getattr(found, "network", None))
+
+
+def check_types(path: PathLike, tensors: Mapping[str, Tensor]) -> None:
+  """Check that all tensors of a file are of a floating-point type.
+
+  Raises:
+    ValueError: if one is not.
+  """
   for name, tensor in tensors.items():
     if tensor.dtype not in FLOATS:
       raise ValueError(f"{name} in {path} is {tensor.dtype}; weights must be one of {', '.join(FLOATS)}")
-  return StateDict(without_prefix(tensors), getattr(found, "network", None))
 
 
 WRAPPERS = ("ema", "model", "state_dict")
@@ -226,5 +239,7 @@ FORMATS: dict[str, tuple[Callable[..., None], Callable[[Path], dict[str, Tensor]
   ".safetensors": (_write_safetensors, _read_safetensors),
   ".pt": (_write_torch, _read_torch),
   ".pth": (_write_torch, _read_torch),
+  ".ckpt": (_write_torch, _read_torch),  # Stable Diffusion's.
+  ".bin": (_write_torch, _read_torch),  # Those of diffusers before safetensors.
   ".pkl": (_no_pickle, _read_pickle),
 }

@@ -9,8 +9,8 @@ from typing import Any
 from jaxguide._core import checks
 from jaxguide._core.specs import described_fields
 from jaxguide.models.config import ModelConfig
-from jaxguide.models.importers.layouts import first
-from jaxguide.models.importers.presets import PRESETS
+from jaxguide.models.importers.layouts import counted, first
+from jaxguide.models.importers.presets import CONSISTENCY_PRESETS, PRESETS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def structure(shapes: Mapping[str, Sequence[int]]) -> Structure:
   is_unet = any(name.startswith("output_blocks.") for name in shapes)
   ups = [name for name in shapes if re.fullmatch(r"output_blocks\.\d+\.[12]\.in_layers\.2\.weight", name)]
   indices = {int(match[1]) for name in shapes if (match := re.match(r"input_blocks\.(\d+)\.", name))}
-  count = max(indices) + 1
+  count = counted("input_blocks", indices, shapes)
   # Downsampling is done in one of three ways: by a convolution; by averaging, which has no parameters, so that the
   # block's index is missing; or by a residual block, whose names and shapes are like those of other blocks.
   convolutions = [i for i in indices if f"input_blocks.{i}.0.op.weight" in shapes]
@@ -199,8 +199,8 @@ def _pool(shapes: Mapping[str, Sequence[int]], size: Callable[..., int]) -> tupl
   return pool, size(last, 0, 2), None
 
 
-def alike(inferred: Structure) -> list[str]:
-  """Return the names of the published models that have this structure."""
+def alike(inferred: Structure, presets: Mapping[str, ModelConfig] = PRESETS) -> list[str]:
+  """Return the names of the published models, among presets, that have this structure."""
 
   def fits(config: ModelConfig) -> bool:
     module = config.module
@@ -210,7 +210,7 @@ def alike(inferred: Structure) -> list[str]:
       and any(all(getattr(module, name) == reading[name] for name in reading) for reading in inferred.readings)
     )
 
-  return [name for name, config in PRESETS.items() if fits(config)]
+  return [name for name, config in presets.items() if fits(config)]
 
 
 def infer(shapes: Mapping[str, Sequence[int]], **options: Any) -> ModelConfig:
@@ -280,15 +280,13 @@ def infer(shapes: Mapping[str, Sequence[int]], **options: Any) -> ModelConfig:
     side = inferred.coarsest_size * 2 ** (len(fields["channel_mult"]) - 1)
     if unused.pop("image_size", side) != side:
       raise ValueError(f"the attention pool is for images of side {side}, got image_size {options['image_size']}")
+  scaled = attends_to_pixels(shapes)
+  if scaled:
+    unused.setdefault("prediction", required("prediction") or "edm")
   process = _process(unused, required)
 
   if missing:
-    presets = alike(inferred)
-    or_preset = f"; or, if it is one of the published models, a preset: {' or '.join(presets)}" if presets else ""
-    raise ValueError(
-      "names and shapes do not determine the whole configuration: give "
-      f"{', '.join(f'{name} ({OPTIONS[name]})' for name in missing)}{or_preset}"
-    )
+    raise ValueError(_request(missing, alike(inferred, CONSISTENCY_PRESETS if scaled else PRESETS)))
   config = ModelConfig(
     network,
     fields,
@@ -300,6 +298,17 @@ def infer(shapes: Mapping[str, Sequence[int]], **options: Any) -> ModelConfig:
   if unused:
     raise ValueError(f"{', '.join(unused)} cannot be chosen for this {network}: leave it out")
   return config
+
+
+def _request(missing: Sequence[str], presets: Sequence[str]) -> str:
+  """Ask for missing options, or for one of the presets that fit."""
+  meant = {**OPTIONS, "prediction": "consistency or edm; its attention is that of OpenAI's consistency_models"}
+  or_preset = f"; or, if it is one of the published models, --preset {' or '.join(presets)}" if presets else ""
+  return (
+    f"names and shapes do not determine the whole configuration: give "
+    f"{', '.join(f'{name} ({meant[name]})' for name in missing)}; jaxguide import takes each as --field NAME=VALUE, "
+    f"and import-adm as an option of its own{or_preset}"
+  )
 
 
 def _process(unused: dict[str, Any], required: Callable[[str], Any]) -> dict[str, Any]:
@@ -319,6 +328,11 @@ def _process(unused: dict[str, Any], required: Callable[[str], Any]) -> dict[str
   }
 
 
+def attends_to_pixels(shapes: Mapping[str, Sequence[int]]) -> bool:
+  """Whether attention takes pixels and not rows of them, as in OpenAI's consistency_models alone."""
+  return any(name.endswith(".qkv.weight") and len(shape) == 4 for name, shape in shapes.items())
+
+
 def _check_options(options: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
   """Check names and ranges of `infer`'s options, and return those that are given.
 
@@ -330,10 +344,12 @@ def _check_options(options: Mapping[str, Any], shapes: Mapping[str, Sequence[int
   for name in settings.keys() & {"image_size", "low_res_size", "num_heads", "num_head_channels", "num_heads_upsample"}:
     checks.at_least(name, settings[name], 1)
   checks.finite("scale", settings.get("scale", 1.0))
-  if options.get("prediction") not in SCALED and any(
-    name.endswith(".qkv.weight") and len(shape) == 4 for name, shape in shapes.items()
-  ):
-    raise ValueError("its attention is that of OpenAI's consistency_models: give prediction, consistency or edm")
-  if options.get("prediction") in SCALED:
+  scaled = attends_to_pixels(shapes)
+  if scaled and options.get("prediction", "edm") not in SCALED:
+    raise ValueError(
+      "its attention is that of OpenAI's consistency_models: prediction must be consistency or edm, got "
+      f"{options['prediction']!r}"
+    )
+  if scaled or options.get("prediction") in SCALED:
     settings.setdefault("use_new_attention_order", True)  # The order of consistency_models, whatever its flag.
   return settings

@@ -134,7 +134,7 @@ def read(path: PathLike) -> Any:
   Raises:
     FileNotFoundError: if there is no such file.
     ValueError: if it is truncated, damaged or no file of PyTorch; or if it holds other objects than dictionaries,
-      lists, tuples, texts, numbers and tensors. Nothing of it is run.
+      lists, tuples, texts, numbers, tensors and an ``argparse.Namespace``. Nothing of it is run.
 
   >>> import tempfile, pathlib
   >>> with tempfile.TemporaryDirectory() as folder:
@@ -263,6 +263,13 @@ class _Dict(dict):
     """Leave the attributes out."""
 
 
+class _Settings:
+  """What an ``argparse.Namespace`` becomes: the settings of a training, which checkpoints hold beside the weights."""
+
+  def __setstate__(self, state: Any) -> None:
+    """Leave the settings out."""
+
+
 class Tensors:
   """What a pickle of PyTorch may construct besides plain data."""
 
@@ -274,6 +281,7 @@ class Tensors:
     """The constructors by module and name. Those of storages are names here, since they are only looked up."""
     return {
       ("collections", "OrderedDict"): _Dict,
+      ("argparse", "Namespace"): _Settings,
       ("torch._utils", "_rebuild_tensor"): self.tensor,
       ("torch._utils", "_rebuild_tensor_v2"): self.tensor,
       ("torch._utils", "_rebuild_parameter"): self.parameter,

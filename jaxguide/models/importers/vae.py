@@ -343,11 +343,17 @@ def _config(**fields: Any) -> ModelConfig:
   return ModelConfig(NETWORK, fields, (fields.pop("sample_size", 256),) * 2 + (3,), None)
 
 
+# EDM2's training/encoders.py: the mean and the standard deviation of each channel of Stable Diffusion's latents, which
+# become 0 and 0.5.
+_EDM2_MEAN = (5.81, 3.25, 0.12, -2.15)
+_EDM2_SCALE = tuple(0.5 / std for std in (4.17, 4.62, 3.71, 3.28))
+
 _WITHOUT = {"use_quant_conv": False, "use_post_quant_conv": False}
 
 PRESETS: dict[str, ModelConfig] = {
   # The vae/config.json of stabilityai/sd-vae-ft-mse, sdxl-vae, stable-diffusion-3-medium and FLUX.1-dev.
   "sd-vae": _config(),
+  "edm2-vae": _config(scaling_factor=_EDM2_SCALE, shift_factor=_EDM2_MEAN, sample_size=512),
   "sdxl-vae": _config(scaling_factor=0.13025, sample_size=1024),
   "sd3-vae": _config(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, sample_size=1024, **_WITHOUT),
   "flux-vae": _config(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, sample_size=1024, **_WITHOUT),
