@@ -504,8 +504,8 @@ def test_a_pt_that_contains_something_else(torch, refused, tmp_path):
   file = tmp_path / "weights.pt"
   torch.save([torch.ones(2)], file)
   assert "must contain a state dict, got list" in refused(file)
-  torch.save({"model": {"weight": torch.ones(2)}}, file)
-  assert "must contain a state dict of tensors, but 'model' is of type dict" in refused(file)
+  torch.save({"teacher": {"weight": torch.ones(2)}}, file)
+  assert "must contain a state dict of tensors, but 'teacher' is of type dict" in refused(file)
   torch.save(torch.nn.Linear(2, 2), file)
   assert "contains code or objects besides weights (torch.nn.modules.linear.Linear)" in refused(file)
 

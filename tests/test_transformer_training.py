@@ -39,7 +39,7 @@ def test_a_recipe_by_the_name_of_a_preset():
   assert recipe.model["prediction"] == "flow_to_data"
   assert recipe.training.steps == 5
   assert recipe.training.noise == "uniform"
-  with pytest.raises(ValueError, match="the preset is for the network sit, and the network is dit"):
+  with pytest.raises(ValueError, match="the preset is for a sit, and the network is dit"):
     training.recipe({"data": {"source": "digits"}, "preset": "SiT-S/2", "model": {"network": "dit"}})
 
 
