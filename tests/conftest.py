@@ -4,6 +4,7 @@ A new guidance method or solver is one more line in `GUIDANCES` or `SOLVERS`; ev
 """
 
 import os
+import sys
 import tempfile
 
 import chex
@@ -13,12 +14,29 @@ import numpy as np
 import pytest
 
 import jaxguide as jg
+from jaxguide import cli
 from jaxguide.guidance import Rule
 
 # The commands keep compiled programs. Here each process has a place of its own, and reads nothing half written.
 _CACHE = tempfile.TemporaryDirectory()
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"  # Else every small program of the tests would be kept.
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+  """Run a command; give its exit status, what it printed, and its errors."""
+
+  def run(*args):
+    monkeypatch.setattr(sys, "argv", ["jaxguide", *map(str, args)])
+    try:
+      cli.main()
+      status = 0
+    except SystemExit as stop:
+      status = stop.code
+    return status, *capsys.readouterr()
+
+  return run
 
 
 def _and_not_the_next(denoise, guidance, x, sigma, cond):

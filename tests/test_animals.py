@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from tiny import Classify, Mlp
 
 from benchmarks import animals as program
-from jaxguide import cli, data, models, training
+from jaxguide import data, models, training
 from jaxguide._core import keys
 from jaxguide.data.sources import animals
 from jaxguide.evaluation.held_out_data import held_out_data
@@ -30,22 +30,6 @@ NAMES = ("animals", "animals-classifier")
 needs_data = pytest.mark.skipif(
   importlib.util.find_spec("animal_mnist") is None, reason="needs pip install --no-deps animal-mnist"
 )
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-  """Run a command; give its exit status, what it printed, and its errors."""
-
-  def run(*args):
-    monkeypatch.setattr(sys, "argv", ["jaxguide", *map(str, args)])
-    try:
-      cli.main()
-      status = 0
-    except SystemExit as exit:
-      status = exit.code
-    return status, *capsys.readouterr()
-
-  return run
 
 
 @pytest.fixture

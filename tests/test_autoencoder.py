@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxguide import cli, data, generate, models, training
+from jaxguide import data, generate, models, training
 from jaxguide.generate.latents import Vae
 from jaxguide.generate.plan import plan
 from jaxguide.models import ModelConfig, importers
@@ -51,22 +50,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def autoencoder(folder):
   return models.load(folder).autoencoder
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-  """Run a command; give its exit status, what it printed, and its errors."""
-
-  def run(*args):
-    monkeypatch.setattr(sys, "argv", ["jaxguide", *map(str, args)])
-    try:
-      cli.main()
-      status = 0
-    except SystemExit as stop:
-      status = stop.code
-    return status, *capsys.readouterr()
-
-  return run
 
 
 # --- the network against published arrays ---------------------------------------------------------

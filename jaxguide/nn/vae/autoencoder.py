@@ -20,8 +20,8 @@ ATTENTION = "Attn"
 """How the type of a level begins that has attention after each residual block."""
 
 
-class Encoder(nn.Module):
-  """Map images to the features of the latents' mean and variance."""
+class _Half(nn.Module):
+  """The fields that encoder and decoder share. ``features`` are the channels of the output."""
 
   block_out_channels: Sequence[int]
   layers_per_block: int
@@ -31,6 +31,10 @@ class Encoder(nn.Module):
   mid_attention: bool
   use_checkpoint: bool
   dtype: Any
+
+
+class Encoder(_Half):
+  """Map images to the features of the latents' mean and variance."""
 
   @nn.compact
   def __call__(self, x):
@@ -47,17 +51,8 @@ class Encoder(nn.Module):
     return Conv(self.features, dtype=self.dtype, name="conv_out")(x)
 
 
-class Decoder(nn.Module):
+class Decoder(_Half):
   """Map latents to images."""
-
-  block_out_channels: Sequence[int]
-  layers_per_block: int
-  features: int
-  groups: int
-  attention: Sequence[bool]
-  mid_attention: bool
-  use_checkpoint: bool
-  dtype: Any
 
   @nn.compact
   def __call__(self, z):
