@@ -1,4 +1,4 @@
-"""Settings that have to stand before JAX is imported, for the tests and the doctests alike."""
+"""Settings that have to stand before NumPy and JAX are imported, for the tests and the doctests alike."""
 
 import importlib.metadata
 import itertools
@@ -15,6 +15,10 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA aborts at fl
   _FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests run in as many processes as there are cores. More threads of linear algebra than that wait for each other in
+# loops that take all of the cores: figures of 500 samples then took five times the CPU. Commands inherit this.
+for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+  os.environ.setdefault(_name, "1")
 # What mixes types or ranks unasked is an error for users who have set JAX so, and here.
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")

@@ -31,7 +31,8 @@ pytestmark = [
   pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-MODEL = ModelConfig(Mlp, {"width": 256}, (4, 4, 1), 2)
+# The largest kernels have 32,768 bytes each, which `small_files` needs.
+MODEL = ModelConfig(Mlp, {"width": 512}, (4, 4, 1), 2)
 HOW = TrainingConfig(steps=6, batch_size=3, save_every=2)
 LOGS = RunConfig(log_every=2, sample_every=0)
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 1)).astype(np.uint8)
@@ -439,7 +440,11 @@ training.fit({MODEL!r}, TrainingConfig(steps=10**6, batch_size=3), images, {str(
 
 @pytest.fixture
 def small_files():
-  """Inside ``with small_files():`` no file can grow beyond 20,000 bytes, as on a full disk."""
+  """Inside ``with small_files():`` no file can grow beyond 20,000 bytes, as on a full disk.
+
+  A single kernel has more, and a page of a run has less. Orbax shares the arrays out among one file or several, as its
+  threads happen to run, so that only the size of a single array is sure.
+  """
 
   class Limit:
     def __enter__(self):

@@ -97,7 +97,7 @@ def test_a_coordinator_that_cannot_be_reached():
   began = time.monotonic()
   with pytest.raises(OSError, match=r"the coordinator 127\.0\.0\.1:\d+ cannot be reached after 1 s \(.*is process 0"):
     distributed.start(f"127.0.0.1:{several.free_port()}", 2, 1, timeout=1)
-  assert time.monotonic() - began < 10
+  assert time.monotonic() - began < 60
 
 
 def test_a_port_that_is_in_use():

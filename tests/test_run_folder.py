@@ -165,7 +165,7 @@ def test_the_newest_mean_can_be_loaded_while_the_run_goes_on(tmp_path):
   def callback(step, state, metrics):
     if step in (6, 11):
       record = tmp_path / "run" / "model" / "training.json"
-      for _ in range(200):  # It is written in the background.
+      for _ in range(1200):  # It is written in the background.
         if record.exists() and json.loads(record.read_text())["step"] == {6: 4, 11: 8}[step]:
           break
         time.sleep(0.05)

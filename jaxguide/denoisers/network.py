@@ -158,12 +158,12 @@ def perturbed(denoiser: NetworkDenoiser, perturbation: Perturbation) -> NetworkD
       is of the wrong kind.
 
   >>> from jaxguide import UNet, guidance, scaling, schedules
-  >>> unet, x = UNet(model_channels=32), jnp.zeros((8, 8, 1))
+  >>> unet, x = UNet(model_channels=32, channel_mult=(1,), num_res_blocks=1), jnp.zeros((8, 8, 1))
   >>> params = jax.jit(unet.init)(jax.random.key(0), x[None], jnp.zeros(1))
   >>> denoise = NetworkDenoiser(params, unet.apply, scaling.v(schedules.Cosine()))
   >>> weak = perturbed(denoise, Perturbation("identity", ["middle_block_1"]))
   >>> guided = guidance.autoguidance(weak, 4.0)(denoise)        # PAG with s = 3
-  >>> guided(x, jnp.asarray(1.0), None).shape
+  >>> jax.jit(guided)(x, jnp.asarray(1.0), None).shape
   (8, 8, 1)
   """
   apply: Any = getattr(denoiser, "apply", None)

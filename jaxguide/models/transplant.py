@@ -164,7 +164,8 @@ def transplant(model: ModelConfig, source: Model, key: jax.Array) -> tuple[PyTre
     ValueError: if the source has another prediction, schedule or encoder, other fields, or parameters that do not fit,
       naming the first differences.
 
-  >>> source = Model(small := ModelConfig("unet", {"model_channels": 8}, (8, 8, 1), None), None)
+  >>> fields = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1}
+  >>> source = Model(small := ModelConfig("unet", fields, (8, 8, 1), None), None)
   >>> source = dataclasses.replace(source, params=init_params(small, jax.random.key(0)))
   >>> params, report = transplant(config_from(small, num_classes=10), source, jax.random.key(1))
   >>> [(change.path, change.how) for change in report.adapted]

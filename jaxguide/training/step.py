@@ -65,11 +65,11 @@ def train_step(model: ModelConfig, training: TrainingConfig, place: Placement | 
 
   >>> import numpy as np
   >>> fields = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "num_head_channels": 8}
-  >>> model, training = ModelConfig("unet", fields, (4, 4, 1), 2), TrainingConfig(steps=10, batch_size=8)
+  >>> model, training = ModelConfig("unet", fields, (4, 4, 1), 2), TrainingConfig(steps=10, batch_size=6)
   >>> step, state = train_step(model, training), init_state(model, training)
-  >>> state, metrics = step(state, np.zeros((8, 4, 4, 1), np.uint8), np.zeros(8, np.int32))
+  >>> state, metrics = step(state, np.zeros((6, 4, 4, 1), np.uint8), np.zeros(6, np.int32))
   >>> int(state.step), metrics["losses"].shape
-  (1, (8,))
+  (1, (6,))
   """
   tx, rate, parts = optimizer(training), training.schedule(), training.accumulation
   # Inside a loop XLA's CPU backend is slow at the gradients of Flax's convolutions; the package's networks avoid it.
