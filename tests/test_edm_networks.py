@@ -19,6 +19,7 @@ from jaxguide.models.importers.families import of_network
 from jaxguide.models.model import init_params
 from jaxguide.models.networks import NETWORKS
 from jaxguide.nn import SongUNet
+from jaxguide.nn.edm2.layers import MPConv
 from jaxguide.training import TrainingConfig
 from jaxguide.training.objectives import objective
 from jaxguide.training.step import init_state, train_step
@@ -228,6 +229,31 @@ def one_step(model, config, params):
   state, rng = init_state(model, config, params), np.random.default_rng(0)
   examples = rng.standard_normal((8, 4, 4, 2), np.float32)
   return train_step(model, config)(state, examples, np.arange(8, dtype=np.int32) % 3)
+
+
+@pytest.mark.parametrize("side", [1, 8])
+@pytest.mark.parametrize("kernel_size", [0, 3])
+def test_a_magnitude_preserving_layer_is_eq_47_whether_weights_or_outputs_are_multiplied(side, kernel_size):
+  # With 4 inputs there are 4 or 36 weights for each output, so that both ways are taken among 1 and 64 pixels.
+  rng = np.random.default_rng(0)
+  x, cotangent = (jnp.asarray(rng.standard_normal((2, side, side, c)), jnp.float32) for c in (4, 5))
+  kernel = jnp.asarray(3 * rng.standard_normal((*(kernel_size,) * (2 if kernel_size else 0), 4, 5)), jnp.float32)
+
+  def layer(kernel, gain):
+    return MPConv(5, kernel_size).apply({"params": {"kernel": kernel}}, x, gain)
+
+  def published(kernel, gain):
+    inputs = tuple(range(kernel.ndim - 1))
+    length = jnp.sqrt(jnp.square(kernel).sum(inputs, keepdims=True))
+    count = kernel.size // 5
+    kernel = kernel / (1e-4 + length / count**0.5) * (gain / count**0.5)
+    kernel = kernel if kernel.ndim == 4 else kernel[None, None]
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+  ours, theirs = (quick_jit(functools.partial(jax.vjp, function))(kernel, 0.7) for function in (layer, published))
+  np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5, atol=1e-5)
+  for mine, wanted in zip(ours[1](cotangent), theirs[1](cotangent), strict=True):
+    np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_of_edm2_begins_with_normalised_weights_and_trains_its_own_uncertainty():

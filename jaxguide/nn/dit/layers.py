@@ -176,6 +176,21 @@ class Attention(nn.Module):
     return nn.Dense(c, dtype=self.dtype, kernel_init=xavier, name="proj")(out.reshape(n, t, c))
 
 
+# For the gradient, jax.checkpoint computes what is between two matrix products again from what the first one gave. On a
+# CPU this takes less time than to store two or three more arrays of that size in memory that was not used before.
+@jax.jit
+@jax.checkpoint
+def _gelu(x):
+  return nn.gelu(x, approximate=True)
+
+
+@jax.jit
+@jax.checkpoint
+def _gated(x):
+  gate, x = jnp.split(x, 2, -1)
+  return nn.silu(gate) * x
+
+
 class Mlp(nn.Module):
   """Two linear layers with GELU, in its approximation by tanh, between them."""
 
@@ -185,7 +200,7 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x):
     """Map (n, t, c) to the same shape."""
-    h = nn.gelu(nn.Dense(self.hidden, dtype=self.dtype, kernel_init=xavier, name="fc1")(x), approximate=True)
+    h = _gelu(nn.Dense(self.hidden, dtype=self.dtype, kernel_init=xavier, name="fc1")(x))
     return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=xavier, name="fc2")(h)
 
 
@@ -198,8 +213,8 @@ class SwiGLU(nn.Module):
   @nn.compact
   def __call__(self, x):
     """Map (n, t, c) to the same shape."""
-    gate, h = jnp.split(nn.Dense(2 * self.hidden, dtype=self.dtype, kernel_init=xavier, name="w12")(x), 2, -1)
-    return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=xavier, name="w3")(nn.silu(gate) * h)
+    h = _gated(nn.Dense(2 * self.hidden, dtype=self.dtype, kernel_init=xavier, name="w12")(x))
+    return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=xavier, name="w3")(h)
 
 
 def mlp_width(hidden_size: int, mlp_ratio: float | int, swiglu: bool) -> int:

@@ -27,11 +27,15 @@ def normalize(x, axis: int | Sequence[int] = -1):
   >>> normalize(jnp.array([3.0, 3.0])).round(2).tolist()
   [1.0, 1.0]
   """
+  return x / (EPSILON + root_mean_square(x, axis)).astype(x.dtype)
+
+
+def root_mean_square(x, axis: int | Sequence[int] = -1):
+  """Return the root mean square over some axes, which stay as axes of length 1, in float32 or what is wider."""
   wide = x.astype(np.promote_types(x.dtype, np.float32))
   square = jnp.square(wide).mean(axis, keepdims=True)
   # Without the condition the gradient of the root would be infinite at 0.
-  norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
-  return x / (EPSILON + norm).astype(x.dtype)
+  return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
 def mp_silu(x):
@@ -96,9 +100,14 @@ class MPConv(nn.Module):
     """Map (..., c) to (..., features), multiplied by ``gain``."""
     shape = (*(self.kernel_size,) * (2 if self.kernel_size else 0), x.shape[-1], self.features)
     kernel = self.param("kernel", nn.initializers.normal(1.0), shape, jnp.float32)
-    kernel = scaled(kernel, gain).astype(self.dtype)
     x = x.astype(self.dtype)
-    return convolve(x, kernel) if self.kernel_size else x @ kernel
+    # The factor of an output can multiply its weights or what they give for an image, whichever is less. In half
+    # precision it multiplies the weights, which are rounded to that type anyway, so that nothing is rounded twice.
+    factor = magnitude(kernel, gain)
+    late = math.prod(kernel.shape[:-1]) > math.prod(x.shape[1:-1]) and jnp.finfo(self.dtype).bits >= 32
+    kernel = (kernel if late else kernel * factor).astype(self.dtype)
+    out = convolve(x, kernel) if self.kernel_size else x @ kernel
+    return out * factor.reshape((1,) * (x.ndim - 1) + (-1,)).astype(out.dtype) if late else out
 
 
 def forced(kernel):
@@ -106,9 +115,13 @@ def forced(kernel):
   return normalize(kernel, tuple(range(kernel.ndim - 1)))
 
 
-def scaled(kernel, gain=1.0):
-  """Return what a layer multiplies with: its normalised kernel, so scaled that it keeps magnitudes."""
-  return forced(kernel) * (gain / math.sqrt(math.prod(kernel.shape[:-1])))
+def magnitude(kernel, gain=1.0):
+  """Return the factor (1, ..., c_out) that gives the weights of each output magnitude 1, over the root of their number.
+
+  A layer with weights ``kernel * magnitude(kernel)`` keeps magnitudes (eq. 47).
+  """
+  norm = EPSILON + root_mean_square(kernel, tuple(range(kernel.ndim - 1)))
+  return gain / math.sqrt(math.prod(kernel.shape[:-1])) / norm
 
 
 class Block(nn.Module):

@@ -199,4 +199,5 @@ class EDM2UNet(Meshed):
     """
     features = params["params"]["logvar_fourier"]
     out = layers.fourier(c_noise, features["freqs"], features["phases"])
-    return (out @ layers.scaled(params["params"]["logvar_linear"]["kernel"]).astype(out.dtype))[:, 0]
+    kernel = params["params"]["logvar_linear"]["kernel"]
+    return (out @ (kernel * layers.magnitude(kernel)).astype(out.dtype))[:, 0]
