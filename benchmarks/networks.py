@@ -1,7 +1,6 @@
 """The networks that are measured, at three sizes, with weights at random."""
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -12,6 +11,7 @@ import numpy as np
 from jaxguide.denoisers.linen import param_shapes
 from jaxguide.evaluation import demo
 from jaxguide.models.importers.openai import PRESETS
+from jaxguide.models.initial import by_array
 from jaxguide.models.model import init_params
 from jaxguide.training import Model, ModelConfig
 
@@ -55,12 +55,14 @@ def prepared(config: ModelConfig, dtype: str = DTYPE) -> ModelConfig:
 
 
 def random_model(config: ModelConfig, dtype: str = DTYPE) -> Model:
-  """Make a network with weights drawn on the device; they cost as much as others."""
+  """Make a network with weights at random; they cost as much as others."""
   config = prepared(config, dtype)
-  params = jax.jit(functools.partial(init_params, config))(jax.random.key(0))
-  # The layers that start at zero would keep everything else from mattering.
-  draw = lambda leaf: leaf + 0.01 * jax.random.normal(jax.random.key(1), leaf.shape)  # noqa: E731
-  return Model(config, jax.tree.map(draw, params))
+
+  def draw(key):
+    # The layers that start at zero would keep everything else from mattering.
+    return jax.tree.map(lambda leaf: leaf + 0.01 * jax.random.normal(key, leaf.shape), init_params(config, key))
+
+  return Model(config, by_array(draw, jax.random.key(0)))
 
 
 def abstract_model(config: ModelConfig, dtype: str = DTYPE) -> Model:

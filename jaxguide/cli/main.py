@@ -1,5 +1,6 @@
 """The commands ``demo`` and ``sample``: they parse options, call the package and print the result."""
 
+import gc
 import os
 import sys
 import warnings
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from jaxguide import generate
-from jaxguide.cli import classifier, ema, encode, interop, measure, train
+from jaxguide.cli import classifier, ema, encode, exporting, interop, measure, train
 from jaxguide.cli.joining import join, joining_options, show
 from jaxguide.cli.options import NamesCommand, options_of, with_options
 from jaxguide.generate import Settings
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.add_typer(train.app)
 app.add_typer(interop.app)
 app.add_typer(encode.app)
+app.add_typer(exporting.app)
 app.add_typer(ema.app)
 app.add_typer(classifier.app)
 app.add_typer(measure.app)
@@ -35,6 +37,8 @@ def setup() -> None:
   """Keep compiled programs on disk between runs, unless JAX is configured otherwise."""
   import jax
 
+  # Tracing makes many objects and few cycles of them: Python's search for cycles would take a tenth of the time.
+  gc.set_threshold(50_000, 20, 20)
   if os.getcwd() not in sys.path:
     sys.path.append(os.getcwd())  # For networks of one's own, module:Class.
 

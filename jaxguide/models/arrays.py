@@ -28,6 +28,9 @@ from jaxguide.distributed.processes import gathered, several
 # A failed write counts as ended once Orbax's threads have printed nothing for this many seconds.
 PATIENCE = 1.0
 
+# The number of arrays that `read` reads side by side.
+AT_A_TIME = 32
+
 # Upper bound on the size of a checkpoint's files without its arrays, in bytes.
 MARGIN = 2**20
 
@@ -229,6 +232,39 @@ def checkpointer() -> Any:
     primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process{own}"
   )
   return ocp.StandardCheckpointer(**({"multiprocessing_options": options} if several() else {}))
+
+
+def read(path: Path, expected: Mapping[str, Any], sharding: Any) -> dict[str, jax.Array] | None:
+  """Read arrays that Orbax wrote by TensorStore, in a tenth of the time that Orbax takes to be imported and to read.
+
+  Args:
+    path: the folder of the arrays.
+    expected: the checksum of each, by its path in the tree.
+    sharding: where they are placed.
+
+  Returns:
+    The arrays by their paths; None if they are not all there as they should be. Orbax reads them then, and says why.
+  """
+  names = list(expected)
+  if several() or any("." in name for name in names):
+    return None
+  found = {}
+  try:
+    import tensorstore
+
+    files = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path}/"}}
+    for start in range(0, len(names), AT_A_TIME):
+      some = names[start : start + AT_A_TIME]
+      specs = [{"driver": "zarr", "kvstore": {**files, "path": f"{name.replace('/', '.')}/"}} for name in some]
+      stores = [store.result() for store in [tensorstore.open(spec, open=True, read=True) for spec in specs]]
+      for name, future in zip(some, [store.read() for store in stores], strict=True):
+        array = future.result()
+        if _checksum_as(expected[name], array) != expected[name]:
+          return None
+        found[name] = jax.device_put(array, sharding)
+  except Exception:  # TensorStore raises many kinds; Orbax tells them apart.
+    return None
+  return found
 
 
 def write(path: Path, tree: PyTree, call: Callable[[], Any]) -> None:

@@ -231,11 +231,19 @@ def _load(folder: Path, verify: bool) -> Model:
     jax.ShapeDtypeStruct(leaf.shape, dtypes[name], sharding=sharding) for name, leaf in arrays.leaves(expected).items()
   ]
 
+  structure, names = jax.tree.structure(expected), list(arrays.leaves(expected))
+
   def restore():
-    with arrays.checkpointer() as checkpointer:
-      params = checkpointer.restore(folder / "params", jax.tree.unflatten(jax.tree.structure(expected), template))
-    if verify:
-      arrays.check(params, checksums["params"])
+    found = None
+    if verify and {*checksums["params"]} == {*names}:
+      found = arrays.read(folder / "params", checksums["params"], sharding)
+    if found is not None:
+      params = jax.tree.unflatten(structure, [found[name] for name in names])
+    else:
+      with arrays.checkpointer() as checkpointer:
+        params = checkpointer.restore(folder / "params", jax.tree.unflatten(structure, template))
+      if verify:
+        arrays.check(params, checksums["params"])
     check(Model(config, params))
     return params
 

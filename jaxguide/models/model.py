@@ -10,7 +10,7 @@ from jaxguide._core.typing import PyTree
 from jaxguide.denoisers.autoencoders import Autoencoder
 from jaxguide.denoisers.linen import check_params, param_shapes
 from jaxguide.denoisers.network import ClassifierLogProb, NetworkDenoiser
-from jaxguide.models import arrays
+from jaxguide.models import arrays, initial
 from jaxguide.models.config import ModelConfig
 from jaxguide.models.networks import AUTOENCODER, CLASSIFIER, DENOISER, Role
 
@@ -64,8 +64,17 @@ class Model:
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> PyTree:
-  """Draw random initial parameters of a network."""
-  return config.module.init(key, *config.role.inputs(config))
+  """Draw random initial parameters of a network, those of Flax's ``module.init``.
+
+  They are computed array by array, by small programs on the host's CPU (`jaxguide.models.initial`), and are bit for bit
+  the same on every platform. Within a program, and for the shapes alone (``jax.eval_shape``), this is ``module.init``.
+  """
+
+  def init(key: jax.Array) -> PyTree:
+    return config.module.init(key, *config.role.inputs(config))
+
+  in_program = isinstance(jax.random.fold_in(key, 0), jax.core.Tracer)
+  return init(key) if in_program else initial.by_array(init, key)
 
 
 def shapes(config: ModelConfig) -> PyTree:

@@ -28,6 +28,7 @@ import numpy as np
 from jaxguide._core.typing import PyTree
 from jaxguide.models import arrays
 from jaxguide.models.config import NOT_FIELDS, ModelConfig
+from jaxguide.models.initial import by_array
 from jaxguide.models.model import Model, init_params, shapes
 from jaxguide.models.networks import CLASSIFIER, DENOISER, find
 from jaxguide.nn.adm.encoder import Encoder
@@ -235,15 +236,15 @@ Rule = Callable[[str, tuple[int, ...], Mapping[str, Any]], _Made]
 
 
 def _random(model: ModelConfig, key: jax.Array, paths: Sequence[str]) -> dict[str, Any]:
-  """Draw the initial values of some parameters. XLA leaves out the others."""
+  """Draw the initial values of some parameters, and not the others."""
   if not paths:
     return {}
 
   def draw(key):
-    every = arrays.leaves(init_params(model, key)["params"])
+    every = arrays.leaves(init_params(model, key)["params"])  # Within a trace: what is not returned is not computed.
     return {path: every[path] for path in paths}
 
-  return jax.device_get(jax.jit(draw, compiler_options={"xla_backend_optimization_level": 0})(key))
+  return jax.device_get(by_array(draw, key))
 
 
 # --- checks ---------------------------------------------------------------------------------------

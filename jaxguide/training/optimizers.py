@@ -1,4 +1,4 @@
-"""Optax's optimisers by name, with their options."""
+"""Optax's optimisers by name, with their options. Optax takes time to import, and is imported where one is made."""
 
 import functools
 import inspect
@@ -7,22 +7,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from optax import contrib
 
 from jaxguide._core import checks, promotion, specs
+from jaxguide.training.rates import Schedule
 
 # Parameters of Optax's optimisers that have fields of their own in the training's configuration.
 OWN = ("learning_rate", "weight_decay")
 
 
 @functools.cache
-def optimizers() -> Mapping[str, Callable[..., optax.GradientTransformation]]:
+def optimizers() -> Mapping[str, Callable[..., Any]]:
   """Return Optax's optimisers by name: its functions, and those of ``optax.contrib``, that take a ``learning_rate``.
 
   >>> {"adam", "adamw", "lion", "muon", "sgd"} <= set(optimizers())
   True
   """
+  import optax
+  from optax import contrib
+
   return {
     name: function
     for module in (contrib, optax)
@@ -32,9 +34,7 @@ def optimizers() -> Mapping[str, Callable[..., optax.GradientTransformation]]:
   }
 
 
-def optimizer(
-  text: str, learning_rate: optax.ScalarOrSchedule, weight_decay: float = 0.0
-) -> optax.GradientTransformation:
+def optimizer(text: str, learning_rate: float | Schedule, weight_decay: float = 0.0) -> Any:
   """Return an optimiser by name.
 
   Args:

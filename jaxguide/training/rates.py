@@ -1,41 +1,46 @@
 """Learning-rate schedules, as functions of the step for optax."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
-import optax
 
 from jaxguide._core import checks, specs
 
+Schedule = Callable[[Any], Any]
+"""``step -> rate``, as Optax's schedules are."""
 
-def _cosine_decay(peak: float, steps: int, warmup: int) -> optax.Schedule:
+
+def _cosine_decay(peak: float, steps: int, warmup: int) -> Schedule:
   """Return a linear warm-up followed by a cosine decay to 0 at the last step."""
+  import optax
+
   return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps)
 
 
-def _constant(peak: float, steps: int, warmup: int) -> optax.Schedule:
+def _constant(peak: float, steps: int, warmup: int) -> Schedule:
   """Return a linear warm-up followed by a constant rate."""
+  import optax
+
   del steps
   # Without a warm-up, Optax's schedule stays at the initial 0.
   return optax.warmup_constant_schedule(0.0, peak, warmup) if warmup else optax.constant_schedule(peak)
 
 
-def _inverse_sqrt(peak: float, steps: int, warmup: int, *, decay_start: float = 70_000.0) -> optax.Schedule:
+def _inverse_sqrt(peak: float, steps: int, warmup: int, *, decay_start: float = 70_000.0) -> Schedule:
   """Return `inverse_sqrt` with a linear warm-up."""
   del steps
   return inverse_sqrt(peak, decay_start, warmup)
 
 
-Schedule = optax.Schedule
-
-RATES: dict[str, Callable[..., optax.Schedule]] = {
+RATES: dict[str, Callable[..., Schedule]] = {
   "cosine-decay": _cosine_decay,
   "constant": _constant,
   "inverse-sqrt": _inverse_sqrt,
 }
 
 
-def rate(text: str, peak: float, steps: int, warmup: int) -> optax.Schedule:
+def rate(text: str, peak: float, steps: int, warmup: int) -> Schedule:
   """Return a learning-rate schedule, ``step -> rate``, by name.
 
   Args:
@@ -57,7 +62,7 @@ def rate(text: str, peak: float, steps: int, warmup: int) -> optax.Schedule:
   return make(peak, steps, warmup, **options)
 
 
-def inverse_sqrt(peak: float | int, decay_start: float | int = 70_000, rampup: float | int = 0) -> optax.Schedule:
+def inverse_sqrt(peak: float | int, decay_start: float | int = 70_000, rampup: float | int = 0) -> Schedule:
   """Return a schedule with a linear ramp, a plateau and an inverse-square-root decay (Karras et al. 2024).
 
   The rate is ``peak * min(step / rampup, 1) / √max(step / decay_start, 1)`` (arXiv:2312.02696). It does not depend on

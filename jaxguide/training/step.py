@@ -13,6 +13,7 @@ from jaxguide._core import devices, keys, promotion, struct
 from jaxguide._core.typing import Leaf, PyTree
 from jaxguide.distributed.placing import Placement, not_gathered
 from jaxguide.models.config import ModelConfig
+from jaxguide.models.initial import by_array, placed
 from jaxguide.models.model import init_params, shapes
 from jaxguide.models.networks import NETWORKS
 from jaxguide.training import ema, optimizers
@@ -206,15 +207,17 @@ def init_state(model: ModelConfig, training: TrainingConfig, params: PyTree | No
     params: initial parameters of the network, ``{"params": ...}``. Default: random ones, drawn from the seed.
   """
 
-  def init(key, params):
-    network = init_params(model, key) if params is None else params
-    every = {**network, **extra_params(model, training, key)}
+  def extra(key):
+    return extra_params(model, training, key)
+
+  def rest(every):
     means = tuple(jax.tree.map(jnp.copy, every) for _ in training.means)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, every, means, optimizer(training).init(every), zero + 0)
+    return means, optimizer(training).init(every), zero, zero + 0
 
-  # This large program runs once, so its compile time dominates. It would take minutes on a GPU: compile it on the CPU
-  # without optimisations.
-  options = {"xla_backend_optimization_level": 0}
   with jax.default_device(devices.host()):
-    return jax.jit(init, compiler_options=options)(keys.seed_key(training.seed), params)
+    key = keys.seed_key(training.seed)
+    network = init_params(model, key) if params is None else jax.tree.map(placed, params)
+    every = {**network, **by_array(extra, key)}
+    means, opt_state, step, skipped = by_array(rest, every)
+  return TrainState(step, every, means, opt_state, skipped)
