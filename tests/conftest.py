@@ -81,6 +81,7 @@ GUIDANCES = {
   "compose": lambda m, scale: Rule(_and_not_the_next, (jg.compose(m.num_classes, scale * np.array([1.0, -0.2])),)),
   "parallel": lambda m, scale: jg.parallel(jg.classifier_free(m.num_classes, scale), jg.classifier(m.log_prob, 0.5)),
   "tangential": lambda m, scale: jg.classifier_free(m.num_classes, scale, jg.tangential),
+  "reused": lambda m, scale: jg.classifier(m.log_prob, scale, every=2),
   "reconstruction": lambda m, scale: jg.reconstruction(clean(m), 0.1 * scale),
   "backward_guidance": lambda m, scale: jg.backward_guidance(clean(m), 0.01 * scale, 2),
   "normalized": lambda m, scale: jg.normalized(jg.classifier(m.log_prob, 2.0), 0.1 * scale),
@@ -136,6 +137,7 @@ def solver(request):
 # a solver of each kind.
 PAIRS = [(name, "dpmpp_2m") for name in GUIDANCES] + [("interval", name) for name in SOLVERS if name != "dpmpp_2m"]
 PAIRS += [("momentum", name) for name in ("ddpm", "heun", "edm_churn")]
+PAIRS += [("reused", "heun")]
 
 
 @pytest.fixture(params=PAIRS, ids="-".join)

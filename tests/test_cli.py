@@ -338,6 +338,11 @@ def test_products_have_the_precision_that_is_asked_for(run, tmp_path, monkeypatc
     (["--guidance", "reconstruction:level=inf"], "level must be finite"),
     (["--guidance", "classifier", "--guidance", "classifier", "--solver", "ddpm"], "by one classifier"),
     (["--guidance", "classifier:ratio=1", "--solver", "ddpm"], "leave out ratio, or choose another solver"),
+    (["--guidance", "classifier:every=0"], "every must be a whole number of at least 1, got 0"),
+    (["--guidance", "classifier:every=-2", "--solver", "ddpm"], "every must be a whole number of at least 1, got -2"),
+    (["--guidance", "classifier:every=1.5"], "every of 'classifier' must be a whole number, got '1.5'"),
+    (["--guidance", "cfg:every=2"], "'cfg' has no option 'every'"),
+    (["--solver", "ddpm:every=2"], "'ddpm' has no option 'every'; it has variance, gradient_at"),
     (["--grid", "kras"], "unknown grid 'kras': did you mean 'karras'?"),
     (["--grid", "karras:rho=0"], "rho must be at least 1"),
     (["--grid", "karras:sigma_min=0"], "sigma_min must be above 0"),
@@ -457,6 +462,9 @@ ASKED = {
   "cfg:scale=3,sigma_lo=0.5,sigma_hi=20": lambda m, c, w: jg.interval(jg.classifier_free(10, 3.0), 0.5, 20.0),
   "cfg:ratio=0.3": lambda m, c, w: jg.normalized(jg.classifier_free(10, 2.0), 0.3),
   "classifier:scale=30": lambda m, c, w: jg.classifier(c.log_prob, 30.0),
+  "classifier:scale=30,every=2": lambda m, c, w: jg.classifier(c.log_prob, 30.0, every=2),
+  "cfg:scale=1": lambda m, c, w: jg.classifier_free(10, jg.scales.static(1)),
+  "classifier:scale=0": lambda m, c, w: jg.classifier(c.log_prob, jg.scales.static(0)),
   "autoguidance:scale=3,weak={weak}": lambda m, c, w: jg.autoguidance(w.denoiser, 3.0),
   "pag:scale=8": lambda m, c, w: jg.autoguidance(_perturbed(m, "identity", "middle_block_1"), 8.0),
   "seg:scale=8,width=1": lambda m, c, w: jg.autoguidance(_perturbed(m, "smooth", "middle_block_1", width=1.0), 8.0),
@@ -464,7 +472,9 @@ ASKED = {
     _perturbed(m, "skip", "middle_block_0", "middle_block_1"), 8.0
   ),
   "reconstruction:scale=30": lambda m, c, w: jg.reconstruction(_clean(c, 0.01), 30.0),
+  "reconstruction:scale=30,every=3": lambda m, c, w: jg.reconstruction(_clean(c, 0.01), 30.0, 3),
   "backward:scale=30,steps=2": lambda m, c, w: jg.backward_guidance(_clean(c, 0.01), 30.0, 2),
+  "backward:scale=30,every=2": lambda m, c, w: jg.backward_guidance(_clean(c, 0.01), 30.0, 1, 2),
   "clip:bound=0.2": lambda m, c, w: jg.clip_x0(0.2),
   "dynamic-threshold:quantile=0.5,bound=0.1": lambda m, c, w: jg.dynamic_threshold(0.5, 0.1),
 }
@@ -500,6 +510,31 @@ def test_every_guidance_by_name(folders, networks, asked, clip):
     # What the network says is clipped, and what a classifier does to it is not.
     parts.insert(1 if name == "classifier" else len(parts), jg.clip_x0())
   assert_same(got, jg.chain(*parts)(networks[0].denoiser))
+
+
+@pytest.mark.parametrize(
+  ("asked", "passes"),
+  [
+    ("cfg:scale=0", 1),
+    ("cfg:scale=1", 1),
+    ("cfg:scale=2", 2),
+    ("classifier:scale=0", 1),
+    ("pag:scale=1", 1),
+    ("reconstruction:scale=0", 1),
+    ("backward:scale=0", 1),
+    ("cfg:scale=1,profile=raised-cosine", 2),
+  ],
+)
+def test_at_scales_of_0_and_1_one_pass_of_the_network_runs(folders, networks, asked, passes):
+  x, label = jnp.linspace(-1, 1, 64).reshape(8, 8, 1), jnp.asarray(3)
+
+  def operations(denoiser):
+    # The scale comes as an argument, as in `jaxguide.sample_batch`.
+    compiled = jax.jit(lambda denoiser: denoiser(x, jnp.asarray(0.7), label)).lower(denoiser).compile()
+    return compiled.cost_analysis()["flops"]
+
+  got = operations(plan(settings(folders, guidance=asked)).denoiser) / operations(networks[0].denoiser)
+  assert got == pytest.approx(passes, rel=0.05)
 
 
 def test_every_guidance_is_asked():
@@ -778,6 +813,11 @@ PUBLISHED = {
   "--guidance classifier --steps 3,3 --solver ddpm:gradient_at=mean,variance=large": lambda table, by, scale: (
     jg.DDPM("large", by, scale, "mean"),
     jg.respaced(table, "3,3"),
+    [jg.clip_x0()],
+  ),
+  "--guidance classifier:every=3 --solver ddpm --steps 6": lambda table, by, scale: (
+    jg.DDPM("learned_range", by, scale, every=3),
+    jg.respaced(table, 6),
     [jg.clip_x0()],
   ),
   "--guidance classifier --solver ddim --steps ddim5": lambda table, by, scale: (

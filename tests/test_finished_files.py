@@ -322,7 +322,9 @@ def test_runs_of_one_process_share_their_program(settings, tmp_path):
 
   read = functools.cache(read)
   sizes = []
-  for scale in (0.0, 1.0, 2.5):
+  for scale in (0.5, 1.5, 2.5, 1.0, 0.0):
     draw(tmp_path / f"{scale}.npz", settings(guidance="cfg", scale=scale), load=read)
     sizes.append(batches._sample_many._cache_size())
   assert sizes[0] == sizes[1] == sizes[2]
+  # Scales of 0 and 1 have smaller programs, with one pass.
+  assert sizes[4] == sizes[3] + 1 == sizes[2] + 2

@@ -323,10 +323,25 @@ def test_momentum_inside_a_plain_function_is_an_error(mixture):
     jg.sample(lambda *args: guided(*args), jax.random.key(0), shape, jg.karras(3), jg.Euler(), 1)  # noqa: PLW0108
 
 
-def test_at_most_one_guidance_has_momentum(mixture):
-  twice = jg.chain(*2 * [jg.classifier_free(3, 2.0, jg.projected(momentum=-0.5))])(mixture.denoiser)
-  with pytest.raises(ValueError, match="2 do: give momentum to one of them"):
-    jg.sample(twice, jax.random.key(0), mixture.means.shape[1:], jg.karras(3), jg.Euler(), 1)
+def test_each_momentum_is_its_own(mixture, relative_error):
+  # Two rules of Sadat et al., arXiv:2410.02416, algorithm 1: from the unconditional and then from a weak prediction.
+  weak, label = mixture.replace(variances=2 * mixture.variances), jnp.asarray(1)
+  grid, betas, scales = np.asarray(jg.karras(5, 0.05, 5.0), float), (-0.6, 0.3), (2.0, 1.5)
+  x, averages = noisy(mixture, 13, 5.0), [0.0, 0.0]
+  start = x
+  for sigma, below in itertools.pairwise(grid):
+    x0 = mixture.denoise(x, jnp.asarray(sigma), label)
+    bases = mixture.denoise(x, jnp.asarray(sigma), None), weak.denoise(x, jnp.asarray(sigma), label)
+    for i, base in enumerate(bases):
+      averages[i] = x0 - base + betas[i] * averages[i]
+      x0 = x0 + (scales[i] - 1) * averages[i]
+    x = x0 + below / sigma * (x - x0)
+  rules = [jg.projected(1.0, momentum=beta) for beta in betas]
+  guidance = jg.chain(jg.classifier_free(3, scales[0], rules[0]), jg.autoguidance(weak.denoiser, scales[1], rules[1]))
+  for inside in (guidance, jg.interval(guidance, 0.0, 10.0)):
+    guided = inside(mixture.denoiser)
+    got, _ = jg.sample(guided, jax.random.key(0), start.shape, grid, jg.Euler(), label, x_init=start)
+    assert relative_error(got, x) < 1e-12
 
 
 # --- interval -------------------------------------------------------------------------------------
@@ -515,6 +530,7 @@ def test_guidance_does_not_change_a_learned_variance(make_guidance, random_mixtu
 PASSES = {
   "classifier_free": 2,
   "classifier": 1,
+  "reused": 1,
   "unconditional_classifier": 1,
   "interval": 2,
   "autoguidance": 1,

@@ -154,7 +154,7 @@ def test_a_sweep_compiles_once_and_samples_ignore_their_batch(pair, random_mixtu
   close(shifted[:4], first[3:])
 
 
-@pytest.mark.parametrize("name", ["momentum", "classifier", "backward_guidance", "scheduled"])
+@pytest.mark.parametrize("name", ["momentum", "classifier", "reused", "backward_guidance", "scheduled"])
 def test_a_sample_is_the_same_alone(name, all_guidances, model):
   guided, key, labels = all_guidances[name](model, 2.0)(model.denoiser), jax.random.key(0), np.arange(7) % 3
   options = dict(shape=SHAPE, sigmas=GRID, solver=jg.DPMpp2M())

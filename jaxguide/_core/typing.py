@@ -59,7 +59,8 @@ class Prediction:
     variance: the network's output for the variance of `jaxguide.DDPM`'s step, of the shape of ``x0``: -1 for the
       smallest and 1 for the largest (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15). None if the network does not
       predict the variance.
-    guidance_state: the state that a guidance passes on to the next step, or None; see `jaxguide.guidance.state`.
+    guidance_state: the values that guidances pass on to the next step, by the slots of their states, or None; see
+      `jaxguide.guidance.state`.
   """
 
   x0: Leaf
@@ -83,8 +84,8 @@ def map_x0(function: Callable[..., Any], prediction: Any, *others: Any) -> Any:
     *others: more outputs.
 
   Returns:
-    The new clean example, in a `Prediction` if there is a variance or a guidance state. The state is the first that is
-    not None of the function's result, ``prediction`` and ``others``.
+    The new clean example, in a `Prediction` if there is a variance or a guidance state. The state of a slot is the
+    first that the function's result, ``prediction`` and ``others`` have.
 
   Raises:
     TypeError: if the function does not return a clean example.
@@ -94,15 +95,23 @@ def map_x0(function: Callable[..., Any], prediction: Any, *others: Any) -> Any:
   2.0
   """
   result = function(x0_of(prediction), *map(x0_of, others))
-  predictions = (output for output in (result, prediction, *others) if isinstance(output, Prediction))
+  predictions = [output for output in (result, prediction, *others) if isinstance(output, Prediction)]
   variance = prediction.variance if isinstance(prediction, Prediction) else None
-  state = next((output.guidance_state for output in predictions if output.guidance_state is not None), None)
+  states = [output.guidance_state for output in predictions if output.guidance_state is not None]
+  state = {slot: value for values in states[::-1] for slot, value in by_slot(values).items()} if states else None
   x0 = x0_of(result)
   if not isinstance(x0, jax.Array | np.ndarray | int | float):
     raise TypeError(
       f"guidance must return a clean example, got {x0!r}: if this is a combine rule, call it with its options first"
     )
   return x0 if variance is None and state is None else Prediction(x0, variance, state)
+
+
+def by_slot(guidance_state: Any) -> dict[str, Any]:
+  """Return the values of a `Prediction.guidance_state` by their slots. A value without a slot is that of the first."""
+  if guidance_state is None:
+    return {}
+  return guidance_state if isinstance(guidance_state, dict) else {"0": guidance_state}
 
 
 @runtime_checkable

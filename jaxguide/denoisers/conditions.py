@@ -22,6 +22,11 @@ class _Given:
   def check_cond(self, cond: PyTree) -> None:
     check_cond(self.function, self._part(cond))
 
+  def acts_at(self, sigma: Scalar) -> Any:
+    """Return whether a classifier guides at this level; see `jaxguide.ClassifierLogProb`."""
+    acts_at = getattr(self.function, "acts_at", None)
+    return True if acts_at is None else acts_at(sigma)
+
   def _part(self, cond: PyTree) -> PyTree:
     if not isinstance(cond, Mapping) or self.key not in cond:
       problem = f"has {', '.join(map(repr, cond))}" if isinstance(cond, Mapping) else "is not a dictionary"

@@ -117,9 +117,14 @@ class ClassifierLogProb:
       )
     if self.noise_range is None:
       return self._log_probs(x, sigma)[cond]
+    return jax.lax.cond(self.acts_at(sigma), self._log_probs, self._uniform, x, sigma)[cond]
+
+  def acts_at(self, sigma: Scalar) -> Any:
+    """Return whether the noise level lies in ``noise_range``. At other levels the gradient is 0."""
+    if self.noise_range is None:
+      return True
     low, high = self.noise_range
-    inside = (sigma >= low) & (sigma <= high)
-    return jax.lax.cond(inside, self._log_probs, self._uniform, x, sigma)[cond]
+    return (sigma >= low) & (sigma <= high)
 
   def _log_probs(self, x: Example, sigma: Scalar) -> Array:
     return jax.nn.log_softmax(self.logits(x, sigma))

@@ -106,9 +106,9 @@ def cfg(networks: Networks, scale: Scale, combine: Combine) -> Guidance:
   return guide.classifier_free(networks.null_cond, scale, combine)
 
 
-def classifier(networks: Networks, scale: Scale) -> Guidance:
+def classifier(networks: Networks, scale: Scale, *, every: int = 1) -> Guidance:
   """The gradient of a noisy classifier, added to the score (Dhariwal & Nichol 2021, arXiv:2105.05233)."""
-  return guide.classifier(networks.log_prob, scale)
+  return guide.classifier(networks.log_prob, scale, every)
 
 
 def autoguidance(networks: Networks, scale: Scale, combine: Combine, *, weak: str) -> Guidance:
@@ -182,14 +182,14 @@ def _with_others(scale, others, sigma):
   return jnp.append(scale_at(scale, sigma, others), others)
 
 
-def reconstruction(networks: Networks, scale: Scale, *, level: float = 0.01) -> Guidance:
+def reconstruction(networks: Networks, scale: Scale, *, level: float = 0.01, every: int = 1) -> Guidance:
   """DPS (Chung et al. 2023, arXiv:2209.14687): the gradient of a classifier of clean images, through the denoiser."""
-  return guide.reconstruction(networks.clean(level), scale)
+  return guide.reconstruction(networks.clean(level), scale, every)
 
 
-def backward(networks: Networks, scale: Scale, *, steps: int = 1, level: float = 0.01) -> Guidance:
+def backward(networks: Networks, scale: Scale, *, steps: int = 1, level: float = 0.01, every: int = 1) -> Guidance:
   """Universal guidance (Bansal et al. 2023, arXiv:2302.07121): steps of ascent on x0; scale is the step size."""
-  return guide.backward_guidance(networks.clean(level), scale, steps)
+  return guide.backward_guidance(networks.clean(level), scale, steps, every)
 
 
 def clip(networks: Networks, *, bound: float = 1.0) -> Guidance:
@@ -215,6 +215,7 @@ class Method:
     passes: how many passes of the network a step takes.
     scale: the default scale; None for a method without one.
     gradient: whether it uses the gradient of a classifier. Guidance by gradients alone runs the model unconditionally.
+    cheap: the scales at which it takes fewer passes, in a program of their own.
   """
 
   make: Callable[..., Guidance]
@@ -222,6 +223,7 @@ class Method:
   passes: str
   scale: float | None = None
   gradient: bool = False
+  cheap: tuple[float, ...] = ()
 
   @property
   def options(self) -> dict[str, inspect.Parameter]:
@@ -235,15 +237,17 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-  "cfg": Method(cfg, "classifier_free", "2", 2.0),
-  "classifier": Method(classifier, "classifier", "1, and the classifier's gradient", 2.0, gradient=True),
-  "autoguidance": Method(autoguidance, "autoguidance", "1, and 1 of the weaker model", 2.0),
-  "pag": Method(pag, "autoguidance", "2", 4.0),
-  "seg": Method(seg, "autoguidance", "2", 4.0),
-  "slg": Method(slg, "autoguidance", "2", 3.0),
+  "cfg": Method(cfg, "classifier_free", "2", 2.0, cheap=(0.0, 1.0)),
+  "classifier": Method(classifier, "classifier", "1, and the classifier's gradient", 2.0, gradient=True, cheap=(0.0,)),
+  "autoguidance": Method(autoguidance, "autoguidance", "1, and 1 of the weaker model", 2.0, cheap=(0.0, 1.0)),
+  "pag": Method(pag, "autoguidance", "2", 4.0, cheap=(0.0, 1.0)),
+  "seg": Method(seg, "autoguidance", "2", 4.0, cheap=(0.0, 1.0)),
+  "slg": Method(slg, "autoguidance", "2", 3.0, cheap=(0.0, 1.0)),
   "compose": Method(compose, "compose", "1 for each label, and 1", 2.0),
-  "reconstruction": Method(reconstruction, "reconstruction", "1, with its gradient", 1.0, gradient=True),
-  "backward": Method(backward, "backward_guidance", "1, and the classifier's gradient", 0.1, gradient=True),
+  "reconstruction": Method(reconstruction, "reconstruction", "1, with its gradient", 1.0, gradient=True, cheap=(0.0,)),
+  "backward": Method(
+    backward, "backward_guidance", "1, and the classifier's gradient", 0.1, gradient=True, cheap=(0.0,)
+  ),
   "clip": Method(clip, "clip_x0", "1"),
   "dynamic-threshold": Method(dynamic_threshold, "dynamic_threshold", "1"),
 }
@@ -465,7 +469,10 @@ class GuidanceSpec:
     options = self._of(self.method.options)
     if self.takes_scale:
       number = checks.finite("scale", self.options.get("scale", self.method.scale if scale is None else scale))
-      options["scale"] = self.profile(networks, **{**self._of(options_of(self.profile, "networks")), "scale": number})
+      scale_options = {**self._of(options_of(self.profile, "networks")), "scale": number}
+      options["scale"] = self.profile(networks, **scale_options)
+      if options["scale"] == number and number in self.method.cheap:
+        options["scale"] = scaled.static(number)
     if self.method.combines:
       options["combine"] = self.rule(**self._of(options_of(self.rule)))
     guidance = self.method.make(networks, **options)

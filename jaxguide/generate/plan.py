@@ -228,10 +228,10 @@ def _move_into_solver(solver: Solver, guidances: list[Named]) -> tuple[Solver, l
       f"{', '.join(sorted(narrowed))}, or choose another solver"
     )
   rule: Any = guidance
-  log_prob, scale = rule.parameters
+  log_prob, scale = rule.parameters[:2]
   shifted: Any = solver
   return (
-    dataclasses.replace(shifted, log_prob=log_prob, scale=scale),
+    dataclasses.replace(shifted, log_prob=log_prob, scale=scale, every=spec.options.get("every", 1)),
     [named for named in guidances if named[0] is not spec],
   )
 

@@ -22,7 +22,7 @@ def _edm_stochastic(
 GRIDS: dict[str, Callable[..., Array]] = {"respaced": schedules.respaced, **schedules.GRIDS}
 """The grids of `jaxguide.schedules`, and the steps of a model's own discrete process."""
 
-FROM_GUIDANCE = ("log_prob", "scale")
+FROM_GUIDANCE = ("log_prob", "scale", "every")
 """Fields of `jaxguide.DDPM` that come from the guidance and are no options."""
 
 

@@ -13,6 +13,7 @@ from jaxguide._core import checks, struct
 from jaxguide._core.typing import ArrayLike, Example, Guidance, Leaf, Prediction, PyTree, Scalar, map_x0
 from jaxguide.denoisers.conditions import check_cond
 from jaxguide.denoisers.scaling import coefficients
+from jaxguide.guidance import passes
 from jaxguide.guidance import state as guidance_state
 from jaxguide.guidance.rule import Composition, Rule, check_guidances
 
@@ -178,16 +179,18 @@ def _interval(denoise, guidance, low, high, x, sigma, cond):
 
 
 def _guided_where(inside, denoise, guidance, x, sigma, cond):
-  state = guidance_state.find(guidance)
+  states = guidance_state.find(guidance)
 
-  def bare(x, sigma, cond):
+  def bare():
     prediction = denoise(x, sigma, cond)
-    if state is None:
+    if not states:
       return prediction
     # The state is passed on unchanged: both branches of `jax.lax.cond` must return the same structure.
-    return map_x0(lambda x0: Prediction(x0, guidance_state=state.or_zeros(x)), prediction)
+    unchanged = {slot: value for state in states for slot, value in state.becomes(state.or_zeros(x)).items()}
+    return map_x0(lambda x0: Prediction(x0, guidance_state=unchanged), prediction)
 
-  return jax.lax.cond(inside, guidance(denoise), bare, x, sigma, cond)
+  # The branches close over the inputs, so that a denoiser that knows its prediction at these inputs recognises them.
+  return jax.lax.cond(inside, lambda: guidance(denoise)(x, sigma, cond), bare)
 
 
 def parallel(*guidances: Guidance) -> Guidance:
@@ -197,7 +200,7 @@ def parallel(*guidances: Guidance) -> Guidance:
 
   Each guidance keeps its own scale, while in a `chain` the scales multiply. An example is classifier-free guidance
   towards a label plus `autoguidance` away from a perturbed network (perturbed attention; Ahn et al. 2024,
-  arXiv:2403.17377, eq. 14). Guidances that evaluate the bare denoiser at the same inputs share that evaluation.
+  arXiv:2403.17377, eq. 14). The bare denoiser is evaluated once for all of them.
 
   Returns:
     A `Guidance`. Without arguments it changes nothing.
@@ -211,5 +214,6 @@ def parallel(*guidances: Guidance) -> Guidance:
 
 
 def _parallel(denoise, guidances, x, sigma, cond):
+  bare, denoise = passes.evaluated(denoise, x, sigma, cond)
   predictions = [guidance(denoise)(x, sigma, cond) for guidance in guidances]
-  return map_x0(lambda x0, *guided: x0 + sum(x0_i - x0 for x0_i in guided), denoise(x, sigma, cond), *predictions)
+  return map_x0(lambda x0, *guided: x0 + sum(x0_i - x0 for x0_i in guided), bare, *predictions)

@@ -13,6 +13,7 @@ program serves a sweep over them.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -129,7 +130,8 @@ def _projected(eta, norm_threshold, x0, x0_base, scale, x, sigma):
 
 def _averaged(momentum, state, of, x0, x0_base, scale, x, sigma):
   delta = x0 - x0_base + jnp.asarray(momentum, x0.dtype) * state.or_zeros(x0)
-  return map_x0(lambda guided: Prediction(guided, guidance_state=delta), of(x0, x0 - delta, scale, x, sigma))
+  next_state = state.becomes(delta)
+  return map_x0(lambda guided: Prediction(guided, guidance_state=next_state), of(x0, x0 - delta, scale, x, sigma))
 
 
 def zero_star(sigma_zero: ArrayLike = math.inf) -> Combine:
@@ -286,14 +288,15 @@ def _channels(count, of, x0, x0_base, scale, x, sigma):
   n, width = count.n, x0.shape[-1] if x0.ndim else 0
   if n > width:
     raise ValueError(f"channels guides the first {n} channels, and the example has shape {x0.shape}: give a smaller n")
-  state = guidance_state.find(of)
-  if state is not None and state.value is not None:
-    of = guidance_state.with_value(of, state.value[..., :n])
+  of = guidance_state.map_states(
+    lambda state: state if state.value is None else dataclasses.replace(state, value=state.value[..., :n]), of
+  )
   guided = of(x0[..., :n], x0_base[..., :n], scale, x[..., :n], sigma)
   whole = jnp.concatenate([x0_of(guided), x0[..., n:]], -1)
   if not isinstance(guided, Prediction):
     return whole
-  return Prediction(whole, guidance_state=jnp.zeros_like(x0).at[..., :n].set(guided.guidance_state))
+  states = {slot: jnp.zeros_like(x0).at[..., :n].set(value) for slot, value in guided.guidance_state.items()}
+  return Prediction(whole, guidance_state=states)
 
 
 def _blurred(x: Array, space: Sequence[int]) -> Array:
@@ -327,6 +330,23 @@ def _std(x: Example) -> Array:
   """The standard deviation over all elements; its gradient is 0 where it is 0."""
   variance = jnp.var(x)
   return jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0)
+
+
+def gives_x0_at_1(rule: Combine) -> bool:
+  """Whether a rule is known to give ``x0`` at scale 1 whatever the base is, without state.
+
+  >>> gives_x0_at_1(check_rule(rescaled(of=tangential))), gives_x0_at_1(zero_star())
+  (True, False)
+  """
+  function = getattr(rule, "func", rule)
+  if function in (_rescaled, _channels):
+    return gives_x0_at_1(rule.args[1])  # type: ignore[attr-defined]
+  return function in (linear, _projected, tangential, _frequency_decoupled)
+
+
+def of_base_at_0(rule: Combine) -> bool:
+  """Whether a rule is known to give the base at scale 0 whatever ``x0`` is."""
+  return getattr(rule, "func", rule) is linear
 
 
 def check_rule(combine: Any) -> Combine:

@@ -19,11 +19,25 @@ import jax
 import jax.numpy as jnp
 
 from jaxguide._core import checks, struct
-from jaxguide._core.typing import Example, Guidance, Leaf, LogProb, PyTree, Scalar, Scale, map_x0, scale_at, x0_of
+from jaxguide._core.typing import (
+  Example,
+  Guidance,
+  Leaf,
+  LogProb,
+  Prediction,
+  PyTree,
+  Scalar,
+  Scale,
+  map_x0,
+  scale_at,
+  x0_of,
+)
+from jaxguide.guidance import passes
+from jaxguide.guidance.reuse import Reused, acts_at, of_clean
 from jaxguide.guidance.rule import Rule, check_guidances, check_log_prob
 
 
-def classifier(log_prob: LogProb, scale: Scale) -> Guidance:
+def classifier(log_prob: LogProb, scale: Scale, every: int = 1) -> Guidance:
   r"""Classifier guidance (Dhariwal & Nichol 2021, arXiv:2105.05233, section 4).
 
   The gradient of a classifier of noisy examples is added to the score. With ``γ = scale``, ``x = x_t / alpha`` and
@@ -41,27 +55,42 @@ def classifier(log_prob: LogProb, scale: Scale) -> Guidance:
     scale: γ, a number or a function of ``sigma`` (see `jaxguide.scales`). On an unconditional denoiser 0 is
       unconditional and 1 is conditional, if the classifier is exact. On a conditional denoiser the power is
       ``1 + scale``. The paper uses 1 to 10.
+    every: n; the gradient is computed in every n-th step and reused in between; static. See `jaxguide.guidance.reuse`.
 
   Returns:
-    A `Guidance`. The guided denoiser costs one evaluation of the denoiser, and one of the classifier with its gradient.
+    A `Guidance`. The guided denoiser costs one evaluation of the denoiser, and in every n-th step one of the classifier
+    with its gradient. A scale of 0 costs no gradient if it is known when the program is made, or is looked at while it
+    runs (`jaxguide.scales.static`, `branching`).
 
   Raises:
-    ValueError: if ``scale`` is not finite.
+    ValueError: if ``scale`` is not finite, or if ``every`` is not a whole number of at least 1.
 
   >>> guided = classifier(lambda x, sigma, cond: -0.5 * (x - cond) ** 2, 2.0)(lambda x, sigma, cond: x)
   >>> float(guided(jnp.asarray(0.0), jnp.asarray(0.5), 1.0))
   0.5
   """
-  return Rule(_classifier, (check_log_prob(log_prob), checks.scale("scale", scale)))
+  parameters = check_log_prob(log_prob), checks.scale("scale", scale)
+  if (reused := Reused.every(every)) is None:
+    return Rule(_classifier, parameters)
+  return Rule(_classifier_reused, (*parameters, reused))
 
 
 def _classifier(denoise, log_prob, scale, x, sigma, cond):
-  gradient = jax.grad(log_prob)(x, sigma, cond)
-  scale = scale_at(scale, sigma, x)
-  return map_x0(lambda x0: x0 + scale * sigma**2 * gradient, denoise(x, sigma, cond))
+  def change(scale):
+    return scale * sigma**2 * jax.grad(log_prob)(x, sigma, cond)
+
+  change = passes.at(scale, sigma, x, {0.0: lambda: jnp.zeros_like(x)}, change)
+  return map_x0(lambda x0: x0 + change, denoise(x, sigma, cond))
 
 
-def reconstruction(log_prob: LogProb, scale: Scale) -> Guidance:
+def _classifier_reused(denoise, log_prob, scale, reused, x, sigma, cond):
+  acts = acts_at(log_prob, sigma) & passes.differs(scale, sigma, x, 0.0)
+  gradient, _, state = reused(lambda: (jax.grad(log_prob)(x, sigma, cond), None), lambda: None, x, sigma, acts)
+  factor = scale_at(scale, sigma, x) * sigma**2
+  return map_x0(lambda x0: Prediction(x0 + factor * gradient, guidance_state=state), denoise(x, sigma, cond))
+
+
+def reconstruction(log_prob: LogProb, scale: Scale, every: int = 1) -> Guidance:
   r"""Guidance by a log-probability of clean examples, with the gradient taken through the denoiser.
 
   .. math:: \tilde D(x) = D(x) + \gamma \sigma^2 \nabla_x \log p(y | x_0 = D(x))
@@ -85,33 +114,58 @@ def reconstruction(log_prob: LogProb, scale: Scale) -> Guidance:
   Args:
     log_prob: ``(x0, sigma, cond) -> log p(cond | x0)``, a scalar; it receives the denoised example.
     scale: γ, a number or a function of ``sigma``. 0 is the bare denoiser.
+    every: n; the gradient is computed in every n-th step and reused in between; static. See `jaxguide.guidance.reuse`.
 
   Returns:
     A `Guidance`. The guided denoiser costs one evaluation of the denoiser with its gradient (the time of about three
-    evaluations and the memory of one training example), and one of ``log_prob`` with its gradient.
+    evaluations and the memory of one training example), and one of ``log_prob`` with its gradient. Steps that reuse a
+    gradient, and a scale of 0 as in `classifier`, cost one evaluation of the denoiser.
 
   Raises:
-    ValueError: if ``scale`` is not finite.
+    ValueError: if ``scale`` is not finite, or if ``every`` is not a whole number of at least 1.
 
   >>> log_prob = lambda x0, sigma, cond: -0.5 * (x0 - cond) ** 2
   >>> guided = reconstruction(log_prob, 1.0)(lambda x, sigma, cond: 0.5 * x)
   >>> float(guided(jnp.asarray(0.0), jnp.asarray(2.0), 1.0))  # σ² · 0.5 · (1 - 0)
   2.0
   """
-  return Rule(_reconstruction, (check_log_prob(log_prob), checks.scale("scale", scale)))
+  parameters = check_log_prob(log_prob), checks.scale("scale", scale)
+  if (reused := Reused.every(every)) is None:
+    return Rule(_reconstruction, parameters)
+  return Rule(_reconstruction_reused, (*parameters, reused))
 
 
-def _reconstruction(denoise, log_prob, scale, x, sigma, cond):
+def _through(denoise, log_prob, x, sigma, cond):
+  """Return the gradient through the denoiser, and the prediction."""
+
   def value(x):
     prediction = denoise(x, sigma, cond)
     return log_prob(x0_of(prediction), sigma, cond), prediction
 
-  gradient, prediction = jax.grad(value, has_aux=True)(x)
-  scale = scale_at(scale, sigma, x)
-  return map_x0(lambda x0: x0 + scale * sigma**2 * gradient, prediction)
+  return jax.grad(value, has_aux=True)(x)
 
 
-def backward_guidance(log_prob: LogProb, step_size: Scale, steps: int = 1) -> Guidance:
+def _reconstruction(denoise, log_prob, scale, x, sigma, cond):
+  def guided(scale):
+    gradient, prediction = _through(denoise, log_prob, x, sigma, cond)
+    return map_x0(lambda x0: x0 + scale * sigma**2 * gradient, prediction)
+
+  return passes.at(scale, sigma, x, {0.0: lambda: denoise(x, sigma, cond)}, guided)
+
+
+def _reconstruction_reused(denoise, log_prob, scale, reused, x, sigma, cond):
+  gradient, prediction, state = reused(
+    lambda: _through(denoise, log_prob, x, sigma, cond),
+    lambda: denoise(x, sigma, cond),
+    x,
+    sigma,
+    passes.differs(scale, sigma, x, 0.0),
+  )
+  factor = scale_at(scale, sigma, x) * sigma**2
+  return map_x0(lambda x0: Prediction(x0 + factor * gradient, guidance_state=state), prediction)
+
+
+def backward_guidance(log_prob: LogProb, step_size: Scale, steps: int = 1, every: int = 1) -> Guidance:
   r"""Gradient ascent on the denoised example itself (Bansal et al. 2023, arXiv:2302.07121, eq. 7 to 9).
 
   .. math:: x_0 \leftarrow x_0 + \eta \nabla_{x_0} \log p(y | x_0), \quad m \text{ times, from } x_0 = D(x)
@@ -128,13 +182,15 @@ def backward_guidance(log_prob: LogProb, step_size: Scale, steps: int = 1) -> Gu
       stable up to 1 over the largest curvature, which is ``std²`` if `jaxguide.measurement` has the identity as
       its operator.
     steps: m, the number of steps; static. More steps follow the condition more closely.
+    every: n; the gradients are computed in every n-th step of the solver, and their sum is reused in between; static.
+      See `jaxguide.guidance.reuse`.
 
   Returns:
     A `Guidance`. The guided denoiser costs one evaluation of the denoiser, and ``steps`` evaluations of ``log_prob``
-    with its gradient.
+    with its gradient in every n-th step of the solver. A step size of 0 costs none, as in `classifier`.
 
   Raises:
-    ValueError: if ``step_size`` is not finite, or if ``steps`` is not a whole number of at least 1.
+    ValueError: if ``step_size`` is not finite, or if ``steps`` or ``every`` is not a whole number of at least 1.
 
   >>> log_prob = lambda x0, sigma, cond: -0.5 * (x0 - cond) ** 2
   >>> guided = backward_guidance(log_prob, 0.5, steps=2)(lambda x, sigma, cond: x)
@@ -142,12 +198,27 @@ def backward_guidance(log_prob: LogProb, step_size: Scale, steps: int = 1) -> Gu
   0.75
   """
   climb = _Climb(log_prob, checks.at_least("steps", steps, 1))
-  return Rule(_backward_guidance, (climb, checks.scale("step_size", step_size)))
+  parameters = climb, checks.scale("step_size", step_size)
+  if (reused := Reused.every(every, of_clean)) is None:
+    return Rule(_backward_guidance, parameters)
+  return Rule(_backward_guidance_reused, (*parameters, reused))
 
 
 def _backward_guidance(denoise, climb, step_size, x, sigma, cond):
-  step_size = scale_at(step_size, sigma, x)
-  return map_x0(lambda x0: climb(x0, step_size, sigma, cond), denoise(x, sigma, cond))
+  def climbed(x0):
+    return passes.at(step_size, sigma, x, {0.0: lambda: x0}, lambda step_size: climb(x0, step_size, sigma, cond))
+
+  return map_x0(climbed, denoise(x, sigma, cond))
+
+
+def _backward_guidance_reused(denoise, climb, step_size, reused, x, sigma, cond):
+  acts, step_size = passes.differs(step_size, sigma, x, 0.0), scale_at(step_size, sigma, x)
+
+  def climbed(x0):
+    total, _, state = reused(lambda: (climb.total(x0, step_size, sigma, cond), None), lambda: None, x, sigma, acts)
+    return Prediction(x0 + step_size * total, guidance_state=state)
+
+  return map_x0(climbed, denoise(x, sigma, cond))
 
 
 @struct.dataclass
@@ -158,6 +229,14 @@ class _Climb:
   def __call__(self, x0: Example, step_size: Scalar, sigma: Scalar, cond: PyTree) -> Example:
     climb = jax.grad(self.log_prob)
     return jax.lax.fori_loop(0, self.steps, lambda _, x0: x0 + step_size * climb(x0, sigma, cond), x0)
+
+  def total(self, x0: Example, step_size: Scalar, sigma: Scalar, cond: PyTree) -> Example:
+    """Return the sum of the gradients on the way."""
+
+    def step(_, total):
+      return total + jax.grad(self.log_prob)(x0 + step_size * total, sigma, cond)
+
+    return jax.lax.fori_loop(0, self.steps, step, jnp.zeros_like(x0))
 
 
 def normalized(guidance: Guidance, ratio: Scale) -> Guidance:
@@ -180,8 +259,8 @@ def normalized(guidance: Guidance, ratio: Scale) -> Guidance:
     ratio: ρ, a number or a function of ``sigma``. 0 is the bare denoiser. The paper uses 0.3 for speech.
 
   Returns:
-    A `Guidance`. The guided denoiser costs one evaluation of the denoiser more than ``guidance`` alone. The compiler
-    removes it if ``guidance`` has the same evaluation, as guidances by gradients do.
+    A `Guidance`. The guided denoiser costs one evaluation of the denoiser, and what ``guidance`` evaluates beside it:
+    that of the bare denoiser at the same inputs is not repeated.
 
   Raises:
     ValueError: if ``ratio`` is negative or not finite.
@@ -203,7 +282,8 @@ def _normalized(denoise, guidance, ratio, x, sigma, cond):
     direction, _ = _polar(guided - x0)
     return x0 + ratio * length * direction
 
-  return map_x0(rescale, denoise(x, sigma, cond), guidance(denoise)(x, sigma, cond))
+  bare, denoise = passes.evaluated(denoise, x, sigma, cond)
+  return map_x0(rescale, bare, guidance(denoise)(x, sigma, cond))
 
 
 def _polar(v: Example) -> tuple[Example, Scalar]:

@@ -12,10 +12,11 @@ from jax.tree_util import Partial
 
 from jaxguide._core import checks, struct
 from jaxguide._core.promotion import same_type
-from jaxguide._core.typing import Denoiser, Example, Guidance, Leaf, PyTree, Scalar, Scale, map_x0, scale_at, x0_of
+from jaxguide._core.typing import Denoiser, Example, Guidance, Leaf, Prediction, PyTree, Scalar, Scale, map_x0, x0_of
 from jaxguide.denoisers.conditions import check_cond
+from jaxguide.guidance import passes
 from jaxguide.guidance import state as guidance_state
-from jaxguide.guidance.combine import Combine, check_rule, linear
+from jaxguide.guidance.combine import Combine, check_rule, gives_x0_at_1, linear, of_base_at_0
 from jaxguide.guidance.rule import Composition, Rule, check_denoiser
 
 
@@ -42,7 +43,8 @@ def classifier_free(null_cond: PyTree, scale: Scale, combine: Combine = linear) 
       ``(x0, x0_base, scale, x, sigma) -> x0``.
 
   Returns:
-    A `Guidance`. The guided denoiser costs two evaluations of the denoiser.
+    A `Guidance`. The guided denoiser costs two evaluations of the denoiser. It costs one if the scale is 0 or 1 and is
+    known when the program is made, or is looked at while it runs (`jaxguide.scales.static`, `branching`).
 
   Raises:
     ValueError: if ``scale`` is not finite.
@@ -60,8 +62,16 @@ def _classifier_free(denoise, null_cond, scale, combine):
 
 
 def _away_from_null(both, scale, combine, x, sigma, cond):
-  null, conditional = both(x, sigma, cond)
-  return map_x0(lambda x0, x0_null: combine(x0, x0_null, scale_at(scale, sigma, x), x, sigma), conditional, null)
+  def guided(scale):
+    null, conditional = both(x, sigma, cond)
+    return map_x0(lambda x0, x0_null: combine(x0, x0_null, scale, x, sigma), conditional, null)
+
+  others = {}
+  if gives_x0_at_1(combine):
+    others[1.0] = lambda: both.one(x, sigma, cond, null=False)
+  if of_base_at_0(combine):
+    others[0.0] = lambda: both.one(x, sigma, cond, null=True)
+  return passes.at(scale, sigma, x, others, guided)
 
 
 @struct.dataclass
@@ -74,9 +84,26 @@ class Both:
   def __call__(self, x: Example, sigma: Scalar, cond: PyTree) -> tuple[Any, Any]:
     """Return the prediction with ``null_cond`` and the prediction with ``cond``."""
     _check_null(self.denoise, cond, self.null_cond)
+    if isinstance(self.denoise, passes.Known) and self.denoise.knows(x, sigma, cond):
+      return self.one(x, sigma, cond, null=True, variance=False), self.denoise.prediction
     conds = jax.tree.map(lambda null, y: jnp.stack(same_type(null, y)), self.null_cond, cond)
     predictions = jax.vmap(self.denoise, (None, None, 0))(x, sigma, conds)
     return jax.tree.map(operator.itemgetter(0), predictions), jax.tree.map(operator.itemgetter(1), predictions)
+
+  def one(self, x: Example, sigma: Scalar, cond: PyTree, null: bool, variance: bool = True) -> Any:
+    """Return one of the two predictions.
+
+    A learned variance is that of ``cond``. So with one the null prediction needs both passes, unless ``variance`` is
+    false, and it then has its own.
+    """
+    _check_null(self.denoise, cond, self.null_cond)
+    if not null:
+      return self.denoise(x, sigma, cond)
+    null_cond = jax.tree.map(lambda null, y: same_type(null, y)[0], self.null_cond, cond)
+    prediction = self.denoise(x, sigma, null_cond)
+    if not variance or not isinstance(prediction, Prediction) or prediction.variance is None:
+      return prediction
+    return map_x0(lambda _, x0_null: x0_null, self.denoise(x, sigma, cond), prediction)
 
   def check_cond(self, cond: PyTree) -> None:
     """Raise ValueError if ``cond`` or the null condition is not one of the denoiser's classes."""
@@ -167,10 +194,10 @@ def _check_null(denoise: Denoiser, cond: PyTree, null_cond: PyTree) -> None:
   for leaf, null in zip(jax.tree.leaves(cond), jax.tree.leaves(null_cond), strict=True):
     if isinstance(null, str) or np.shape(null) != np.shape(leaf):
       raise ValueError(f"null_cond must have the shapes of one cond, {np.shape(leaf)} here; got {null!r}")
-  if guidance_state.find(denoise) is not None:
+  if guidance_state.find(denoise):
     raise ValueError(
-      "this guidance evaluates its denoiser several times in a step, but a guidance with momentum allows one "
-      "evaluation: put it last in the chain, outside this one"
+      "this guidance evaluates its denoiser several times in a step, but a guidance that remembers (momentum, every) "
+      "allows one evaluation: put it last in the chain, outside this one"
     )
 
 
@@ -201,7 +228,8 @@ def autoguidance(weak: Denoiser, scale: Scale, combine: Combine = linear) -> Gui
     combine: another rule for the combination of the two predictions; see `classifier_free`.
 
   Returns:
-    A `Guidance`. The guided denoiser costs one evaluation of each model.
+    A `Guidance`. The guided denoiser costs one evaluation of each model. At a scale of 0 or 1 that is known when the
+    program is made, or is looked at while it runs (`jaxguide.scales.static`, `branching`), it costs one of the two.
 
   Raises:
     ValueError: if ``scale`` is not finite.
@@ -214,5 +242,18 @@ def autoguidance(weak: Denoiser, scale: Scale, combine: Combine = linear) -> Gui
 
 
 def _autoguidance(denoise, weak, scale, combine, x, sigma, cond):
-  good, poor = denoise(x, sigma, cond), weak(x, sigma, cond)
-  return map_x0(lambda x0, x0_weak: combine(x0, x0_weak, scale_at(scale, sigma, x), x, sigma), good, poor)
+  def guided(scale):
+    good, poor = denoise(x, sigma, cond), weak(x, sigma, cond)
+    return map_x0(lambda x0, x0_weak: combine(x0, x0_weak, scale, x, sigma), good, poor)
+
+  def weak_alone():
+    poor = weak(x, sigma, cond)
+    if not isinstance(jax.eval_shape(denoise, x, sigma, cond), Prediction):
+      return x0_of(poor)
+    # A variance or a state is that of the good model.
+    return map_x0(lambda _, x0_weak: x0_weak, denoise(x, sigma, cond), poor)
+
+  others = {1.0: lambda: denoise(x, sigma, cond)} if gives_x0_at_1(combine) else {}
+  if of_base_at_0(combine):
+    others[0.0] = weak_alone
+  return passes.at(scale, sigma, x, others, guided)

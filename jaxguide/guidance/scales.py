@@ -25,8 +25,54 @@ from jax.tree_util import Partial
 
 from jaxguide._core import checks
 from jaxguide._core.typing import Array, ArrayLike, Scalar, Scale
+from jaxguide.guidance import passes
 from jaxguide.schedules import NoiseSchedule, Table
 from jaxguide.schedules.posterior import ancestral
+
+
+def static(scale: float | int) -> Scale:
+  """A constant scale that is a part of the program: at 0 and 1 it leaves out the passes that are not needed.
+
+  A number is an argument of a compiled program, which serves all numbers and runs all passes at each of them. With this
+  scale another number is another program. Inside your own ``jit`` a number that is written there is static, too. The
+  commands take it at 0 and 1.
+
+  Args:
+    scale: γ, a number.
+
+  Raises:
+    ValueError: if it is not one finite number that is known here.
+
+  >>> import jaxguide as jg
+  >>> denoise = lambda x, sigma, cond: x * cond
+  >>> jax.make_jaxpr(jg.classifier_free(0, static(1.0))(denoise))(3.0, 1.0, 2.0).eqns[0].primitive
+  mul
+  """
+  return passes.Static(checks.number("scale", scale))
+
+
+def branching(scale: Scale) -> Scale:
+  """A scale that is looked at while the program runs: where it is 0 or 1, passes that are not needed do not run.
+
+  It is for one program that serves a sweep with 0 and 1 in it, and for functions of ``sigma`` that are 0 or 1 at some
+  levels. Classifier-free guidance then has the network twice in its program, once for one pass and once for two: that
+  of the animals took 1.5 times as long to compile, and twice as long to trace. Under ``vmap`` over scales all passes
+  run. Where the scale is 0 or 1, the derivative with respect to the scale is 0.
+
+  Args:
+    scale: γ, a number or a function of ``sigma``.
+
+  Raises:
+    ValueError: if a number is not finite.
+
+  >>> import jaxguide as jg
+  >>> denoise = lambda x, sigma, cond: x * cond
+  >>> at = jnp.asarray(3.0), jnp.asarray(1.0), 2.0
+  >>> guided = jax.jit(lambda scale: jg.classifier_free(0, branching(scale))(denoise)(*at))
+  >>> [float(guided(scale)) for scale in (0.0, 1.0, 2.0)]
+  [0.0, 6.0, 12.0]
+  """
+  return passes.Branching(checks.scale("scale", scale))
 
 
 def linear(scale: ArrayLike, schedule: NoiseSchedule, floor: ArrayLike | None = None) -> Scale:

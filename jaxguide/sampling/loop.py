@@ -83,22 +83,22 @@ def sample(
     x = noise if x is None else x + noise
 
   def step(carry, inputs):
-    state, momentum = carry
+    state, remembered = carry
     i, sigma, sigma_next = inputs
     outputs: list[Any] = []
-    recording = guidance_state.recording(guidance_state.with_value(denoise, momentum), outputs)
+    recording = guidance_state.recording(guidance_state.placed(denoise, remembered), outputs)
     state = solver.step(Conditioned(recording, cond), state, sigma, sigma_next, jax.random.fold_in(step_key, i))
-    next_momentum = guidance_state.next_value(outputs)
-    if (next_momentum is None) != (momentum is None):
+    next_remembered = guidance_state.next_values(outputs)
+    if next_remembered.keys() != remembered.keys():
       raise ValueError(
-        "the denoiser contains a guidance with momentum, but jit cannot see it because a plain function closes over "
-        "it: wrap the function with jax.tree_util.Partial and pass the guided denoiser as its argument"
+        "the denoiser contains a guidance that remembers (momentum, every), but jit cannot see it because a plain "
+        "function closes over it: wrap the function with jax.tree_util.Partial and pass the guided denoiser as its "
+        "argument"
       )
-    return (state, next_momentum), None if collect is None else collect(state)
+    return (state, next_remembered), None if collect is None else collect(state)
 
   steps = (jnp.arange(sigmas.shape[0] - 1), sigmas[:-1], sigmas[1:])
-  momentum = guidance_state.find(denoise)
-  start = solver.init(x), None if momentum is None else momentum.or_zeros(x)
+  start = solver.init(x), guidance_state.start(denoise, x)
   (state, _), history = jax.lax.scan(step, start, steps)
   return state.x, history
 
@@ -137,8 +137,8 @@ def invert(
     ``x`` at ``sigmas[0]``, of the shape of ``x0``.
 
   Raises:
-    ValueError: if the solver is another one, if the grid or the condition is bad, if the guidance has momentum, or if
-      ``x0`` is not finite.
+    ValueError: if the solver is another one, if the grid or the condition is bad, if a guidance has momentum or reuses
+      its gradient, or if ``x0`` is not finite.
 
   >>> from jaxguide import mixtures, schedules, solvers
   >>> ring, grid, x0 = mixtures.ring(4), schedules.karras(40), jnp.array([0.9, 0.1])
@@ -152,8 +152,8 @@ def invert(
   if not isinstance(solver, Heun | Euler):
     raise ValueError(f"inversion needs a one-step solver without noise, Heun() or Euler(), got {solver!r}")
   check_cond(check_denoiser(denoise), checks.cond(cond))
-  if guidance_state.find(denoise) is not None:
-    raise ValueError("a guidance with momentum cannot be inverted: leave out its momentum")
+  if guidance_state.find(denoise):
+    raise ValueError("a guidance that remembers (momentum, every) cannot be inverted: leave out its momentum or every")
   sigmas = jnp.asarray(sigmas)
   sigmas = sigmas if jnp.issubdtype(sigmas.dtype, jnp.floating) else sigmas.astype(float)
   levels = sigmas[-2::-1]

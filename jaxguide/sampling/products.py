@@ -315,8 +315,11 @@ def _check_target(target: Any) -> None:
   """Raise an error unless ``target`` is a `Product` without momentum."""
   if isinstance(target, Rule):
     raise TypeError("the target must be made by tempered, tempered_by_classifier or product, got a guidance")
-  if guidance_state.find(target) is not None:
-    raise ValueError("the target contains a guidance with momentum, which has no density: leave out its momentum")
+  if guidance_state.find(target):
+    raise ValueError(
+      "the target contains a guidance that remembers (momentum, every), which has no density: leave out its momentum "
+      "or every"
+    )
   if not isinstance(target, Product):
     raise TypeError(f"the target must be made by tempered, tempered_by_classifier or product, got {target!r}")
 

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxguide._core import checks, struct
 from jaxguide._core.typing import Example, Key, Leaf, LogProb, Prediction, Scalar, scale_at, x0_of
+from jaxguide.guidance.passes import known
+from jaxguide.guidance.reuse import acts_at, of_noisy, reuse
+from jaxguide.guidance.state import GradientState
 from jaxguide.schedules.posterior import VARIANCES, posterior_mean, reverse_variance
 from jaxguide.solvers.base import Conditioned, Denoise, MultistepState, draw
 
 GRADIENTS = ("x", "mean")
+
+
+class ShiftState(NamedTuple):
+  """A `MultistepState` with the kept gradient of the classifier and the number of steps so far, for ``every``."""
+
+  x: Leaf
+  x0: Leaf
+  sigma: Leaf
+  kept: Leaf
 
 
 @struct.dataclass
@@ -40,9 +52,11 @@ class DDPM:
     scale: s, the power γ in ``p(x) p(y|x)^γ``; 0 is unguided. A number, or a function of ``sigma`` that is a pytree,
       such as those of `jaxguide.scales`.
     gradient_at: ``x`` or ``mean``.
+    every: n; the gradient is computed in every n-th step and reused in between; static. See `jaxguide.guidance.reuse`.
 
   Raises:
-    ValueError: for an unknown variance or point (the message has the nearest name), or a scale that is not finite.
+    ValueError: for an unknown variance or point (the message has the nearest name), a scale that is not finite, or an
+      ``every`` that is not a whole number of at least 1; when it is used, for an ``every`` without ``log_prob``.
 
   >>> DDPM(variance="large").variance
   'large'
@@ -52,6 +66,7 @@ class DDPM:
   log_prob: LogProb | Leaf | None = None
   scale: Leaf = 1.0
   gradient_at: str = struct.field(pytree_node=False, default="x")
+  every: int = struct.field(pytree_node=False, default=1)
   order: ClassVar[int] = 1
   evaluations: ClassVar[int] = 1
   stochastic: ClassVar[bool] = True
@@ -60,14 +75,20 @@ class DDPM:
     checks.lookup("variance", self.variance, dict.fromkeys(VARIANCES))
     checks.lookup("point for the gradient", self.gradient_at, dict.fromkeys(GRADIENTS))
     checks.number_field(self, "scale", checks.finite)
+    object.__setattr__(self, "every", checks.at_least("every", self.every, 1))
 
-  def init(self, x: Example) -> MultistepState:
+  def init(self, x: Example) -> MultistepState | ShiftState:
     """Return the state before the first step."""
-    return MultistepState(x, x, jnp.asarray(jnp.inf, x.dtype))
+    state = MultistepState(x, x, jnp.asarray(jnp.inf, x.dtype))
+    if self.every == 1:
+      return state
+    if self.log_prob is None:
+      raise ValueError(f"every={self.every} reuses the gradient of log_prob, and there is none: leave it out")
+    return ShiftState(*state, GradientState().or_zeros(x))
 
   def step(
-    self, denoise: Denoise, state: MultistepState, sigma: Scalar, sigma_next: Scalar, key: Key
-  ) -> MultistepState:
+    self, denoise: Denoise, state: MultistepState | ShiftState, sigma: Scalar, sigma_next: Scalar, key: Key
+  ) -> MultistepState | ShiftState:
     """Take one step, with one evaluation."""
     x = state.x
     prediction = denoise.predict(x, sigma) if isinstance(denoise, Conditioned) else denoise(x, sigma)
@@ -76,15 +97,29 @@ class DDPM:
     mean = posterior_mean(x, x0, sigma, sigma_next)
     variance = reverse_variance(self.variance, sigma, sigma_next, state.sigma, learned)
     last = sigma_next <= 0
-    if self.log_prob is not None:
+    kept = ()
+    if self.log_prob is not None and known(self.scale) != 0:
       if not isinstance(denoise, Conditioned):
         raise TypeError("a mean shift needs the condition: use jaxguide.sample, or pass a Conditioned to step")
-      if self.gradient_at == "mean":
-        gradient = jax.grad(self.log_prob)(mean, jnp.where(last, sigma, sigma_next), denoise.cond)
-      else:
+      at, level = (mean, jnp.where(last, sigma, sigma_next)) if self.gradient_at == "mean" else (x, sigma)
+      gradient, kept = self._gradient(denoise.cond, state, at, level)
+      if self.gradient_at == "x":
         # The paper's gradient is with respect to alpha x, and it shifts alpha' x'.
-        gradient = jax.grad(self.log_prob)(x, sigma, denoise.cond)
         gradient *= jnp.sqrt((1 + sigma**2) / (1 + sigma_next**2))
       mean += scale_at(self.scale, sigma, x) * variance.value * gradient
     std = jnp.where(last, 0, jnp.exp(0.5 * variance.log))
-    return MultistepState(mean + std * draw(key, x), x0, sigma)
+    state_next = MultistepState(mean + std * draw(key, x), x0, sigma)
+    return ShiftState(*state_next, kept or state.kept) if isinstance(state, ShiftState) else state_next
+
+  def _gradient(self, cond, state, x, sigma):
+    """Return the gradient of the log-probability, and what is kept of it."""
+    log_prob: Any = self.log_prob
+    if not isinstance(state, ShiftState):
+      return jax.grad(log_prob)(x, sigma, cond), ()
+
+    def compute():
+      return jax.grad(log_prob)(x, sigma, cond), None
+
+    acts = acts_at(self.log_prob, sigma)
+    gradient, _, kept = reuse(self.every, of_noisy, state.kept, compute, lambda: None, sigma, acts)
+    return gradient, kept
