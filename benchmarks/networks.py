@@ -1,6 +1,7 @@
 """The networks that are measured, at three sizes, with weights at random."""
 
 import dataclasses
+import os
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -14,9 +15,11 @@ from jaxguide.models.importers.openai import PRESETS
 from jaxguide.models.initial import by_array
 from jaxguide.models.model import init_params
 from jaxguide.training import Model, ModelConfig
+from jaxguide.training import operations as count
 
 ON_CPU = jax.default_backend() == "cpu"
-DTYPE = "float32" if ON_CPU else "bfloat16"
+# A process that measures PyTorch on a GPU leaves JAX on the CPU.
+DTYPE = os.environ.get("BENCHMARK_DTYPE") or ("float32" if ON_CPU else "bfloat16")
 
 _PROCESS = {"num_classes": 10, "prediction": "eps", "schedule": "linear", "diffusion_steps": 1000}
 _FIELDS = {
@@ -47,9 +50,8 @@ SIZES = {
 
 
 def prepared(config: ModelConfig, dtype: str = DTYPE) -> ModelConfig:
-  """Give a network as it is measured: without dropout, in the type that the backend computes in, and by its kernels."""
-  fused = jax.default_backend() == "gpu" and dtype != "float32"
-  wanted = {"dtype": dtype, "dropout": 0.0, "cudnn_attention": fused}
+  """Give a network as it is measured: without dropout, and in the type that the backend computes in."""
+  wanted = {"dtype": dtype, "dropout": 0.0, "cudnn_attention": None}
   measured = {name: value for name, value in wanted.items() if hasattr(config.module, name)}
   return dataclasses.replace(config, fields={**config.fields, **measured})
 
@@ -66,8 +68,10 @@ def random_model(config: ModelConfig, dtype: str = DTYPE) -> Model:
 
 
 def abstract_model(config: ModelConfig, dtype: str = DTYPE) -> Model:
-  """Make a network whose weights are shapes only, to compile with."""
+  """Make a network whose weights are shapes only, to compile with; attention is cuDNN's if that is for a GPU."""
   config = prepared(config, dtype)
+  if dtype != "float32" and hasattr(config.module, "cudnn_attention"):
+    config = dataclasses.replace(config, fields={**config.fields, "cudnn_attention": True})
   return Model(config, param_shapes(config.module, *config.role.inputs(config)))
 
 
@@ -82,15 +86,10 @@ def inputs(config: ModelConfig, batch: int) -> tuple[Any, ...]:
 
 
 def operations(function: Any, *args: Any) -> float:
-  """Count the floating-point operations of a function, as XLA does before it optimises: the same for every backend.
-
-  Of the networks as they are for none in particular: what a loop does would be counted once.
-  """
+  """Count the floating-point operations of the products of a function: the same for every backend."""
   jax.clear_caches()  # Parts of them are traced once for a process.
   try:
     with mock.patch.object(jax, "default_backend", return_value="none"):
-      lowered = jax.jit(function).lower(*args)
-      # On a GPU only the compiled program is counted, in jax 0.11 at least.
-      return (lowered.cost_analysis() or lowered.compile().cost_analysis())["flops"]
+      return float(count.operations(function, *args))
   finally:
     jax.clear_caches()

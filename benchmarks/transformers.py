@@ -67,7 +67,7 @@ def torch_network(model: Model) -> Any:
       h = h.flatten(2).transpose(1, 2) + self.pos_embed
       frequencies = torch.exp(-math.log(1e4) / 128 * torch.arange(128, device=x.device))
       angles = t[:, None] * frequencies
-      waves = torch.cat([torch.cos(angles), torch.sin(angles)], 1)
+      waves = torch.cat([torch.cos(angles), torch.sin(angles)], 1).to(x.dtype)
       vector = self.linear(functional.silu(self.linear(waves, "t_embedder_mlp_0")), "t_embedder_mlp_2")
       vector = functional.silu(vector + self.y_embedder_embedding_table_weight[y])
       for i in range(module.depth):

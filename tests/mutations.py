@@ -223,16 +223,37 @@ MUTATIONS = [
   # --- networks ---
   Mutation(
     "scale and shift change places in a residual block",
-    "nn/layers.py",
+    "nn/normalisation.py",
     "(1 + scale_shift[0]).astype(jnp.float32) + scale_shift[1].astype",
     "(1 + scale_shift[1]).astype(jnp.float32) + scale_shift[0].astype",
     "test_nn.py -k 'group_norm or published'",
   ),
   Mutation(
+    "on a GPU the gradient of group normalisation leaves out that the deviation depends on the input",
+    "nn/normalisation.py",
+    "_spread(scale_dot - factor * turned, x)",
+    "_spread(scale_dot - 0 * turned, x)",
+    "test_nn.py -k group_norm",
+  ),
+  Mutation(
+    "on a GPU queries take the place of keys",
+    "nn/layers.py",
+    "kernels = split_heads(kernel, self.heads, self.new_order)",
+    "kernels = split_heads(kernel, self.heads, self.new_order)[::-1]",
+    "test_nn.py -k forms_for_a_gpu",
+  ),
+  Mutation(
+    "a parameter that is used in float32 is converted to half precision before a walk",
+    "sampling/casts.py",
+    "(kind,) = kinds if len(kinds) == 1 else (None,)",
+    "kind = next(iter(kinds - {None}), None)",
+    "test_casts.py",
+  ),
+  Mutation(
     "the UNet's skip connections come first and not last",
     "nn/adm/unet.py",
-    "jnp.concatenate([h, skips.pop()], -1)",
-    "jnp.concatenate([skips.pop(), h], -1)",
+    "((h, skips.pop()), emb, train)",
+    "((skips.pop(), h), emb, train)",
     "test_nn.py -k published",
   ),
   Mutation(
@@ -303,8 +324,8 @@ MUTATIONS = [
   Mutation(
     "the gate of SwiGLU is the other half",
     "nn/dit/layers.py",
-    "nn.silu(gate) * h",
-    "nn.silu(h) * gate",
+    "nn.silu(gate) * x",
+    "nn.silu(x) * gate",
     "test_transformers.py",
   ),
   Mutation(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import memory, startup, timing
+from benchmarks import gpu, memory, roofline, startup, timing
 
 ROOT = Path(__file__).parent.parent
 NO_BENCHMARKS = {"__init__", "__main__", "networks", "peers", "timing"}
@@ -65,3 +65,59 @@ def test_a_report_is_printed_and_written(tmp_path, monkeypatch, capsys):
   assert written["tables"]["title"][0] == {"run": "a", "ms": 1234.5}
   assert written["facts"] == ["a fact"]
   assert written["versions"]["jax"]
+
+
+PROGRAM = """
+%body (p: (bf16[4,8])) -> (bf16[4,8]) {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %w = bf16[8,8]{1,0} parameter(1)
+  %dot.1 = (bf16[4,8]{1,0}, s8[4096]{0}) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul"
+  %got = bf16[4,8]{1,0} get-tuple-element(%dot.1), index=0
+  %fusion.1 = f32[4,8]{1,0} fusion(%got, %x), kind=kLoop, calls=%fused, metadata={op_name="jit(f)/while/body/add"}
+  ROOT %called = f32[4]{0} call(%fusion.1), to_apply=%graph
+}
+
+%graph (q: f32[4,8]) -> f32[4] {
+  %q = f32[4,8]{1,0} parameter(0)
+  ROOT %reduce_fusion = f32[4]{0} fusion(%q), kind=kInput, calls=%fused.1
+}
+
+ENTRY %main (a: bf16[8,8]) -> f32[4] {
+  %a = f32[8,8]{1,0} parameter(0)
+  %hoisted = bf16[8,8]{1,0} fusion(%a), kind=kLoop, calls=%fused.2, metadata={op_name="jit(f)/while/body/convert"}
+  ROOT %loop = f32[4]{0} while(%hoisted), condition=%condition, body=%body
+}
+"""
+
+
+def test_bytes_of_a_program_are_those_of_its_kernels():
+  sizes = {row["kind"]: row["GB"] * 1e9 for row in roofline.traffic(PROGRAM)}
+  x, w, out, sums = 2 * 4 * 8, 2 * 8 * 8, 4 * 4 * 8, 4 * 4
+  wanted = {"matrix products": 2 * x + w, "elementwise": 2 * x + out, "sums and elementwise": out + sums}
+  assert sizes == pytest.approx({**wanted, "all": sum(wanted.values()), "the least": 2 * x + w})
+
+
+def test_a_report_of_a_gpu_puts_the_cases_together(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(timing, "RESULTS", tmp_path / "results")
+  folder = tmp_path / "gpu"
+  folder.mkdir()
+  found = [
+    {"case": "ceilings", "facts": {"TFLOP/s": 800.0}},
+    {"case": "ADM-64", "ms a step": 40.0, "TFLOP/s": 400.0, "batch": 64, "facts": {"GB moved": 50.0}},
+    {"case": "ADM-64/PyTorch", "ms a step": 80.0, "TFLOP/s": 200.0, "batch": 64, "facts": {}},
+    {"case": "training", "error": "RuntimeError: out of memory", "facts": {}},
+  ]
+  for number, data in enumerate(found):
+    (folder / f"{number}.json").write_text(json.dumps(data))
+  gpu.main("report", str(folder))
+  printed = capsys.readouterr().out
+  assert "| ADM-64 | 64 | 40 | 400 | 50% | 1 |" in printed
+  assert "| ADM-64/PyTorch | 64 | 80 | 200 | 25% | 2 |" in printed
+  assert "training failed: RuntimeError: out of memory" in printed
+
+
+def test_the_script_for_a_gpu_is_sound_and_names_cases_that_there_are():
+  script = ROOT / "benchmarks" / "on_gpu.sh"
+  subprocess.run(["bash", "-n", script], check=True)
+  with pytest.raises(ValueError, match="ADM-64"):
+    gpu.main("ADM-63")

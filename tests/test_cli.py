@@ -37,7 +37,7 @@ def save(folder, config):
 def load(folder, **fields):
   """Read a model as the command does, which says what its network computes in."""
   model = models.load(folder)
-  fields = {**model.config.fields, "dtype": "float32", "cudnn_attention": False, **fields}
+  fields = {**model.config.fields, "dtype": "float32", "cudnn_attention": None, **fields}
   return dataclasses.replace(model, config=dataclasses.replace(model.config, fields=fields))
 
 

@@ -61,7 +61,7 @@ WRONG = {
   "use_new_attention_order": [None, 0, []],
   "use_checkpoint": [None, 0, []],
   "dtype": [None, 1, [], "int8", "float8", np.int32, "bfloat16 "],
-  "cudnn_attention": [None, 0, []],
+  "cudnn_attention": [0, "auto", []],
   "null_class": [None, 0, []],
   "num_heads_upsample": [None, 0, -2, 1.0, True, []],
   "pool": [None, 1, []],

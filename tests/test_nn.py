@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import re
+import types
 from pathlib import Path
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxguide.nn import Classifier, SuperResUNet, UNet
+from jaxguide.nn import Classifier, SuperResUNet, UNet, normalisation
 from jaxguide.nn.convolution import convolve
 from jaxguide.nn.layers import (
   AttentionBlock,
@@ -482,9 +483,10 @@ def test_group_norm_computes_in_float32(rng):
   np.testing.assert_allclose(out, numpy_group_norm(x, 1, 0, 32), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", [normalisation.in_two_passes, normalisation.in_one_pass])
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("shifted", [False, True])
-def test_group_norm_gradients(rng, silu, shifted):
+def test_group_norm_gradients(rng, silu, shifted, form):
   scale, shift = jnp.asarray(rng.normal(size=(2, 2, 1, 1, 48)), jnp.float32)
 
   def theirs(params, x):
@@ -493,7 +495,8 @@ def test_group_norm_gradients(rng, silu, shifted):
     return out / (1 + jnp.exp(-out)) if silu else out
 
   def mine(params, x):
-    return GroupNorm(silu=silu).apply(params, x, *(((scale, shift),) if shifted else ()))
+    inner, dtype = params["params"], (jnp.float32,) if form is normalisation.in_one_pass else ()
+    return form(x, inner["scale"], inner["bias"], (scale, shift) if shifted else None, silu, 16, 1e-5, *dtype)
 
   x = jnp.asarray(rng.normal(size=(2, 5, 4, 48)), jnp.float32)
   params = {"params": {name: jnp.asarray(rng.normal(size=48), jnp.float32) for name in ("scale", "bias")}}
@@ -501,6 +504,66 @@ def test_group_norm_gradients(rng, silu, shifted):
     quick_jit(jax.value_and_grad(lambda *args, f=f: jnp.sin(f(*args)).sum(), (0, 1)))(params, x) for f in (mine, theirs)
   )
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * abs(b).max()), ours, wanted)
+
+
+def test_group_norm_in_one_pass_has_all_derivatives(rng):
+  """Forward mode, the derivative of a gradient, and a vmap over single images, against the form in two passes."""
+  x, direction = jnp.asarray(rng.normal(size=(2, 3, 5, 4, 8)), jnp.float32)
+  scale, bias = jnp.asarray(rng.normal(size=(2, 8)), jnp.float32)
+
+  def derivatives(form, *dtype):
+    def out(x):
+      return jnp.sin(form(x, scale, bias, None, True, 4, 1e-5, *dtype))
+
+    gradient = jax.grad(lambda x: out(x).sum())
+    each = jax.vmap(jax.grad(lambda x: out(x[None]).sum()))
+    return jax.jvp(out, (x,), (direction,)), jax.jvp(gradient, (x,), (direction,)), each(x)
+
+  ours = quick_jit(derivatives, static_argnums=(0, 1))(normalisation.in_one_pass, jnp.float32)
+  wanted = quick_jit(derivatives, static_argnums=0)(normalisation.in_two_passes)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * abs(b).max()), ours, wanted)
+
+
+def test_group_norm_in_half_precision_on_a_gpu(rng, monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  x = jnp.asarray(3 + rng.normal(size=(2, 8, 8, 32)), jnp.bfloat16)
+  params = {"params": {"scale": np.ones(32), "bias": np.zeros(32)}}
+  wanted = numpy_group_norm(np.asarray(x, np.float64), 1, 0, 32)
+  out = GroupNorm().apply(params, x)
+  assert out.dtype == jnp.float32
+  np.testing.assert_allclose(out, wanted, rtol=0, atol=2e-5)
+  half = GroupNorm(dtype=jnp.bfloat16).apply(params, x)
+  assert half.dtype == jnp.bfloat16
+  np.testing.assert_allclose(np.asarray(half, np.float32), wanted, rtol=2**-8, atol=2e-5)
+
+
+@pytest.mark.parametrize("new_order", [False, True])
+def test_the_forms_for_a_gpu_compute_the_same(monkeypatch, new_order):
+  """Products in parts and normalisation in one pass, run here, against what runs here by itself."""
+  fields = {**SMALL, "num_head_channels": 16, "use_new_attention_order": new_order, "cudnn_attention": False}
+  x, t = batch()
+  params = random_params(UNet(**fields), x, t)
+
+  def run(dtype):
+    jax.clear_caches()
+    module = UNet(**fields, dtype=dtype)
+    with jax.numpy_dtype_promotion("standard"):  # JAX's attention for a GPU needs it.
+      return quick_jit(jax.value_and_grad(lambda params, x: jnp.sin(module.apply(params, x, t)).sum(), (0, 1)))(
+        params, x
+      )
+
+  wanted, half_wanted = run("float32"), run("bfloat16")
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  ours, half = run("float32"), run("bfloat16")
+  monkeypatch.undo()
+  jax.clear_caches()
+
+  def error(a, b):
+    flat = [np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (a, b)]
+    return np.linalg.norm(flat[0] - flat[1]) / np.linalg.norm(flat[1])
+
+  assert error(ours, wanted) < 1e-5
+  assert error(half, wanted) < 1.5 * error(half_wanted, wanted) < 0.1
 
 
 @pytest.mark.parametrize("features", [2, 16, 17])
@@ -697,17 +760,17 @@ def test_bfloat16():
   shapes = jax.eval_shape(whole.init, jax.random.key(0), x, t, y)
   used = list(equations(jax.make_jaxpr(whole.apply)(shapes, x, t, y).jaxpr))
 
-  def types(*primitives):
+  def kinds(*primitives):
     return [e.invars[0].aval.dtype for e in used if e.primitive.name in primitives]
 
   # Normalisation, softmax, time and label embedding are float32; so is the last convolution.
-  assert set(types("rsqrt", "exp", "cos", "sin", "gather")) == {jnp.dtype(jnp.float32)}
-  convolutions = types("jaxguide_convolve", "conv_general_dilated")
+  assert set(kinds("rsqrt", "exp", "cos", "sin", "gather")) == {jnp.dtype(jnp.float32)}
+  convolutions = kinds("jaxguide_convolve", "conv_general_dilated")
   assert convolutions[:-1] == [jnp.bfloat16] * (len(convolutions) - 1)
   assert convolutions[-1] == jnp.float32
   # Two in the time embedding; on a CPU also two per normalisation, which repeat each group's value for its channels.
-  spread = 2 * len(types("rsqrt")) if jax.default_backend() == "cpu" else 0
-  assert types("dot_general").count(jnp.float32) == 2 + spread
+  spread = 2 * len(kinds("rsqrt")) if jax.default_backend() == "cpu" else 0
+  assert kinds("dot_general").count(jnp.float32) == 2 + spread
 
 
 def test_bfloat16_classifier():
@@ -763,7 +826,7 @@ def test_use_checkpoint_changes_nothing_but_memory():
 
 
 def test_cudnn_attention(monkeypatch, request):
-  """cuDNN's kernel is used if requested, in programs for a GPU, batched, forward and backward; never otherwise."""
+  """cuDNN's kernel is used where it can be, in programs for a GPU, batched, forward and backward; never otherwise."""
   fields = {**ONE_LEVEL, "num_head_channels": 8, "dtype": "bfloat16"}
   x, t = batch()
   params = random_params(UNet(**fields), x, t)
@@ -790,8 +853,14 @@ def test_cudnn_attention(monkeypatch, request):
   monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
   monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
   monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False)
-  assert program("cuda", cudnn_attention=True) == {"fmhaSoftmax", "fmhaSoftmaxBackward"}
-  assert not program("cuda")
+  fused = {"fmhaSoftmax", "fmhaSoftmaxBackward"}
+  assert program("cuda", cudnn_attention=True) == fused
+  assert not program("cuda")  # Of a process without a GPU.
+  for capability, wanted in {"9.0": fused, "7.5": set(), "gfx90a": set()}.items():
+    card = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda card=card: [card])
+    assert program("cuda") == wanted
+    assert not program("cuda", cudnn_attention=False)
   assert not program("tpu", cudnn_attention=True)
   assert not program("cpu", cudnn_attention=True)
   for cls in (UNet, Classifier):

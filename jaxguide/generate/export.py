@@ -136,7 +136,10 @@ def _sampler(settings: Settings, load: Load) -> _Sampler:
   model = load(settings.model)
   if model.config.low_res_shape is not None:
     raise ValueError(f"the model in {settings.model} is one of super-resolution, which cannot be exported yet")
-  settings = dataclasses.replace(settings, labels=None)
+  fields = {field.name for field in dataclasses.fields(model.config.module)}
+  # Attention by cuDNN would bind the program to this machine's card.
+  fused = False if "cudnn_attention" in fields else None
+  settings = dataclasses.replace(settings, labels=None, cudnn_attention=fused)
   scale, (first, second) = _probed(settings, load)
   trees = [_tree(each) for each in (first, second)]
   (paths, structure), others = jax.tree_util.tree_flatten_with_path(trees[0]), jax.tree.leaves(trees[1])

@@ -268,7 +268,7 @@ def _load(settings: Settings, load: Load, folder: PathLike) -> Model:
   fields = dict(model.config.fields)
   for name, value, default in (
     ("dtype", settings.dtype, "float32"),
-    ("cudnn_attention", settings.cudnn_attention, False),
+    ("cudnn_attention", settings.cudnn_attention, None),
   ):
     if name in known:
       fields[name] = value

@@ -86,7 +86,8 @@ class Settings:
     dtype: Type that the networks compute in, float32 or bfloat16.
     matmul_precision: Precision of products, as jax.default_matmul_precision names it. On a GPU the default for
       float32 is TF32: on an H100 its results differ from those of float64 by 6.6e-4, and those of highest by 1.1e-6.
-    cudnn_attention: Use cuDNN's fused attention, on an NVIDIA GPU and in bfloat16; elsewhere no change.
+    cudnn_attention: Whether to use cuDNN's fused attention, on an NVIDIA GPU and in bfloat16; elsewhere no change. If
+      left out: where it can be used.
     clip: Clip x0 to the valid range of the data: after the guidance, or before a classifier changes it. A guidance clip
       or dynamic-threshold takes its place.
     seed: Seed, from 0 to 2**64 - 1. Sample i depends on the seed, i and its label alone.
@@ -110,7 +111,7 @@ class Settings:
   grid: str | None = None
   dtype: str = "float32"
   matmul_precision: str = "default"
-  cudnn_attention: bool = False
+  cudnn_attention: bool | None = None
   clip: bool = True
   seed: int = 0
   batch_size: int = 256
@@ -122,11 +123,12 @@ class Settings:
       "num": int(self.num),
       "batch_size": checks.at_least("batch_size", self.batch_size, 1),
       "seed": keys.check_seed("seed", self.seed),
-      "cudnn_attention": checks.flag("cudnn_attention", self.cudnn_attention),
       "clip": checks.flag("clip", self.clip),
     }
     is_number = not isinstance(self.steps, str) or self.steps.isdecimal()
     plain["steps"] = checks.at_least("steps", plain_steps(self.steps), 1) if is_number else self.steps
+    if self.cudnn_attention is not None:
+      plain["cudnn_attention"] = checks.flag("cudnn_attention", self.cudnn_attention)
     if self.labels is not None:
       if isinstance(self.labels, str) or not np.iterable(self.labels) or not len(self.labels):
         raise ValueError(f"labels must be a list of at least one class, got {self.labels!r}; leave it out to take all")

@@ -5,6 +5,7 @@ by renaming. Parameters and normalisation are float32; ``dtype`` is the type of 
 """
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxguide._core.typing import Array, Float
 from jaxguide.nn.convolution import convolve
+from jaxguide.nn.normalisation import GroupNorm, along_channels
 from jaxguide.nn.perturbation import Perturbation, smooth
 
 zeros = nn.initializers.zeros
@@ -63,77 +65,7 @@ class Conv(nn.Module):
     kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
     bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
     out = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding)
-    return out + _along_channels(bias.astype(self.dtype), out)
-
-
-def _along_channels(per_channel, like):
-  """Add leading axes to (c,) so that it broadcasts with ``like`` of shape (..., c)."""
-  return jax.lax.expand_dims(per_channel, range(like.ndim - 1))
-
-
-class GroupNorm(nn.Module):
-  """Group normalisation (Wu & He 2018) in float32, optionally followed by SiLU.
-
-  Args:
-    silu: whether SiLU follows.
-    groups: number of groups, which divides the channels. Default: gcd(32, channels).
-    epsilon: what is added to the variance.
-
-  The mean and then the variance are computed per channel and averaged over the channels of a group. On a CPU this takes
-  half the time of one reduction over reshaped groups, and it avoids the rounding error of a difference of squares.
-  """
-
-  silu: bool = False
-  groups: int | None = None
-  epsilon: float = 1e-5
-
-  @nn.compact
-  def __call__(self, x, scale_shift=None):
-    """Normalise (n, ..., c) over pixels and groups, then multiply by 1 + scale and add shift; return float32."""
-    channels = x.shape[-1]
-    scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
-    bias = self.param("bias", zeros, (channels,), jnp.float32)
-    groups = math.gcd(32, channels) if self.groups is None else self.groups
-    return _normalise(x, scale, bias, scale_shift, self.silu, groups, self.epsilon)
-
-
-# Jitted by itself, so that it is traced, differentiated and lowered once per shape and not once per block. XLA inlines
-# the calls. jax.checkpoint computes it again for the gradient: to store x alone takes less memory than to store the
-# intermediate results, and on a CPU less time.
-@functools.partial(jax.jit, static_argnames=("silu", "groups", "epsilon"))
-@functools.partial(jax.checkpoint, static_argnums=(4, 5, 6))
-def _normalise(x, scale, bias, scale_shift, silu, groups, epsilon):
-  channels = x.shape[-1]
-  # Height and width are not merged into one axis: under a vmap over single images, XLA's CPU backend takes 14 times as
-  # long for a sum of products over a merged axis, and the gradient has such sums.
-  pixels = tuple(range(1, x.ndim - 1))
-
-  def per_group(per_channel):
-    return per_channel.reshape(-1, groups, channels // groups).mean(2)
-
-  def to_channels(per_group):
-    return jnp.expand_dims(_repeat_for_channels(per_group, channels), pixels)
-
-  x = x.astype(jnp.float32)
-  centred = x - to_channels(per_group(x.mean(pixels)))
-  variance = per_group(jnp.square(centred).mean(pixels))
-  scale, bias = _along_channels(scale, x), _along_channels(bias, x)
-  out = centred * (to_channels(jax.lax.rsqrt(variance + epsilon)) * scale) + bias
-  if scale_shift is not None:
-    out = out * (1 + scale_shift[0]).astype(jnp.float32) + scale_shift[1].astype(jnp.float32)
-  return nn.silu(out) if silu else out
-
-
-def _repeat_for_channels(per_group, channels):
-  """Repeat each group's value for all channels of the group.
-
-  On a CPU this is a matrix product: XLA would fuse a `jnp.repeat` into the loop over pixels, which is then not
-  vectorised.
-  """
-  size = channels // per_group.shape[1]
-  if jax.default_backend() != "cpu":
-    return jnp.repeat(per_group, size, axis=1)
-  return per_group @ jnp.repeat(jnp.eye(per_group.shape[1]), size, axis=1)
+    return out + along_channels(bias.astype(self.dtype), out)
 
 
 def downsample(x: Float[Array, "n h w c"]) -> Float[Array, "n hh ww c"]:
@@ -188,28 +120,133 @@ class ResBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x, emb, train):
-    """Map (n, h, w, c) and (n, emb) to (n, h, w, features); ``resample`` "up" doubles the sides, "down" halves them."""
+    """Map (n, h, w, c) and (n, emb) to (n, h, w, features); ``resample`` "up" doubles the sides, "down" halves them.
+
+    ``x`` may be a tuple of arrays, whose channels are concatenated.
+    """
+    parts = x if isinstance(x, tuple) else (x,)
+    x = jnp.concatenate(parts, -1)
     resize = {"up": upsample, "down": downsample, None: lambda x: x}[self.resample]
     h = 0 if self.skip else self.residual(x, emb, train, resize)
-    x = resize(x)
     if x.shape[-1] != self.features:
-      x = nn.Dense(self.features, dtype=self.dtype, name="skip_connection")(x)
+      x = JoinedDense(self.features, self.dtype, name="skip_connection")(tuple(map(resize, parts)))
+    else:
+      x = resize(x)
     return x.astype(self.dtype) + h
 
   @nn.nowrap
   def residual(self, x, emb, train, resize):
     """Return the residual, which is added to the skip path."""
-    h = GroupNorm(silu=True, name="in_layers_0")(x).astype(self.dtype)
+    h = GroupNorm(silu=True, dtype=self.dtype, name="in_layers_0")(x)
     h = Conv(self.features, dtype=self.dtype, name="in_layers_2")(resize(h))
     width = 2 * self.features if self.use_scale_shift_norm else self.features
     emb = nn.Dense(width, dtype=self.dtype, name="emb_layers_1")(nn.silu(emb))[:, None, None]
-    norm = GroupNorm(silu=True, name="out_layers_0")
+    norm = GroupNorm(silu=True, dtype=self.dtype, name="out_layers_0")
     h = norm(h, jnp.split(emb, 2, axis=-1)) if self.use_scale_shift_norm else norm(h + emb)
     h = nn.Dropout(self.dropout)(h, deterministic=not train)
     return Conv(self.features, kernel_init=zeros, dtype=self.dtype, name="out_layers_3")(h)
 
 
-# Jitted by itself for the same reason as `_normalise`.
+class JoinedDense(nn.Module):
+  """A linear layer of the channels of several arrays.
+
+  On a GPU each array is multiplied with its part of the kernel, so that the concatenated array is never written.
+  """
+
+  features: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, parts):
+    """Map a tuple of (..., c) to (..., features)."""
+    widths = [part.shape[-1] for part in parts]
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), (sum(widths), self.features), jnp.float32)
+    bias = self.param("bias", zeros, (self.features,), jnp.float32)
+    if jax.default_backend() != "gpu":
+      parts, widths = (jnp.concatenate(parts, -1),), [sum(widths)]
+    kernels = jnp.split(kernel.astype(self.dtype), list(itertools.accumulate(widths[:-1])))
+    first, *others = (part.astype(self.dtype) @ rows for part, rows in zip(parts, kernels, strict=True))
+    out = sum(others, first)
+    return out + along_channels(bias.astype(self.dtype), out)
+
+
+class QKV(nn.Module):
+  """Queries, keys and values of all heads, by one linear layer.
+
+  Args:
+    heads: number of heads; it must divide the channels.
+    new_order: whether the layer's channels are laid out (qkv, head, channel). If false, (head, qkv, channel), as in
+      OpenAI's first release.
+    use_bias: whether there is a bias.
+    kernel_init: how the kernel is initialised.
+    dtype: type of the product.
+
+  On a GPU the three are separate products with parts of the kernel, since an attention kernel takes them as separate
+  arrays. To cut them out of one product would take as many bytes again.
+  """
+
+  heads: int
+  new_order: bool = True
+  use_bias: bool = True
+  kernel_init: Any = nn.initializers.lecun_normal()
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    """Map (n, t, c) to three arrays (n, t, heads, c / heads)."""
+    n, t, c = x.shape
+    kernel = self.param("kernel", self.kernel_init, (c, 3 * c), jnp.float32).astype(self.dtype)
+    bias = self.param("bias", zeros, (3 * c,), jnp.float32).astype(self.dtype) if self.use_bias else None
+    x = x.astype(self.dtype)
+    if jax.default_backend() != "gpu":
+      out = x @ kernel
+      return split_heads(out if bias is None else out + along_channels(bias, out), self.heads, self.new_order)
+    kernels = split_heads(kernel, self.heads, self.new_order)
+    outs = [x @ part.reshape(c, c) for part in kernels]
+    if bias is not None:
+      outs = [
+        out + along_channels(part.ravel(), out)
+        for out, part in zip(outs, split_heads(bias, self.heads, self.new_order), strict=True)
+      ]
+    return tuple(out.reshape(n, t, self.heads, -1) for out in outs)
+
+
+def split_heads(qkv: Float[Array, "*n qkv"], heads: int, new_order: bool) -> tuple[Float[Array, "*n heads c"], ...]:
+  """Split the channels of queries, keys and values, and the heads of each; see `QKV` for the order."""
+  order = (3, heads) if new_order else (heads, 3)
+  return tuple(jnp.moveaxis(qkv.reshape(*qkv.shape[:-1], *order, -1), -3 if new_order else -2, 0))
+
+
+def attend_to(
+  q: Float[Array, "n t heads c"],
+  k: Float[Array, "n t heads c"],
+  v: Float[Array, "n t heads c"],
+  perturbation: Perturbation | None = None,
+  sides: tuple[int, ...] = (),
+  cudnn: bool | None = None,
+) -> Float[Array, "n t hc"]:
+  """Apply multi-head self-attention, with the softmax in float32; the heads are concatenated.
+
+  Args:
+    q: queries.
+    k: keys.
+    v: values.
+    perturbation: a perturbation of the attention, of kind ``identity`` or ``smooth``, or None.
+    sides: (height, width) of the feature map. Only needed with a perturbation.
+    cudnn: whether to use cuDNN's fused kernel on a GPU, which never stores the whole attention matrix. Default: where
+      it can (`fits_cudnn`).
+  """
+  if perturbation is not None and perturbation.kind == "identity":
+    out = v
+  else:
+    if perturbation is not None:
+      # Of an infinite width it is one query, the mean.
+      q = smooth(q.reshape(len(q), *sides, *q.shape[2:]), perturbation.width).reshape(len(q), -1, *q.shape[2:])
+    out = attend_heads(q, k, v, cudnn)
+  return out.reshape(*out.shape[:2], -1)
+
+
+# Jitted by itself for the same reason as `jaxguide.nn.normalisation.in_two_passes`.
 @functools.partial(jax.jit, static_argnames=("heads", "new_order", "perturbation", "sides", "cudnn"))
 def attend(
   qkv: Float[Array, "n t qkv"],
@@ -217,7 +254,7 @@ def attend(
   new_order: bool,
   perturbation: Perturbation | None = None,
   sides: tuple[int, ...] = (),
-  cudnn: bool = False,
+  cudnn: bool | None = False,
 ) -> Float[Array, "n t c"]:
   """Apply multi-head self-attention, with the softmax in float32.
 
@@ -228,26 +265,20 @@ def attend(
       first release.
     perturbation: a perturbation of the attention, of kind ``identity`` or ``smooth``, or None.
     sides: (height, width) of the feature map. Only needed with a perturbation.
-    cudnn: whether to use cuDNN's fused kernel on a GPU, which never stores the whole attention matrix.
+    cudnn: whether to use cuDNN's fused kernel on a GPU, which never stores the whole attention matrix; None
+      for wherever it can be (`fits_cudnn`).
   """
-  n, t, channels = qkv.shape
-  if new_order:
-    q, k, v = jnp.moveaxis(qkv.reshape(n, t, 3, heads, -1), 2, 0)
-  else:
-    q, k, v = jnp.moveaxis(qkv.reshape(n, t, heads, 3, -1), 3, 0)
-  if perturbation is not None and perturbation.kind == "identity":
-    out = v
-  else:
-    if perturbation is not None:
-      q = smooth(q.reshape(n, *sides, heads, -1), perturbation.width).reshape(n, -1, heads, v.shape[-1])
-    out = attend_heads(q, k, v, cudnn)
-  return out.reshape(n, t, channels // 3)
+  q, k, v = split_heads(qkv, heads, new_order)
+  return attend_to(q, k, v, perturbation, sides, cudnn)
 
 
-# Jitted by itself for the same reason as `_normalise`.
+# Jitted by itself for the same reason as `jaxguide.nn.normalisation.in_two_passes`.
 @functools.partial(jax.jit, static_argnames="cudnn")
 def attend_heads(
-  q: Float[Array, "n queries heads c"], k: Float[Array, "n t heads c"], v: Float[Array, "n t heads c"], cudnn: bool
+  q: Float[Array, "n queries heads c"],
+  k: Float[Array, "n t heads c"],
+  v: Float[Array, "n t heads c"],
+  cudnn: bool | None = None,
 ) -> Float[Array, "n t heads c"]:
   """Attend with given queries, keys and values, with the softmax in float32.
 
@@ -264,7 +295,22 @@ def _attention(q, k, v, cudnn):
   backend = jax.default_backend()
   if backend == "cpu":
     return _attention_on_cpu(q, k, v)
-  return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if cudnn and backend == "gpu" else "xla")
+  fused = backend == "gpu" and (fits_cudnn(q, k) if cudnn is None else cudnn)
+  return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
+
+
+def fits_cudnn(q: Float[Array, "n queries heads c"], k: Float[Array, "n t heads c"]) -> bool:
+  """Return whether this process has a GPU whose fused attention by cuDNN takes these arrays.
+
+  It takes half precision, heads whose channels are a multiple of 8 and at most 128, and an NVIDIA GPU of compute
+  capability 8 (Ampere) or more.
+  """
+  try:
+    capable = float(getattr(jax.devices()[0], "compute_capability", 0)) >= 8
+  except ValueError:  # It is not NVIDIA's.
+    return False
+  half = q.dtype in (jnp.bfloat16, jnp.float16)
+  return capable and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and q.shape[1] == k.shape[1]
 
 
 def _attention_on_cpu(q, k, v):
@@ -313,7 +359,7 @@ class AttentionBlock(nn.Module):
   use_new_attention_order: bool = False
   dtype: Any = jnp.float32
   perturbation: Perturbation | None = None
-  cudnn_attention: bool = False
+  cudnn_attention: bool | None = None
 
   @nn.compact
   def __call__(self, x):
@@ -322,9 +368,9 @@ class AttentionBlock(nn.Module):
       return x
     n, h, w, c = x.shape
     heads = count_heads(c, self.num_heads, self.num_head_channels)
-    normed = GroupNorm(name="norm")(x).reshape(n, h * w, c)
-    qkv = nn.Dense(3 * c, dtype=self.dtype, name="qkv")(normed)
-    out = attend(qkv, heads, self.use_new_attention_order, self.perturbation, (h, w), self.cudnn_attention)
+    normed = GroupNorm(dtype=self.dtype, name="norm")(x).reshape(n, h * w, c)
+    q, k, v = QKV(heads, self.use_new_attention_order, dtype=self.dtype, name="qkv")(normed)
+    out = attend_to(q, k, v, self.perturbation, (h, w), self.cudnn_attention)
     out = nn.Dense(c, kernel_init=zeros, dtype=self.dtype, name="proj_out")(out)
     return x + out.reshape(x.shape)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxguide._core.typing import ArrayLike, Denoiser, Example, Key, PyTree, Sol
 from jaxguide.denoisers.conditions import check_cond
 from jaxguide.guidance import state as guidance_state
 from jaxguide.guidance.rule import check_denoiser
+from jaxguide.sampling import casts
 from jaxguide.solvers import Euler, Heun
 from jaxguide.solvers.base import Conditioned
 
@@ -82,7 +84,7 @@ def sample(
     noise = sigmas[0] * jax.random.normal(start_key, shape, sigmas.dtype)
     x = noise if x is None else x + noise
 
-  def step(carry, inputs):
+  def step(denoise, carry, inputs):
     state, remembered = carry
     i, sigma, sigma_next = inputs
     outputs: list[Any] = []
@@ -99,7 +101,8 @@ def sample(
 
   steps = (jnp.arange(sigmas.shape[0] - 1), sigmas[:-1], sigmas[1:])
   start = solver.init(x), guidance_state.start(denoise, x)
-  (state, _), history = jax.lax.scan(step, start, steps)
+  denoise = casts.ahead(denoise, lambda denoise: step(denoise, start, jax.tree.map(lambda each: each[0], steps)))
+  (state, _), history = jax.lax.scan(functools.partial(step, denoise), start, steps)
   return state.x, history
 
 

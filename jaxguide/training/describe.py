@@ -111,7 +111,8 @@ def describe(
   """
   state, batch = state_shapes(model, training), _batch(model, training.batch_size)
   # Attention by cuDNN is an operation whose inside is not seen; what it computes is the same.
-  visible = dataclasses.replace(model, fields={**model.fields, "cudnn_attention": False}) if _cudnn(model) else model
+  hides = hasattr(model.module, "cudnn_attention")
+  visible = dataclasses.replace(model, fields={**model.fields, "cudnn_attention": False}) if hides else model
   count = operations.operations(train_step(visible, training), state, *batch)
   part = training.batch_size // training.accumulation
   activations = _compiled(model, training, state, batch) if compile else _estimate(model, training, state.params, part)
@@ -133,10 +134,6 @@ def describe(
     steps=training.steps,
     examples=examples,
   )
-
-
-def _cudnn(model: ModelConfig) -> bool:
-  return bool(model.fields.get("cudnn_attention"))
 
 
 class Leaf(NamedTuple):

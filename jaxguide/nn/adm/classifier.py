@@ -5,7 +5,8 @@ import jax.numpy as jnp
 
 from jaxguide._core import checks
 from jaxguide.nn.adm.encoder import Encoder
-from jaxguide.nn.layers import AttentionPool, GroupNorm
+from jaxguide.nn.layers import AttentionPool
+from jaxguide.nn.normalisation import GroupNorm
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 

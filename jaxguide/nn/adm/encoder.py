@@ -29,7 +29,7 @@ class Encoder(Meshed):
   use_new_attention_order: bool = False
   use_checkpoint: bool = False
   dtype: Any = jnp.float32
-  cudnn_attention: bool = False
+  cudnn_attention: bool | None = None
 
   def __post_init__(self):
     # A configuration read from a file has lists, but a Flax module must be hashable.

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxguide._core import checks
 from jaxguide._core.pixels import to_floats
 from jaxguide.nn.adm.encoder import Encoder
-from jaxguide.nn.layers import Conv, GroupNorm, Upsample, zeros
+from jaxguide.nn.layers import Conv, Upsample, zeros
+from jaxguide.nn.normalisation import GroupNorm
 from jaxguide.nn.perturbation import Perturbation
 
 
@@ -39,9 +40,10 @@ class UNet(Encoder):
     dtype: type of convolutions and matrix products, ``jnp.float32`` or ``jnp.bfloat16``. Parameters and normalisation
       stay float32. On an NVIDIA GPU float32 products use TF32 (10 bits of mantissa) unless
       ``jax.default_matmul_precision("highest")`` is set.
-    cudnn_attention: whether to use cuDNN's fused attention kernel on an NVIDIA GPU (Ampere or newer); no effect on
-      other devices. It needs ``dtype`` bfloat16 and heads whose channels are a multiple of 8 and at most 128. It never
-      stores the whole attention matrix. It supports first derivatives in reverse mode only.
+    cudnn_attention: whether to use cuDNN's fused attention kernel on an NVIDIA GPU; no effect on other devices. By
+      default it is used wherever it can be, that is on Ampere or newer, with ``dtype`` bfloat16, and with heads whose
+      channels are a multiple of 8 and at most 128. It never stores the whole attention matrix. It supports first
+      derivatives in reverse mode only: give False for others.
     num_classes: number of classes, or None for an unconditional network.
     null_class: whether there is a label that means "no label": one more class, ``num_classes`` itself, or the vector of
       zeros. Classifier-free guidance needs it. The published networks do not have it.
@@ -127,7 +129,7 @@ class UNet(Encoder):
     for level in reversed(range(len(self.channel_mult))):
       for i in range(self.num_res_blocks + 1):
         name, part = f"output_blocks_{block}", 1
-        h = self.res_block(self.channels(level), f"{name}_0")(jnp.concatenate([h, skips.pop()], -1), emb, train)
+        h = self.res_block(self.channels(level), f"{name}_0")((h, skips.pop()), emb, train)
         if self.attends(level):
           heads = self.num_heads if self.num_heads_upsample == -1 else self.num_heads_upsample
           h, part = self.attention(heads, f"{name}_1")(h), 2

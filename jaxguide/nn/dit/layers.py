@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxguide.nn.dit.positions import rotate
-from jaxguide.nn.layers import attend_heads, zeros
+from jaxguide.nn.layers import QKV, attend_heads, zeros
 from jaxguide.nn.perturbation import Perturbation, smooth
 
 xavier = nn.initializers.xavier_uniform()
@@ -139,7 +139,7 @@ class Attention(nn.Module):
     dtype: type of matrix products.
     perturbation: one of kind ``identity`` or ``smooth``, or None. As in diffusers, ``smooth`` blurs the queries before
       they are normalised and turned.
-    cudnn_attention: whether to use cuDNN's kernel on a GPU.
+    cudnn_attention: whether to use cuDNN's kernel on a GPU. Default: where it can.
   """
 
   num_heads: int
@@ -147,7 +147,7 @@ class Attention(nn.Module):
   qk_norm: str = ""
   dtype: Any = jnp.float32
   perturbation: Perturbation | None = None
-  cudnn_attention: bool = False
+  cudnn_attention: bool | None = None
 
   @nn.compact
   def __call__(self, x, sides, rope=None):
@@ -159,8 +159,8 @@ class Attention(nn.Module):
       rope: cosines and sines, each (t, c / heads), or None.
     """
     n, t, c = x.shape
-    qkv = nn.Dense(3 * c, self.qkv_bias, dtype=self.dtype, kernel_init=xavier, name="qkv")(x)
-    q, k, v = jnp.moveaxis(qkv.reshape(n, t, 3, self.num_heads, -1), 2, 0)
+    of_heads = QKV(self.num_heads, True, self.qkv_bias, xavier, self.dtype, name="qkv")
+    q, k, v = of_heads(x)
     perturbation = self.perturbation
     if perturbation is not None and perturbation.kind == "smooth":
       q = smooth(q.reshape(n, *sides, *q.shape[2:]), perturbation.width).reshape(n, -1, *q.shape[2:])
@@ -243,7 +243,7 @@ class Block(nn.Module):
     norm_eps: the number that the second normalisation adds to the variance.
     dtype: type of matrix products.
     perturbation: a perturbation, or None. ``skip`` leaves the whole block out.
-    cudnn_attention: whether to use cuDNN's kernel on a GPU.
+    cudnn_attention: whether to use cuDNN's kernel on a GPU. Default: where it can.
   """
 
   num_heads: int
@@ -256,7 +256,7 @@ class Block(nn.Module):
   norm_eps: float | int = 1e-6
   dtype: Any = jnp.float32
   perturbation: Perturbation | None = None
-  cudnn_attention: bool = False
+  cudnn_attention: bool | None = None
 
   @nn.compact
   def __call__(self, x, c, sides, rope=None):

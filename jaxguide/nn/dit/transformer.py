@@ -26,7 +26,7 @@ class Transformer(nn.Module):
   learn_sigma: bool = False
   use_checkpoint: bool = False
   dtype: Any = jnp.float32
-  cudnn_attention: bool = False
+  cudnn_attention: bool | None = None
   num_classes: int | None = None
   null_class: bool = True
   perturbation: Perturbation | None = None

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jaxguide._core import checks
 from jaxguide.nn.edm import layers
 from jaxguide.nn.edm.layers import KAIMING, Block
-from jaxguide.nn.layers import Conv, GroupNorm
+from jaxguide.nn.layers import Conv
 from jaxguide.nn.meshed import Meshed
+from jaxguide.nn.normalisation import GroupNorm
 from jaxguide.nn.perturbation import Perturbation
 
 CHANNELS_PER_HEAD = 64

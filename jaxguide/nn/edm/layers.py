@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxguide._core import checks
-from jaxguide.nn.layers import Conv, GroupNorm, attend
+from jaxguide.nn.layers import Conv, attend
+from jaxguide.nn.normalisation import GroupNorm
 from jaxguide.nn.perturbation import Perturbation
 from jaxguide.nn.resampling import double, halve
 

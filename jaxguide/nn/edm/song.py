@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jaxguide._core import checks
 from jaxguide.nn.edm import layers
 from jaxguide.nn.edm.layers import XAVIER, Block, FourierEmbedding
-from jaxguide.nn.layers import Conv, GroupNorm
+from jaxguide.nn.layers import Conv
 from jaxguide.nn.meshed import Meshed
+from jaxguide.nn.normalisation import GroupNorm
 from jaxguide.nn.perturbation import Perturbation
 from jaxguide.nn.resampling import check_filter, double, halve
 

@@ -10,7 +10,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxguide.nn.layers import Conv, GroupNorm
+from jaxguide.nn.layers import Conv
+from jaxguide.nn.normalisation import GroupNorm
 from jaxguide.nn.vae.blocks import EPSILON, Level, Middle
 
 LOG_VARIANCES = (-30.0, 20.0)

@@ -9,7 +9,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxguide.nn.layers import Conv, GroupNorm, attend, upsample
+from jaxguide.nn.layers import Conv, attend, upsample
+from jaxguide.nn.normalisation import GroupNorm
 
 EPSILON = 1e-6
 """What is added to the variance in each normalisation."""
