@@ -7,17 +7,17 @@ A network ``F`` trained in any convention becomes a denoiser with (Karras et al.
 Here ``alpha = 1 / sqrt(1 + sigma²)``, so ``x_vp = alpha x`` is the input of a variance-preserving network, and ``s`` is
 the standard deviation of the data:
 
-    ======  ======================  ================  ========================  ================  =============
-    name    F                       c_skip            c_out                     c_in              c_noise
-    ======  ======================  ================  ========================  ================  =============
-    eps     eps                     1                 -sigma                    alpha             time
-    x0      x0                      0                 1                         alpha             time
-    v       alpha (eps - sigma x0)  alpha²            -alpha sigma              alpha             time
-    edm     mix of eps and x0       s² / (s²+sigma²)  s sigma / √(s²+sigma²)    1 / √(s²+sigma²)  log(sigma) / 4
-    flow    eps - x0                1 / (1+sigma)     -sigma / (1+sigma)        1 / (1+sigma)     time
-    to_data x0 - eps                1 / (1+sigma)     sigma / (1+sigma)         1 / (1+sigma)     1 - time
-    ve      -eps                    1                 sigma                     1                 log(sigma / 2)
-    ======  ======================  ================  ========================  ================  =============
+    =======  ======================  ================  ========================  ================  =============
+    name     F                       c_skip            c_out                     c_in              c_noise
+    =======  ======================  ================  ========================  ================  =============
+    eps      eps                     1                 -sigma                    alpha             time
+    x0       x0                      0                 1                         alpha             time
+    v        alpha (eps - sigma x0)  alpha²            -alpha sigma              alpha             time
+    edm      mix of eps and x0       s² / (s²+sigma²)  s sigma / √(s²+sigma²)    1 / √(s²+sigma²)  log(sigma) / 4
+    flow     eps - x0                1 / (1+sigma)     -sigma / (1+sigma)        1 / (1+sigma)     time
+    to_data  x0 - eps                1 / (1+sigma)     sigma / (1+sigma)         1 / (1+sigma)     1 - time
+    ve       -eps                    1                 sigma                     1                 log(sigma / 2)
+    =======  ======================  ================  ========================  ================  =============
 
 ``to_data`` stands for ``flow_to_data``. ``consistency`` is ``edm`` with a boundary condition, see there.
 
