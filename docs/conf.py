@@ -150,7 +150,10 @@ def commands() -> str:
     with command.make_context(" ".join(words), [], resilient_parsing=True, terminal_width=84) as context:
       formatter = context.make_formatter()
       command.rich_markup_mode = None  # Plain text, as where rich is not installed.
-      command.format_help(context, formatter)
+      if (whole := getattr(command, "whole_help", None)) is not None:
+        formatter.write(whole(context))
+      else:
+        command.format_help(context, formatter)
       texts.append(f"## {' '.join(words)}\n\n```text\n{formatter.getvalue().rstrip()}\n```")
   return "\n\n".join(texts)
 

@@ -94,7 +94,7 @@ from jaxguide.solvers import (
   UniPC,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # The only place of the version: the metadata of the package read it here.
 
 __all__ = [
   "DDIM",

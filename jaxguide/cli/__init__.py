@@ -12,7 +12,7 @@ INTERRUPTED = 130
 def main() -> None:
   """Run the command; a problem that the user can mend is one sentence and exit status 2."""
   try:
-    app()
+    app(prog_name="jaxguide")
   except SystemExit as stop:
     if stop.code == INTERRUPTED and stop.__cause__ is None:  # A training has said already how it goes on.
       print("\njaxguide: stopped. Start the same command again to go on where it stopped.", file=sys.stderr)

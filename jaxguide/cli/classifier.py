@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
+from jaxguide.cli.help import Command
 from jaxguide.cli.train import said_at_once
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(cls=Command)
 def classifier_report(
   model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of the classifier, or of its training.")],
   out: Annotated[Path, typer.Option(help="File to write, .html.")],

@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
+from jaxguide.cli.help import Command
+
 app = typer.Typer()
 
 
-@app.command()
+@app.command(cls=Command)
 def ema(
   run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the training.")],
   std: Annotated[float, typer.Option(help="Width of the mean, relative to the training's duration; 0 to 0.2887.")],

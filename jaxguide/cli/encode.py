@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from jaxguide.cli.help import Command
 from jaxguide.cli.options import options_of, with_options
 from jaxguide.cli.train import said_at_once
 from jaxguide.generate import Encoding
@@ -12,7 +13,7 @@ from jaxguide.generate import Encoding
 app = typer.Typer()
 
 
-@app.command()
+@app.command(cls=Command)
 @with_options(*options_of(Encoding), after="out")
 def encode(
   data: Annotated[str, typer.Argument(metavar="DATA", help="Pictures: all that jaxguide train takes as --data.")],

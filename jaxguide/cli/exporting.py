@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from jaxguide import generate
-from jaxguide.cli.options import NamesCommand, options_of, with_options
+from jaxguide.cli.help import SAMPLING, Command
+from jaxguide.cli.options import options_of, with_options
 from jaxguide.cli.train import said_at_once
 from jaxguide.generate import Settings
 
@@ -28,7 +29,7 @@ OPTIONS = [
 ]
 
 
-@app.command(cls=NamesCommand.listing(generate.overview))
+@app.command(cls=Command.grouped(SAMPLING, generate.overview))
 @with_options(*options_of(Settings, only=OPTIONS), after="out")
 def export_sampler(
   model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of the denoiser, or its name, such as animals.")],

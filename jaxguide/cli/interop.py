@@ -6,26 +6,30 @@ from typing import Annotated, Any
 import typer
 
 from jaxguide._core.specs import HelpRow
-from jaxguide.cli.options import NamesCommand, options_of, with_options
+from jaxguide.cli.help import Command
+from jaxguide.cli.options import options_of, with_options
 from jaxguide.models.importers.structure import Options
 
 app = typer.Typer()
 
-File = Annotated[Path, typer.Argument(help="Published weights: .safetensors, .pt, .pth, .ckpt, .bin or .pkl.")]
+File = Annotated[
+  Path, typer.Argument(metavar="FILE", help="Published weights, .safetensors, .pt, .pth, .ckpt, .bin or .pkl.")
+]
 Out = Annotated[Path, typer.Option(help="Folder for the model, new or empty.")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the model.")]
 Exported = Annotated[Path, typer.Option(help="File to write, .safetensors or .pt.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")]
 
 
-def _family_rows() -> dict[str, list[HelpRow]]:
+def family_rows() -> dict[str, list[HelpRow]]:
+  """Give the families of published weights with their settings, for the help."""
   from jaxguide.models.importers import families
 
   rows = [HelpRow(name, family.title, ", ".join(family.settings)) for name, family in families().items()]
   return {"Families and their settings": rows}
 
 
-@app.command(name="import", cls=NamesCommand.listing(_family_rows))
+@app.command(name="import", cls=Command.grouped({}, family_rows))
 def import_(
   file: File,
   out: Out,
@@ -72,7 +76,7 @@ def _import(file: Path, out: Path, preset: str | None, family: str | None, setti
     print(f"Its recommended scale is {imported.config.scale:g}{also}.")
 
 
-@app.command()
+@app.command(cls=Command)
 @with_options(*options_of(Options), after="preset")
 def import_adm(
   file: File,
@@ -92,14 +96,17 @@ def import_adm(
   _import(file, out, preset, "adm", {name: value for name, value in options.items() if value is not None})
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
   folder: Folder,
   out: Exported,
   family: Annotated[str | None, typer.Option(help="Form of the names, where the network has several.")] = None,
   overwrite: Overwrite = False,
 ) -> None:
-  """Export a model as a state dict with the published names of its network, for use in PyTorch."""
+  """Export a model as a state dict with the published names of its network, for use in PyTorch.
+
+  Example: jaxguide export runs/dit --out dit.safetensors
+  """
   from jaxguide.models import importers
 
   if out.exists() and not overwrite:
@@ -108,7 +115,10 @@ def export(
   print(f"The state dict is in {out}.", *lines, sep="\n")
 
 
-@app.command()
+@app.command(cls=Command)
 def export_adm(folder: Folder, out: Exported, overwrite: Overwrite = False) -> None:
-  """Export a model as a state dict of OpenAI's guided-diffusion, for use in PyTorch. It is `jaxguide export`."""
+  """Export a model as a state dict of OpenAI's guided-diffusion, for use in PyTorch. It is `jaxguide export`.
+
+  Example: jaxguide export-adm runs/mine --out mine.pt
+  """
   export(folder, out, "adm", overwrite)

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from jaxguide.cli.help import DEVICES, FIGURES, SAMPLING, Command
 from jaxguide.cli.joining import join, joining_options, show
-from jaxguide.cli.options import NamesCommand, options_of, with_options
+from jaxguide.cli.options import options_of, with_options
 from jaxguide.cli.train import said_at_once
 from jaxguide.evaluation.evidence import Options
 from jaxguide.generate import Settings
@@ -58,7 +59,7 @@ def _names(text: str | None) -> list[str] | None:
   return None if text is None else [name.strip() for name in text.split(",")]
 
 
-@app.command(cls=NamesCommand.listing(_feature_rows))
+@app.command(cls=Command.grouped(FIGURES | DEVICES, _feature_rows))
 @with_options(*options_of(Options), *joining_options(mesh=False), after="measures")
 def evaluate(
   samples: Annotated[
@@ -118,11 +119,13 @@ def evaluate(
     print(f"\nThe figures and their protocols are in {out}.")
 
 
+MEASURING = {"Measures": ["reference", "features", "judge", "measures"]}
+
 OWN = ("guidance", "scale", "labels", "model")
 """The settings that ``sweep`` takes in its own way."""
 
 
-@app.command(cls=NamesCommand.listing(_measure_rows))
+@app.command(cls=Command.grouped(SAMPLING | MEASURING | FIGURES | DEVICES, _measure_rows))
 @with_options(
   *options_of(Settings, only=[f.name for f in dataclasses.fields(Settings) if f.name not in OWN]),
   *options_of(Options),
@@ -193,7 +196,7 @@ def sweep(
   show(f"\nThe report is {out / 'report.html'}: open it in a browser. The figures are in {out / 'sweep.csv'}.")
 
 
-@app.command(cls=NamesCommand.listing(_feature_rows))
+@app.command(cls=Command.grouped({}, _feature_rows))
 def reference(
   source: Annotated[str, typer.Argument(metavar="SOURCE", help="Images: a folder, .zip, .npz, tfds:NAME or digits.")],
   out: Annotated[Path, typer.Option(help="File to write, .npz.")],

@@ -15,27 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import typer.core
 
-from jaxguide._core.specs import HelpRow, described_fields
-
-
-class NamesCommand(typer.core.TyperCommand):
-  """A command whose help lists names, what they do and their own options. `listing` makes one."""
-
-  rows: Callable[[], Mapping[str, Sequence[HelpRow]]]
-
-  @classmethod
-  def listing(cls, rows: Callable[[], Mapping[str, Sequence[HelpRow]]]) -> type["NamesCommand"]:
-    """Make the class of a command. ``rows`` gives the names by heading; it is called only for the help."""
-    return type("Command", (cls,), {"rows": staticmethod(rows)})
-
-  def format_help(self, ctx: Any, formatter: Any) -> None:
-    """Write the options, then all names, what they do and their own options."""
-    super().format_help(ctx, formatter)
-    for title, rows in self.rows().items():
-      with formatter.section(title):
-        formatter.write_dl([(name, f"{does} [{options}]" if options else does) for name, does, options in rows])
+from jaxguide._core.specs import described_fields
 
 
 def options_of(
@@ -63,8 +44,7 @@ def options_of(
     is_optional = default is None
     name = (names or {}).get(field.name, field.name).replace("_", "-")
     flag = f"--{name}" if kind is not bool or default is False else f"--{name}/--no-{name}"
-    # Square brackets would be markup of the help.
-    text = descriptions[field.name].replace("`", "").replace("[", "\\[")
+    text = descriptions[field.name].replace("`", "")
     option = typer.Option(flag, help=text[:1].upper() + text[1:])
     parameters.append(
       inspect.Parameter(

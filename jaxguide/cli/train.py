@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from jaxguide.cli.help import DEVICES, Command
 from jaxguide.cli.joining import join, joining_options, show
 from jaxguide.cli.options import options_of, with_options
 from jaxguide.data.config import DataConfig
@@ -25,10 +26,19 @@ TRAINING = ("steps", "batch_size", "learning_rate", "accumulation", "remat", "sk
 RUN = ("log_every", "sample_every", "patience", "writers", "mesh")
 SECTIONS = {"data": DATA, "training": TRAINING, "run": RUN}
 
+GROUPS = {
+  "Training": ["network", "preset", "init-from", "steps", "batch-size", "learning-rate", "seed"],
+  "All settings": ["config", "set", "print-config", "dry-run"],
+  "Data": ["channels", "flip", "held-out", "skip-bad", "workers"],
+  "Further training": ["accumulation", "remat", "skip-nan", "patience"],
+  "Run": ["log-every", "sample-every", "save-every", "writer"],
+  **DEVICES,
+}
+
 INTERRUPTED = 130
 
 
-@app.command()
+@app.command(cls=Command.grouped(GROUPS))
 @with_options(
   *options_of(DataConfig, {"source": "data"}, DATA, unset=True),
   *options_of(TrainingConfig, {}, TRAINING, unset=True),
@@ -39,7 +49,7 @@ INTERRUPTED = 130
 def train(
   name: Annotated[
     str | None,
-    typer.Argument(metavar="[NAME]", help="Model that comes with the package, such as animals: train it anew."),
+    typer.Argument(metavar="NAME", help="Model that comes with the package, such as animals: train it anew."),
   ] = None,
   out: Annotated[Path | None, typer.Option(help="Folder of the run; needed for all but --print-config.")] = None,
   network: Annotated[

@@ -42,9 +42,9 @@ class DataConfig:
   """The configuration of a dataset.
 
   Args:
-    source: where the examples are: ``digits``; ``animals``; ``tfds:NAME``; a folder of pictures with a sub-folder for
-      each class, or without sub-folders for a model without classes; a .zip file of such a folder, or with EDM's
-      dataset.json; an .npz, .array_record or .parquet file; or ``SOURCE:NAME`` with another source of
+    source: where the examples are: a folder of pictures with a sub-folder for each class, a .zip file of it, an .npz,
+      .array_record or .parquet file, ``digits``, ``animals`` or ``tfds:NAME``. A folder without sub-folders is for a
+      model without classes. A .zip file may have EDM's dataset.json. ``SOURCE:NAME`` takes another source of
       `jaxguide.data.sources.SOURCES`. A folder named digits or animals is written ./digits or ./animals.
     split: the split, for animals, for a data set of TFDS, and for Parquet files with names such as
       train-00000-of-00002.parquet.

@@ -47,7 +47,7 @@ def plain_record(record: dict[str, Any]) -> dict[str, Any]:
 class Settings:
   """Everything that samples depend on.
 
-  A guidance, a solver or a grid is a name with options: ``NAME:option=value,option=value``. ``jaxguide sample --help``
+  A guidance, a solver or a grid is a name with options: ``NAME:option=value,option=value``. ``jaxguide methods``
   lists the names and their options.
 
   Args:
@@ -68,9 +68,9 @@ class Settings:
     labels: Classes to sample, taken in turn, by name or by number; all classes if left out. A text that is both a name
       and a number is the class of that name.
     num: Number of samples, at most 100,000,000.
-    guidance: Guidances, the first innermost, or none alone. If left out: classifier where a classifier is given,
-      else cfg where the model has a null class, else none. If only classifiers guide, the model runs with its null
-      label when it has one. A model of super-resolution takes none alone.
+    guidance: Guidances, such as cfg or classifier, the first innermost, or none alone. If left out: classifier where a
+      classifier is given, else cfg where the model has a null class, else none. If only classifiers guide, the model
+      runs with its null label when it has one. A model of super-resolution takes none alone.
     join: How several guidances are combined: chain (each guides the result of the one before) or parallel (their
       changes are added).
     scale: Guidance scale, the power in p(x) p(y|x)^scale: 0 unconditional, 1 conditional, more is sharper and less
@@ -78,11 +78,12 @@ class Settings:
       scale - 1. A classifier guides the unconditional model; a model without a null class stays conditional, and its
       power is then 1 + scale. For backward it is the step size, for profile cfg++ the lambda. If left out: the
       classifier's recommended scale, or the default of the guidance (2 for cfg).
-    solver: Solver. With ddpm a classifier shifts the mean (Dhariwal & Nichol's Algorithm 1), with the others it changes
-      the score (their Algorithm 2). A consistency model takes consistency alone.
+    solver: Solver, such as ddim, dpmpp-2m or unipc. With ddpm a classifier shifts the mean (Dhariwal & Nichol's
+      Algorithm 1), with the others it changes the score (their Algorithm 2). A consistency model takes consistency
+      alone.
     steps: Number of steps of the solver; for the grid respaced also a text, such as ddim25 or 10,10,10.
-    grid: Grid of noise levels. If left out: respaced (the steps of the model's own discrete process) where the model
-      has one, consistency for a consistency model, else karras.
+    grid: Grid of noise levels, such as karras. If left out: respaced (the steps of the model's own discrete process)
+      where the model has one, consistency for a consistency model, else karras.
     dtype: Type that the networks compute in, float32 or bfloat16.
     matmul_precision: Precision of products, as jax.default_matmul_precision names it. On a GPU the default for
       float32 is TF32: on an H100 its results differ from those of float64 by 6.6e-4, and those of highest by 1.1e-6.

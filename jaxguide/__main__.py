@@ -1,0 +1,5 @@
+"""``python -m jaxguide`` is ``jaxguide``."""
+
+from jaxguide.cli import main
+
+main()
