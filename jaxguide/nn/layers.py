@@ -126,6 +126,8 @@ class ResBlock(nn.Module):
     """
     parts = x if isinstance(x, tuple) else (x,)
     x = jnp.concatenate(parts, -1)
+    if jax.default_backend() != "gpu":  # Elsewhere the concatenated array is there in any case.
+      parts = (x,)
     resize = {"up": upsample, "down": downsample, None: lambda x: x}[self.resample]
     h = 0 if self.skip else self.residual(x, emb, train, resize)
     if x.shape[-1] != self.features:
@@ -148,9 +150,9 @@ class ResBlock(nn.Module):
 
 
 class JoinedDense(nn.Module):
-  """A linear layer of the channels of several arrays.
+  """A linear layer of the channels of several arrays. Each is multiplied with its part of the kernel.
 
-  On a GPU each array is multiplied with its part of the kernel, so that the concatenated array is never written.
+  On a GPU this saves to write the concatenated array.
   """
 
   features: int
@@ -162,8 +164,6 @@ class JoinedDense(nn.Module):
     widths = [part.shape[-1] for part in parts]
     kernel = self.param("kernel", nn.initializers.lecun_normal(), (sum(widths), self.features), jnp.float32)
     bias = self.param("bias", zeros, (self.features,), jnp.float32)
-    if jax.default_backend() != "gpu":
-      parts, widths = (jnp.concatenate(parts, -1),), [sum(widths)]
     kernels = jnp.split(kernel.astype(self.dtype), list(itertools.accumulate(widths[:-1])))
     first, *others = (part.astype(self.dtype) @ rows for part, rows in zip(parts, kernels, strict=True))
     out = sum(others, first)
