@@ -1,5 +1,6 @@
 """Parameters that are converted once before a walk."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,7 +82,26 @@ def test_networks_in_float32_are_not_traced():
   assert casts.ahead(denoise, never) is denoise
 
 
-def test_a_parameter_that_is_used_in_two_types_stays():
+class Twice(nn.Module):
+  """A network that uses one parameter in both types, and one in half precision alone."""
+
+  dtype: str = "bfloat16"
+
+  @nn.compact
+  def __call__(self, x, t, label=None):
+    both, half = (self.param(name, nn.initializers.ones, (1, 1), jnp.float32) for name in ("both", "half"))
+    return x * (both * 1.5 + (both.astype(self.dtype) * half.astype(self.dtype)).astype(jnp.float32))
+
+
+def test_of_two_parameters_the_one_that_is_used_in_two_types_stays():
+  module = Twice()
+  params = module.init(jax.random.key(0), jnp.ones((1, 2)), jnp.ones(1))
+  denoise = jg.NetworkDenoiser(params, module.apply, scaling.eps(schedules.Cosine()))
+  converted = casts.ahead(denoise, lambda denoise: denoise(jnp.ones(2), jnp.asarray(1.0), None)).params["params"]
+  assert {name: str(leaf.dtype) for name, leaf in converted.items()} == {"both": "float32", "half": "bfloat16"}
+
+
+def test_types_of_a_parameter():
   def apply(params, x, t, cond):
     half = params["both"].astype(jnp.bfloat16) + params["half"].reshape(1, 1).astype(jnp.bfloat16)
     inner = jax.lax.cond(
