@@ -3,6 +3,7 @@
 import configparser
 import fnmatch
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def test_the_changelog_begins_with_this_version():
 
 def test_a_wheel_has_each_file_of_the_package():
   """Files beside the modules, such as templates and weights, are in a wheel if package_data names them."""
+  if shutil.which("git") is None:
+    pytest.skip("Git is not installed")
   listed = subprocess.run(["git", "ls-files", "jaxguide"], cwd=ROOT, capture_output=True, text=True, check=False)
   if listed.returncode:
     pytest.skip("this is no clone of the repository")
