@@ -18,9 +18,14 @@ from typing import Any
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
+from jaxguide import checks
+from jaxguide.nn.normalisation import in_one_pass
+from jaxguide.training.describe import state_shapes
+from jaxguide.training.step import train_step
 
 PRODUCTS = {
   "__cudnn$conv": "convolutions",
@@ -67,13 +72,14 @@ def bytes_of(shape: str) -> int:
   return sum(SIZES[kind] * math.prod(int(side) for side in sides.split(",") if side) for kind, sides in arrays)
 
 
-def kernels(program: str) -> list[dict[str, Any]]:
-  """Return the kernels in the bodies of a program's loops, or of the whole program if it has no loop.
+def kernels(program: str, once: bool = False) -> list[dict[str, Any]]:
+  """Return the kernels of a program.
 
   Each has its kind, the bytes that it reads and writes, and the name of what it is part of.
 
   Args:
     program: a compiled program, as ``compiled.as_text()`` gives it.
+    once: whether to count what runs once, outside of loops, and not the bodies of the loops.
   """
   heading = re.compile(r"^(?:ENTRY )?%([\w.\-]+) .*\{$")
   instruction = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
@@ -88,7 +94,7 @@ def kernels(program: str) -> list[dict[str, Any]]:
       name, shape, call, rest = found.groups()
       computations.setdefault(current, []).append((name, shape, call, rest))
       shapes[name] = shape
-  waiting = re.findall(r"\bbody=%([\w.\-]+)", program) or [entry]
+  waiting = [entry] if once else re.findall(r"\bbody=%([\w.\-]+)", program)
   inside: list[tuple[str, str, str, str]] = []
   while waiting:
     for each in computations.pop(waiting.pop(), []):
@@ -114,10 +120,10 @@ def kernels(program: str) -> list[dict[str, Any]]:
   return rows
 
 
-def traffic(program: str) -> list[dict[str, Any]]:
+def traffic(program: str, once: bool = False) -> list[dict[str, Any]]:
   """Return a row for each kind of kernel: their number and their gigabytes."""
   sums: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
-  for row in kernels(program):
+  for row in kernels(program, once):
     sums[row["kind"]][0] += 1
     sums[row["kind"]][1] += row["bytes"] / 1e9
   rows = [{"kind": kind, "kernels": number, "GB": size} for kind, (number, size) in sorted(sums.items())]
@@ -153,17 +159,55 @@ def compile_for_gpu(function: Callable[..., Any], *args: Any) -> Any:
   return lowered.compile(FLAGS)
 
 
-def main(*names: str) -> None:
-  """Count the bytes of the steps that are named, or of those in files."""
+def normalisation() -> tuple[Callable[..., Any], ...]:
+  """Return the input gradient of normalisation with SiLU, and its arguments: 64 images of 64x64 with 128 channels."""
+  x = jax.ShapeDtypeStruct((64, 64, 64, 128), jnp.bfloat16)
+  weights = jax.ShapeDtypeStruct((128,), jnp.float32)
+  shift = jax.ShapeDtypeStruct((64, 1, 1, 128), jnp.bfloat16)
+
+  def gradient(x, cotangent, scale, bias, scale_shift):
+    norm = lambda x: in_one_pass(x, scale, bias, scale_shift, True, 32, 1e-5, jnp.bfloat16)  # noqa: E731
+    return jax.vjp(norm, x)[1](cotangent)[0]
+
+  return gradient, x, x, weights, weights, (shift, shift)
+
+
+def training_step() -> tuple[Callable[..., Any], ...]:
+  """Return the training step of ADM-64 for 64 images, and its arguments."""
+  from benchmarks import networks, training  # They import this.
+
+  config = networks.abstract_model(training.CASES["ADM-64"][0], "bfloat16").config
+  batch = training.batch_of(config, 64)
+  return train_step(config, training.TRAINING), state_shapes(config, training.TRAINING), *batch
+
+
+def sampler(name: str) -> tuple[Callable[..., Any], ...]:
+  """Return a sampler of `benchmarks.gpu`, and its arguments."""
   from benchmarks import gpu, networks  # They import this.
 
+  function, args, *_ = gpu.sampler(name, functools.partial(networks.abstract_model, dtype="bfloat16"))
+  return function, *args
+
+
+CASES: dict[str, Callable[[], tuple[Callable[..., Any], ...]]] = {
+  **{name: functools.partial(sampler, name) for name in ("ADM-64", "ADM-256", "DiT-XL-2")},
+  "training": training_step,
+  "normalisation": normalisation,
+}
+
+
+ONCE = ("training", "normalisation")
+"""The cases whose step is the whole program, and not the body of a loop."""
+
+
+def main(*names: str) -> None:
+  """Count the bytes of the steps that are named, or of those in files."""
   tables = {}
-  for name in names or ("ADM-64", "ADM-256", "DiT-XL-2"):
+  for name in names or CASES:
     if Path(name).is_file():
       with gzip.open(name, "rt") if name.endswith(".gz") else open(name) as file:
         program = file.read()
     else:
-      function, args, *_ = gpu.sampler(name, functools.partial(networks.abstract_model, dtype="bfloat16"))
-      program = compile_for_gpu(function, *args).as_text()
-    tables[f"{name}, one step"] = traffic(program)
+      program = compile_for_gpu(*checks.lookup("case", name, CASES)()).as_text()
+    tables[f"{name}, one step"] = traffic(program, name in ONCE)
   timing.report("roofline", tables, ["bytes of each kernel's inputs and outputs, as if nothing were kept in a cache"])

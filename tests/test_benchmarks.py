@@ -95,6 +95,8 @@ def test_bytes_of_a_program_are_those_of_its_kernels():
   x, w, out, sums = 2 * 4 * 8, 2 * 8 * 8, 4 * 4 * 8, 4 * 4
   wanted = {"matrix products": 2 * x + w, "elementwise": 2 * x + out, "sums and elementwise": out + sums}
   assert sizes == pytest.approx({**wanted, "all": sum(wanted.values()), "the least": 2 * x + w})
+  once = {row["kind"]: row["GB"] * 1e9 for row in roofline.traffic(PROGRAM, once=True)}
+  assert once == pytest.approx({"elementwise": 4 * 8 * 8 + w, "all": 4 * 8 * 8 + w, "the least": 0})
 
 
 def test_a_report_of_a_gpu_puts_the_cases_together(tmp_path, monkeypatch, capsys):
