@@ -17,7 +17,7 @@ from benchmarks import timing
 from jaxguide import data, evaluation, scales, training
 from jaxguide._core.typing import Guidance, Solver
 from jaxguide.evaluation import demo
-from jaxguide.generate.guidances import Networks
+from jaxguide.generate.methods import Networks
 from jaxguide.generate.walks import SolverSpec
 
 MEASURES = ("frechet_distance", "accuracy", "diversity")

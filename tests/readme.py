@@ -16,7 +16,7 @@ import jax
 
 from jaxguide import generate, solvers
 from jaxguide.evaluation import MEASURES
-from jaxguide.generate import guidances
+from jaxguide.generate import methods
 from jaxguide.models import pretrained
 from jaxguide.schedules import SCHEDULES
 from jaxguide.training import presets
@@ -50,7 +50,7 @@ def of_guidances() -> str:
   """The guidance methods."""
   rows = [
     (f"`{row.name}`", linked(row.text.rstrip(".")), f"`{method.function}`", method.passes, f"`{row.options}`")
-    for row, method in zip(generate.overview()["--guidance"], guidances.METHODS.values(), strict=True)
+    for row, method in zip(generate.overview()["--guidance"], methods.METHODS.values(), strict=True)
   ]
   return table(("`--guidance`", "what it is", "function", "passes of the network", "options"), rows)
 

@@ -15,7 +15,7 @@ from jax.tree_util import Partial
 import jaxguide
 import jaxguide as jg
 from jaxguide import cli, data, generate, keys, schedules, solvers
-from jaxguide.generate import guidances, unfinished
+from jaxguide.generate import methods, rules, unfinished
 from jaxguide.generate.plan import plan
 from jaxguide.models import folders as models
 from jaxguide.models.model import init_params
@@ -414,10 +414,10 @@ def test_help_says_what_there_is(run):
   assert "the power in p(x) p(y|x)^scale" in words
   named = [name for rows in generate.overview().values() for name, _, _ in rows if name]
   assert {"cfg", "unipc", "karras", "rescaled", "cfg++"} <= set(named)
-  methods = " ".join(run("methods")[1].split())
+  printed = " ".join(run("methods")[1].split())
   for name in named:
     assert f" {name} " in words
-    assert f" {name} " in methods
+    assert f" {name} " in printed
 
 
 @pytest.mark.parametrize("file", readme.FILES)
@@ -426,7 +426,7 @@ def test_the_tables_are_those_of_the_code(file):
 
 
 def test_guidances_name_functions_that_there_are():
-  for method in guidances.METHODS.values():
+  for method in methods.METHODS.values():
     assert callable(getattr(jaxguide, method.function))
 
 
@@ -484,7 +484,7 @@ def _perturbed(model, kind, *blocks, **options):
 
 
 def _clean(classifier, level):
-  return Partial(guidances._at_level, classifier.log_prob, level)
+  return Partial(methods._at_level, classifier.log_prob, level)
 
 
 @pytest.fixture(scope="module")
@@ -537,8 +537,8 @@ def test_at_scales_of_0_and_1_one_pass_of_the_network_runs(folders, networks, as
 
 def test_every_guidance_is_asked():
   names = [asked.partition(":")[0] for asked in ASKED]
-  assert {*names, "compose"} == set(guidances.METHODS)
-  for option, table in (("combine", guidances.COMBINES), ("profile", guidances.PROFILES)):
+  assert {*names, "compose"} == set(methods.METHODS)
+  for option, table in (("combine", rules.COMBINES), ("profile", rules.PROFILES)):
     assert {name for name in table if any(f"{option}={name}" in asked for asked in ASKED)} >= {*table} - {
       "linear",
       "constant",

@@ -11,7 +11,7 @@ from test_cli import QUICK, TINY, save
 
 import jaxguide as jg
 from jaxguide import data, generate, scaling
-from jaxguide.generate import guidances
+from jaxguide.generate import methods
 from jaxguide.generate.plan import plan
 from jaxguide.models import folders as models
 from jaxguide.training import ModelConfig
@@ -166,7 +166,7 @@ def test_what_is_refused(folders, options, message):
 
 
 def test_a_level_in_the_range_is_taken(folders):
-  networks = guidances.Networks(
+  networks = methods.Networks(
     models.load(folders / "denoiser"), models.load(folders / "classifier"), models.load, jg.karras(4)
   )
   assert networks.clean(0.5) is not None

@@ -17,7 +17,7 @@ import jaxguide
 from jaxguide import data, generate, models, solvers, training
 from jaxguide._core import specs, struct
 from jaxguide._core.typing import Leaf
-from jaxguide.generate import guidances
+from jaxguide.generate import methods
 from jaxguide.models import networks
 from jaxguide.models.model import init_params
 from jaxguide.solvers.base import Memoryless, State, move
@@ -152,7 +152,7 @@ def test_a_new_guidance_is_an_entry(monkeypatch):
     del networks
     return lambda denoise: lambda x, sigma, cond: towards + scale * (denoise(x, sigma, cond) - towards)
 
-  monkeypatch.setitem(guidances.METHODS, "shrink", guidances.Method(shrink, "clip_x0", "1", 0.5))
+  monkeypatch.setitem(methods.METHODS, "shrink", methods.Method(shrink, "clip_x0", "1", 0.5))
   (spec,) = generate.Settings(guidance="shrink:towards=0.5,sigma_hi=3").guidance_specs
   assert spec.options == {"towards": 0.5, "sigma_hi": 3.0}
   (row,) = [row for row in generate.overview()["--guidance"] if row.name == "shrink"]

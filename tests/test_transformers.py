@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 import jaxguide as jg
 from jaxguide import models
-from jaxguide.generate.guidances import GuidanceSpec, Networks
+from jaxguide.generate.guidances import GuidanceSpec
+from jaxguide.generate.methods import Networks
 from jaxguide.models import importers
 from jaxguide.models.importers import convert
 from jaxguide.models.importers.families import recognise

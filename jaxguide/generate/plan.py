@@ -16,7 +16,8 @@ from jaxguide._core import checks
 from jaxguide._core.files import PathLike
 from jaxguide._core.typing import Array, Denoiser, Guidance, Solver
 from jaxguide.generate import latents
-from jaxguide.generate.guidances import BOUNDS, GuidanceSpec, Networks
+from jaxguide.generate.guidances import BOUNDS, GuidanceSpec
+from jaxguide.generate.methods import Networks
 from jaxguide.generate.settings import Settings
 from jaxguide.generate.walks import GridSpec, check_walk, ddim_eta
 from jaxguide.models import pretrained

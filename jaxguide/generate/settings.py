@@ -10,7 +10,8 @@ import numpy as np
 
 from jaxguide._core import checks, keys, specs
 from jaxguide._core.files import PathLike
-from jaxguide.generate.guidances import METHODS, GuidanceSpec
+from jaxguide.generate.guidances import GuidanceSpec
+from jaxguide.generate.methods import METHODS
 from jaxguide.generate.walks import GridSpec, SolverSpec
 from jaxguide.training.config import MATMUL_PRECISIONS
 
