@@ -227,6 +227,15 @@ def report(folders, images, tmp_path_factory):
   return evaluation.classifier_report(out, classifier, images, denoiser=denoiser, facts={"Run": "7 <i>"}, **QUICK)
 
 
+def test_a_bar_counts_batches_gradients_and_scales(folders, images, tmp_path, capsys):
+  classifier, denoiser = (models.load(folders / name) for name in ("classifier", "denoiser"))
+  for show in (True, False):
+    evaluation.classifier_report(
+      tmp_path / "r.html", classifier, images, denoiser=denoiser, scales=(0.0, 1.0), progress=show, **QUICK
+    )
+    assert ("4/4" in capsys.readouterr().err) == show
+
+
 def test_the_page_is_self_contained(report):
   page = report.path.read_text("utf-8")
   assert not re.search(r"https?:|<script|<link|<iframe|@import|url\(|\bon\w+=", page)
@@ -257,6 +266,7 @@ def test_the_page_has_the_numbers_and_the_sentences(report):
     assert name == "useful" or sentence in text
   rows = re.findall(r"<tr>(<td>.*?)</tr>", page)
   assert len(rows) == 12
+  assert re.findall(r'<th scope="col">(.*?)</th>', page)[0] == "noise level σ"
   cells = re.findall(r"<td>(.*?)</td>", rows[3])
   assert cells[1] == f"{report.levels.accuracy[3]:.3f}"
   assert cells[-1] == f"{report.gradients.cosine[3, 1]:.3f}"
@@ -346,6 +356,7 @@ def test_the_command_is_the_function(folders, images, run, tmp_path, monkeypatch
     "seed": 5,
     "steps": 7,
     "title": f"Noisy classifier {folders / 'classifier'}",
+    "progress": True,
   }
 
 

@@ -909,7 +909,8 @@ def test_published_models_sample(sample_published, name, args):
     ("unconditional", ["--steps", "ddim600"], "no whole stride visits exactly 600 of 1000 steps"),
     ("unconditional", ["--steps", 1001], "steps must be at most the 1000 steps of the table"),
     ("unconditional", ["--grid", "respaced:sigma_max=80"], "'respaced' has no option 'sigma_max'; it has spacing"),
-    ("unconditional", ["--scale", 2], "guidance 'none' takes no scale"),
+    ("unconditional", ["--scale", 2], "guidance 'none' takes no scale (none is the default of a model that has no"),
+    ("conditional", ["--guidance", "none", "--scale", 2], "guidance 'none' takes no scale: leave it out"),
   ],
 )
 def test_what_published_models_cannot_do(sample_published, name, args, message):

@@ -408,6 +408,30 @@ def test_pictures_of_a_folder_are_resized_to_the_samples(tmp_path, digits):
   np.testing.assert_allclose(opened.statistics.features, evaluation.pixel_features(images), atol=1 / 255)
 
 
+def test_a_batch_of_moments_and_images_gives_figures_of_neighbours_too(tmp_path, digits, monkeypatch):
+  """OpenAI's reference batches have the moments of a whole data set, and 10,000 images for precision and recall."""
+  real, images = digits[0][0][:120], digits[1][0][:100]
+  features = dataclasses.replace(evaluation.chosen_features("pixels", (8, 8, 1)), name="inception")
+  whole = evaluation.statistics_of(digits[0][0], features, progress=False)
+  np.savez(tmp_path / "VIRTUAL.npz", arr_0=real, mu=whole.mu, sigma=whole.sigma)
+  measures = ["frechet_distance", "precision", "recall"]
+  found = evaluate(images, tmp_path / "VIRTUAL.npz", features=features, measures=measures).figures
+  of_whole = evaluate(images, digits[0][0], features=features, measures=measures).figures
+  of_part = evaluate(images, real, features=features, measures=measures).figures
+  assert found["frechet_distance"].value == pytest.approx(of_whole["frechet_distance"].value)
+  assert found["frechet_distance"].value != pytest.approx(of_part["frechet_distance"].value)
+  assert [found[name].value for name in measures[1:]] == [of_part[name].value for name in measures[1:]]
+  assert [found[name].value for name in measures[1:]] != [of_whole[name].value for name in measures[1:]]
+  # The command keeps both, on these features.
+  batch, kept = tmp_path / "VIRTUAL.npz", tmp_path / "kept.npz"
+  monkeypatch.setattr(evaluation, "chosen_features", lambda *_: features)
+  status, out, _ = called("reference", batch, "--out", kept, "--no-progress")
+  assert status == 0
+  assert "the features of its 120 images" in out
+  again = evaluate(images, kept, features=features, measures=measures).figures
+  assert [again[name].value for name in measures] == pytest.approx([found[name].value for name in measures])
+
+
 def test_statistics_of_other_numbers_are_another_reference():
   one, other = (evaluation.Statistics(np.full(3, mean), np.eye(3)) for mean in (0.0, 1.0))
   assert evaluation.Reference("a", one).protocol != evaluation.Reference("a", other).protocol

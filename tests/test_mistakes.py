@@ -42,6 +42,11 @@ MISTAKES = [
   ({"shape": (8.0, 8)}, ValueError, "each side of shape"),
   ({"shape": (-2,)}, ValueError, "each side of shape"),
   ({"cond": "cat"}, TypeError, "cond must hold numbers or arrays, got 'cat'"),
+  (
+    {"cond": {"key": jax.random.split(jax.random.key(0), 3)}},
+    TypeError,
+    r"random keys: give jax.random.key_data\(keys\)",
+  ),
   ({"cond": np.array(["cat", "dog", "cat"])}, TypeError, "cond must hold numbers"),
   ({"cond": ["cat", "dog", "cat"]}, TypeError, "cond must hold numbers"),
   ({"cond": np.array([None] * 3)}, TypeError, "cond must hold numbers"),

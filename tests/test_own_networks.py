@@ -172,6 +172,14 @@ def test_what_is_no_network(network, message):
     ModelConfig(network, {}, (4, 4, 1), 2)
 
 
+def test_a_model_whose_class_is_not_found_is_not_sent_to_training_again(tmp_path):
+  record = {"network": "no_such_module:Net", "fields": {}, "image_shape": [4, 4, 1], "num_classes": 2}
+  (tmp_path / "config.json").write_text(json.dumps(record))
+  with pytest.raises(ValueError, match="cannot be imported") as error:
+    training.load(tmp_path)
+  assert "train it again" not in str(error.value)
+
+
 def test_a_network_that_is_not_supported_is_refused_before_training(tmp_path):
   with pytest.raises(ValueError, match="has the Flax collections batch_stats, params, and only params is supported"):
     training.fit(

@@ -469,7 +469,7 @@ def test_a_model_without_classes_takes_no_scales_and_no_labels(sweep, tmp_path):
       sweep(tmp_path / "out", settings=changed(settings, labels=(label,)), guidance=None, scales=None)
 
 
-def test_the_bar_says_that_a_program_is_compiled(sweep, tmp_path, monkeypatch):
+def test_the_bar_says_what_is_done(sweep, tmp_path, monkeypatch):
   told = []
 
   class Bar:
@@ -481,5 +481,6 @@ def test_the_bar_says_that_a_program_is_compiled(sweep, tmp_path, monkeypatch):
   monkeypatch.setattr(evaluation.points, "progress_bar", lambda *_, **__: Bar())
   sweep(tmp_path, scales=(1, 2), guidance="cfg", settings=changed(sweep.base, num=12))
   assert told == [
-    "cfg, scale 1", "cfg, scale 1, compiling", 0, "cfg, scale 1", 8, 4, 0, "cfg, scale 2", 0, 8, 4, 0,
+    "cfg, scale 1", "cfg, scale 1, compiling", 0, "cfg, scale 1", 8, 4, 0, "cfg, scale 1, measuring",
+    "cfg, scale 2", 0, 8, 4, 0, "cfg, scale 2, measuring",
   ]  # fmt: skip

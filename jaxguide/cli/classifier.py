@@ -36,6 +36,7 @@ def classifier_report(
   steps: Annotated[int, typer.Option(help="Steps of the solver for the samples.")] = 25,
   seed: Annotated[int, typer.Option(help="Seed of the choice of examples, of the noise and of the samples.")] = 0,
   overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+  progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
   """Report on a noisy classifier: is it trained long enough, and does its gradient lead where it should.
 
@@ -71,6 +72,7 @@ def classifier_report(
       steps=steps,
       seed=seed,
       title=f"Noisy classifier {model}",
+      progress=progress,
     )
   said = report.verdicts
   print("\n".join([said.accuracy, said.nll, said.cosine, said.summary]))

@@ -216,6 +216,7 @@ def reference(
   """
   from jaxguide import data, evaluation
   from jaxguide._core.files import check_writable
+  from jaxguide.evaluation.reference import has_moments_and_images, images_beside_moments
 
   if out.suffix != ".npz":
     raise ValueError(f"out must be a file that ends in .npz, got {out}")
@@ -223,8 +224,18 @@ def reference(
     raise ValueError(f"{out} exists already: choose another file, or --overwrite it")
   check_writable(out)
   with said_at_once():
-    dataset = data.open_data(data.DataConfig(source, split=split, size=size, channels=channels), progress)
+    both = has_moments_and_images(source)
+    if both:
+      dataset = images_beside_moments(source)
+    else:
+      dataset = data.open_data(data.DataConfig(source, split=split, size=size, channels=channels), progress)
     chosen = evaluation.chosen_features(features, dataset.image_shape)
-    statistics = evaluation.statistics_of(dataset, chosen, name=source, progress=progress, batch_size=batch_size)
+    if both:
+      statistics = evaluation.open_reference(source, chosen, batch_size=batch_size, progress=progress).statistics
+    else:
+      statistics = evaluation.statistics_of(dataset, chosen, name=source, progress=progress, batch_size=batch_size)
     evaluation.write_statistics(out, statistics)
-  print(f"The statistics of {len(dataset)} images ({chosen.name}) are in {out}.")
+  if both and statistics.n is None:  # The file's own moments, which are of a number of images that it does not tell.
+    print(f"The moments of {source} and the features of its {len(dataset)} images ({chosen.name}) are in {out}.")
+  else:
+    print(f"The statistics of {len(dataset)} images ({chosen.name}) are in {out}.")

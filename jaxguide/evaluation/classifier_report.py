@@ -4,7 +4,7 @@ import dataclasses
 import math
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxguide import data as datasets
 from jaxguide._core import checks, keys
+from jaxguide._core.bars import progress_bar
 from jaxguide._core.files import PathLike, check_writable, write_atomically
 from jaxguide.evaluation import pages
 from jaxguide.evaluation.classifiers import Gradients, gradients, guided_samples, level_ends
@@ -66,6 +67,7 @@ def classifier_report(
   seed: int = 0,
   title: str = "Noisy classifier",
   facts: Mapping[str, str] | None = None,
+  progress: bool = True,
 ) -> ClassifierReport:
   """Measure a noisy classifier on held-out data, sample with its guidance, and write one HTML file.
 
@@ -87,6 +89,7 @@ def classifier_report(
     seed: seed of the choice of examples, of their noise and of the samples.
     title: title of the page.
     facts: what a reader needs to know besides, by name.
+    progress: whether to show a progress bar.
 
   Raises:
     TypeError: if ``classifier`` or ``denoiser`` is not a model.
@@ -107,27 +110,32 @@ def classifier_report(
       f"{1 / math.sqrt(len(examples)):.0%}: hold out more, or give other data",
       stacklevel=2,
     )
-  levels = held_out.evaluate(config, classifier.params, _in_batches(examples, labels), key_levels, at)
+  batches = _in_batches(examples, labels)
+  draws = denoiser is not None and checks.at_least("samples_per_class", samples_per_class, 0) > 0
   few = checks.at_least("num_gradients", num_gradients, 1)
-  null = None if denoiser is None or config.num_classes != denoiser.config.num_classes else denoiser.null_cond
-  measured = gradients(
-    _everywhere(classifier),
-    np.asarray(config.data.encode(examples[:few])),
-    labels[:few],
-    key_gradients,
-    at,
-    denoise=None if denoiser is None or null is None else denoiser.denoiser,
-    null_cond=null,
-  )
   classes = config.num_classes or 0
   chance = float(np.bincount(labels).max() / len(labels))
-  said = verdicts(levels, measured, classes=classes, chance=chance)
+  null = None if denoiser is None or config.num_classes != denoiser.config.num_classes else denoiser.null_cond
   pictures = {}
-  if denoiser is not None and checks.at_least("samples_per_class", samples_per_class, 0):
-    rows = _some_classes(classes)
-    cond = np.repeat(rows, samples_per_class)
-    for scale, images in guided_samples(denoiser, classifier, cond, scales, key_samples, steps=steps):
-      pictures[scale] = _grid(images, cond, config.class_names or data.class_names, samples_per_class)
+  parts = len(batches) + 1 + (len(scales) if draws else 0)
+  with progress_bar(parts, title="measuring the classifier", unit="part", show=progress) as bar:
+    levels = held_out.evaluate(config, classifier.params, _counted(batches, bar), key_levels, at)
+    measured = gradients(
+      _everywhere(classifier),
+      np.asarray(config.data.encode(examples[:few])),
+      labels[:few],
+      key_gradients,
+      at,
+      denoise=None if denoiser is None or null is None else denoiser.denoiser,
+      null_cond=null,
+    )
+    bar.update()
+    if denoiser is not None and draws:
+      cond = np.repeat(_some_classes(classes), samples_per_class)
+      for scale, images in guided_samples(denoiser, classifier, cond, scales, key_samples, steps=steps):
+        pictures[scale] = _grid(images, cond, config.class_names or data.class_names, samples_per_class)
+        bar.update()
+  said = verdicts(levels, measured, classes=classes, chance=chance)
   described = _facts(classifier, denoiser, data, steps, seed, facts)
   lines = {"accuracy": chance, "nll": math.log(classes)}
   _write(out, title, levels, measured, said, pictures, described, lines)
@@ -180,6 +188,13 @@ def _examples(data: Any, num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def _in_batches(examples: np.ndarray, labels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
   size = held_out.BATCH_SIZE
   return [(examples[first : first + size], labels[first : first + size]) for first in range(0, len(labels), size)]
+
+
+def _counted(batches: Sequence[Any], bar: Any) -> Iterator[Any]:
+  """Yield batches, and move the bar after each."""
+  for batch in batches:
+    yield batch
+    bar.update()
 
 
 def _some_classes(classes: int) -> np.ndarray:
@@ -290,7 +305,7 @@ def _write(
     ),
   ]
   table = [
-    ("σ", sigmas, "{:.3g}"),
+    ("noise level σ", sigmas, "{:.3g}"),  # σ alone would become Σ: the page begins each title with a capital
     ("accuracy", levels.accuracy, "{:.3f}"),
     ("NLL (nats)", levels.nll, "{:.3f}"),
     ("calibration error", levels.calibration_error, "{:.3f}"),

@@ -93,6 +93,7 @@ def draw(
       if watch.batches:
         compiled.add(program)
       bar.update(cell.settings.num - watch.seen)
+      bar.set_postfix_str(f"{title}, measuring")
       _measure(out, cell, measured, watch)
   return {"failed": "; ".join(failed)} if failed else {}
 

@@ -170,7 +170,8 @@ def open_reference(
   """Open a reference.
 
   Args:
-    source: a file of statistics (.npz or .pkl, see `jaxguide.evaluation.read_statistics`); an .npz of samples; another
+    source: a file of statistics (.npz or .pkl, see `jaxguide.evaluation.read_statistics`); an .npz of samples; an .npz
+      of both, such as OpenAI's reference batches, whose images give the features of single images; another
       data set as `jaxguide.data.DataConfig` names it (a folder, a .zip, ``tfds:NAME``, ``digits``); a
       `jaxguide.data.DataConfig`; a `jaxguide.data.Dataset`; uint8 images (n, height, width, channels); a `Statistics`;
       or a `Reference`.
@@ -210,6 +211,11 @@ def open_reference(
       statistics = read_statistics(source, metric)
       if arrays is None or "arr_0" not in arrays or _suit(statistics, features):
         check_same_features(statistics, features, name, image_shape)
+        if arrays is not None and "arr_0" in arrays and statistics.features is None:
+          images = images_beside_moments(source)
+          _hint(hint, features, len(images), name)
+          found = statistics_of(images, features, name=name, batch_size=batch_size, progress=progress)
+          statistics = dataclasses.replace(statistics, features=found.features)
         return Reference(name, statistics)
   if is_file and not Path(source).exists():
     raise FileNotFoundError(
@@ -225,14 +231,34 @@ def open_reference(
   wanted = _protocol(features, dataset.image_shape)
   if kept is not None and kept.fingerprint == dataset.fingerprint and kept.protocol == wanted:
     return Reference(name, kept, dataset)
-  if hint and features.weights and len(dataset) >= MANY and isinstance(source, str | os.PathLike):
-    resized = f" --size {dataset.image_shape[0]}" if _is_pictures(Path(source)) else ""
-    warnings.warn(
-      f"the features of {len(dataset):,} images are computed, which can take minutes. To compute them once: jaxguide "
-      f"reference {name}{resized} --features {features.name} --out STATISTICS.npz; then --reference STATISTICS.npz",
-      stacklevel=3,
+  if isinstance(source, str | os.PathLike):
+    _hint(
+      hint, features, len(dataset), f"{name} --size {dataset.image_shape[0]}" if _is_pictures(Path(source)) else name
     )
   return Reference(name, statistics_of(dataset, features, name=name, batch_size=batch_size, progress=progress), dataset)
+
+
+def _hint(wanted: bool, features: Features, number: int, source: str) -> None:
+  """Say how the features of many images can be kept."""
+  if wanted and features.weights and number >= MANY:
+    warnings.warn(
+      f"the features of {number:,} images are computed, which can take minutes. To compute them once: jaxguide "
+      f"reference {source} --features {features.name} --out STATISTICS.npz; then --reference STATISTICS.npz",
+      stacklevel=4,
+    )
+
+
+def has_moments_and_images(path: str | os.PathLike[str]) -> bool:
+  """Whether a file has the moments of a data set and some images of it, as OpenAI's reference batches have."""
+  arrays = (_arrays_in(Path(path)) if Path(path).is_file() else None) or []
+  return {"mu", "arr_0"} <= {*arrays}
+
+
+def images_beside_moments(path: str | os.PathLike[str]) -> Dataset:
+  """Open the images of such a file."""
+  with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message=".*arrays that are not used")  # The moments are read elsewhere.
+    return data.open_data(data.DataConfig(os.fspath(path)), False)
 
 
 def _arrays_in(path: Path) -> list[str] | None:

@@ -238,7 +238,7 @@ def _data_of(base: Settings, load: Load, needed: bool) -> tuple[Any, Any]:
   except (ValueError, OSError, ImportError) as error:
     if needed:
       raise ValueError(
-        f"the data that {base.model} was trained on are not known ({error}): give a reference"
+        f"the data that {base.model} was trained on are not known ({error}): give a reference (--reference)"
       ) from error
     trained = None
   try:

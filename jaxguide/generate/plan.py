@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -152,7 +153,10 @@ def _check_unused(
   """Check that a scale is used, and warn of a classifier that is not. Such a classifier must fit the model, too."""
   names = ", ".join(spec.name for spec in chosen) or "none"
   if settings.scale is not None and not any(spec.takes_scale for spec in chosen):
-    raise ValueError(f"guidance {names!r} takes no scale: leave it out, or choose another guidance")
+    why = ""
+    if settings.guidance is None and not chosen and model.null_cond is None:
+      why = " (none is the default of a model that has no null class)"
+    raise ValueError(f"guidance {names!r} takes no scale{why}: leave it out, or choose another guidance")
   if settings.classifier is not None and classifier is None:
     _classifier(settings, model, load)
     warnings.warn(
@@ -287,7 +291,9 @@ def classifier_folder(settings: Settings) -> PathLike:
 def _classifier(settings: Settings, model: Model, load: Load) -> Model:
   folder = classifier_folder(settings)
   if settings.classifier is None and not models.exists(folder):
-    raise FileNotFoundError(f"guidance by a classifier needs one, and there is none in {folder}: give classifier")
+    raise FileNotFoundError(
+      f"guidance by a classifier needs one, and there is none in {folder}: give classifier (--classifier)"
+    )
   classifier = load(folder)
   if classifier.config.role is not CLASSIFIER:
     raise ValueError(f"{folder} holds a {classifier.config.network}, not a classifier")
@@ -410,8 +416,12 @@ def by_number(settings: Settings, model: Model, classifier: Model | None) -> tup
   if classes_of(model, classifier) is None and model.config.label_size is None:
     raise ValueError("the model has no classes, and there is no classifier: leave out the labels (--label)")
   numbers = {} if names is None else {name: number for number, name in enumerate(names)}
+  # An umlaut is one character or two: folders of a Mac often have two, and keyboards give one.
+  composed = {unicodedata.normalize("NFC", name): name for name in numbers}
 
   def number(label: int | str) -> int:
+    if isinstance(label, str) and label not in numbers:
+      label = composed.get(unicodedata.normalize("NFC", label), label)
     if isinstance(label, str) and label not in numbers and re.fullmatch(r"[+-]?[0-9]+", label):
       return int(label)
     if isinstance(label, str) and names is None:

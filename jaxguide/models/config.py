@@ -52,12 +52,12 @@ class ModelConfig:
   """The configuration of a network: everything that is needed to use its parameters.
 
   Args:
-    network: ``unet``, ``super_res_unet`` or ``classifier``; or a network of your own: a Flax linen module, its class,
-      a class of NNX, Equinox or Haiku, or ``"module:Class"``. The arguments of such a class's constructor are its
-      fields. See `jaxguide.models.networks.Network` for how it is called. It is stored by its name, so
-      that a saved model can be loaded wherever Python can import the class.
-    fields: the fields of the network, those of `jaxguide.UNet`, `jaxguide.SuperResUNet`, `jaxguide.Classifier` or your
-      class; ``dtype`` is stored by its name. ``{}`` for a module, which has its own.
+    network: a name of `jaxguide.models.networks.NETWORKS`, such as ``unet``, ``classifier`` or ``dit``; or a network
+      of your own: a Flax linen module, its class, a class of NNX, Equinox or Haiku, or ``"module:Class"``. The
+      arguments of such a class's constructor are its fields. See `jaxguide.models.networks.Network` for how it is
+      called. It is stored by its name, so that a saved model can be loaded wherever Python can import the class.
+    fields: the fields of the network's class, such as those of `jaxguide.UNet`; ``dtype`` is stored by its name.
+      ``{}`` for a module, which has its own.
     image_shape: (height, width, channels), each at most 65,536, and at most 2**31 - 1 numbers in all.
     num_classes: number of classes, at most 2**24, or None for an unconditional network.
     prediction: what the network predicts, a name from `jaxguide.scaling`. For a classifier it only sets the scaling of

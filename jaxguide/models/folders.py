@@ -219,7 +219,8 @@ def _load(folder: Path, verify: bool) -> Model:
   except FileNotFoundError:
     raise FileNotFoundError(f"there is no model in {folder}: {_instead(folder)}") from None
   except (TypeError, ValueError) as error:
-    raise ValueError(f"{path} does not describe a model ({error}): train it again") from error
+    advice = "" if isinstance(error.__cause__, (ImportError, AttributeError)) else ": train it again"
+    raise ValueError(f"{path} does not describe a model ({error}){advice}") from error
   checksums = _read_checksums(folder, fields, expected) if verify else {}
   dtypes = {
     name: jnp.dtype(checksums["params"][name]["dtype"]) if verify else leaf.dtype

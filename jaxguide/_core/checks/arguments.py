@@ -102,6 +102,8 @@ def cond(value: T) -> T:
   TypeError: cond must hold numbers or arrays, got 'cat': give the number of the class
   """
   for leaf in jax.tree.leaves(value):
+    if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      raise TypeError("cond must hold numbers or arrays, got random keys: give jax.random.key_data(keys)")
     if isinstance(leaf, str | bytes) or (hasattr(leaf, "dtype") and leaf.dtype.kind in "OSU"):
       raise TypeError(f"cond must hold numbers or arrays, got {leaf!r}: give the number of the class")
     if is_concrete(leaf) and np.asarray(leaf).dtype.kind in "iu":
