@@ -19,7 +19,7 @@ from jaxguide import checks
 
 def main() -> None:
   """Run the benchmark that the command line names, or list them all."""
-  others = {"__main__", "networks", "peers", "timing"}
+  others = {"__main__", "canvas", "gallery", "networks", "peers", "timing"}
   names = sorted({module.name for module in pkgutil.iter_modules(benchmarks.__path__)} - others)
   modules = {name: importlib.import_module(f"benchmarks.{name}") for name in names}
   if {*sys.argv[1:]} & {"-h", "--help"} or len(sys.argv) < 2:

@@ -36,6 +36,7 @@ html_theme = "furo"
 html_title = f"jaxguide {version}"
 html_theme_options = {"navigation_with_keys": True}
 myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath"]
 
 nitpicky = True
 default_role = "py:obj"  # What stands between single backticks in a docstring is a name.

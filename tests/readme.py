@@ -1,4 +1,4 @@
-"""The tables of the README and of docs that follow from the code: ``python tests/readme.py`` writes them anew.
+"""The tables of docs that follow from the code: ``python tests/readme.py`` writes them anew.
 
 A table stands between the lines ``<!-- table: NAME -->`` and ``<!-- end of table -->``. A test holds that the
 files have the tables that the code gives.
@@ -6,12 +6,15 @@ files have the tables that the code gives.
 
 import argparse
 import dataclasses
+import gc
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import config_tables
 import jax
 
 from jaxguide import generate, solvers
@@ -222,13 +225,126 @@ def of_scaling(name: str) -> Callable[[], str]:
   return make
 
 
+CHOOSING = ROOT / "benchmarks" / "measured" / "choosing.json"
+
+
+def with_interval(row: Mapping[str, float], name: str, digits: str) -> str:
+  """A figure with the ends of its interval."""
+  low, high = (format(row[f"{name}_{end}"], digits) for end in ("low", "high"))
+  return f"{row[name]:{digits}} ({low} to {high})"
+
+
+def of_solver_distances() -> str:
+  """Solvers by evaluations: the distances that `benchmarks.choosing` measured."""
+  rows = [row for row in json.loads(CHOOSING.read_text())["solvers"]["rows"] if "distance" in row]
+  counts = sorted({row["evaluations"] for row in rows} - {100})
+  names = dict.fromkeys(row["solver"] for row in rows if row["evaluations"] in counts)
+  found = {(row["solver"], row["evaluations"]): with_interval(row, "distance", "#.2g") for row in rows}
+  return table(
+    ("`--solver`", *(f"{count} evaluations" for count in counts)),
+    [(f"`{name}`", *(found.get((name, count), "") for count in counts)) for name in names],
+  )
+
+
+def of_solver_figures() -> str:
+  """Solvers by evaluations: the figures that `benchmarks.choosing` measured."""
+  rows = [row for row in json.loads(CHOOSING.read_text())["solvers"]["rows"] if "accuracy" in row]
+  rows.sort(key=lambda row: row["evaluations"])
+  return table(
+    (
+      "evaluations",
+      "`--solver`",
+      "`--steps`",
+      "judged accuracy",
+      "Fréchet distance (pixels)",
+      "diversity within a class",
+    ),
+    [(str(row["evaluations"]), f"`{row['solver']}`", str(row["steps"]), *of_samples(row)) for row in rows],
+  )
+
+
+def of_samples(row: Mapping[str, float]) -> tuple[str, str, str]:
+  """The figures of samples of `benchmarks.choosing`."""
+  return (
+    with_interval(row, "accuracy", ".2f"),
+    with_interval(row, "frechet_distance", ".1f"),
+    MEASURES["diversity"].text(row["diversity"]),
+  )
+
+
+def of_grid_distances() -> str:
+  """Grids by steps: the distances that `benchmarks.choosing` measured."""
+  rows = json.loads(CHOOSING.read_text())["grids"]["rows"]
+  counts = sorted({row["steps"] for row in rows})
+  found = {(row["grid"], row["steps"]): with_interval(row, "distance", "#.2g") for row in rows}
+  names = dict.fromkeys(row["grid"] for row in rows)
+  return table(
+    ("`--grid`", *(f"{count} steps" for count in counts)),
+    [(f"`{name}`", *(found[name, count] for count in counts)) for name in names],
+  )
+
+
+def of_high_scales() -> str:
+  """Guidances at a high scale, which `benchmarks.choosing` measured."""
+  rows = json.loads(CHOOSING.read_text())["high"]["rows"]
+  return table(
+    ("`--guidance`", "scale", "judged accuracy", "Fréchet distance (pixels)", "diversity within a class"),
+    [(f"`{row['guidance']}`", f"{row['scale']:g}", *of_samples(row)) for row in rows],
+  )
+
+
+def of_animal_scales() -> str:
+  """The figures of the animals by scale, with Wilson's interval of their accuracy."""
+  rows = []
+  for row in json.loads(ANIMALS.read_text())["rows"]:
+    n, share, z = row["n"], row["accuracy"], 1.96
+    middle, half = (share + z**2 / (2 * n)), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    low, high = ((middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
+    scale = f"{row['scale']:g}" if "scale" in row else ""
+    rows.append(
+      (
+        row["guidance"] if not scale else f"`{row['guidance']}`",
+        scale,
+        f"{n:,}",
+        f"{share:.2f} ({low:.2f} to {high:.2f})",
+        *(MEASURES[name].text(row[name]) for name in OF_ANIMALS[1:]),
+      )
+    )
+  titles = [MEASURES[name].title_on("pixels") for name in OF_ANIMALS]
+  return table(("`--guidance`", "scale", "images", *titles), rows)
+
+
 OF_SCALING = ("rule", "sampling", "times", "chips", "networks", "steps", "bounds", "samples")
 
+
+def of_config(name: str) -> Callable[[], str]:
+  """A table of the fields of a configuration."""
+
+  def make() -> str:
+    rows = config_tables.TABLES[name]()
+    return table(rows[0], rows[1:])
+
+  return make
+
+
 FILES: dict[str, dict[str, Callable[[], str]]] = {
-  "README.md": {"names": of_names},
-  "docs/methods.md": {"guidance": of_guidances, "variants": of_variants, "solvers": of_solvers, "grids": of_grids},
+  "docs/methods.md": {
+    "names": of_names,
+    "guidance": of_guidances,
+    "variants": of_variants,
+    "solvers": of_solvers,
+    "grids": of_grids,
+  },
   "docs/training.md": {"measured": of_measured},
   "docs/scaling.md": {name: of_scaling(name) for name in OF_SCALING},
+  "docs/config.md": {name: of_config(name) for name in config_tables.TABLES} | {"example": config_tables.example},
+  "docs/choosing.md": {
+    "distances": of_solver_distances,
+    "solvers": of_solver_figures,
+    "grids": of_grid_distances,
+    "scales": of_animal_scales,
+    "high": of_high_scales,
+  },
   "docs/animals.md": {"models": of_animal_models, "figures": of_animals, "float16": of_float16},
 }
 
@@ -251,9 +367,11 @@ def main() -> None:
   """Write the tables, or only compare them."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--check", action="store_true", help="write nothing; fail if a table differs")
-  only_checks = parser.parse_args().check
-  stale = []
-  for tables in (FILES, SLOW_FILES):
+  parser.add_argument("--slow", action="store_true", help="only the tables that take a minute")
+  options = parser.parse_args()
+  only_checks, stale = options.check, []
+  gc.set_threshold(50_000, 20, 20)  # Tracing makes many objects and few cycles of them.
+  for tables in (SLOW_FILES,) if options.slow else (FILES, SLOW_FILES):
     for file in tables:
       text = filled(file, tables)
       if text != (ROOT / file).read_text():

@@ -1,14 +1,20 @@
+import inspect
 import json
+import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
-from benchmarks import gpu, memory, roofline, startup, timing
+import jaxguide as jg
+from benchmarks import choosing, gpu, memory, pictures, roofline, startup, tasks, timing
 
 ROOT = Path(__file__).parent.parent
-NO_BENCHMARKS = {"__init__", "__main__", "networks", "peers", "timing"}
+NO_BENCHMARKS = {"__init__", "__main__", "canvas", "gallery", "networks", "peers", "timing"}
 
 
 def test_the_entry_lists_every_benchmark():
@@ -24,6 +30,20 @@ def test_an_unknown_benchmark_is_one_sentence_that_names_the_nearest():
   assert made.returncode == 1
   assert "sampling" in made.stderr
   assert "Traceback" not in made.stderr
+
+
+def test_every_figure_has_a_command_and_a_page():
+  files = {path.stem for path in pictures.FOLDER.glob("*")}
+  of_tasks = re.findall(r'FIGURES / "([\w-]+)\.png"', inspect.getsource(tasks))
+  assert files == {*pictures.FIGURES, *of_tasks}
+  pages = "".join(page.read_text() for page in ROOT.glob("docs/*.md"))
+  assert not [name for name in files if f"](figures/{name}.png)" not in pages]
+  assert sum(path.stat().st_size for path in pictures.FOLDER.glob("*")) < 2e6
+
+
+def test_an_unknown_figure_is_named():
+  with pytest.raises(ValueError, match="saturation"):
+    pictures.main("saturations")
 
 
 @pytest.mark.slow
@@ -123,3 +143,24 @@ def test_the_script_for_a_gpu_is_sound_and_names_cases_that_there_are():
   subprocess.run(["bash", "-n", script], check=True)
   with pytest.raises(ValueError, match="ADM-64"):
     gpu.main("ADM-63")
+
+
+def test_the_walks_of_choosing_are_those_of_sample_batch():
+  """They have a loop of their own, so that a solver is compiled once for every number of steps."""
+  ring, cond = jg.ring(4), np.arange(5) % 4
+  guided, solver, sigmas = jg.classifier_free(4, 2.0)(ring.denoiser), jg.DPMpp2MSDE(), jg.karras(6)
+  made = types.SimpleNamespace(
+    labels=cond, cond=cond, settings=types.SimpleNamespace(seed=0), sigmas=sigmas, solver=solver, denoiser=guided,
+    image_shape=(2,),
+  )  # fmt: skip
+  x, _ = choosing.walked(made, per_batch=3)
+  same = jg.sample_batch(guided, jax.random.key(0), cond, shape=(2,), sigmas=sigmas, solver=solver)
+  np.testing.assert_allclose(x, same, rtol=1e-4, atol=1e-5)
+
+
+def test_the_distances_of_choosing_are_per_pixel_with_their_interval():
+  exact = np.zeros((2, 2, 2, 1))
+  x = np.stack([np.full((2, 2, 1), 0.3), np.full((2, 2, 1), 0.4), np.full((2, 2, 1), 9.0)])  # the third is not compared
+  found = choosing.distance(x, exact)
+  assert found["distance"] == pytest.approx(np.sqrt((0.09 + 0.16) / 2), rel=1e-3)
+  assert (found["distance_low"], found["distance_high"]) == pytest.approx((0.3, 0.4))

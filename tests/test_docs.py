@@ -1,7 +1,6 @@
 """The documentation: every public name has a place in it, and every link and index entry leads somewhere."""
 
 import re
-from pathlib import Path
 
 import public_names
 import pytest
@@ -100,7 +99,5 @@ def test_every_page_is_in_an_index():
 
 def test_pages_with_code_are_run():
   settings = (ROOT / "pyproject.toml").read_text()
-  run = {ROOT / path for path in re.findall(r'"((?:docs/)?[\w-]+\.md)"', settings)}
-  with_code = {page for page in PAGES if "```python\n>>>" in page.read_text()}
-  assert with_code == run
-  assert all(f"--doctest-glob={Path(page).name}" in settings for page in run)
+  assert '"README.md", "docs"' in settings
+  assert "--doctest-glob=*.md" in settings
