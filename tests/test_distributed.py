@@ -302,7 +302,7 @@ def fifty_steps(meshes):
 
 @pytest.mark.slow
 def test_fifty_steps_are_the_same_on_every_mesh():
-  (found,) = several.run("test_distributed:fifty_steps", 1, 8, meshes=["data=8", "fsdp=8", "data=2,fsdp=4"])
+  (found,) = several.run("test_distributed:fifty_steps", 1, 8, True, meshes=["data=8", "fsdp=8", "data=2,fsdp=4"])
   assert len(found) == 5
   assert max(found.values()) < 1e-9, found
 
@@ -351,27 +351,28 @@ def assert_same_run(got, wanted, first=0, atol=1e-9):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
   """A run on one device, in a process of its own."""
-  return several.run("test_distributed:trained", 1, folder=str(tmp_path_factory.mktemp("run") / "one"))[0]
+  return several.run("test_distributed:trained", 1, exact=True, folder=str(tmp_path_factory.mktemp("run") / "one"))[0]
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_devices_and_processes(unbroken, tmp_path):
   """Stopped by a signal to one of two processes, continued by one with four devices and then by one with one."""
   folder = str(tmp_path / "run")
-  stopped = several.run("test_distributed:trained", 2, 4, folder=folder, mesh="fsdp=8", stop_at=1)
+  stopped = several.run("test_distributed:trained", 2, 4, True, folder=folder, mesh="fsdp=8", stop_at=1)
   assert {one["stopped"] for one in stopped} == {1 + LAG}
   np.testing.assert_allclose(stopped[0]["losses"], unbroken["losses"][: 1 + LAG], atol=1e-9)
   assert (tmp_path / "run" / "samples" / "00000004.png").exists()
-  more = several.run("test_distributed:trained", 1, 4, folder=folder, mesh="data=2,fsdp=2", stop_at=1 + LAG + 1)[0]
+  meshed = {"mesh": "data=2,fsdp=2", "stop_at": 1 + LAG + 1}
+  more = several.run("test_distributed:trained", 1, 4, True, folder=folder, **meshed)[0]
   assert more["stopped"] == 1 + LAG + 1
-  last = several.run("test_distributed:trained", 1, 1, folder=folder)[0]
+  last = several.run("test_distributed:trained", 1, 1, True, folder=folder)[0]
   assert_same_run(last, unbroken, first=1 + LAG + 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=8", "data=2,fsdp=4"])
 def test_two_processes_with_four_devices_each(unbroken, tmp_path, mesh):
-  for found in several.run("test_distributed:trained", 2, 4, folder=str(tmp_path / "run"), mesh=mesh):
+  for found in several.run("test_distributed:trained", 2, 4, True, folder=str(tmp_path / "run"), mesh=mesh):
     assert_same_run(found, unbroken)
   assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 6
 
