@@ -1,5 +1,7 @@
 """The documentation: every public name has a place in it, and every link and index entry leads somewhere."""
 
+import ast
+import importlib
 import re
 
 import public_names
@@ -101,3 +103,43 @@ def test_pages_with_code_are_run():
   settings = (ROOT / "pyproject.toml").read_text()
   assert '"README.md", "docs"' in settings
   assert "--doctest-glob=*.md" in settings
+
+
+def lacking(code):
+  """Give the names of jaxguide in a program that there are not. Programs that a doctest cannot run are checked so."""
+  known = {}
+  for node in ast.walk(ast.parse(code)):
+    names = node.names if isinstance(node, ast.Import | ast.ImportFrom) else ()
+    for name in names:
+      module = getattr(node, "module", None) or name.name
+      if module.partition(".")[0] != "jaxguide":
+        continue
+      thing = importlib.import_module(module)
+      if isinstance(node, ast.ImportFrom):
+        if not hasattr(thing, name.name):
+          yield f"{module}.{name.name}"
+          continue
+        thing = getattr(thing, name.name)
+      known[name.asname or name.name] = thing
+  for node in ast.walk(ast.parse(code)):
+    text = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+    words = text.split(".") if re.fullmatch(r"[\w.]+", text) else [""]
+    thing = known.get(words[0])
+    for word in words[1:] if thing is not None else ():
+      if not hasattr(thing, word):
+        yield ".".join(words)
+        break
+      thing = getattr(thing, word)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_programs_name_what_there_is(page):
+  for program in re.findall(r"^```python\n(?!>>>)(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL):
+    assert not list(lacking(program))
+
+
+@pytest.mark.parametrize("wrong", ["jg.karas(3)", "data.lod('digits')", "from jaxguide import modles"])
+def test_a_name_in_a_program_that_there_is_not_is_noticed(wrong):
+  program = "import jaxguide as jg\nfrom jaxguide import data\nx = jg.karras(3), data.load('digits'), y.shape\n"
+  assert not list(lacking(program))
+  assert list(lacking(program + wrong))
