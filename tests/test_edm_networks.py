@@ -333,9 +333,7 @@ def test_dropout_and_dropped_labels_are_for_training_alone():
 @pytest.mark.parametrize("name", ["skips", "residual_skip", "adm_plain", "edm2_other"])
 def test_other_types_and_rematerialised_blocks_have_the_same_shapes(name):
   network, fields, classes = OTHERS[name]
-  # One block at each level, because to trace blocks that are computed again takes long.
-  fields = {**fields, "num_blocks": 1, "dtype": "bfloat16", "use_checkpoint": True}
-  config = ModelConfig(network, fields, (8, 8, 3), classes, "edm")
+  config = ModelConfig(network, {**fields, "dtype": "bfloat16", "use_checkpoint": True}, (8, 8, 3), classes, "edm")
   x, t, y = jnp.zeros((2, 8, 8, 3)), jnp.zeros(2), None if classes is None else jnp.array([1, classes])
   shapes = jax.eval_shape(config.module.init, jax.random.key(0), x, t, y)
   assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {np.dtype("float32")}

@@ -430,6 +430,10 @@ def test_a_batch_of_moments_and_images_gives_figures_of_neighbours_too(tmp_path,
   assert "the features of its 120 images" in out
   again = evaluate(images, kept, features=features, measures=measures).figures
   assert [again[name].value for name in measures] == pytest.approx([found[name].value for name in measures])
+  for option in (("--size", 4), ("--channels", 3), ("--split", "test")):
+    status, _, said = called("reference", batch, "--out", tmp_path / "other.npz", *option)
+    assert status == 2
+    assert "leave out size, channels and split" in said
 
 
 def test_statistics_of_other_numbers_are_another_reference():

@@ -224,18 +224,19 @@ def reference(
     raise ValueError(f"{out} exists already: choose another file, or --overwrite it")
   check_writable(out)
   with said_at_once():
-    both = has_moments_and_images(source)
-    if both:
+    if has_moments_and_images(source):
       dataset = images_beside_moments(source)
-    else:
-      dataset = data.open_data(data.DataConfig(source, split=split, size=size, channels=channels), progress)
-    chosen = evaluation.chosen_features(features, dataset.image_shape)
-    if both:
+      shape = dataset.image_shape
+      if size not in (None, shape[0]) or channels not in (None, shape[-1]) or split != "train":
+        raise ValueError(f"{source} has moments of its images as they are: leave out size, channels and split")
+      chosen = evaluation.chosen_features(features, shape)
       statistics = evaluation.open_reference(source, chosen, batch_size=batch_size, progress=progress).statistics
     else:
+      dataset = data.open_data(data.DataConfig(source, split=split, size=size, channels=channels), progress)
+      chosen = evaluation.chosen_features(features, dataset.image_shape)
       statistics = evaluation.statistics_of(dataset, chosen, name=source, progress=progress, batch_size=batch_size)
     evaluation.write_statistics(out, statistics)
-  if both and statistics.n is None:  # The file's own moments, which are of a number of images that it does not tell.
+  if statistics.n is None:  # The file's own moments, which are of a number of images that it does not tell.
     print(f"The moments of {source} and the features of its {len(dataset)} images ({chosen.name}) are in {out}.")
   else:
     print(f"The statistics of {len(dataset)} images ({chosen.name}) are in {out}.")
