@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+import tiny
 
 import jaxguide
 from jaxguide import cli, data, models, training
@@ -29,13 +29,8 @@ FAST = ("--network", "tiny:Mlp", "--batch-size", 4, "--set", "run.sample_steps=2
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
   """A folder with pictures of cats, light at the top, and dogs, light at the bottom."""
-  folder, rng = tmp_path_factory.mktemp("data") / "photos", np.random.default_rng(0)
-  for name, light in (("cat", slice(4)), ("dog", slice(4, 8))):
-    (folder / name).mkdir(parents=True)
-    for i in range(20):
-      pixels = rng.integers(0, 60, (8, 8, 3)).astype(np.uint8)
-      pixels[light] += 180
-      Image.fromarray(pixels).save(folder / name / f"{i}.png")
+  folder = tmp_path_factory.mktemp("data") / "photos"
+  tiny.draw_photos(folder, 20, 8)
   return folder
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+import tiny
 
 from jaxguide import cli
 from jaxguide.evaluation import demo
@@ -139,17 +139,6 @@ def test_a_command_is_made_small():
 # --- in their order -------------------------------------------------------------------------------
 
 
-def draw_photos(folder):
-  """Write twelve pictures of cats, light at the top, and twelve of dogs, light at the bottom."""
-  rng = np.random.default_rng(0)
-  for name, light in (("cat", slice(8)), ("dog", slice(8, 16))):
-    (folder / name).mkdir(parents=True)
-    for i in range(12):
-      pixels = rng.integers(0, 60, (16, 16, 3)).astype(np.uint8)
-      pixels[light] += 180
-      Image.fromarray(pixels).save(folder / name / f"{i}.png")
-
-
 # What a page may name without making it. Each is made by these commands when it is first read.
 PROVIDED = {
   "runs/photos": ["jaxguide train --data ./photos --size 64 --out runs/photos"],
@@ -233,7 +222,7 @@ class Runner:
 def runner(tmp_path, monkeypatch, small_networks):
   monkeypatch.chdir(tmp_path)
   monkeypatch.syspath_prepend(tmp_path)
-  draw_photos(tmp_path / "photos")
+  tiny.draw_photos(tmp_path / "photos", 12, 16)
   return Runner(monkeypatch)
 
 
