@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks import timing
 from jaxguide import checks
-from jaxguide.nn.normalisation import in_one_pass
+from jaxguide.nn.normalisation import group_norm
 from jaxguide.training.describe import state_shapes
 from jaxguide.training.step import train_step
 
@@ -166,7 +166,7 @@ def normalisation() -> tuple[Callable[..., Any], ...]:
   shift = jax.ShapeDtypeStruct((64, 1, 1, 128), jnp.bfloat16)
 
   def gradient(x, cotangent, scale, bias, scale_shift):
-    norm = lambda x: in_one_pass(x, scale, bias, scale_shift, True, 32, 1e-5, jnp.bfloat16)  # noqa: E731
+    norm = lambda x: group_norm(x, scale, bias, scale_shift, True, 32, 1e-5, jnp.bfloat16)  # noqa: E731
     return jax.vjp(norm, x)[1](cotangent)[0]
 
   return gradient, x, x, weights, weights, (shift, shift)

@@ -246,7 +246,7 @@ def attend_to(
   return out.reshape(*out.shape[:2], -1)
 
 
-# Jitted by itself for the same reason as `jaxguide.nn.normalisation.in_two_passes`.
+# Jitted by itself for the same reason as `jaxguide.nn.normalisation.group_norm`.
 @functools.partial(jax.jit, static_argnames=("heads", "new_order", "perturbation", "sides", "cudnn"))
 def attend(
   qkv: Float[Array, "n t qkv"],
@@ -272,7 +272,7 @@ def attend(
   return attend_to(q, k, v, perturbation, sides, cudnn)
 
 
-# Jitted by itself for the same reason as `jaxguide.nn.normalisation.in_two_passes`.
+# Jitted by itself for the same reason as `jaxguide.nn.normalisation.group_norm`.
 @functools.partial(jax.jit, static_argnames="cudnn")
 def attend_heads(
   q: Float[Array, "n queries heads c"],

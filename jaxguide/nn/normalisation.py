@@ -1,15 +1,17 @@
-"""Group normalisation, in the form that suits the device.
+"""Group normalisation, with statistics and a gradient that suit the device.
 
-Normalisation takes little arithmetic, so its time is that of reading and writing arrays. There are two forms:
+Normalisation takes little arithmetic, so its time is that of reading and writing arrays. There are two forms of the
+statistics:
 
-**Two passes for the statistics**, in float32 and on CPUs: the mean, and then the mean square of what is left.
+**Two passes**, in float32 and on CPUs: the mean, and then the mean square of what is left.
 
-**One pass for the statistics**, for half precision on GPUs and TPUs: the mean and the mean square at once. The rounding
-error of their difference is below that of the input, which has 8 or 11 bits. Forward, x is read twice and the result is
-written once. Backward, x and the cotangent are read twice, and the gradient is written once. Nothing of the size of x
-is stored in float32. JAX's own gradient of the same formula would store the product of the cotangent and SiLU's
-derivative in float32, since both the sums over the pixels and the result take it. The rule below gives each of them its
-own copy, which is computed again from x.
+**One pass**, for half precision on GPUs and TPUs: the mean and the mean square at once. The rounding error of their
+difference is below that of the input, which has 8 or 11 bits. Forward, x is read twice and the result is written once.
+
+The gradient keeps x and the statistics, and computes the rest again. On a GPU x and the cotangent are read twice, and
+the gradient is written once. Nothing of the size of x is stored in float32. JAX's own gradient of the same formula
+would store the product of the cotangent and SiLU's derivative in float32, since both the sums over the pixels and the
+result take it. Each of them has its own copy of x here, from which it computes this product.
 """
 
 import functools
@@ -19,10 +21,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-STATISTICS = "group statistics"
-"""The name under which `jax.checkpoint` keeps mean and deviation of each group."""
+from jaxguide.nn import linear
 
 
 class GroupNorm(nn.Module):
@@ -47,100 +47,118 @@ class GroupNorm(nn.Module):
     scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
     groups = math.gcd(32, channels) if self.groups is None else self.groups
-    one_pass = jax.default_backend() != "cpu" and jnp.finfo(x.dtype).bits < 32
-    args = (x, scale, bias, scale_shift, self.silu, groups, self.epsilon)
-    return in_one_pass(*args, self.dtype) if one_pass else in_two_passes(*args).astype(self.dtype)
+    return group_norm(x, scale, bias, scale_shift, self.silu, groups, self.epsilon, self.dtype)
 
 
 # Jitted by itself, so that it is traced, differentiated and lowered once per shape and not once per block. XLA inlines
-# the calls. jax.checkpoint computes it again for the gradient: to store x alone takes less memory than to store the
-# intermediate results, and on a CPU less time.
-@functools.partial(jax.jit, static_argnames=("silu", "groups", "epsilon"))
-@functools.partial(jax.checkpoint, static_argnums=(4, 5, 6))
-def in_two_passes(x, scale, bias, scale_shift, silu, groups, epsilon):
-  """Normalise with the mean and then the variance, each per channel and then averaged over the channels of a group.
-
-  On a CPU this takes half the time of one reduction over reshaped groups, and it avoids the rounding error of a
-  difference of squares.
-  """
-  x = x.astype(jnp.float32)
-  centred = x - _to_channels(_group_means(x, groups), x)
-  variance = _group_means(jnp.square(centred), groups)
-  scale, bias = along_channels(scale, x), along_channels(bias, x)
-  out = centred * (_to_channels(jax.lax.rsqrt(variance + epsilon), x) * scale) + bias
-  if scale_shift is not None:
-    out = out * (1 + scale_shift[0]).astype(jnp.float32) + scale_shift[1].astype(jnp.float32)
-  return nn.silu(out) if silu else out
-
-
-# x and the statistics are kept for the gradient, the rest is computed again.
+# the calls.
 @functools.partial(jax.jit, static_argnames=("silu", "groups", "epsilon", "dtype"))
-@functools.partial(
-  jax.checkpoint, static_argnums=(4, 5, 6, 7), policy=jax.checkpoint_policies.save_only_these_names(STATISTICS)
-)
-def in_one_pass(x, scale, bias, scale_shift, silu, groups, epsilon, dtype):
-  """Normalise with the mean and the mean square of each group."""
+def group_norm(x, scale, bias, scale_shift, silu, groups, epsilon, dtype):
+  """Normalise x, scale and shift it by the parameters, and then as ``scale_shift`` says; see `GroupNorm`."""
   scale, bias = along_channels(scale, x), along_channels(bias, x)
   if scale_shift is not None:
     factor = (1 + scale_shift[0]).astype(jnp.float32)
     scale, bias = scale * factor, bias * factor + scale_shift[1].astype(jnp.float32)
-  return _normalise(x, scale, bias, silu, groups, epsilon, dtype)
+  # Inside shard_map JAX tracks which mesh axes a value varies over, and `linear`'s primitive has no rule for that.
+  plain = jax.sharding.get_abstract_mesh().manual_axes
+  normalise = jax.checkpoint(_normalise, static_argnums=(3, 4, 5, 6)) if plain else _with_gradient
+  return normalise(x, scale, bias, silu, groups, epsilon, dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5, 6))
 def _normalise(x, scale, bias, silu, groups, epsilon, dtype):
   mean, inverse = _statistics(x, groups, epsilon)
-  out = (x.astype(jnp.float32) - mean) * inverse * scale + bias
-  return (nn.silu(out) if silu else out).astype(dtype)
+  return _scaled(x, mean, inverse, scale, bias, silu, dtype)
 
 
-@_normalise.defjvp
-def _tangent(silu, groups, epsilon, dtype, primals, tangents):
-  """Give the derivative such that its transpose takes one pass for the sums over the pixels and one for the rest."""
-  (x, scale, bias), (x_dot, scale_dot, bias_dot) = primals, tangents
+_with_gradient = jax.custom_jvp(_normalise, nondiff_argnums=(3, 4, 5, 6))
+
+
+@_with_gradient.defjvp
+def _jvp(silu, groups, epsilon, dtype, primals, tangents):
+  x, scale, bias = primals
   mean, inverse = _statistics(x, groups, epsilon)
-
-  def derived(x):
-    normed = (x.astype(jnp.float32) - mean) * inverse
-    before = normed * scale + bias
-    if not silu:
-      return normed, before, 1.0
-    sigmoid = jax.nn.sigmoid(before)
-    return normed, before * sigmoid, sigmoid * (1 + before * (1 - sigmoid))
-
-  normed, out, slope = derived(x)
-  copies = jax.lax.optimization_barrier((x, x))
-  _, _, slope_of_bias = derived(copies[0])
-  copy, _, slope_of_scale = derived(copies[1])
-  x_dot = x_dot.astype(jnp.float32)
-  factor = scale * inverse
-  # The derivatives of mean and deviation, for each channel.
-  mean_dot = _to_channels(_group_means(x_dot, groups), x)
-  turned = _to_channels(_group_means(normed * x_dot, groups), x)
-  out_dot = slope * (factor * x_dot)
-  out_dot += slope_of_bias * _spread(bias_dot - factor * mean_dot, x)
-  out_dot += slope_of_scale * copy * _spread(scale_dot - factor * turned, x)
-  return out.astype(dtype), out_dot.astype(dtype)
-
-
-def _spread(per_channel, like):
-  """Broadcast (n, 1, ..., c) along the first axis of pixels, in a way that keeps the transpose in two stages.
-
-  The transpose is a sum over all pixels. XLA fuses what is summed into a sum along one axis. Into a sum along both axes
-  it does not: it stores what is summed in float32.
-  """
-  if like.ndim < 4:
-    return per_channel
-  shape = (*per_channel.shape[:1], like.shape[1], *per_channel.shape[2:])
-  return jax.lax.optimization_barrier(jnp.broadcast_to(per_channel, shape))
+  derivative = linear.Linear(_derivative, _gradient, (silu, groups, dtype))
+  out = _scaled(x, mean, inverse, scale, bias, silu, dtype)
+  return out, linear.apply(derivative, (x, mean, inverse, scale, bias), tangents)
 
 
 def _statistics(x, groups, epsilon):
   """Return the mean and the inverse of the deviation of each group, for each channel."""
+  one_pass = jax.default_backend() != "cpu" and jnp.finfo(x.dtype).bits < 32
   x = x.astype(jnp.float32)
-  mean, square = _group_means(x, groups), _group_means(jnp.square(x), groups)
-  inverse = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0) + epsilon)
-  return tuple(_to_channels(checkpoint_name(value, STATISTICS), x) for value in (mean, inverse))
+  mean = _group_means(x, groups)
+  if one_pass:
+    variance = jnp.maximum(_group_means(jnp.square(x), groups) - jnp.square(mean), 0)
+  else:
+    variance = _group_means(jnp.square(x - _to_channels(mean, x)), groups)
+  return _to_channels(mean, x), _to_channels(jax.lax.rsqrt(variance + epsilon), x)
+
+
+def _scaled(x, mean, inverse, scale, bias, silu, dtype):
+  out = (x.astype(jnp.float32) - mean) * (inverse * scale) + bias
+  return (nn.silu(out) if silu else out).astype(dtype)
+
+
+def _normed_and_slope(x, mean, inverse, scale, bias, silu):
+  """Return what is scaled, and SiLU's derivative."""
+  normed = (x.astype(jnp.float32) - mean) * inverse
+  if not silu:
+    return normed, 1.0
+  before = normed * scale + bias
+  sigmoid = jax.nn.sigmoid(before)
+  return normed, sigmoid * (1 + before * (1 - sigmoid))
+
+
+def _derivative(residuals, tangents, silu, groups, dtype):
+  """Return the tangent of `_normalise` for those of x, scale and bias."""
+  x, mean, inverse, scale, bias = residuals
+  x_dot, scale_dot, bias_dot = tangents
+  normed, slope = _normed_and_slope(x, mean, inverse, scale, bias, silu)
+  means = lambda values: _to_channels(_group_means(values, groups), x)  # noqa: E731
+  x_dot = x_dot.astype(jnp.float32)
+  normed_dot = inverse * (x_dot - means(x_dot) - normed * means(normed * x_dot))
+  return (slope * (scale * normed_dot + scale_dot * normed + bias_dot)).astype(dtype)
+
+
+def _gradient(residuals, cotangent, silu, groups, dtype):
+  """Transpose `_derivative`: one pass for the sums over the pixels, and one for the gradient of x."""
+  del dtype
+  x, mean, inverse, scale, bias = residuals
+  cotangent = cotangent.astype(jnp.float32)
+  rest = linear.after(cotangent, mean), inverse, scale, bias, silu
+  copies = _barrier((x, x))
+  _, slope = _normed_and_slope(copies[0], *rest)
+  of_bias = _sum_pixels(cotangent * slope)
+  normed, slope = _normed_and_slope(copies[1], *rest)
+  of_scale = _sum_pixels(cotangent * slope * normed)
+  # For each group, the mean of the gradient of what is normalised, and of its product with what is normalised.
+  pixels = math.prod(x.shape[1:-1])
+  first, second = (_to_channels(_group_means(scale * each, groups), x) / pixels for each in (of_bias, of_scale))
+  normed, slope = _normed_and_slope(x, *rest)
+  of_x = inverse * (scale * (cotangent * slope) - first - normed * second)
+  alone = len(scale) < len(x)
+  of_parameters = (each.sum(0, keepdims=True) if alone else each for each in (of_scale, of_bias))
+  return of_x.astype(x.dtype), *of_parameters
+
+
+def _sum_pixels(values):
+  """Sum (n, ..., c) over the pixels, along one axis at a time.
+
+  XLA fuses what is summed into a sum along one axis. Into a sum along both axes it does not: it stores what is summed
+  in float32.
+  """
+  ndim = values.ndim
+  while values.ndim > 3:
+    values = _barrier(values.sum(2))
+  return jnp.expand_dims(values.sum(1), tuple(range(1, ndim - 1)))
+
+
+def _barrier(values):
+  """Have XLA compute what follows from the values themselves, and not together with what is before.
+
+  XLA's CPU backend drops barriers too late to fuse over them, and too early to heed them.
+  """
+  return values if jax.default_backend() == "cpu" else jax.lax.optimization_barrier(values)
 
 
 def _group_means(x, groups):
