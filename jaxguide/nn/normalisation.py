@@ -86,12 +86,13 @@ def _statistics(x, groups, epsilon):
   """Return the mean and the inverse of the deviation of each group, for each channel."""
   one_pass = jax.default_backend() != "cpu" and jnp.finfo(x.dtype).bits < 32
   x = x.astype(jnp.float32)
-  mean = _group_means(x, groups)
+  of_groups = _group_means(x, groups)
+  mean = _to_channels(of_groups, x)
   if one_pass:
-    variance = jnp.maximum(_group_means(jnp.square(x), groups) - jnp.square(mean), 0)
+    variance = jnp.maximum(_group_means(jnp.square(x), groups) - jnp.square(of_groups), 0)
   else:
-    variance = _group_means(jnp.square(x - _to_channels(mean, x)), groups)
-  return _to_channels(mean, x), _to_channels(jax.lax.rsqrt(variance + epsilon), x)
+    variance = _group_means(jnp.square(x - mean), groups)
+  return mean, _to_channels(jax.lax.rsqrt(variance + epsilon), x)
 
 
 def _scaled(x, mean, inverse, scale, bias, silu, dtype):
