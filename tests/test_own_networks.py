@@ -240,3 +240,119 @@ def test_vectors_and_classes_exclude_each_other():
     jax.eval_shape(
       jg.UNet(label_size=3).init, jax.random.key(0), jnp.zeros((2, 8, 8, 1)), jnp.zeros(2), jnp.zeros((2, 4))
     )
+
+
+# --- labels that the embedding does not have ------------------------------------------------------
+
+
+class NoNull(Plain):
+  """It has two labels, and no third that means none."""
+
+  null_class = False
+
+
+class WithoutRow(nn.Module):
+  """It says that label 2 means no label, and its embedding has no row for it."""
+
+  null_class = True
+
+  @nn.compact
+  def __call__(self, x, t, cond):
+    """Predict from the pixels and the label."""
+    del t
+    return nn.Dense(1)(x) + nn.Embed(2, 1)(cond)[:, None, None]
+
+
+class Odd(nn.Module):
+  """A classifier whose number of classes is in its code."""
+
+  role = "classifier"
+
+  @nn.compact
+  def __call__(self, x, t):
+    """Return logits."""
+    return nn.Dense(2)(x.reshape(x.shape[0], -1)) + t[:, None]
+
+
+WALK = {"shape": (4, 4, 1), "sigmas": jg.karras(2), "solver": jg.Euler(), "num": 2}
+
+
+def untrained(network):
+  config = ModelConfig(network, {}, (4, 4, 1), 2)
+  return training.Model(config, init_params(config, jax.random.key(0)))
+
+
+@pytest.mark.parametrize(
+  ("network", "label", "null", "message"),
+  [
+    (Plain, 3, None, r"label 3 is not one of the 2 classes, 0 to 1 \(or 2, the null class\)$"),
+    (Plain, 0, 3, "label 3 is not one of the 2 classes"),
+    (NoNull, 2, None, "label 2 is not one of the 2 classes, 0 to 1; if it means no label, .* null_class = True"),
+    (NoNull, 0, 2, "label 2 is not one of the 2 classes"),
+    (NoNull, -1, None, "label -1 is not one of the 2 classes, 0 to 1$"),
+  ],
+)
+def test_a_model_knows_its_labels_where_the_network_does_not(network, label, null, message):
+  denoise = untrained(network).denoiser
+  guided = denoise if null is None else jg.classifier_free(null, 2.0)(denoise)
+  with pytest.raises(ValueError, match=message):
+    jg.sample_batch(guided, jax.random.key(0), label, **WALK)
+
+
+def test_a_classifier_knows_its_labels_where_the_network_does_not():
+  log_prob = untrained(Odd).log_prob
+  guided = jg.classifier(log_prob, 1.0)(jg.unconditional(None)(jg.ring(4).denoiser))
+  with pytest.raises(ValueError, match=r"label 2 is not one of the 2 classes, 0 to 1$"):
+    jg.sample_batch(guided, jax.random.key(0), 2, **WALK)
+  unknown = jg.ClassifierLogProb(log_prob.params, log_prob.apply, log_prob.scaling)
+  for label in (2, -1):  # JAX takes the nearest row, or counts from the end.
+    with pytest.raises(ValueError, match=f"label {label} is not one of the 2 classes"):
+      unknown(jnp.zeros((4, 4, 1)), jnp.asarray(1.0), label)
+
+
+def shifted(params, x, t, label):
+  return x + params[label][:, None, None, None]
+
+
+def test_a_function_may_say_its_number_of_classes(monkeypatch):
+  denoise = jg.NetworkDenoiser(jnp.zeros(3), shifted, jg.scaling.edm(), num_classes=2)
+  message = "label 2 is not one of the 2 classes"
+  with pytest.raises(ValueError, match=message):
+    jg.sample_batch(denoise, jax.random.key(0), 2, **WALK)
+  monkeypatch.setattr(shifted, "null_class", True, raising=False)
+  assert np.isfinite(jg.sample_batch(denoise, jax.random.key(0), 2, **WALK)).all()
+  monkeypatch.setattr(shifted, "num_classes", 1, raising=False)
+  with pytest.raises(ValueError, match=r"label 2 is not one of the 1 classes, 0 to 0 \(or 1, the null class\)"):
+    jg.sample_batch(jg.NetworkDenoiser(jnp.zeros(3), shifted, jg.scaling.edm()), jax.random.key(0), 2, **WALK)
+  with pytest.raises(ValueError, match="num_classes must be a whole number of at least 1"):
+    jg.NetworkDenoiser(jnp.zeros(3), shifted, jg.scaling.edm(), num_classes=0)
+
+
+@pytest.mark.parametrize(
+  ("cond", "named"),
+  [
+    (np.array([1, 7]), ": check the parameters and the scale, and that the network has label 7 and the null label of"),
+    (np.array([[0, 1], [0, 7]]), "has labels 0, 7 and the null label"),
+  ],
+)
+def test_samples_that_are_not_finite_name_their_label(cond, named):
+  module = nn.Embed(3, 1)
+
+  def apply(params, x, t, label):
+    return x + module.apply(params, label).reshape(len(x), -1).sum(1)[:, None, None, None]
+
+  denoise = jg.NetworkDenoiser(module.init(jax.random.key(0), jnp.zeros(1, int)), apply, jg.scaling.edm())
+  with pytest.raises(FloatingPointError, match=f"1 of 2 samples are not finite; sample 1 first at step 0 .*{named}"):
+    jg.sample_batch(denoise, jax.random.key(0), cond, **WALK)
+  with pytest.raises(FloatingPointError, match=r"check the parameters and the scale$"):
+    jg.sample_batch(
+      jg.NetworkDenoiser(jnp.nan, lambda p, x, t, cond: p * x, jg.scaling.edm()), jax.random.key(0), **WALK
+    )
+
+
+def test_a_training_names_the_labels_that_its_network_gets(tmp_path):
+  config = ModelConfig(WithoutRow, {}, (4, 4, 1), 2)
+  settings = TrainingConfig(steps=4, batch_size=8, p_uncond=0.9)
+  message = "lower learning_rate, and see that the network's embedding has the labels 0 to 1, and 2 for no label$"
+  with pytest.raises(FloatingPointError, match=message):
+    training.fit(config, settings, IMAGES, tmp_path, progress=False)

@@ -30,9 +30,10 @@ class NetworkDenoiser:
     scaling: the network's parameterization, from `jaxguide.scaling`.
     learned_variance: whether to return a `jaxguide.typing.Prediction` with the learned variance, for
       ``DDPM(variance="learned_range")``. Otherwise the learned variance is dropped.
+    num_classes: number of classes, from which `check_cond` knows what labels there are. By default it is the attribute
+      ``num_classes`` of the module, or of ``apply``. Without either, labels are not checked.
 
-  If ``apply`` is a method of a Flax module, a call checks ``params`` against the module's parameters, and `check_cond`
-  checks labels against its ``num_classes``.
+  If ``apply`` is a method of a Flax module, a call checks ``params`` against the module's parameters.
 
   >>> from jaxguide import scaling, schedules
   >>> apply = lambda params, x, c_noise, cond: params * x      # stands for a network
@@ -45,9 +46,11 @@ class NetworkDenoiser:
   apply: Callable[..., Any] = struct.field(pytree_node=False)
   scaling: Leaf
   learned_variance: bool = struct.field(pytree_node=False, default=False)
+  num_classes: int | None = struct.field(pytree_node=False, default=None)
 
   def __post_init__(self):
     object.__setattr__(self, "apply", by_value(self.apply))
+    _check_number(self)
 
   def __call__(self, x: Example, sigma: Scalar, cond: PyTree = None) -> Example | Prediction:
     """Return ``x0``, of the shape and type of ``x``, or a `Prediction` with ``x0`` and the learned variance."""
@@ -65,12 +68,23 @@ class NetworkDenoiser:
     return Prediction(x0, variance.astype(x.dtype))
 
   def check_cond(self, cond: PyTree) -> None:
-    """Raise ValueError if ``cond`` (of a dictionary, its ``label``) is not one of the network's classes."""
-    module = module_of(self.apply)
-    num_classes = getattr(module, "num_classes", None)
-    if num_classes is not None:
-      label = cond.get("label") if isinstance(cond, Mapping) else cond
-      checks.labels("label", label, num_classes, getattr(module, "null_class", False))
+    """Raise ValueError if ``cond`` (of a dictionary, its ``label``) is not one of the network's classes.
+
+    The label ``num_classes`` is allowed if the attribute ``null_class`` of the module, or of ``apply``, is true.
+    """
+    num_classes = _known(self, "num_classes")
+    if num_classes is None:
+      return
+    label = cond.get("label") if isinstance(cond, Mapping) else cond
+    null = bool(getattr(_network(self), "null_class", False))
+    try:
+      checks.labels("label", label, num_classes, null)
+    except ValueError as error:
+      if null or f"label {num_classes} " not in str(error):
+        raise
+      raise ValueError(
+        f"{error}; if it means no label, the network needs the attribute null_class = True, which says so"
+      ) from None
 
 
 @struct.dataclass
@@ -86,15 +100,19 @@ class ClassifierLogProb:
       levels. At other levels every class has the same log-probability, ``-log(classes)``. Its gradient is 0, so
       guidance by the classifier is off there. The network is not called there, as long as ``sigma`` is one number for
       the whole batch.
+    num_classes: number of classes, from which `check_cond` knows what labels there are. By default it is the attribute
+      ``out_channels`` of the module, or of ``apply``.
   """
 
   params: Leaf
   apply: Callable[..., Any] = struct.field(pytree_node=False)
   scaling: Leaf
   noise_range: tuple[float, float] | None = struct.field(pytree_node=False, default=None)
+  num_classes: int | None = struct.field(pytree_node=False, default=None)
 
   def __post_init__(self):
     object.__setattr__(self, "apply", by_value(self.apply))
+    _check_number(self)
     if self.noise_range is not None:
       low, high = (float(checks.in_range("each of noise_range", level, 0)) for level in self.noise_range)
       if not low < high:
@@ -109,15 +127,21 @@ class ClassifierLogProb:
     return logits.astype(np.promote_types(x.dtype, np.float32))
 
   def __call__(self, x: Example, sigma: Scalar, cond: PyTree) -> Scalar:
-    """Return the log-probability of the label ``cond``, a scalar."""
+    """Return the log-probability of the label ``cond``, a scalar.
+
+    Raises:
+      ValueError: if ``cond`` is not one whole number, or is known here and not one of the classes.
+    """
     if jnp.ndim(cond) or not jnp.issubdtype(jnp.result_type(cond), jnp.integer):
       raise ValueError(
         f"the classifier needs one whole number as the label of one example, got {jnp.result_type(cond)} of shape "
         f"{jnp.shape(cond)}"
       )
     if self.noise_range is None:
-      return self._log_probs(x, sigma)[cond]
-    return jax.lax.cond(self.acts_at(sigma), self._log_probs, self._uniform, x, sigma)[cond]
+      log_probs = self._log_probs(x, sigma)
+    else:
+      log_probs = jax.lax.cond(self.acts_at(sigma), self._log_probs, self._uniform, x, sigma)
+    return log_probs[checks.labels("label", cond, log_probs.shape[0])]
 
   def acts_at(self, sigma: Scalar) -> Any:
     """Return whether the noise level lies in ``noise_range``. At other levels the gradient is 0."""
@@ -136,9 +160,26 @@ class ClassifierLogProb:
 
   def check_cond(self, cond: PyTree) -> None:
     """Raise ValueError if a label in ``cond`` is not one of the classifier's classes."""
-    num_classes = getattr(module_of(self.apply), "out_channels", None)
+    num_classes = _known(self, "out_channels")
     if num_classes is not None:
       checks.labels("label", cond, num_classes)
+
+
+def _network(model: NetworkDenoiser | ClassifierLogProb) -> Any:
+  """Return what has the attributes of a network: its module, or else the function."""
+  module = module_of(model.apply)
+  return model.apply if module is None else module
+
+
+def _known(model: NetworkDenoiser | ClassifierLogProb, attribute: str) -> int | None:
+  """Return the number of classes that a denoiser or a classifier was given, or that its network says."""
+  found = getattr(_network(model), attribute, None) if model.num_classes is None else model.num_classes
+  return int(found) if isinstance(found, int | np.integer) and not isinstance(found, bool) else None
+
+
+def _check_number(model: NetworkDenoiser | ClassifierLogProb) -> None:
+  if model.num_classes is not None:
+    object.__setattr__(model, "num_classes", checks.at_least("num_classes", model.num_classes, 1))
 
 
 def perturbed(denoiser: NetworkDenoiser, perturbation: Perturbation) -> NetworkDenoiser:

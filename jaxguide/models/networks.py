@@ -86,8 +86,13 @@ def _denoiser_inputs(config: Any) -> tuple[Any, ...]:
 
 
 def _as_denoiser(config: Any, params: PyTree) -> NetworkDenoiser:
-  learned = config.variance == "learned_range"
-  return NetworkDenoiser(params, config.module.apply, config.scaling, learned_variance=learned)
+  learned, module = config.variance == "learned_range", config.module
+  return NetworkDenoiser(params, module.apply, config.scaling, learned, _classes_of(config, module))
+
+
+def _classes_of(config: Any, module: linen.Module) -> int | None:
+  """Return the number of classes of a configuration whose network does not say it."""
+  return config.num_classes if getattr(module, config.role.classes, None) is None else None
 
 
 def _check_denoiser(config: Any) -> None:
@@ -115,7 +120,8 @@ def _classifier_inputs(config: Any) -> tuple[Any, ...]:
 
 
 def _as_log_prob(config: Any, params: PyTree) -> ClassifierLogProb:
-  return ClassifierLogProb(params, config.module.apply, config.scaling, noise_range=config.noise_range)
+  module = config.module
+  return ClassifierLogProb(params, module.apply, config.scaling, config.noise_range, _classes_of(config, module))
 
 
 def _check_classifier(config: Any) -> None:

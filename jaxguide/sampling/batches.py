@@ -400,14 +400,24 @@ def _rows(tree, rows):
 def _check_finite(finite, fixed, inputs, static, first):
   bad = np.flatnonzero(~finite)
   if bad.size:
-    row = bad[0]
+    row = int(bad[0])
     # A check in every step would cost time, so the first bad sample is drawn again to find its step.
     steps = np.asarray(processes.gathered(_finite_steps(*fixed, *_rows(inputs, row), **static)))
     step = int(np.argmin(steps))
     raise FloatingPointError(
       f"{bad.size} of {len(finite)} samples are not finite; sample {first + row} first at step {step} of "
-      f"{len(steps)}, sigma {float(fixed[1][step]):.4g}: check the parameters and the scale"
+      f"{len(steps)}, sigma {float(fixed[1][step]):.4g}: check the parameters and the scale{_labels(inputs[1], row)}"
     )
+
+
+def _labels(cond: PyTree, row: int) -> str:
+  """Say that the labels of a sample may be the cause: Flax gives NaN for a label that an embedding does not have."""
+  leaves = [np.asarray(leaf[row]) for leaf in jax.tree.leaves(cond)]
+  labels = [str(label) for leaf in leaves if leaf.dtype.kind in "iu" and leaf.size <= 8 for label in leaf.ravel()]
+  if not labels:
+    return ""
+  named = f"label{'s' if len(labels) > 1 else ''} {', '.join(labels)}"
+  return f", and that the network has {named} and the null label of its guidance"
 
 
 def _is_numbers(node: Any) -> bool:

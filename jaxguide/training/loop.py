@@ -444,7 +444,11 @@ class Trainer:
     steps = checkpoints.steps(folder)
     last = f"the checkpoint of step {max(steps)} is kept in {folder}" if steps else "there was no checkpoint yet"
     named = f" {examples}." if examples else ""
-    return FloatingPointError(f"{problem}; {last}.{named} Try a lower learning_rate")
+    model, labels = self.model, ""
+    if not steps and ":" in model.network and model.num_classes is not None:  # A network of one's own.
+      null = "" if model.null_cond is None else f", and {model.num_classes} for no label"
+      labels = f", and see that the network's embedding has the labels 0 to {model.num_classes - 1}{null}"
+    return FloatingPointError(f"{problem}; {last}.{named} Try a lower learning_rate{labels}")
 
 
 def _flat(line: Mapping[str, Any]) -> dict[str, float]:
