@@ -325,7 +325,10 @@ def test_products_have_the_precision_that_is_asked_for(run, tmp_path, monkeypatc
     (["--guidance", "autoguidance"], "'autoguidance' needs its option weak: autoguidance:weak=..."),
     (["--guidance", "autoguidance:weak=nowhere"], "there is no model in"),
     (["--guidance", "compose:labels=3/12,scales=1/1"], "label 12 is not one of the 10 classes"),
-    (["--guidance", "compose:labels=3/x,scales=1/1"], "must be one or more, each a whole number, with / between them"),
+    (
+      ["--guidance", "compose:labels=3/x,scales=1/1"],
+      "the classes of the model have no names: give label as a number, got 'x'",
+    ),
     (
       ["--guidance", "compose:labels=3,scales=1/1"],
       "compose needs one scale for each label, got 2 scales and 1 labels",

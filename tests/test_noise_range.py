@@ -1,6 +1,7 @@
 """A classifier that was trained on a range of noise levels guides at these levels alone; and classes by name."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from test_cli import QUICK, TINY, save
 import jaxguide as jg
 from jaxguide import data, generate, scaling
 from jaxguide.generate import methods
+from jaxguide.generate.identity import identity
 from jaxguide.generate.plan import by_number, plan
 from jaxguide.generate.settings import Settings
 from jaxguide.models import folders as models
@@ -204,8 +206,43 @@ def test_a_name_that_looks_like_a_number_is_a_name(folders, tmp_path):
 def test_an_umlaut_is_one_character_or_two(tmp_path, names, labels, numbers):
   config = ModelConfig("unet", {**TINY, "num_head_channels": 8}, (8, 8, 1), 3, class_names=names)
   save(tmp_path / "model", config)
-  model = models.load(tmp_path / "model")
-  assert by_number(Settings(model=tmp_path / "model", labels=labels), model, None)[0].labels == numbers
+  model, text = models.load(tmp_path / "model"), "compose:labels={},scales=1/1"
+  asked = Settings(model=tmp_path / "model", labels=labels, guidance=text.format("/".join(labels)))
+  found, _ = by_number(asked, model, None)
+  assert found.labels == numbers
+  assert found.guidance == (text.format("/".join(map(str, numbers))),)
+
+
+@pytest.mark.parametrize(
+  ("names", "labels", "numbers"),
+  [
+    (("zero", "one", "two"), "two/1/+0", [2, 1, 0]),
+    (("2", "1", "0"), "2/1/0", [0, 1, 2]),  # As for --label, a name comes before a number.
+    (("zero", "one", "2"), "2/two", "unknown class 'two'"),
+    (("zero", "one", "two"), "won/two", "unknown class 'won': did you mean 'one'?"),
+    (None, "one/2", "the classes of the model have no names: give label as a number, got 'one'"),
+    (("zero", "one", "two"), "two/3", "label 3 is not one of the 3 classes"),
+  ],
+  ids=range(6),
+)
+def test_composition_takes_classes_by_name_as_label_does(tmp_path, names, labels, numbers):
+  config = ModelConfig("unet", {**TINY, "num_head_channels": 8}, (8, 8, 1), 3, class_names=names)
+  save(tmp_path / "model", config)
+  count = 1 + labels.count("/")
+  asked = Settings(model=tmp_path / "model", guidance=f"compose:labels={labels},scales={'/'.join('1' * count)}")
+  if isinstance(numbers, str):
+    with pytest.raises(ValueError, match=re.escape(numbers)):
+      plan(asked)
+    return
+  made = plan(asked)
+  again = plan(made.settings)
+  assert again.settings == made.settings  # Numbers are written so that they are not taken for other names.
+  for each in (made, again):
+    (found,) = (
+      leaf for leaf in jax.tree.leaves(each.denoiser) if np.shape(leaf) == (count,) and leaf.dtype == np.int32
+    )
+    assert found.tolist() == numbers
+  assert identity(asked) == identity(made.settings)
 
 
 def test_names_stand_beside_the_rows_of_a_picture(tmp_path):

@@ -6,7 +6,8 @@ from typing import Any
 
 from jaxguide import models
 from jaxguide._core.files import PathLike
-from jaxguide.generate.plan import Load, by_number, chosen_of, classes_of, classifier_folder, grid_of, scales_of
+from jaxguide.generate.classes import classes_of
+from jaxguide.generate.plan import Load, by_number, chosen_of, classifier_folder, grid_of, scales_of
 from jaxguide.generate.settings import Settings
 from jaxguide.models import pretrained
 
@@ -39,7 +40,8 @@ def identity(settings: Settings, load: Load = models.load) -> str:
   solver, grid = settings.solver_spec, grid_of(settings, model)
   variance = {"variance": model.config.variance} if solver.name == "ddpm" else {}
   classes = None if settings.base_samples is not None else classes_of(model, classifier)
-  labels = by_number(settings, model, classifier)[0].labels
+  settings, _ = by_number(settings, model, classifier)
+  chosen, labels = chosen_of(settings, model), settings.labels
   scales = scales_of(settings, chosen, classifier)
   return json.dumps(
     {

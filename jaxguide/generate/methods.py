@@ -20,6 +20,7 @@ from jaxguide import guidance as guide
 from jaxguide._core import checks, promotion
 from jaxguide._core.specs import options_of
 from jaxguide._core.typing import Array, Guidance, LogProb, Scale, scale_at
+from jaxguide.generate.classes import names_of, number_of
 from jaxguide.guidance import Rule
 from jaxguide.guidance.combine import Combine
 from jaxguide.models.model import Model
@@ -155,15 +156,16 @@ def slg(networks: Networks, scale: Scale, combine: Combine, *, blocks: tuple[str
   return _perturbed("skip", networks, scale, combine, blocks)
 
 
-def compose(networks: Networks, scale: Scale, *, labels: tuple[int, ...], scales: tuple[float, ...]) -> Guidance:
-  """Composition (Liu et al. 2022, arXiv:2206.01714): further labels with their own scales; a negative one avoids."""
+def compose(networks: Networks, scale: Scale, *, labels: tuple[str, ...], scales: tuple[float, ...]) -> Guidance:
+  """Composition (Liu et al. 2022, arXiv:2206.01714): more labels (names or numbers) with scales, negative to avoid."""
   null = networks.null_cond
   if len(labels) != len(scales):
     raise ValueError(f"compose needs one scale for each label, got {len(scales)} scales and {len(labels)} labels")
-  numbers = np.array([checks.whole("label", label, -(2**63), 2**63 - 1) for label in labels])
+  names = names_of(networks.model, networks.classifier)
+  numbers = np.array([checks.whole("label", number_of(label, names), -(2**63), 2**63 - 1) for label in labels])
   checks.labels("label", numbers, networks.model.config.num_classes or 0)
   of_all = Partial(_with_others, checks.scale("scale", scale), jnp.array(checks.finite("scales", scales)))
-  return Rule(_compose, (guide.compose(null, of_all), jnp.array(labels)))
+  return Rule(_compose, (guide.compose(null, of_all), jnp.array(numbers)))
 
 
 def _compose(denoise, guidance, labels, x, sigma, cond):

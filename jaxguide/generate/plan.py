@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import re
-import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,10 +11,11 @@ import numpy as np
 
 from jaxguide import data, models, schedules
 from jaxguide import guidance as guide
-from jaxguide._core import checks
+from jaxguide._core import checks, specs
 from jaxguide._core.files import PathLike
 from jaxguide._core.typing import Array, Denoiser, Guidance, Solver
 from jaxguide.generate import latents
+from jaxguide.generate.classes import classes_of, names_of, number_of, numbered
 from jaxguide.generate.guidances import BOUNDS, GuidanceSpec
 from jaxguide.generate.methods import Networks
 from jaxguide.generate.settings import Settings
@@ -87,6 +86,8 @@ def plan(settings: Settings, load: Load = models.load) -> Plan:
   chosen = chosen_of(settings, model)
   classifier = _classifier(settings, model, load) if any(spec.method.gradient for spec in chosen) else None
   _check_unused(settings, model, chosen, classifier, load)
+  settings, class_names = by_number(settings, model, classifier)
+  chosen = chosen_of(settings, model)
   file_shape = model.config.image_shape if vae is None else vae.image_shape(model.config.image_shape)
   init = _init(settings, file_shape)
   _check_solver(settings, model)
@@ -107,7 +108,6 @@ def plan(settings: Settings, load: Load = models.load) -> Plan:
   steps = _clipped(settings, guidances, model.config.data.bound)
   if _runs_unconditionally(model, chosen):
     steps = [guide.unconditional(model.null_cond), *steps]
-  settings, class_names = by_number(settings, model, classifier)
   cond, labels = _cond(settings, model, classifier)
   others += [] if vae is None else [vae.model]
   every_model = [model, *([] if classifier is None else [classifier]), *others]
@@ -408,32 +408,24 @@ def _first_step(settings: Settings, sigmas: Array) -> int:
 
 def by_number(settings: Settings, model: Model, classifier: Model | None) -> tuple[Settings, Sequence[str] | None]:
   """Replace names of classes in the settings by their numbers, and give the names of all classes."""
-  names = model.config.class_names
-  if names is None and classifier is not None:
-    names = classifier.config.class_names
+  names = names_of(model, classifier)
+  if settings.guidance is not None:
+    texts = tuple(_numbered(text, names) for text in settings.guidance)
+    settings = dataclasses.replace(settings, guidance=texts)
   if settings.labels is None:
     return settings, names
   if classes_of(model, classifier) is None and model.config.label_size is None:
     raise ValueError("the model has no classes, and there is no classifier: leave out the labels (--label)")
-  numbers = {} if names is None else {name: number for number, name in enumerate(names)}
-  # An umlaut is one character or two: folders of a Mac often have two, and keyboards give one.
-  composed = {unicodedata.normalize("NFC", name): name for name in numbers}
-
-  def number(label: int | str) -> int:
-    if isinstance(label, str) and label not in numbers:
-      label = composed.get(unicodedata.normalize("NFC", label), label)
-    if isinstance(label, str) and label not in numbers and re.fullmatch(r"[+-]?[0-9]+", label):
-      return int(label)
-    if isinstance(label, str) and names is None:
-      raise ValueError(f"the classes of the model have no names: give label as a number, got {label!r}")
-    return checks.lookup("class", label, numbers) if isinstance(label, str) else label
-
-  return dataclasses.replace(settings, labels=tuple(map(number, settings.labels))), names
+  return dataclasses.replace(settings, labels=tuple(number_of(label, names) for label in settings.labels)), names
 
 
-def classes_of(model: Model, classifier: Model | None) -> int | None:
-  """Give the number of classes that samples are of; None if there are none."""
-  return model.config.num_classes if classifier is None else classifier.config.num_classes
+def _numbered(text: str, names: Sequence[str] | None) -> str:
+  """Write the classes in the text of a guidance as numbers."""
+  spec = specs.parse(text)
+  if "labels" not in spec.options:
+    return text
+  options = {**spec.options, "labels": numbered(spec.options["labels"], names)}
+  return f"{spec.name}:{','.join(f'{name}={value}' for name, value in options.items())}"
 
 
 def _labels(settings: Settings, model: Model, classifier: Model | None) -> np.ndarray | None:
