@@ -1,8 +1,10 @@
 import dataclasses
 import itertools
 import os
+import shutil
 import subprocess
 import sys
+import warnings
 
 import chex
 import jax
@@ -14,7 +16,7 @@ from jax.tree_util import Partial
 
 import jaxguide
 import jaxguide as jg
-from jaxguide import cli, data, generate, keys, schedules, solvers
+from jaxguide import cli, data, evaluation, generate, keys, schedules, solvers
 from jaxguide.generate import methods, rules, unfinished
 from jaxguide.generate.plan import plan
 from jaxguide.models import folders as models
@@ -920,6 +922,21 @@ def test_what_published_models_cannot_do(sample_published, name, args, message):
   status, errors = sample_published(name, *args)
   assert status == 2
   assert message in errors
+
+
+def test_a_model_that_is_not_guided_for_want_of_a_null_class_is_said(published, tmp_path):
+  given = {"model": published / "conditional", "steps": 4}
+  message = r"the model in .*conditional has no null class: the samples have their labels, but no guidance\."
+  with pytest.warns(UserWarning, match=message):
+    plan(generate.Settings(**given))
+  alone = shutil.copytree(published / "conditional", tmp_path / "conditional")  # No classifier is beside it.
+  with pytest.warns(UserWarning, match=message), pytest.raises(ValueError, match="num must be"):
+    evaluation.sweep(tmp_path / "out", generate.Settings(model=alone, num=1))
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")  # What was asked for, and what never has labels.
+    plan(generate.Settings(**given, guidance="none"))
+    plan(generate.Settings(**given, guidance="classifier"))
+    plan(generate.Settings(model=published / "unconditional", steps=4))
 
 
 def test_an_upsampler_takes_samples_in_turn(sample_published, tmp_path):

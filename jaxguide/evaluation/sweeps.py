@@ -35,7 +35,7 @@ from jaxguide.evaluation.statistics import read_statistics, write_statistics
 from jaxguide.evaluation.sweep_curves import best_point
 from jaxguide.evaluation.sweep_report import write_sweep_report
 from jaxguide.generate import Settings
-from jaxguide.generate.plan import Load, classifier_folder, grid_of, plan
+from jaxguide.generate.plan import Load, classifier_folder, grid_of, plan, warn_unguided
 
 SCALES = (0.0, 1.0, 1.5, 2.0, 4.0)
 """The scales of a sweep that names none."""
@@ -98,7 +98,8 @@ def sweep(
 
   Warns:
     UserWarning: if a point has samples that are not finite: it is left out, and the others are drawn. If points have
-      figures of more than ``num`` samples: their figures are then those of the first ``num``.
+      figures of more than ``num`` samples: their figures are then those of the first ``num``. If no guidance is named,
+      and none suits a model that takes labels.
 
   Raises:
     ValueError: before any work, for settings, a guidance or a reference that do not suit the networks, or a folder with
@@ -119,6 +120,8 @@ def sweep(
         f"{base.model} has no null class, and there is no classifier: no guidance takes a scale, leave out scales "
         "(--scales)"
       )
+    if guidance == ["none"]:
+      warn_unguided(base.model, load(base.model), stacklevel=2)
   checks.at_least("num", base.num, 2)
   several = isinstance(base.steps, str) and re.fullmatch(r"\d+(,\d+)+", base.steps)
   if several and grid_of(base, load(base.model)).name != "respaced":

@@ -86,6 +86,8 @@ def plan(settings: Settings, load: Load = models.load) -> Plan:
   chosen = chosen_of(settings, model)
   classifier = _classifier(settings, model, load) if any(spec.method.gradient for spec in chosen) else None
   _check_unused(settings, model, chosen, classifier, load)
+  if settings.guidance is None and not chosen:
+    warn_unguided(settings.model, model, stacklevel=3)
   settings, class_names = by_number(settings, model, classifier)
   chosen = chosen_of(settings, model)
   file_shape = model.config.image_shape if vae is None else vae.image_shape(model.config.image_shape)
@@ -145,6 +147,22 @@ def chosen_of(settings: Settings, model: Model) -> Sequence[GuidanceSpec]:
   if settings.classifier is not None:
     return (GuidanceSpec.parse("classifier"),)
   return () if model.null_cond is None else (GuidanceSpec.parse("cfg"),)
+
+
+def warn_unguided(folder: PathLike, model: Model, stacklevel: int) -> None:
+  """Warn that a model which takes labels is not guided by them, where no guidance was named.
+
+  It has no null class, so classifier-free guidance is not the default, and its samples are those of the labels as they
+  are. A model without labels is not meant, nor one of super-resolution.
+  """
+  if model.config.num_classes is None or model.config.low_res_shape is not None:
+    return
+  own = "; a network of your own has one if its attribute null_class is true" if ":" in model.config.network else ""
+  warnings.warn(
+    f"the model in {folder} has no null class{own}: the samples have their labels, but no guidance. Give a classifier "
+    "(--classifier), another guidance such as autoguidance, or guidance 'none' to say that none is wanted",
+    stacklevel=stacklevel + 1,
+  )
 
 
 def _check_unused(

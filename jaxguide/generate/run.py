@@ -87,7 +87,8 @@ def run(
     Whether samples were drawn; False if the file existed already.
 
   Warns:
-    UserWarning: if far more pixels are saturated than in the training data.
+    UserWarning: if far more pixels are saturated than in the training data; or if no guidance is named, and the model
+      takes labels and has no null class, so that none is used.
 
   Raises:
     ValueError: before the work starts, for a setting that is out of range, unknown, or does not suit the others; or for

@@ -69,9 +69,10 @@ class Settings:
     labels: Classes to sample, taken in turn, by name or by number; all classes if left out. A text that is both a name
       and a number is the class of that name.
     num: Number of samples, at most 100,000,000.
-    guidance: Guidances, such as cfg or classifier, the first innermost, or none alone. If left out: classifier where a
-      classifier is given, else cfg where the model has a null class, else none. If only classifiers guide, the model
-      runs with its null label when it has one. A model of super-resolution takes none alone.
+    guidance: Guidances, such as cfg or classifier, the first innermost, or none alone, which keeps the labels (cfg with
+      scale 0 is without them). If left out: classifier where a classifier is given, else cfg where the model has a null
+      class, else none. If only classifiers guide, the model runs with its null label when it has one. A model of
+      super-resolution takes none alone.
     join: How several guidances are combined: chain (each guides the result of the one before) or parallel (their
       changes are added).
     scale: Guidance scale, the power in p(x) p(y|x)^scale: 0 unconditional, 1 conditional, more is sharper and less
