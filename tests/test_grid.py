@@ -113,6 +113,11 @@ def test_values_that_mean_the_same_do_not_differ(tmp_path, monkeypatch):
   assert varied(found) == {"scale": [2.0, 2.0], "seed": [0, 1]}
 
 
+def test_a_variance_is_not_that_of_the_model_which_may_be_another():
+  found = [Cell("cfg", Settings(solver=solver, scale=2)) for solver in ("ddpm", "ddpm:variance=small")]
+  assert varied(found) == {"scale": [2.0, 2.0], "solver": ["ddpm", "ddpm:variance=small"]}
+
+
 def test_points_that_nothing_tells_apart_have_their_names():
   found = [Cell("cfg", Settings(labels=labels, scale=scale)) for labels, scale in (((1,), 1), (("1",), 1), ((1,), 2))]
   assert varied(found) == {"scale": [1.0, 1.0, 2.0], "point": [found[0].name, found[1].name, None]}

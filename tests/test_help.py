@@ -92,6 +92,12 @@ def test_an_example_that_is_broken_is_still_a_command(run):
   assert "--num 1000 --out runs/photos/sweep" in echo
 
 
+def test_a_default_that_is_the_networks_own_is_no_number(run):
+  printed = " ".join(run("methods", "ddpm", "classifier")[1].split())
+  assert "[variance=the model's, gradient_at=x]" in printed
+  assert "[scale=the classifier's or 2, every=1]" in printed
+
+
 def test_methods_shows_what_is_asked_for(run):
   status, printed, _ = run("methods", "solver", "karras")
   assert status == 0

@@ -132,7 +132,10 @@ def help_rows() -> dict[str, list[specs.HelpRow]]:
   """Give the names of guidances, combine rules and scale profiles with their options, for the help."""
   rows = []
   for name, method in METHODS.items():
-    scale = {} if method.scale is None else {"scale": word("scale", f"{method.scale:g}")}
+    default = "" if method.scale is None else f"{method.scale:g}"
+    if name == "classifier":  # As `jaxguide.generate.plan.scales_of` has it.
+      default = f"the classifier's or {default}"
+    scale = {"scale": word("scale", default)} if default else {}
     rows.append(specs.help_row(name, method.make, {**scale, **method.options}))
   return {
     "--guidance": rows,

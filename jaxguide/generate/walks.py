@@ -25,6 +25,9 @@ GRIDS: dict[str, Callable[..., Array]] = {"respaced": schedules.respaced, **sche
 FROM_GUIDANCE = ("log_prob", "scale", "every")
 """Fields of `jaxguide.DDPM` that come from the guidance and are no options."""
 
+OF_MODEL = "the model's"
+"""The default of an option that follows from the configuration of the model."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SolverSpec:
@@ -56,10 +59,10 @@ class SolverSpec:
     return solver_spec
 
   def complete(self) -> dict[str, Any]:
-    """Give the values of all options, also of those that were left out.
+    """Give the values of all options, also of those that were left out. Some defaults are `OF_MODEL`.
 
-    >>> SolverSpec.parse("ddim").complete()
-    {'eta': 0.0}
+    >>> SolverSpec.parse("ddim").complete(), SolverSpec.parse("ddpm:variance=large").complete()
+    ({'eta': 0.0}, {'variance': 'large', 'gradient_at': 'x'})
     """
     return _complete(_options(self.name, solvers.SOLVERS[self.name]), self.options)
 
@@ -194,7 +197,12 @@ def _complete(known: Mapping[str, inspect.Parameter], given: Mapping[str, Any]) 
 
 
 def _options(name: str, solver: type) -> dict[str, inspect.Parameter]:
-  return options_of(_edm_stochastic) if name == "edm-stochastic" else options_of(solver, *FROM_GUIDANCE)
+  if name == "edm-stochastic":
+    return options_of(_edm_stochastic)
+  options = options_of(solver, *FROM_GUIDANCE)
+  if name == "ddpm":  # Its default is no fixed one: OpenAI's networks have learned the variance, others are small.
+    options["variance"] = options["variance"].replace(default=OF_MODEL)
+  return options
 
 
 def help_rows() -> dict[str, list[specs.HelpRow]]:

@@ -67,8 +67,8 @@ class ModelConfig:
     diffusion_steps: number of steps of the discrete process that the network was trained on, at most 100,000; None for
       continuous time.
     rescale_timesteps: whether the time input is the step of a table rescaled to 1000 steps.
-    variance: the variance of the noise that `jaxguide.DDPM` adds for this network, ``small``, ``large`` or
-      ``learned_range``.
+    variance: the variance of the noise that the solver ``ddpm`` adds for this network by default, ``small``, ``large``
+      or ``learned_range``. Published models have their own: OpenAI's of guided-diffusion have ``learned_range``.
     scale: the recommended guidance scale of a classifier, or None.
     low_res_shape: (height, width, channels) of the low-resolution image of a ``super_res_unet``; None for others.
     encoder: how the stored examples of a dataset are converted to x0, a name from `jaxguide.models.encoders`.
