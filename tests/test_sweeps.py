@@ -208,7 +208,7 @@ def test_a_damaged_or_missing_file_of_figures_is_made_again(swept, sweep, tmp_pa
   ]
 
 
-def test_samples_that_are_not_finite_leave_out_their_point(sweep, tmp_path, monkeypatch):
+def test_samples_that_are_not_finite_leave_out_their_point(sweep, tmp_path, monkeypatch, capsys):
   draw = sampling.sample_shares
 
   def failing(denoise, *args, **options):
@@ -218,7 +218,8 @@ def test_samples_that_are_not_finite_leave_out_their_point(sweep, tmp_path, monk
 
   monkeypatch.setattr(sampling, "sample_shares", failing)
   with pytest.warns(UserWarning, match="is left out: sample 3 is not finite"):
-    found = sweep(tmp_path, scales=(1, 7), guidance="cfg")
+    found = sweep(tmp_path, scales=(1, 7), guidance="cfg", progress=True)
+  assert "| 96/96 [" in capsys.readouterr().err  # The bar goes on to its end.
   assert [point.values["scale"] for point in found.points] == [1.0]
   assert "cfg at scale 7" in found.facts["failed"]
 
@@ -470,7 +471,7 @@ def test_a_model_without_classes_takes_no_scales_and_no_labels(sweep, tmp_path):
 
 
 def test_the_bar_says_what_is_done(sweep, tmp_path, monkeypatch):
-  told = []
+  told, totals = [], []
 
   class Bar:
     __enter__ = lambda self: self  # noqa: E731
@@ -478,9 +479,24 @@ def test_the_bar_says_what_is_done(sweep, tmp_path, monkeypatch):
     update = lambda self, number: told.append(number)  # noqa: E731
     set_postfix_str = lambda self, text: told.append(text)  # noqa: E731
 
-  monkeypatch.setattr(evaluation.points, "progress_bar", lambda *_, **__: Bar())
-  sweep(tmp_path, scales=(1, 2), guidance="cfg", settings=changed(sweep.base, num=12))
-  assert told == [
-    "cfg, scale 1", "cfg, scale 1, compiling", 0, "cfg, scale 1", 8, 4, 0, "cfg, scale 1, measuring",
-    "cfg, scale 2", 0, 8, 4, 0, "cfg, scale 2, measuring",
-  ]  # fmt: skip
+  def bar(total, **_):
+    totals.append(total)
+    return Bar()
+
+  monkeypatch.setattr(evaluation.points, "progress_bar", bar)
+  options = {"guidance": "cfg", "measures": ["frechet_distance", "diversity"], "settings": changed(sweep.base, num=12)}
+  sweep(tmp_path, scales=(1, 2), **options)
+  titles = [evaluation.MEASURES[name].title for name in options["measures"]]
+
+  def measured(scale):
+    at = f"cfg, scale {scale}, measuring"
+    # The features are half of the work, and each figure half of the rest.
+    return [0, at, f"{at}: features", 6, f"{at}: {titles[0]}", 0, f"{at}: {titles[1]}", 3, 3]
+
+  first = ["cfg, scale 1", "cfg, scale 1, compiling", 0, "cfg, scale 1", 8, 4, *measured(1)]
+  assert told == [*first, "cfg, scale 2", 0, 8, 4, *measured(2)]
+  assert sum(step for step in told if not isinstance(step, str)) == totals.pop() == 2 * 2 * 12
+  told.clear()
+  sweep(tmp_path, scales=(1,), **options)  # All is there.
+  assert told == ["cfg, scale 1", 12, "cfg, scale 1, measuring", 12]
+  assert totals == [24]

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -205,28 +205,47 @@ def evaluate_against(
   options: Options,
   batch_size: int = 64,
   sampling: Mapping[str, Any] | None = None,
-  progress: bool = True,
+  progress: bool | Callable[[str, float], object] = True,
   notes: Sequence[str] = (),
 ) -> Evaluation:
   """Measure images against a reference that is open already.
 
-  The arguments are those of `evaluate`, and further warnings of the evaluation, ``notes``.
+  The arguments are those of `evaluate`, and further warnings of the evaluation, ``notes``. ``progress`` may be a
+  function that is called with what is computed and the share of the work that is done, from 0 to 1. The features are
+  taken for half of it, and the figures for the other half.
   """
   empty = {name: np.zeros((len(images), 0)) for name in features.outputs}
   evidence = Evidence(images, labels, empty, None if reference is None else reference.statistics, judge, options)
   chosen_measures(measures, evidence)  # A measure that lacks something is refused before the features are computed.
-  evidence = dataclasses.replace(evidence, outputs=outputs_of(images, features, batch_size, progress))
+  bars: dict[str, Any] = {"features": progress, "figures": progress and processes.is_first()}
+  if callable(progress):
+    bars = _halves(progress, len(images))
+  evidence = dataclasses.replace(evidence, outputs=outputs_of(images, features, batch_size, bars["features"]))
   return Evaluation(
     n=len(images),
-    figures=measure(evidence, measures, progress and processes.is_first()),
+    figures=measure(evidence, measures, bars["figures"]),
     protocol=protocol(images, labels, reference, features, judge, options, sampling),
     warnings=(*notes, *_warnings(evidence)),
     left_out=left_out(evidence) if measures is None else {},
   )
 
 
-def outputs_of(images: np.ndarray, features: Features, batch_size: int, progress: bool) -> dict[str, np.ndarray]:
-  """Compute all outputs of the features for images, behind a progress bar."""
+def _halves(progress: Callable[[str, float], object], total: int) -> dict[str, Callable[..., object]]:
+  """Give what the features and the figures of ``total`` images report to."""
+  done = 0
+
+  def features(number: int) -> None:
+    nonlocal done
+    done += number
+    progress("features", done / total / 2)
+
+  return {"features": features, "figures": lambda title, share: progress(title, (1 + share) / 2)}
+
+
+def outputs_of(
+  images: np.ndarray, features: Features, batch_size: int, progress: bool | Callable[[int], object]
+) -> dict[str, np.ndarray]:
+  """Compute all outputs of the features for images, behind a progress bar, or telling a function of each batch."""
   title = f"features ({features.name})"
   return extract(features, images, outputs=features.outputs, batch_size=batch_size, progress=progress, title=title)
 

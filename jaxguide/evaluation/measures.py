@@ -295,13 +295,16 @@ def chosen_measures(names: Sequence[str] | None, evidence: Evidence) -> dict[str
   return chosen
 
 
-def measure(evidence: Evidence, names: Sequence[str] | None = None, progress: bool = False) -> dict[str, Figure]:
+def measure(
+  evidence: Evidence, names: Sequence[str] | None = None, progress: bool | Callable[[str, float], object] = False
+) -> dict[str, Figure]:
   """Compute the figures of images.
 
   Args:
     evidence: the images, and what they are compared with.
     names: which measures of `MEASURES`; by default all that the evidence suffices for.
-    progress: whether to show a progress bar, which names the figure that is computed.
+    progress: whether to show a progress bar, which names the figure that is computed; or a function that is called
+      before each figure with its title and the share of the figures that are there.
 
   Raises:
     ValueError: if a name is unknown, if a measure that is named needs what is not there, or if a value is not finite or
@@ -310,9 +313,11 @@ def measure(evidence: Evidence, names: Sequence[str] | None = None, progress: bo
   chosen = chosen_measures(names, evidence)
   sets = _thirds(evidence) if evidence.options.interval == "min-of-3" else [evidence]
   figures = {}
-  with progress_bar(len(chosen), title="figures", unit="figure", show=progress) as bar:
+  with progress_bar(len(chosen), title="figures", unit="figure", show=progress is True) as bar:
     for name, entry in chosen.items():
       bar.set_postfix_str(entry.title, refresh=True)
+      if callable(progress):
+        progress(entry.title, len(figures) / len(chosen))
       found = [_checked(name, entry, entry.function(part)) for part in sets]
       figures[name] = found[0] if len(sets) == 1 else _of_three(entry, found, len(sets[0].images))
       bar.update()

@@ -4,10 +4,11 @@ A point has two files: ``samples/NAME.npz``, and ``points/NAME.json`` with its s
 """
 
 import dataclasses
+import functools
 import json
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,13 @@ class Measured:
   options: Options
 
   def __call__(
-    self, images: np.ndarray, labels: np.ndarray | None, sampling: Mapping[str, Any] | None = None
+    self,
+    images: np.ndarray,
+    labels: np.ndarray | None,
+    sampling: Mapping[str, Any] | None = None,
+    progress: bool | Callable[[str, float], object] = False,
   ) -> Evaluation:
-    """Measure images."""
+    """Measure images. ``progress`` is that of `jaxguide.evaluation.evaluations.evaluate_against`."""
     return evaluations.evaluate_against(
       images,
       labels,
@@ -54,7 +59,7 @@ class Measured:
       measures=self.measures,
       options=self.options,
       sampling=sampling,
-      progress=False,
+      progress=progress,
     )
 
   def check(self, image_shape: Sequence[int], labels: np.ndarray | None, num: int) -> None:
@@ -75,10 +80,13 @@ class Measured:
 def draw(
   out: Path, found: Sequence[Cell], measured: Measured, load: Load, progress: bool, devices: Any = None
 ) -> dict[str, str]:
-  """Draw and measure every point, and return a fact about those that failed."""
-  failed, total, show = [], sum(cell.settings.num for cell in found), progress and processes.is_first()
+  """Draw and measure every point, and return a fact about those that failed.
+
+  A sample takes two steps of the bar: it is drawn, and then it is measured.
+  """
+  failed, total, show = [], 2 * sum(cell.settings.num for cell in found), progress and processes.is_first()
   compiled: set[Settings] = set()
-  with progress_bar(total, title="sweep", unit="sample", show=show) as bar:
+  with progress_bar(total, title="sweep", unit="step", show=show) as bar:
     for cell in found:
       title = f"{cell.method}{'' if cell.settings.scale is None else f', scale {cell.settings.scale:g}'}"
       bar.set_postfix_str(title)
@@ -89,12 +97,14 @@ def draw(
       except FloatingPointError as error:
         warnings.warn(f"{cell.name} is left out: {error}", stacklevel=3)
         failed.append(f"{cell.method} at scale {cell.settings.scale}: {error}")
+        watch.reach(2 * cell.settings.num)
         continue
       if watch.batches:
         compiled.add(program)
-      bar.update(cell.settings.num - watch.seen)
+      watch.reach(cell.settings.num)
       bar.set_postfix_str(f"{title}, measuring")
       _measure(out, cell, measured, watch)
+      watch.reach(2 * cell.settings.num)
   return {"failed": "; ".join(failed)} if failed else {}
 
 
@@ -119,8 +129,17 @@ class _Watch:
     if self.compiles and len(self.batches) < 2:
       self.bar.set_postfix_str(self.title if self.batches else f"{self.title}, compiling")
     self.last = now
-    self.seen += number
-    self.bar.update(number)
+    self.reach(self.seen + number)
+
+  def measuring(self, num: int, what: str, share: float) -> None:
+    """Say what is computed of ``num`` samples that are drawn, and that a share of it is done."""
+    self.bar.set_postfix_str(f"{self.title}, measuring: {what}")
+    self.reach(num + int(num * share))
+
+  def reach(self, steps: int) -> None:
+    """Let the bar stand at a number of steps of this point."""
+    self.bar.update(steps - self.seen)
+    self.seen = steps
 
   def rate(self) -> tuple[float, bool] | None:
     """Return samples per second, and whether the time holds a compilation; None if nothing was drawn."""
@@ -151,7 +170,7 @@ def _measure(out: Path, cell: Cell, measured: Measured, watch: _Watch) -> None:
   sampling = {**(in_force(sampling) or {}).get("settings", {}), "num": num}
   wanted = measured.protocol(images, labels, sampling)
   if kept is None or kept["evaluation"]["protocol"] != wanted or kept.get("measures") != measured.measures:
-    result = _as_plain(measured(images, labels, sampling))
+    result = _as_plain(measured(images, labels, sampling, functools.partial(watch.measuring, num)))
   else:
     result = kept["evaluation"]
   content = records.record(
