@@ -312,7 +312,7 @@ def measure(
   """
   chosen = chosen_measures(names, evidence)
   sets = _thirds(evidence) if evidence.options.interval == "min-of-3" else [evidence]
-  figures = {}
+  figures: dict[str, Figure] = {}
   with progress_bar(len(chosen), title="figures", unit="figure", show=progress is True) as bar:
     for name, entry in chosen.items():
       bar.set_postfix_str(entry.title, refresh=True)
