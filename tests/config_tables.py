@@ -124,7 +124,7 @@ NEEDED: dict[type, dict[str, Any]] = {
 }
 """What has to be given, and what else lets every field have its largest value."""
 
-KINDS = {int: "whole number", float: "number", str: "text", bool: "true, false"}
+KINDS = {int: "whole number", float: "number", str: "text", bool: "true, false", np.ndarray: "list of numbers"}
 
 
 def meaning(cls: type, name: str) -> str:
@@ -151,7 +151,7 @@ def kind(annotation: Any) -> str:
       del kinds[int]
     if str in kinds and len(kinds) > 1:  # A path, or a text or a number.
       kinds = {member: None for member in kinds if getattr(member, "__module__", "") != "os"}
-    return " or ".join(map(kind, kinds))
+    return " or ".join(dict.fromkeys(map(kind, kinds)))
   if typing.get_origin(annotation) in (list, tuple) or annotation is Sequence:
     return f"list of {kind(members[0])}s"
   if typing.get_origin(annotation) is Sequence:
@@ -259,7 +259,8 @@ HEAD = ["field", "value", "meaning"]
 def entry(kind_of: str, default: str, values: str, own_option: str = "") -> str:
   """Say in one cell what a field takes: its type and values, its default, and its option."""
   is_names = values.startswith("`")
-  takes = values if is_names and kind_of == "text" else ", ".join(filter(None, (kind_of, values)))
+  is_text = kind_of == "text" or kind_of.startswith("text or ")
+  takes = values + kind_of.removeprefix("text") if is_names and is_text else ", ".join(filter(None, (kind_of, values)))
   default = {"": "", "needed": "needed"}.get(default, f"default {default}")
   return "; ".join(filter(None, (takes, default, own_option)))
 

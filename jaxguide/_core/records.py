@@ -132,7 +132,7 @@ class Difference(NamedTuple):
   requested: Any
 
   def __str__(self) -> str:
-    return f"{self.name} is {_shown(self.stored)} there, and {_shown(self.requested)} here"
+    return f"{self.name} is {shown(self.stored)} there, and {shown(self.requested)} here"
 
 
 def differences(
@@ -179,6 +179,9 @@ def _compare(name: str, stored: Any, requested: Any, default: Any, found: list[D
     found.append(Difference(name, stored, requested))
 
 
+MOST_SHOWN = 200
+"""The most letters of a list in a message."""
+
 ABSENT = object()
 """The value of a field that a record does not have."""
 
@@ -188,5 +191,12 @@ def _plain(value: Any) -> Any:
   return value if value is ABSENT or value is None else json.loads(json.dumps(value))
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+  """Write a value for a message: a long one by its ends.
+
+  >>> shown([1, 2]), shown([0.25] * 100)
+  ('[1, 2]', '100 values, 0.25 to 0.25')
+  """
+  if isinstance(value, list | tuple) and len(repr(value)) > MOST_SHOWN:
+    return f"{len(value)} values, {value[0]!r} to {value[-1]!r}"
   return "absent" if value is ABSENT else repr(value)

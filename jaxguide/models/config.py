@@ -8,6 +8,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from flax import linen
 
@@ -63,9 +64,10 @@ class ModelConfig:
     prediction: what the network predicts, a name from `jaxguide.scaling`. For a classifier it only sets the scaling of
       the input.
     schedule: the noise schedule that gives the network's time input, a name from `jaxguide.schedules`: a continuous
-      schedule, or the betas of a table if ``diffusion_steps`` is given.
+      schedule, or the betas of a table if ``diffusion_steps`` is given. Or the betas themselves: a list of numbers
+      between 0 and 1, one for each step of a discrete process.
     diffusion_steps: number of steps of the discrete process that the network was trained on, at most 100,000; None for
-      continuous time.
+      continuous time. A list of betas gives it.
     rescale_timesteps: whether the time input is the step of a table rescaled to 1000 steps.
     variance: the variance of the noise that the solver ``ddpm`` adds for this network by default, ``small``, ``large``
       or ``learned_range``. Published models have their own: OpenAI's of guided-diffusion have ``learned_range``.
@@ -91,7 +93,7 @@ class ModelConfig:
   image_shape: Sequence[int]
   num_classes: int | None
   prediction: str = "v"
-  schedule: str = "cosine"
+  schedule: str | Sequence[float] | np.ndarray = "cosine"
   diffusion_steps: int | None = None
   rescale_timesteps: bool = False
   variance: str = "small"
@@ -106,6 +108,7 @@ class ModelConfig:
 
   def __post_init__(self):
     self._name_network()
+    self._read_betas()
     # Convert values to plain data, so that a configuration equals itself after it was stored as JSON and read back.
     for field in dataclasses.fields(self):
       kind = str if field.name == "network" else field.type
@@ -141,15 +144,38 @@ class ModelConfig:
     if self.time_scale is not None and (self.rescale_timesteps or self.prediction == "ve"):
       raise ValueError("time_scale cannot be chosen together with rescale_timesteps, or for ve: leave it out")
     if self.diffusion_steps is None:
-      checks.lookup("schedule", self.schedule, schedules.SCHEDULES)
+      checks.lookup("schedule", str(self.schedule), schedules.SCHEDULES)
       if self.rescale_timesteps:
         raise ValueError("rescale_timesteps needs a network of discrete steps: give diffusion_steps")
     else:
-      checks.lookup("schedule of discrete steps", self.schedule, schedules.BETAS)
+      if isinstance(self.schedule, str):
+        checks.lookup("schedule of discrete steps", self.schedule, schedules.BETAS)
       if self.prediction not in ("eps", "x0", "v"):
         raise ValueError(
           f"a network that predicts {self.prediction!r} has no discrete steps: leave out diffusion_steps"
         )
+
+  def _read_betas(self) -> None:
+    """Check a schedule that is a list of betas, and take the number of steps from it."""
+    betas: Any = self.schedule
+    if isinstance(betas, str):
+      return
+    if isinstance(betas, jax.Array):
+      betas = np.asarray(betas)
+    if not isinstance(betas, list | tuple | np.ndarray) or np.ndim(betas) != 1:
+      hint = ", which is table.betas of a jaxguide.schedules.Table" if isinstance(betas, schedules.Table) else ""
+      raise ValueError(f"schedule must be a name or a list of betas{hint}; got {reprlib.repr(betas)}")
+    if not 1 <= len(betas) <= BOUNDS["diffusion_steps"][1]:
+      raise ValueError(f"schedule must have 1 to {BOUNDS['diffusion_steps'][1]:,} betas, got {len(betas):,}")
+    betas = checks.field("schedule", betas, Sequence[float], 0, 1)
+    try:
+      schedules.Table.from_betas(np.asarray(betas))
+    except ValueError as error:
+      raise ValueError(f"schedule: {error}") from None
+    if self.diffusion_steps not in (None, len(betas)):
+      raise ValueError(f"diffusion_steps is {self.diffusion_steps}, and schedule has {len(betas)} betas: leave it out")
+    object.__setattr__(self, "schedule", betas)
+    object.__setattr__(self, "diffusion_steps", len(betas))
 
   def _name_network(self) -> None:
     """Replace a Flax module or its class by its name, and a module's fields by plain data."""
@@ -197,9 +223,21 @@ class ModelConfig:
   @property
   def noise_schedule(self) -> schedules.NoiseSchedule:
     """The noise schedule of the network; a `jaxguide.schedules.Table` if it was trained on discrete steps."""
+    if not isinstance(self.schedule, str):
+      return schedules.Table.from_betas(np.asarray(self.schedule))
     if self.diffusion_steps is None:
       return schedules.schedule(self.schedule)
     return schedules.table(self.schedule, self.diffusion_steps)
+
+  @property
+  def process(self) -> str:
+    """The schedule and the time in words.
+
+    >>> ModelConfig("unet", {}, (8, 8, 1), 10, "eps", schedule=[0.1, 0.2]).process
+    'schedule of its own betas in 2 steps'
+    """
+    schedule = f"{self.schedule} schedule" if isinstance(self.schedule, str) else "schedule of its own betas"
+    return f"{schedule} in {'continuous time' if self.diffusion_steps is None else f'{self.diffusion_steps} steps'}"
 
   @property
   def module(self) -> linen.Module:

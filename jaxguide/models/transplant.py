@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxguide._core import records
 from jaxguide._core.typing import PyTree
 from jaxguide.models import arrays
 from jaxguide.models.config import NOT_FIELDS, ModelConfig
@@ -261,12 +262,12 @@ def _check_roles(model: ModelConfig, source: ModelConfig) -> None:
 
 def _check_process(model: ModelConfig, source: ModelConfig) -> None:
   different = [
-    f"{name} is {getattr(source, name)!r} there, and {getattr(model, name)!r} here"
+    str(records.Difference(name, getattr(source, name), getattr(model, name)))
     for name in PROCESS
     if getattr(source, name) != getattr(model, name)
   ]
   if different:
-    settings = ", ".join(f"{name} {getattr(source, name)!r}" for name in PROCESS)
+    settings = ", ".join(f"{name} {records.shown(getattr(source, name))}" for name in PROCESS)
     raise ValueError(
       f"the source was trained to predict something else: {'; '.join(different)}. Its parameters mean nothing to this "
       f"network: set {settings}, as the source has"

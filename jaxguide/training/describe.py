@@ -255,9 +255,8 @@ def _in_words(model: ModelConfig) -> str:
   labels = "unconditional" if model.num_classes is None else f"{model.num_classes} classes"
   if getattr(model, "label_size", None) is not None:
     labels = f"labels of {model.label_size} numbers"
-  time = "continuous time" if model.diffusion_steps is None else f"{model.diffusion_steps} steps"
   images = f"{height}x{width} images of {channels} {'channel' if channels == 1 else 'channels'}"
-  return f"{model.network} for {images}, {labels}, {model.prediction}-prediction, {model.schedule} schedule in {time}"
+  return f"{model.network} for {images}, {labels}, {model.prediction}-prediction, {model.process}"
 
 
 def in_bytes(number: float | int) -> str:

@@ -244,7 +244,8 @@ def _fill_from_preset(
     return None
   null = ModelConfig(**model, **derived).null_cond
   dropped = {"p_uncond"} if null is None else set()
-  if "noise" in training or model.get("diffusion_steps") is not None:
+  discrete = model.get("diffusion_steps") is not None or not isinstance(model.get("schedule", ""), str)
+  if "noise" in training or discrete:
     dropped |= {"noise_mean", "noise_std"}
   if "ema" in training:
     dropped |= {"ema_decay"}

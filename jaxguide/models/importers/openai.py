@@ -141,7 +141,8 @@ def constructor(config: ModelConfig) -> str:
 
 def flags(config: ModelConfig) -> str | None:
   """Return the flags of guided-diffusion's scripts for a model's process; None if they do not support it."""
-  if config.diffusion_steps is None or config.prediction not in ("eps", "x0"):
+  named = isinstance(config.schedule, str)
+  if config.diffusion_steps is None or config.prediction not in ("eps", "x0") or not named:
     return None
   flags: dict[str, Any] = {
     "noise_schedule": config.schedule,
@@ -159,8 +160,9 @@ def notes(config: ModelConfig) -> list[str]:
   if config.prediction in SCALED:
     notes.append(f"it is a network of OpenAI's consistency_models, in a KarrasDenoiser of kind {config.prediction}")
   elif flags(config) is None:
-    process = f"{config.prediction} on the continuous {config.schedule} schedule"
-    notes.append(f"guided-diffusion's scripts do not support its process: the network predicts {process}")
+    process = f"{config.prediction} on the {config.process}"
+    own = "" if isinstance(config.schedule, str) else ", which GaussianDiffusion takes as they are"
+    notes.append(f"guided-diffusion's scripts do not support its process: the network predicts {process}{own}")
   if getattr(module, "null_class", False) and config.num_classes is not None:
     notes.append(f"class {config.num_classes} is the null class, which means no label, for classifier-free guidance")
   if config.network != "classifier" and flags(config) is not None and config.variance == "small":

@@ -28,7 +28,7 @@ class Options:
     use_new_attention_order: Whether queries, keys and values are ordered before the heads are split.
     dropout: Probability of dropout in training; 0 if left out.
     null_class: Whether the last class is a null class, which means no label; no if left out.
-    noise_schedule: linear or cosine.
+    noise_schedule: linear or cosine; or in import, as in Python, a list of betas, which gives diffusion_steps too.
     diffusion_steps: Steps that the network was trained on, 1000 for OpenAI's; 0 for continuous time.
     rescale_timesteps: Whether the time input is rescaled to 1000 steps; no if left out.
     prediction: eps or x0 as in guided-diffusion, consistency or edm as in OpenAI's consistency_models (whose attention
@@ -318,7 +318,9 @@ def _process(unused: dict[str, Any], required: Callable[[str], Any]) -> dict[str
     # Their noise levels are a continuum, and the time input is 1000 log(sigma) / 4 in consistency_models.
     sigma_data = unused.pop("sigma_data", None)
     return {"prediction": prediction, "time_scale": 1000.0, "sigma_data": 0.5 if sigma_data is None else sigma_data}
-  schedule, steps = required("noise_schedule"), required("diffusion_steps")
+  schedule = required("noise_schedule")
+  named = schedule is None or isinstance(schedule, str)
+  steps = required("diffusion_steps") if named else unused.pop("diffusion_steps", None)
   rescale = unused.pop("rescale_timesteps", False)
   return {
     "prediction": prediction,
