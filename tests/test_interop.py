@@ -604,7 +604,7 @@ def test_export_notes_differences_to_guided_diffusion(run, tmp_path):
   printed = run("export-adm", tmp_path / "model", "--out", tmp_path / "out.safetensors")
   assert "UNetModel(image_size=8, in_channels=1, model_channels=16, out_channels=1," in printed
   assert "num_classes=11" in printed
-  assert "the network predicts v on the continuous cosine schedule" in printed
+  assert "the network predicts v on the cosine schedule in continuous time" in printed
   assert "class 10 is the null class" in printed
   assert "32 groups, which do not divide 16 channels" in printed
   assert "Its process" not in printed
