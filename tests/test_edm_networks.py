@@ -363,6 +363,7 @@ WRONG = {
   "label_balance": [-0.1, 2, None],
   "clip_act": [-1, "x"],
   "logvar_channels": [0, None],
+  "cudnn_attention": [0, "auto", []],
 }
 
 

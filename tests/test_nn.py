@@ -1,6 +1,5 @@
 """The networks: against published arrays, against NumPy, and their documented properties."""
 
-import contextlib
 import functools
 import importlib
 import re
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxguide.nn import Classifier, SuperResUNet, UNet
+from jaxguide.nn import Classifier, DhariwalUNet, DiT, EDM2UNet, SongUNet, SuperResUNet, UNet
 from jaxguide.nn.convolution import convolve
 from jaxguide.nn.layers import (
   AttentionBlock,
@@ -23,6 +22,7 @@ from jaxguide.nn.layers import (
   GroupNorm,
   Upsample,
   attend,
+  attend_heads,
   downsample,
   timestep_embedding,
   upsample,
@@ -857,47 +857,72 @@ def test_use_checkpoint_changes_nothing_but_memory():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=close), run(module), wanted)
 
 
-def test_cudnn_attention(monkeypatch, request):
-  """cuDNN's kernel is used where it can be, in programs for a GPU, batched, forward and backward; never otherwise."""
-  fields = {**ONE_LEVEL, "num_head_channels": 8, "dtype": "bfloat16"}
-  x, t = batch()
-  params = random_params(UNet(**fields), x, t)
-
-  def gradient(params, x, t, **more):
-    module = UNet(**fields, **more)
-    one = lambda x, t: module.apply(params, x[None], t[None]).sum()  # noqa: E731
-    return jax.vmap(jax.grad(one))(x, t)
-
-  request.addfinalizer(jax.clear_caches)
-  promotion = contextlib.ExitStack()
-  promotion.enter_context(jax.numpy_dtype_promotion("standard"))  # JAX's attention for a GPU needs it.
-  request.addfinalizer(promotion.close)
-
-  def program(platform, **more):
-    jax.clear_caches()  # JAX caches traces, and assumes one default backend per process.
-    monkeypatch.setattr(jax, "default_backend", lambda: {"cuda": "gpu"}.get(platform, platform))
-    traced = jax.jit(functools.partial(gradient, **more)).trace(params, x, t)
-    text = traced.lower(lowering_platforms=(platform,)).as_text()
-    return set(re.findall(r"cudnn\$(\w+)", text))
-
+@pytest.fixture
+def cudnn_calls(monkeypatch):
+  """A function that lowers another for a platform, and returns which of cuDNN's attention it calls."""
   # JAX queries the GPU before it lowers; there is none here.
   cudnn = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
   monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
   monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
   monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False)
+
+  def calls(platform, function, *args, capability=None):
+    jax.clear_caches()  # JAX caches traces, and assumes one default backend per process.
+    monkeypatch.setattr(jax, "default_backend", lambda: {"cuda": "gpu"}.get(platform, platform))
+    if capability is not None:
+      monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
+    lowered = jax.jit(function).trace(*args).lower(lowering_platforms=(platform,))
+    return set(re.findall(r"cudnn\$(\w+)", lowered.as_text()))
+
+  with jax.numpy_dtype_promotion("standard"):  # JAX's attention for a GPU needs it.
+    yield calls
+  jax.clear_caches()
+
+
+def test_cudnn_attention_is_used_where_it_can_be(cudnn_calls):
+  """In programs for a GPU, batched, forward and backward; never otherwise."""
   fused = {"fmhaSoftmax", "fmhaSoftmaxBackward"}
-  assert program("cuda", cudnn_attention=True) == fused
-  assert not program("cuda")  # Of a process without a GPU.
-  for capability, wanted in {"9.0": fused, "7.5": set(), "gfx90a": set()}.items():
-    card = types.SimpleNamespace(compute_capability=capability)
-    monkeypatch.setattr(jax, "devices", lambda card=card: [card])
-    assert program("cuda") == wanted
-    assert not program("cuda", cudnn_attention=False)
-  assert not program("tpu", cudnn_attention=True)
-  assert not program("cpu", cudnn_attention=True)
-  for cls in (UNet, Classifier):
-    with pytest.raises(ValueError, match=f"give {cls.__name__} dtype bfloat16 with it, or leave it out; got float32"):
-      cls(**SMALL, cudnn_attention=True)
+
+  def calls(platform, cudnn=None, channels=8, dtype=jnp.bfloat16, **more):
+    q = jax.ShapeDtypeStruct((2, 16, 1, channels), dtype)
+    one = lambda q: jnp.square(attend_heads(*[q[None]] * 3, cudnn)).sum()  # noqa: E731
+    return cudnn_calls(platform, jax.vmap(jax.grad(one)), q, **more)
+
+  assert calls("cuda", True) == fused
+  assert not calls("cuda")  # Of a process without a GPU.
+  for capability, wanted in {"7.5": set(), "gfx90a": set(), "9.0": fused}.items():
+    assert calls("cuda", capability=capability) == wanted
+    assert not calls("cuda", False)
+  for different in ({"channels": 12}, {"channels": 136}, {"dtype": jnp.float32}):
+    assert not calls("cuda", **different)
+  assert calls("cuda", channels=128) == fused
+  assert not calls("tpu", True)
+  assert not calls("cpu", True)
+
+
+ATTENDING = {
+  UNet: {**ONE_LEVEL, "num_res_blocks": 0, "num_head_channels": 8},
+  DiT: {"hidden_size": 8, "depth": 1, "num_heads": 1},
+  SongUNet: {"model_channels": 8, "channel_mult": (1,), "num_blocks": 0},
+  DhariwalUNet: {"model_channels": 64, "channel_mult": (1,), "num_blocks": 0},
+  EDM2UNet: {"model_channels": 8, "channel_mult": (1,), "num_blocks": 0, "channels_per_head": 8},
+}
+
+
+@pytest.mark.parametrize("cls", ATTENDING, ids=lambda cls: cls.__name__)
+def test_cudnn_attention_of_a_network(cls, cudnn_calls):
+  fields = {**ATTENDING[cls], "dtype": "bfloat16"}
+  x, t = batch()
+  params = jax.eval_shape(cls(**fields).init, jax.random.key(0), x, t)
+  for given, wanted in {None: {"fmhaSoftmax"}, False: set()}.items():
+    module = cls(**fields, cudnn_attention=given)
+    assert cudnn_calls("cuda", module.apply, params, x, t, capability="9.0") == wanted
+
+
+@pytest.mark.parametrize("cls", [*ATTENDING, Classifier], ids=lambda cls: cls.__name__)
+def test_cudnn_attention_cannot_be_demanded_in_float32(cls):
+  with pytest.raises(ValueError, match=f"give {cls.__name__} dtype bfloat16 with it, or leave it out; got float32"):
+    cls(**ATTENDING.get(cls, SMALL), cudnn_attention=True)
 
 
 def test_null_class():

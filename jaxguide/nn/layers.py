@@ -313,6 +313,19 @@ def fits_cudnn(q: Float[Array, "n queries heads c"], k: Float[Array, "n t heads 
   return capable and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and q.shape[1] == k.shape[1]
 
 
+def check_cudnn(module: Any) -> None:
+  """Raise ValueError if a network demands cuDNN's attention with a type that it does not take.
+
+  Args:
+    module: the network, with the fields ``cudnn_attention`` and ``dtype``.
+  """
+  if module.cudnn_attention and jnp.dtype(module.dtype) not in (jnp.bfloat16, jnp.float16):
+    raise ValueError(
+      f"cudnn_attention needs half precision: give {type(module).__name__} dtype bfloat16 with it, or leave it out; "
+      f"got {jnp.dtype(module.dtype)}"
+    )
+
+
 def _attention_on_cpu(q, k, v):
   """Compute ``jax.nn.dot_product_attention`` in half the time.
 

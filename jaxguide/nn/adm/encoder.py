@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxguide._core import checks
-from jaxguide.nn.layers import AttentionBlock, Conv, Downsample, ResBlock, timestep_embedding
+from jaxguide.nn.layers import AttentionBlock, Conv, Downsample, ResBlock, check_cudnn, timestep_embedding
 from jaxguide.nn.meshed import Meshed
 from jaxguide.nn.perturbation import Perturbation
 
@@ -49,11 +49,7 @@ class Encoder(Meshed):
       )
     if checks.in_range("dropout", self.dropout, 0, 1) == 1:
       raise ValueError("dropout must be at least 0 and below 1, got 1")
-    if self.cudnn_attention and jnp.dtype(self.dtype) not in (jnp.bfloat16, jnp.float16):
-      raise ValueError(
-        f"cudnn_attention needs half precision: give {name} dtype bfloat16 with it, or leave it out; "
-        f"got {jnp.dtype(self.dtype)}"
-      )
+    check_cudnn(self)
     super().__post_init__()
 
   @nn.nowrap

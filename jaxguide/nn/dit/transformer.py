@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxguide._core import checks
 from jaxguide.nn.dit import layers, positions
-from jaxguide.nn.layers import count_heads
+from jaxguide.nn.layers import check_cudnn, count_heads
 from jaxguide.nn.perturbation import Perturbation
 
 
@@ -45,11 +45,7 @@ class Transformer(nn.Module):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.cudnn_attention and jnp.dtype(self.dtype) not in (jnp.bfloat16, jnp.float16):
-      raise ValueError(
-        f"cudnn_attention needs half precision: give {type(self).__name__} dtype bfloat16 with it, or leave it out; "
-        f"got {jnp.dtype(self.dtype)}"
-      )
+    check_cudnn(self)
 
   @property
   def learned_variance(self) -> bool:

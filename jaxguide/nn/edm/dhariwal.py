@@ -41,6 +41,7 @@ class DhariwalUNet(Meshed):
     label_dropout: probability of replacing a label by zeros in training, in [0, 1].
     use_checkpoint: whether activations are computed again in the backward pass, to save memory.
     dtype: type of convolutions and matrix products. Parameters and normalisation stay float32.
+    cudnn_attention: whether to use cuDNN's fused attention kernel on an NVIDIA GPU; as for `jaxguide.UNet`.
     num_classes: number of classes, or None for an unconditional network. A class is a one-hot vector inside.
     null_class: whether the label ``num_classes`` means "no label"; the network gets a vector of zeros for it.
     label_size: length of a label that is a vector of floats; ``num_classes`` is None then.
@@ -65,6 +66,7 @@ class DhariwalUNet(Meshed):
   label_dropout: int | float = 0.0
   use_checkpoint: bool = False
   dtype: Any = jnp.float32
+  cudnn_attention: bool | None = None
   num_classes: int | None = None
   null_class: bool = True
   label_size: int | None = None
@@ -134,5 +136,13 @@ class DhariwalUNet(Meshed):
     """Make a block."""
     cls = nn.remat(Block, static_argnums=(3,)) if self.use_checkpoint else Block
     heads = features // CHANNELS_PER_HEAD if attends else 0
-    perturbation = layers.perturbation_of(self, name)
-    return cls(features, heads, resample, self.dropout, dtype=self.dtype, perturbation=perturbation, name=name)
+    return cls(
+      features,
+      heads,
+      resample,
+      self.dropout,
+      dtype=self.dtype,
+      perturbation=layers.perturbation_of(self, name),
+      cudnn_attention=self.cudnn_attention,
+      name=name,
+    )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxguide._core import checks
-from jaxguide.nn.layers import Conv, attend
+from jaxguide.nn.layers import Conv, attend, check_cudnn
 from jaxguide.nn.normalisation import GroupNorm
 from jaxguide.nn.perturbation import Perturbation
 from jaxguide.nn.resampling import double, halve
@@ -99,6 +99,7 @@ class Block(nn.Module):
     inits: how parameters are drawn.
     dtype: type of convolutions and matrix products.
     perturbation: makes the block worse on purpose, or None.
+    cudnn_attention: whether to use cuDNN's kernel on a GPU. Default: where it can.
   """
 
   features: int
@@ -113,6 +114,7 @@ class Block(nn.Module):
   inits: Inits = KAIMING
   dtype: Any = jnp.float32
   perturbation: Perturbation | None = None
+  cudnn_attention: bool | None = None
 
   @nn.compact
   def __call__(self, x, emb, train):
@@ -167,7 +169,7 @@ class Block(nn.Module):
     n, h, w, c = x.shape
     normed = self.norm(c, "norm2")(x).reshape(n, h * w, c)
     qkv = self.linear(3 * c, c, "qkv", self.inits.attention)(normed)
-    out = attend(qkv, self.heads, new_order=True, perturbation=self.perturbation, sides=(h, w))
+    out = attend(qkv, self.heads, True, self.perturbation, (h, w), self.cudnn_attention)
     out = self.linear(c, c, "proj", self.inits.last, zeros)(out)
     return x + out.reshape(x.shape)
 
@@ -262,7 +264,8 @@ def check_fields(module: Any) -> None:
   """Check the fields that EDM's and EDM2's networks share, and turn lists into tuples, since a module has a hash.
 
   Raises:
-    ValueError: if there is no level, classes and label vectors are both given, or dropout is not in [0, 1).
+    ValueError: if there is no level, classes and label vectors are both given, dropout is not in [0, 1), or cuDNN's
+      attention is demanded without half precision.
   """
   name = type(module).__name__
   module.channel_mult, module.attn_resolutions = tuple(module.channel_mult), tuple(module.attn_resolutions)
@@ -275,6 +278,7 @@ def check_fields(module: Any) -> None:
     )
   if checks.in_range("dropout", module.dropout, 0, 1) == 1:
     raise ValueError("dropout must be at least 0 and below 1, got 1")
+  check_cudnn(module)
 
 
 def perturbation_of(module: Any, name: str) -> Perturbation | None:

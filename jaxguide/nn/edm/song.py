@@ -49,6 +49,8 @@ class SongUNet(Meshed):
     resample_filter: the filter of the resampling, an even number of taps.
     use_checkpoint: whether activations are computed again in the backward pass, to save memory.
     dtype: type of convolutions and matrix products. Parameters and normalisation stay float32.
+    cudnn_attention: whether to use cuDNN's fused attention kernel on an NVIDIA GPU; as for `jaxguide.UNet`. A block
+      has one head with all of its channels, and cuDNN takes at most 128.
     num_classes: number of classes, or None for an unconditional network. A class is a one-hot vector inside.
     null_class: whether the label ``num_classes`` means "no label"; the network gets a vector of zeros for it.
     label_size: length of a label that is a vector of floats; ``num_classes`` is None then.
@@ -78,6 +80,7 @@ class SongUNet(Meshed):
   resample_filter: Sequence[int | float] = (1, 1)
   use_checkpoint: bool = False
   dtype: Any = jnp.float32
+  cudnn_attention: bool | None = None
   num_classes: int | None = None
   null_class: bool = True
   label_size: int | None = None
@@ -156,6 +159,7 @@ class SongUNet(Meshed):
       inits=XAVIER,
       dtype=self.dtype,
       perturbation=layers.perturbation_of(self, name),
+      cudnn_attention=self.cudnn_attention,
       name=name,
     )
 

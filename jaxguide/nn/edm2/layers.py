@@ -139,6 +139,7 @@ class Block(nn.Module):
     clip_act: activations are clipped to this magnitude; None for no clipping.
     dtype: type of convolutions and matrix products.
     perturbation: makes the block worse on purpose, or None.
+    cudnn_attention: whether to use cuDNN's kernel on a GPU. Default: where it can.
   """
 
   features: int
@@ -152,6 +153,7 @@ class Block(nn.Module):
   clip_act: int | float | None = 256
   dtype: Any = jnp.float32
   perturbation: Perturbation | None = None
+  cudnn_attention: bool | None = None
 
   @nn.compact
   def __call__(self, x, emb, train):
@@ -186,5 +188,5 @@ class Block(nn.Module):
     n, h, w, c = x.shape
     qkv = MPConv(3 * c, dtype=self.dtype, name="attn_qkv")(x).reshape(n, h * w, 3 * self.heads, -1)
     qkv = normalize(qkv).reshape(n, h * w, 3 * c)
-    out = attend(qkv, self.heads, new_order=True, perturbation=self.perturbation, sides=(h, w))
+    out = attend(qkv, self.heads, True, self.perturbation, (h, w), self.cudnn_attention)
     return MPConv(c, dtype=self.dtype, name="attn_proj")(out).reshape(x.shape)

@@ -46,6 +46,7 @@ class EDM2UNet(Meshed):
     logvar_channels: features of time in the learned uncertainty.
     use_checkpoint: whether activations are computed again in the backward pass, to save memory.
     dtype: type of convolutions and matrix products. Parameters and embeddings stay float32.
+    cudnn_attention: whether to use cuDNN's fused attention kernel on an NVIDIA GPU; as for `jaxguide.UNet`.
     num_classes: number of classes, or None for an unconditional network. A class is a one-hot vector inside.
     null_class: whether the label ``num_classes`` means "no label"; the network gets a vector of zeros for it.
     label_size: length of a label that is a vector of floats; ``num_classes`` is None then.
@@ -77,6 +78,7 @@ class EDM2UNet(Meshed):
   logvar_channels: int = 128
   use_checkpoint: bool = False
   dtype: Any = jnp.float32
+  cudnn_attention: bool | None = None
   num_classes: int | None = None
   null_class: bool = True
   label_size: int | None = None
@@ -168,6 +170,7 @@ class EDM2UNet(Meshed):
       self.clip_act,
       self.dtype,
       perturbation_of(self, name),
+      self.cudnn_attention,
       name=name,
     )
 
