@@ -88,7 +88,7 @@ def adm_sampler(
   unet, classifier, batch = ADM[name]
   models = {"unet": make(unet), "classifier": make(classifier)}
   guided = jg.classifier(models["classifier"].log_prob, 1.0)(models["unet"].denoiser)
-  function, args, sigmas = _sampler(guided, unet, batch)
+  function, args, sigmas = ddim(guided, unet, batch)
   step = sampling.plain(models, "classifier", sigmas)
   params = {name: model.params for name, model in models.items()}
   count = networks.operations(lambda params, x, labels: step(params, labels, 0, x), params, *args[1:])
@@ -102,15 +102,19 @@ def dit_sampler(
   config, batch = DIT
   model = make(config)
   guided = jg.classifier_free(config.null_cond, 1.5)(model.denoiser)
-  function, args, _ = _sampler(guided, config, batch)
+  function, args, _ = ddim(guided, config, batch)
   apply, t = model.config.module.apply, jnp.zeros(batch)
   count = 2 * networks.operations(lambda params, x, y: apply(params, x, t, y), model.params, *args[1:])
   return function, args, {"dit": model}, count
 
 
-def _sampler(guided: Any, config: ModelConfig, batch: int) -> tuple[Callable[..., Any], tuple[Any, ...], Any]:
-  table = config.noise_schedule
-  sigmas = jg.respaced(table, np.arange(STEPS) * (table.num_steps // STEPS))
+def ddim(guided: Any, config: ModelConfig, batch: int) -> tuple[Callable[..., Any], tuple[Any, ...], Any]:
+  """Return DDIM of a guided denoiser, its arguments, and its levels."""
+  if config.diffusion_steps is None:
+    sigmas = jg.karras(STEPS)
+  else:
+    table = config.noise_schedule
+    sigmas = jg.respaced(table, np.arange(STEPS) * (table.num_steps // STEPS))
   noise, labels = inputs(config, batch)
 
   def sampler(guided, x, labels):

@@ -21,10 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jaxguide as jg
 from benchmarks import timing
 from jaxguide import checks
 from jaxguide.nn.normalisation import group_norm
 from jaxguide.training.describe import state_shapes
+from jaxguide.training.edm_presets import NAMED
 from jaxguide.training.step import train_step
 
 PRODUCTS = {
@@ -189,8 +191,21 @@ def sampler(name: str) -> tuple[Callable[..., Any], ...]:
   return function, *args
 
 
+def edm(batch: int, shape: tuple[int, int, int], good: str, weak: str | None = None) -> tuple[Callable[..., Any], ...]:
+  """Return DDIM of a network of EDM or EDM2, and its arguments; with autoguidance if a weak network is named."""
+  from benchmarks import gpu, networks  # They import this.
+
+  configs = [NAMED[name].model_config(shape, 1000) for name in (good, weak) if name is not None]
+  denoiser, *other = (networks.abstract_model(config, "bfloat16").denoiser for config in configs)
+  guided = jg.autoguidance(*other, 2.1)(denoiser) if other else denoiser
+  function, args, _ = gpu.ddim(guided, configs[0], batch)
+  return function, *args
+
+
 CASES: dict[str, Callable[[], tuple[Callable[..., Any], ...]]] = {
   **{name: functools.partial(sampler, name) for name in ("ADM-64", "ADM-256", "DiT-XL-2")},
+  "EDM-ADM": functools.partial(edm, 64, (64, 64, 3), "edm-imagenet64-adm"),
+  "EDM2-S": functools.partial(edm, 32, (64, 64, 4), "edm2-img512-s", "edm2-img512-xs"),
   "training": training_step,
   "normalisation": normalisation,
 }
