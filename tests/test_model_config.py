@@ -180,6 +180,11 @@ def test_other_networks_are_all_tried():
   assert {*OTHERS} == {*NETWORKS} - {"unet", "super_res_unet", "classifier"}
 
 
+def test_every_network_but_the_autoencoder_says_who_computes_its_attention():
+  """So that ``jaxguide sample --cudnn-attention`` takes them all."""
+  assert {name for name in NETWORKS if "cudnn_attention" not in fields_of(NETWORKS[name].module)} == {"autoencoder_kl"}
+
+
 @pytest.mark.parametrize("name", TRAINING_WRONG)
 @pytest.mark.usefixtures("as_users_run_it")
 def test_a_training_field_of_another_type_or_range_is_named(name):
