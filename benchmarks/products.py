@@ -35,8 +35,11 @@ Product = tuple[str, tuple[tuple[int, ...], ...], tuple[tuple[str, Any], ...]]
 CASES = {
   **{name: (config, 4) for name, config in transformers.CASES.items()},
   "EDM2-XS": (edm2.CONFIG, 1),
-  "UNet 32x32": (networks.SMALL, 16),
-  "classifier 32x32": (networks.SMALL_CLASSIFIER, 16),
+  **{
+    f"{kind} {name}": (getattr(size, kind), size.batch)
+    for name, size in networks.SIZES.items()
+    for kind in ("unet", "classifier")
+  },
 }
 
 
@@ -169,7 +172,7 @@ def case(name: str) -> list[dict[str, Any]]:
   config, batch = CASES[name]
   model = networks.random_model(config)
   args = networks.inputs(model.config, batch)
-  if name not in ("UNet 32x32", "classifier 32x32"):
+  if config.network not in ("unet", "classifier"):
     args = (args[0], jnp.linspace(0.1, 0.9, batch), jnp.arange(batch) % 1000)
   shape = jax.eval_shape(model.config.module.apply, model.params, *args).shape
   cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(shape), jnp.float32)
