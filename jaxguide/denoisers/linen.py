@@ -15,6 +15,7 @@ import numpy as np
 from flax.errors import FlaxError
 
 from jaxguide._core.typing import PyTree
+from jaxguide.nn.parameters import shapes_alone
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -175,6 +176,7 @@ def param_shapes(module: nn.Module, *args: Any) -> PyTree:
 @functools.lru_cache(maxsize=64)  # Tracing a network is slow, and loading a model needs the shapes several times.
 def _param_shapes(init: ModuleMethod, leaves: tuple[Any, ...], treedef: Any) -> PyTree:
   try:
-    return jax.eval_shape(init, jax.random.key(0), *jax.tree.unflatten(treedef, leaves))
+    with shapes_alone():
+      return jax.eval_shape(init, jax.random.key(0), *jax.tree.unflatten(treedef, leaves))
   except FlaxError as error:
     raise ValueError(f"{type(init.module).__name__} cannot be called with inputs of these shapes: {error}") from error

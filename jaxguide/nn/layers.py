@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxguide._core.typing import Array, Float
 from jaxguide.nn.convolution import convolve
 from jaxguide.nn.normalisation import GroupNorm, along_channels
+from jaxguide.nn.parameters import parameter
 from jaxguide.nn.perturbation import Perturbation, smooth
 
 zeros = nn.initializers.zeros
@@ -62,8 +63,8 @@ class Conv(nn.Module):
   def __call__(self, x):
     """Map (n, h, w, c) to (n, h / stride, w / stride, features)."""
     shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-    kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-    bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
+    kernel = parameter(self, "kernel", self.kernel_init, shape)
+    bias = parameter(self, "bias", self.bias_init, (self.features,))
     out = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding)
     return out + along_channels(bias.astype(self.dtype), out)
 
@@ -162,8 +163,8 @@ class JoinedDense(nn.Module):
   def __call__(self, parts):
     """Map a tuple of (..., c) to (..., features)."""
     widths = [part.shape[-1] for part in parts]
-    kernel = self.param("kernel", nn.initializers.lecun_normal(), (sum(widths), self.features), jnp.float32)
-    bias = self.param("bias", zeros, (self.features,), jnp.float32)
+    kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), (sum(widths), self.features))
+    bias = parameter(self, "bias", zeros, (self.features,))
     kernels = jnp.split(kernel.astype(self.dtype), list(itertools.accumulate(widths[:-1])))
     first, *others = (part.astype(self.dtype) @ rows for part, rows in zip(parts, kernels, strict=True))
     out = sum(others, first)
@@ -195,8 +196,8 @@ class QKV(nn.Module):
   def __call__(self, x):
     """Map (n, t, c) to three arrays (n, t, heads, c / heads)."""
     n, t, c = x.shape
-    kernel = self.param("kernel", self.kernel_init, (c, 3 * c), jnp.float32).astype(self.dtype)
-    bias = self.param("bias", zeros, (3 * c,), jnp.float32).astype(self.dtype) if self.use_bias else None
+    kernel = parameter(self, "kernel", self.kernel_init, (c, 3 * c)).astype(self.dtype)
+    bias = parameter(self, "bias", zeros, (3 * c,)).astype(self.dtype) if self.use_bias else None
     x = x.astype(self.dtype)
     if jax.default_backend() != "gpu":
       out = x @ kernel
@@ -400,7 +401,7 @@ class AttentionPool(nn.Module):
     n, h, w, c = x.shape
     x = x.reshape(n, h * w, c)
     x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1)
-    position = self.param("positional_embedding", nn.initializers.normal(c**-0.5), (h * w + 1, c), jnp.float32)
+    position = parameter(self, "positional_embedding", nn.initializers.normal(c**-0.5), (h * w + 1, c))
     x += position[None]
     qkv = nn.Dense(3 * c, name="qkv_proj")(x)
     out = attend(qkv, count_heads(c, 1, self.num_head_channels), new_order=True)

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxguide.nn import linear
+from jaxguide.nn.parameters import parameter
 
 
 class GroupNorm(nn.Module):
@@ -44,8 +45,8 @@ class GroupNorm(nn.Module):
   def __call__(self, x, scale_shift=None):
     """Normalise (n, ..., c) over pixels and groups, then multiply by 1 + scale and add shift."""
     channels = x.shape[-1]
-    scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
-    bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+    scale = parameter(self, "scale", nn.initializers.ones, (channels,))
+    bias = parameter(self, "bias", nn.initializers.zeros, (channels,))
     groups = math.gcd(32, channels) if self.groups is None else self.groups
     return group_norm(x, scale, bias, scale_shift, self.silu, groups, self.epsilon, self.dtype)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxguide.nn.dit.positions import rotate
 from jaxguide.nn.layers import QKV, attend_heads, zeros
+from jaxguide.nn.parameters import parameter
 from jaxguide.nn.perturbation import Perturbation, smooth
 
 xavier = nn.initializers.xavier_uniform()
@@ -51,8 +52,8 @@ class _Patches(nn.Module):
   def __call__(self, x):
     n, h, w, c = x.shape
     p = self.patch_size
-    kernel = self.param("kernel", flat_xavier, (p, p, c, self.features), jnp.float32)
-    bias = self.param("bias", zeros, (self.features,), jnp.float32)
+    kernel = parameter(self, "kernel", flat_xavier, (p, p, c, self.features))
+    bias = parameter(self, "bias", zeros, (self.features,))
     tokens = x.reshape(n, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5).reshape(n, -1, p * p * c)
     return (
       tokens.astype(self.dtype) @ kernel.reshape(-1, self.features).astype(self.dtype)
@@ -125,7 +126,7 @@ class ModulatedNorm(nn.Module):
   @nn.compact
   def __call__(self, x, shift, scale):
     """Map (n, t, c), with (n, c) shift or None and (n, c) scale, to (n, t, c)."""
-    weight = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32) if self.rms else None
+    weight = parameter(self, "scale", nn.initializers.ones, x.shape[-1:]) if self.rms else None
     return _modulated(x, weight, shift, scale, self.rms, self.eps, self.dtype)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxguide._core import checks
 from jaxguide.nn.layers import Conv, attend, check_cudnn
 from jaxguide.nn.normalisation import GroupNorm
+from jaxguide.nn.parameters import parameter
 from jaxguide.nn.perturbation import Perturbation
 from jaxguide.nn.resampling import double, halve
 
@@ -186,7 +187,7 @@ class FourierEmbedding(nn.Module):
   @nn.compact
   def __call__(self, t):
     """Map (n,) to (n, features)."""
-    freqs = self.param("freqs", nn.initializers.normal(self.scale), (self.features // 2,), jnp.float32)
+    freqs = parameter(self, "freqs", nn.initializers.normal(self.scale), (self.features // 2,))
     angles = jnp.outer(t, (2 * math.pi * jax.lax.stop_gradient(freqs)).astype(t.dtype))
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1)
 

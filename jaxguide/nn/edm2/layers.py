@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxguide.nn.convolution import convolve
 from jaxguide.nn.layers import attend
+from jaxguide.nn.parameters import parameter
 from jaxguide.nn.perturbation import Perturbation
 from jaxguide.nn.resampling import double, halve
 
@@ -71,8 +72,8 @@ class MPFourier(nn.Module):
     def uniform(key, shape, dtype):
       return jax.random.uniform(key, shape, dtype, 0, 2 * math.pi)
 
-    freqs = self.param("freqs", nn.initializers.normal(2 * math.pi), (self.features,), jnp.float32)
-    phases = self.param("phases", uniform, (self.features,), jnp.float32)
+    freqs = parameter(self, "freqs", nn.initializers.normal(2 * math.pi), (self.features,))
+    phases = parameter(self, "phases", uniform, (self.features,))
     return fourier(t, freqs, phases)
 
 
@@ -99,7 +100,7 @@ class MPConv(nn.Module):
   def __call__(self, x, gain=1.0):
     """Map (..., c) to (..., features), multiplied by ``gain``."""
     shape = (*(self.kernel_size,) * (2 if self.kernel_size else 0), x.shape[-1], self.features)
-    kernel = self.param("kernel", nn.initializers.normal(1.0), shape, jnp.float32)
+    kernel = parameter(self, "kernel", nn.initializers.normal(1.0), shape)
     x = x.astype(self.dtype)
     # The factor of an output can multiply its weights or what they give for an image, whichever is less. In half
     # precision it multiplies the weights, which are rounded to that type anyway, so that nothing is rounded twice.
@@ -176,7 +177,7 @@ class Block(nn.Module):
   def residual(self, x, emb, train):
     """Return the residual."""
     h = MPConv(self.features, 3, self.dtype, name="conv_res0")(mp_silu(x))
-    gain = self.param("emb_gain", nn.initializers.zeros, (), jnp.float32)
+    gain = parameter(self, "emb_gain", nn.initializers.zeros, ())
     factor = MPConv(self.features, dtype=emb.dtype, name="emb_linear")(emb, gain) + 1
     h = mp_silu(h * factor[:, None, None].astype(h.dtype))
     h = nn.Dropout(self.dropout)(h, deterministic=not train)

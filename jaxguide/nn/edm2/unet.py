@@ -13,6 +13,7 @@ from jaxguide.nn.edm.layers import check_fields, check_labels, check_perturbatio
 from jaxguide.nn.edm2 import layers
 from jaxguide.nn.edm2.layers import Block, MPConv, MPFourier, mp_cat, mp_silu, mp_sum
 from jaxguide.nn.meshed import Meshed
+from jaxguide.nn.parameters import parameter
 from jaxguide.nn.perturbation import Perturbation
 from jaxguide.nn.resampling import check_filter
 
@@ -138,7 +139,7 @@ class EDM2UNet(Meshed):
       for i in range(self.num_blocks + 1):
         h = mp_cat(h, skips.pop(), self.concat_balance)
         h = self.block(widths[level], True, f"{name}_block{i}", sides[level] in self.attn_resolutions)(h, emb, train)
-    gain = self.param("out_gain", nn.initializers.zeros, (), jnp.float32)
+    gain = parameter(self, "out_gain", nn.initializers.zeros, ())
     return MPConv(self.out_channels or x.shape[-1], 3, self.dtype, name="out_conv")(h, gain).astype(x.dtype)
 
   @nn.nowrap
