@@ -21,9 +21,11 @@ on_gpu="$needed; assert jax.default_backend() == 'gpu'"
 [ -n "${SMALL:-}" ] && on_gpu=$needed
 python=${PYTHON:-python3}
 if ! "$python" -c "$on_gpu" 2>/dev/null; then
-  echo "making an environment with JAX and PyTorch for CUDA"
+  jax='jax[cuda13]'
+  [ -n "${SMALL:-}" ] && jax=jax
+  echo "making an environment with $jax and PyTorch, since $python has not all of them"
   python3 -m venv "$out/environment" && python="$out/environment/bin/python" &&
-    "$python" -m pip install -q -e . 'jax[cuda13]' torch || exit 1
+    "$python" -m pip install -q -e . "$jax" torch || exit 1
 fi
 export PYTHONPATH="$PWD${PEERS:+:$PEERS}${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1
 export BENCHMARK_DTYPE=bfloat16 XLA_PYTHON_CLIENT_PREALLOCATE=false OMP_WAIT_POLICY=passive
