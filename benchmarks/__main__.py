@@ -1,9 +1,10 @@
 """``python -m benchmarks NAME [ARGUMENT ...]``: run one benchmark, print its tables, write results/NAME.json.
 
-Some take arguments, of which part to run; they say so themselves.
+Some take arguments, of which part to run: ``python -m benchmarks NAME --help`` says it.
 """
 
 import importlib
+import inspect
 import os
 import pkgutil
 import sys
@@ -22,8 +23,13 @@ def main() -> None:
   others = {"__main__", "canvas", "gallery", "networks", "peers", "timing"}
   names = sorted({module.name for module in pkgutil.iter_modules(benchmarks.__path__)} - others)
   modules = {name: importlib.import_module(f"benchmarks.{name}") for name in names}
+  asked = {*sys.argv[2:]} & {"-h", "--help"}
+  if asked and sys.argv[1] in modules:
+    module = modules[sys.argv[1]]
+    print(f"{inspect.getdoc(module)}\n\nArguments {inspect.signature(module.main)}: {inspect.getdoc(module.main)}")
+    return
   if {*sys.argv[1:]} & {"-h", "--help"} or len(sys.argv) < 2:
-    print("python -m benchmarks NAME, with NAME one of")
+    print("python -m benchmarks NAME, with NAME one of (NAME --help says more of it)")
     for name, module in modules.items():
       print(f"  {name:16} {module.__doc__.splitlines()[0]}")
     return

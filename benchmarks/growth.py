@@ -111,7 +111,7 @@ def draw_picture(rows: list[dict[str, Any]]) -> None:
 
 
 def main(*axes: str) -> None:
-  """Measure the axes that are named, or all."""
+  """Measure the axes that are named (batch, side, steps, guidance, devices), or all."""
   from jaxguide import checks
 
   for axis in axes:

@@ -145,6 +145,13 @@ def test_the_script_for_a_gpu_is_sound_and_names_cases_that_there_are():
     gpu.main("ADM-63")
 
 
+def test_a_benchmark_describes_itself_and_its_arguments():
+  run = [sys.executable, "-m", "benchmarks", "growth", "--help"]
+  printed = subprocess.run(run, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+  assert printed.startswith("How the cost of sampling grows")
+  assert "guidance, devices), or all" in printed
+
+
 def test_the_walks_of_choosing_are_those_of_sample_batch():
   """They have a loop of their own, so that a solver is compiled once for every number of steps."""
   ring, cond = jg.ring(4), np.arange(5) % 4
