@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxguide as jg
 from jaxguide import scaling, schedules
+from jaxguide.nn.layers import GroupNorm
 
 SMALL = {"model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "num_head_channels": 32}
 NETWORKS = {
@@ -77,6 +78,19 @@ def test_networks_and_their_gradients(name, mesh, within):
     same = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     got = both(same, *spread(mesh, inputs(name)))
   chex.assert_trees_all_close(jax.device_get(got), jax.device_get(wanted), atol=1e-4, rtol=1e-3)
+
+
+@of_both_kinds
+@pytest.mark.parametrize("axis", [1, 3], ids=["pixels", "channels"])
+def test_group_norm_of_split_images(mesh, within, axis):
+  x = jnp.asarray(RNG.normal(size=(2, 4, 6, 8)), jnp.float32)
+  params = {"params": {"scale": jnp.full(8, 2.0), "bias": jnp.ones(8)}}
+  gradient = jax.jit(jax.grad(lambda x: jnp.sin(GroupNorm(True, 4).apply(params, x)).sum()))
+  wanted = gradient(x)
+  with within():
+    split = NamedSharding(mesh, PartitionSpec(*[None] * axis, "batch"))
+    got = gradient(jax.device_put(x, split))
+  np.testing.assert_allclose(np.asarray(got), np.asarray(wanted), atol=1e-5)
 
 
 SCALED = scaling.v(schedules.Cosine())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -541,6 +542,53 @@ def test_group_norm_has_all_derivatives(rng, backend, monkeypatch):
 
   ours, wanted = (quick_jit(derivatives, static_argnums=0)(norm) for norm in (mine, plain))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * abs(b).max()), ours, wanted)
+
+
+@pytest.mark.parametrize(
+  ("shape", "kind", "double"),
+  [
+    ((2, 3, 4, 8), "bfloat16", False),
+    ((2, 3, 4, 8), "float32", True),
+    ((0, 3, 8), "float32", False),
+    ((2, 8), "float32", False),
+  ],
+  ids=["half-parameters", "x64", "empty", "no-pixels"],
+)
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_gradient_of_group_norm_has_the_type_of_what_it_is_of(rng, shape, kind, double, shifted):
+  with jax.enable_x64(double):
+    x = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    shift = jnp.asarray(rng.normal(size=(2, shape[0], *[1] * (len(shape) - 2), 8)), jnp.float32)
+    params = {name: jnp.asarray(rng.normal(size=8), kind) for name in ("scale", "bias")}
+
+    def mine(params, x):
+      return GroupNorm(True, 4).apply({"params": params}, x, shift if shifted else None)
+
+    def plain(params, x):
+      groups, axes = x.reshape(*x.shape[:-1], 4, 2), (*range(1, x.ndim - 1), x.ndim)
+      normed = (groups - groups.mean(axes, keepdims=True)) / jnp.sqrt(groups.var(axes, keepdims=True) + 1e-5)
+      scale, bias = (params[name].astype(jnp.float32).reshape(*[1] * (x.ndim - 1), 8) for name in ("scale", "bias"))
+      out = normed.reshape(x.shape) * scale + bias
+      return jax.nn.silu(out * (1 + shift[0]) + shift[1] if shifted else out)
+
+    ours, wanted = (
+      quick_jit(jax.grad(lambda *args, f=f: jnp.sin(f(*args)).sum(), (0, 1)))(params, x) for f in (mine, plain)
+    )
+  for found, to in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
+    assert (found.shape, found.dtype) == (to.shape, to.dtype)
+    close = 1e-5 if to.dtype == jnp.float32 else 2**-7
+    np.testing.assert_allclose(
+      np.asarray(found, np.float64), np.asarray(to, np.float64), rtol=0, atol=close * max(1, abs(to).max(initial=0))
+    )
+
+
+def test_the_gradient_of_group_norm_is_exported_for_any_batch(rng):
+  x = jnp.asarray(rng.normal(size=(3, 4, 5, 8)), jnp.float32)
+  params = {"params": {"scale": jnp.ones(8), "bias": jnp.ones(8)}}
+  gradient = jax.jit(jax.grad(lambda x: jnp.sin(GroupNorm(True).apply(params, x)).sum()))
+  (n,) = jax.export.symbolic_shape("n")
+  exported = jax.export.export(gradient)(jax.ShapeDtypeStruct((n, 4, 5, 8), jnp.float32))
+  np.testing.assert_allclose(exported.call(x), gradient(x), rtol=0, atol=1e-6)
 
 
 def test_the_gradient_of_group_norm_keeps_its_input_alone():

@@ -57,11 +57,13 @@ def after(cotangent: Float[Array, "n ..."], value: Float[Array, "m ..."]) -> Flo
   """Return ``value``, (n, ...) or (1, ...), in a way that it cannot be used before ``cotangent`` is known.
 
   0 times the first number of its cotangent is added to each example. This is 0 unless that number is not finite. On
-  other backends than CPUs ``value`` is returned as it is: they heed ``jax.lax.optimization_barrier``.
+  other backends than CPUs ``value`` is returned as it is: they heed ``jax.lax.optimization_barrier``. So it is where
+  there is no first number, and where a mesh with explicit axes splits an example, since JAX then refuses to take one.
   """
-  if jax.default_backend() != "cpu":
+  split = any(axis is not None for axis in jax.typeof(cotangent).sharding.spec[1:])
+  if jax.default_backend() != "cpu" or split or 0 in cotangent.shape:
     return value
-  first = cotangent.reshape(len(cotangent), -1)[:, 0]
+  first = cotangent[(slice(None), *[slice(1)] * (cotangent.ndim - 1))]
   return value + (0 * first).reshape(-1, *(1,) * (value.ndim - 1)).astype(value.dtype)
 
 

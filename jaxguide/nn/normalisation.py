@@ -43,7 +43,7 @@ class GroupNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x, scale_shift=None):
-    """Normalise (n, ..., c) over pixels and groups, then multiply by 1 + scale and add shift."""
+    """Normalise (n, ..., c) over pixels and groups, then multiply by 1 + scale and add shift, both (n, 1, ..., c)."""
     channels = x.shape[-1]
     scale = parameter(self, "scale", nn.initializers.ones, (channels,))
     bias = parameter(self, "bias", nn.initializers.zeros, (channels,))
@@ -56,7 +56,7 @@ class GroupNorm(nn.Module):
 @functools.partial(jax.jit, static_argnames=("silu", "groups", "epsilon", "dtype"))
 def group_norm(x, scale, bias, scale_shift, silu, groups, epsilon, dtype):
   """Normalise x, scale and shift it by the parameters, and then as ``scale_shift`` says; see `GroupNorm`."""
-  scale, bias = along_channels(scale, x), along_channels(bias, x)
+  scale, bias = (along_channels(each.astype(jnp.float32), x) for each in (scale, bias))
   if scale_shift is not None:
     factor = (1 + scale_shift[0]).astype(jnp.float32)
     scale, bias = scale * factor, bias * factor + scale_shift[1].astype(jnp.float32)
@@ -138,7 +138,7 @@ def _gradient(residuals, cotangent, silu, groups, dtype):
   first, second = (_to_channels(_group_means(scale * each, groups), x) / pixels for each in (of_bias, of_scale))
   normed, slope = _normed_and_slope(x, *rest)
   of_x = inverse * (scale * (cotangent * slope) - first - normed * second)
-  alone = len(scale) < len(x)
+  alone = scale.shape[0] == 1
   of_parameters = (each.sum(0, keepdims=True) if alone else each for each in (of_scale, of_bias))
   return of_x.astype(x.dtype), *of_parameters
 
@@ -152,7 +152,7 @@ def _sum_pixels(values):
   ndim = values.ndim
   while values.ndim > 3:
     values = _barrier(values.sum(2))
-  return jnp.expand_dims(values.sum(1), tuple(range(1, ndim - 1)))
+  return jnp.expand_dims(values.sum(1), tuple(range(1, ndim - 1))) if ndim > 2 else values
 
 
 def _barrier(values):
@@ -180,7 +180,7 @@ def _to_channels(per_group, like):
   if jax.default_backend() != "cpu":
     per_channel = jnp.repeat(per_group, size, axis=1)
   else:
-    per_channel = per_group @ jnp.repeat(jnp.eye(per_group.shape[1]), size, axis=1)
+    per_channel = per_group @ jnp.repeat(jnp.eye(per_group.shape[1], dtype=per_group.dtype), size, axis=1)
   return jnp.expand_dims(per_channel, tuple(range(1, like.ndim - 1)))
 
 
