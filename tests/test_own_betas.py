@@ -58,6 +58,7 @@ def test_a_list_of_the_betas_of_a_name_is_that_schedule():
     ({"schedule": [0.1, "0.2"]}, "each of schedule must be a number"),
     ({"schedule": []}, "schedule must have 1 to 100,000 betas, got 0"),
     ({"schedule": [[0.1, 0.2]]}, "schedule must be a name or a list of betas; got"),
+    ({"schedule": [[0.1], [0.1, 0.2]]}, r"each of schedule must be a number, got \[0.1\]"),
     ({"schedule": 0.1}, "schedule must be a name or a list of betas; got 0.1"),
     (
       {"schedule": jg.schedules.table("linear", 9)},
@@ -66,7 +67,7 @@ def test_a_list_of_the_betas_of_a_name_is_that_schedule():
     ({"diffusion_steps": 1000}, "diffusion_steps is 1000, and schedule has 20 betas: leave it out"),
     ({"prediction": "flow"}, "a network that predicts 'flow' has no discrete steps"),
   ],
-  ids=range(11),
+  ids=range(12),
 )
 def test_what_is_no_list_of_betas_is_refused(given, message, monkeypatch):
   monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # As a user has it.

@@ -162,7 +162,7 @@ class ModelConfig:
       return
     if isinstance(betas, jax.Array):
       betas = np.asarray(betas)
-    if not isinstance(betas, list | tuple | np.ndarray) or np.ndim(betas) != 1:
+    if not isinstance(betas, list | tuple | np.ndarray) or np.array(betas, object).ndim != 1:
       hint = ", which is table.betas of a jaxguide.schedules.Table" if isinstance(betas, schedules.Table) else ""
       raise ValueError(f"schedule must be a name or a list of betas{hint}; got {reprlib.repr(betas)}")
     if not 1 <= len(betas) <= BOUNDS["diffusion_steps"][1]:
