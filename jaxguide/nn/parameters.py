@@ -9,13 +9,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.errors import ScopeParamShapeError
 
-from jaxguide._core.typing import Array
-
 _shapes_alone: contextvars.ContextVar[bool] = contextvars.ContextVar("shapes alone", default=False)
 
 
-def parameter(module: nn.Module, name: str, init: Any, shape: Sequence[int]) -> Array:
-  """Return a float32 parameter of a module, as ``module.param`` does.
+def parameter(module: nn.Module, name: str, init: Any, shape: Sequence[int]) -> Any:
+  """Return a parameter of a module, float32 if it is new, as ``module.param`` does.
 
   Where the parameter exists, Flax traces its initialiser to learn its shape. This is a sixth of the time that it takes
   to trace a UNet. Here the shape is known.
