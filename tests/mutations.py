@@ -222,17 +222,17 @@ MUTATIONS = [
   ),
   # --- networks ---
   Mutation(
-    "scale and shift change places in a residual block",
+    "the shift takes the place of the scale in a residual block",
     "nn/normalisation.py",
-    "(1 + scale_shift[0]).astype(jnp.float32) + scale_shift[1].astype",
-    "(1 + scale_shift[1]).astype(jnp.float32) + scale_shift[0].astype",
+    "factor = (1 + scale_shift[0])",
+    "factor = (1 + scale_shift[1])",
     "test_nn.py -k 'group_norm or published'",
   ),
   Mutation(
-    "on a GPU the gradient of group normalisation leaves out that the deviation depends on the input",
+    "the gradient of group normalisation leaves out that the deviation depends on the input",
     "nn/normalisation.py",
-    "_spread(scale_dot - factor * turned, x)",
-    "_spread(scale_dot - 0 * turned, x)",
+    "(cotangent * slope) - first - normed * second)",
+    "(cotangent * slope) - first)",
     "test_nn.py -k group_norm",
   ),
   Mutation(
