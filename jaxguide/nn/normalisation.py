@@ -156,9 +156,9 @@ def _sum_pixels(values):
 
 
 def _barrier(values):
-  """Have XLA compute what follows from the values themselves, and not together with what is before.
+  """Have XLA store the values before it computes what follows from them. On a CPU they are returned as they are.
 
-  XLA's CPU backend drops barriers too late to fuse over them, and too early to heed them.
+  XLA's CPU backend removes barriers after it has merged operations into loops. So they would only prevent merging there.
   """
   return values if jax.default_backend() == "cpu" else jax.lax.optimization_barrier(values)
 
