@@ -158,7 +158,7 @@ def _sum_pixels(values):
 def _barrier(values):
   """Have XLA store the values before it computes what follows from them. On a CPU they are returned as they are.
 
-  XLA's CPU backend removes barriers after it has merged operations into loops. So they would only prevent merging there.
+  XLA's CPU backend removes barriers after it has merged operations into loops, so they would only prevent merging.
   """
   return values if jax.default_backend() == "cpu" else jax.lax.optimization_barrier(values)
 
