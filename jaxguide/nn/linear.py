@@ -57,8 +57,9 @@ def after(cotangent: Float[Array, "n ..."], value: Float[Array, "m ..."]) -> Flo
   """Return ``value``, (n, ...) or (1, ...), in a way that it cannot be used before ``cotangent`` is known.
 
   0 times the first number of its cotangent is added to each example. This is 0 unless that number is not finite. On
-  other backends than CPUs ``value`` is returned as it is: they heed ``jax.lax.optimization_barrier``. So it is where
-  there is no first number, and where a mesh with explicit axes splits an example, since JAX then refuses to take one.
+  other backends than CPUs ``value`` is returned as it is: they heed ``jax.lax.optimization_barrier``. It is returned as
+  it is, too, if there is no first number, or if a mesh with explicit axes splits the examples, since JAX then refuses
+  to take one number.
   """
   split = any(axis is not None for axis in jax.typeof(cotangent).sharding.spec[1:])
   if jax.default_backend() != "cpu" or split or 0 in cotangent.shape:
