@@ -1,7 +1,8 @@
 """Convolutions and their gradients against JAX's own and PyTorch's; and a classifier's gradients inside a scan.
 
 On a CPU XLA keeps large convolutions to one core, and the gradients that JAX derives crawl inside a loop;
-`jaxguide.nn.convolution` says why. Times are for one convolution or one gradient.
+`jaxguide.nn.convolution` says why. Times are for one convolution or one gradient. Beside them is a matrix product of as
+many operations, of patches that are there already: what XLA's and PyTorch's products reach at these sizes.
 """
 
 import functools
@@ -59,6 +60,16 @@ def their_passes(x: np.ndarray, kernel: np.ndarray, cotangent: np.ndarray) -> di
   return {what: peers.finished(run) for what, run in runs.items()}
 
 
+def as_products(x: np.ndarray, cotangent: np.ndarray) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
+  """Give the shapes of the products that a convolution of 3x3 and its gradients are, over patches."""
+  pixels, channels, features = x.size // x.shape[3], x.shape[3], cotangent.shape[3]
+  return {
+    "forward": ((pixels, 9 * channels), (9 * channels, features)),
+    "input gradient": ((pixels, 9 * features), (9 * features, channels)),
+    "weight gradient": ((9 * channels, pixels), (pixels, features)),
+  }
+
+
 def alone() -> list[dict[str, Any]]:
   """Measure one convolution at a time."""
   rows = []
@@ -73,7 +84,14 @@ def alone() -> list[dict[str, Any]]:
       made = {"jaxguide": ours[what], "JAX's rule": jaxs[what]}
       runs = {name: functools.partial(jax.jit(run), *args) for name, run in made.items()}
       peers.check("JAX's rule", runs["jaxguide"](), runs["JAX's rule"]())
+      factors = [rng.standard_normal(shape, np.float32) for shape in as_products(drawn[0], drawn[2])[what]]
+      runs["XLA's product"] = functools.partial(
+        jax.jit(jnp.matmul), *(jnp.asarray(each, networks.DTYPE) for each in factors)
+      )
       if theirs:
+        torch = peers.find("torch")
+        a, b = (each.to(getattr(torch, networks.DTYPE)) for each in peers.tensors(factors))
+        runs["PyTorch's product"] = peers.finished(functools.partial(torch.matmul, a, b))
         runs["PyTorch"] = theirs[what]
         wanted = peers.array(theirs[what]())
         if what == "weight gradient":

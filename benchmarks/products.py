@@ -49,6 +49,9 @@ def products(jaxpr: Any, times: int = 1) -> Iterator[tuple[Product, int]]:
     shapes = tuple(tuple(each.aval.shape) for each in eqn.invars if hasattr(each.aval, "shape"))
     if eqn.primitive.name == "dot_general":
       yield ("product", shapes, (("dimensions", eqn.params["dimension_numbers"]),)), times
+    elif eqn.params.get("name") == convolution.weight_gradient.__name__:
+      (out,) = eqn.outvars
+      yield ("weight gradient", shapes, (("sides", tuple(out.aval.shape[:2])),)), times
     elif eqn.primitive is convolution._convolve_p:
       yield ("convolution", shapes, tuple(sorted(eqn.params.items()))), times
     else:
@@ -61,10 +64,19 @@ def in_xla(product: Product, arrays: list[np.ndarray]) -> Callable[[], Any]:
   kind, _, settings = product
   if kind == "convolution":
     run = functools.partial(convolution._convolve_p.bind, **dict(settings))
+  elif kind == "weight gradient":
+    run = lambda x, cotangent: convolution.weight_gradient(x, cotangent, *_around(product))  # noqa: E731
   else:
     run = functools.partial(jax.lax.dot_general, dimension_numbers=dict(settings)["dimensions"])
   compiled, args = jax.jit(run), [jnp.asarray(each) for each in arrays]
   return lambda: compiled(*args)
+
+
+def _around(product: Product) -> tuple[tuple[int, int], int, convolution.Padding]:
+  """Give the sides of a weight gradient, its stride, and its padding, which is half a kernel here."""
+  _, ((_, rows, *_), (_, out_rows, *_)), settings = product
+  height, width = dict(settings)["sides"]
+  return (height, width), round(rows / out_rows), ((height // 2,) * 2, (width // 2,) * 2)
 
 
 def in_torch(product: Product, arrays: list[np.ndarray]) -> list[Callable[[], Any]]:
@@ -83,6 +95,18 @@ def in_torch(product: Product, arrays: list[np.ndarray]) -> list[Callable[[], An
     if sides[0].shape[0] == 1:
       sides = [each[0] for each in sides]
     return [lambda: sides[0] @ sides[1], lambda: torch.einsum("...mk,...kn->...mn", *sides)]
+  if kind == "weight gradient":
+    (height, width), step, padding = _around(product)
+    kernel = torch.empty(b.shape[3], a.shape[3], height, width)
+    sizes = {"stride": [step] * 2, "padding": [pad for pad, _ in padding], "dilation": [1, 1], "groups": 1}
+    sizes |= {"transposed": False, "output_padding": [0, 0], "output_mask": [False, True, False]}
+    runs = []
+    for form in (torch.contiguous_format, torch.channels_last):
+      x, cotangent = (each.permute(0, 3, 1, 2).contiguous(memory_format=form) for each in (a, b))
+      like = kernel.contiguous(memory_format=form)
+      backward = functools.partial(torch.ops.aten.convolution_backward, cotangent, x, like, None, **sizes)
+      runs.append(lambda backward=backward: backward()[1])
+    return runs
   given: dict[str, Any] = dict(settings)
   stride, flipped = [given["stride"]] * 2, given["flipped"]
   (top, bottom), (left, right) = given["padding"]
@@ -149,6 +173,8 @@ def operations(found: Counter[Product]) -> float:
         *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
       )
       total += times * 2 * out.size * math.prod(shapes[1][:2]) * shapes[0][3]
+    elif kind == "weight gradient":
+      total += times * 2 * math.prod(shapes[1]) * math.prod(dict(settings)["sides"]) * shapes[0][3]
     else:
       (_, b_sum), (_, b_batch) = dict(settings)["dimensions"]
       free = [size for axis, size in enumerate(shapes[1]) if axis not in (*b_sum, *b_batch)]
@@ -167,6 +193,22 @@ def peer(name: str, model: Model) -> Any:
   )
 
 
+def our_weights(model: Model) -> Callable[..., Any]:
+  """Give the gradient of all weights, most of a training step, as a function of (params, cotangent, x, ...)."""
+  return jax.grad(lambda params, cotangent, *args: jnp.vdot(model.config.module.apply(params, *args), cotangent))
+
+
+def their_weights(network: Any, cotangent: Any, *args: Any) -> Callable[[], Any]:
+  """Give the same of a PyTorch network."""
+  predict = peers.predict(network.requires_grad_(True))
+
+  def gradient():
+    network.zero_grad()
+    predict(*args).backward(cotangent)
+
+  return peers.finished(gradient)
+
+
 def case(name: str) -> list[dict[str, Any]]:
   """Measure one network."""
   config, batch = CASES[name]
@@ -177,9 +219,13 @@ def case(name: str) -> list[dict[str, Any]]:
   shape = jax.eval_shape(model.config.module.apply, model.params, *args).shape
   cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(shape), jnp.float32)
   network, rows = peer(name, model), []
-  candidates = {} if network is None else {"PyTorch, compiled": peers.find("torch").compile(network)}
-  theirs = {kind: their_passes(each, *peers.tensors((cotangent, *args))) for kind, each in candidates.items()}
-  for what, run in our_passes(model).items():
+  theirs = {}
+  if network is not None:
+    compiled_network, tensors = peers.find("torch").compile(network), peers.tensors((cotangent, *args))
+    theirs["PyTorch, compiled"] = their_passes(compiled_network, *tensors)
+  for what, run in {**our_passes(model), "weight gradient": our_weights(model)}.items():
+    if what == "weight gradient" and theirs:
+      theirs["PyTorch, compiled"][what] = their_weights(compiled_network, *tensors)
     found: Counter[Product] = Counter()
     for product, times in products(jax.make_jaxpr(run)(model.params, cotangent, *args).jaxpr):
       if operations(Counter([product])) >= SMALLEST:

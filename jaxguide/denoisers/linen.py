@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.errors import FlaxError
 
+from jaxguide._core.kept import kept
 from jaxguide._core.typing import PyTree
 from jaxguide.nn.parameters import shapes_alone
 
@@ -175,8 +176,38 @@ def param_shapes(module: nn.Module, *args: Any) -> PyTree:
 
 @functools.lru_cache(maxsize=64)  # Tracing a network is slow, and loading a model needs the shapes several times.
 def _param_shapes(init: ModuleMethod, leaves: tuple[Any, ...], treedef: Any) -> PyTree:
-  try:
-    with shapes_alone():
-      return jax.eval_shape(init, jax.random.key(0), *jax.tree.unflatten(treedef, leaves))
-  except FlaxError as error:
-    raise ValueError(f"{type(init.module).__name__} cannot be called with inputs of these shapes: {error}") from error
+  def trace() -> PyTree:
+    try:
+      with shapes_alone():
+        return jax.eval_shape(init, jax.random.key(0), *jax.tree.unflatten(treedef, leaves))
+    except FlaxError as error:
+      raise ValueError(f"{type(init.module).__name__} cannot be called with inputs of these shapes: {error}") from error
+
+  # What our own networks have depends on plain fields alone. The trace of another network may depend on anything.
+  if not _is_plain(init.module):
+    return trace()
+  question = f"parameters of {init.module} for {leaves} in {treedef}"
+  return _from_lists(kept(question, lambda: _to_lists(trace())))
+
+
+def _is_plain(value: Any) -> bool:
+  """Whether this is a network of ours with plain fields, or a plain value of a field."""
+  if isinstance(value, nn.Module):
+    fields = [getattr(value, field.name) for field in dataclasses.fields(value) if field.name != "parent"]
+    return type(value).__module__.startswith("jaxguide.nn.") and all(map(_is_plain, fields))
+  if isinstance(value, tuple):
+    return all(map(_is_plain, value))
+  return value is None or type(value) in (bool, int, float, str, type(jnp.float32))
+
+
+def _to_lists(shapes: PyTree) -> Any:
+  """Write shapes and types in dictionaries in a way that JSON can hold."""
+  if isinstance(shapes, jax.ShapeDtypeStruct):
+    return [shapes.dtype.name, *shapes.shape]
+  return {name: _to_lists(each) for name, each in shapes.items()}
+
+
+def _from_lists(lists: Any) -> PyTree:
+  if isinstance(lists, list):
+    return jax.ShapeDtypeStruct(tuple(lists[1:]), jnp.dtype(lists[0]))
+  return {name: _from_lists(each) for name, each in lists.items()}

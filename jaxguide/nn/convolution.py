@@ -131,6 +131,13 @@ def _input_gradient(cotangent, x, kernel, *, stride: int, padding: Padding, flip
 
 
 def _kernel_gradient(cotangent, x, kernel, *, stride: int, padding: Padding, flipped: bool):
+  gradient = weight_gradient(x, cotangent, kernel.aval.shape[:2], stride, padding)
+  return _flip(gradient) if flipped else gradient
+
+
+# Jitted by itself, so that it is traced and lowered once per shape and not once per layer. XLA inlines the calls.
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def weight_gradient(x, cotangent, sides: tuple[int, int], stride: int, padding: Padding):
   """Convolve x with the cotangent as kernel, with batch and channels exchanged.
 
   The convolution is one-dimensional, along the width. Rows join the batch as a summed axis. For each of the kh rows of
@@ -138,8 +145,8 @@ def _kernel_gradient(cotangent, x, kernel, *, stride: int, padding: Padding, fli
   channels.
   """
   (n, h, w, c), d = x.shape, cotangent.shape[3]
-  kh, kw, *_ = kernel.aval.shape
-  (above, _), sides = padding
+  kh, kw = sides
+  (above, _), columns = padding
   ends = (kh - 1 - above, h + above - (cotangent.shape[1] - 1) * stride - 1, stride - 1)
   cotangent = lax.pad(cotangent, jnp.zeros((), cotangent.dtype), [(0, 0, 0), ends, (0, 0, 0), (0, 0, 0)])
   shifted = jnp.concatenate([cotangent[:, i : i + h] for i in reversed(range(kh))], axis=3)
@@ -147,13 +154,12 @@ def _kernel_gradient(cotangent, x, kernel, *, stride: int, padding: Padding, fli
     x.transpose(3, 2, 0, 1).reshape(c, w, n * h),
     shifted.transpose(2, 0, 1, 3).reshape(-1, n * h, kh * d),
     (1,),
-    (sides,),
+    (columns,),
     rhs_dilation=(stride,),
     dimension_numbers=("NWC", "WIO", "NWC"),
   )
   # If the stride skips the last columns of the image, the result has more columns than the kernel: drop them.
-  gradient = gradient[:, :kw].reshape(c, kw, kh, d).transpose(2, 1, 0, 3)
-  return _flip(gradient) if flipped else gradient
+  return gradient[:, :kw].reshape(c, kw, kh, d).transpose(2, 1, 0, 3)
 
 
 def _batch(args, axes, **params):
