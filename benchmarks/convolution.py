@@ -26,9 +26,9 @@ SHAPES = [  # batch, side, channels of the image and of the result: of the netwo
 ]  # fmt: skip
 
 
-def derived(x, kernel, stride=1):
-  """The same convolution with the gradients that JAX derives."""
-  pads = [(side // 2, side // 2) for side in kernel.shape[:2]]
+def derived(x, kernel, stride=1, padding=None):
+  """The same convolution as `convolve`, with the gradients that JAX derives."""
+  pads = [(side // 2, side // 2) if padding is None else padding for side in kernel.shape[:2]]
   return jax.lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -55,7 +56,7 @@ def products(jaxpr: Any, times: int = 1) -> Iterator[tuple[Product, int]]:
     elif eqn.primitive is convolution._convolve_p:
       yield ("convolution", shapes, tuple(sorted(eqn.params.items()))), times
     else:
-      for inner in jax.core.jaxprs_in_params(eqn.params):
+      for inner in jax.extend.core.jaxprs_in_params(eqn.params):
         yield from products(inner, times * eqn.params.get("length", 1))
 
 

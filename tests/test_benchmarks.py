@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import jaxguide as jg
-from benchmarks import choosing, gpu, memory, pictures, roofline, startup, tasks, timing
+from benchmarks import choosing, convolution, gpu, memory, pictures, products, roofline, startup, tasks, timing
+from jaxguide.nn.convolution import convolve
 
 ROOT = Path(__file__).parent.parent
 NO_BENCHMARKS = {"__init__", "__main__", "canvas", "gallery", "networks", "peers", "timing"}
@@ -171,3 +172,29 @@ def test_the_distances_of_choosing_are_per_pixel_with_their_interval():
   found = choosing.distance(x, exact)
   assert found["distance"] == pytest.approx(np.sqrt((0.09 + 0.16) / 2), rel=1e-3)
   assert (found["distance_low"], found["distance_high"]) == pytest.approx((0.3, 0.4))
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(1, None), (2, None), (2, (0, 1))])
+def test_what_convolutions_are_compared_with_can_take_their_place(stride, padding):
+  assert [*inspect.signature(convolution.derived).parameters] == [*inspect.signature(convolve).parameters]
+  rng = np.random.default_rng(0)
+  x, kernel = (jax.numpy.asarray(rng.standard_normal(shape, np.float32)) for shape in ((2, 8, 8, 3), (3, 3, 3, 4)))
+  ours = convolve(x, kernel, stride, padding)
+  np.testing.assert_allclose(convolution.derived(x, kernel, stride, padding), ours, atol=1e-5)
+
+
+def test_products_of_a_convolution_have_its_operations():
+  shapes = convolution.as_products(np.zeros((2, 8, 8, 3)), np.zeros((2, 8, 8, 5)))
+  for first, second in shapes.values():
+    assert first[1] == second[0]
+    assert first[0] * first[1] * second[1] == 2 * 8 * 8 * 9 * 3 * 5
+
+
+def test_products_of_all_gradients_are_found():
+  """Of a convolution: itself, its gradient for the kernel, and for the image; each with its operations."""
+  x, kernel = np.zeros((2, 8, 8, 3), np.float32), np.zeros((3, 3, 3, 5), np.float32)
+  gradient = jax.grad(lambda x, kernel: (convolve(x, kernel, 2) ** 2).sum(), (0, 1))
+  found = dict(products.products(jax.make_jaxpr(gradient)(x, kernel).jaxpr))
+  assert sorted(kind for kind, *_ in found) == ["convolution", "convolution", "weight gradient"]
+  rates = {kind: products.operations({product: 1}) for product in found for kind in product[:1]}
+  assert rates["weight gradient"] == 2 * (2 * 4 * 4 * 5) * 9 * 3

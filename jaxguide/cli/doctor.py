@@ -150,6 +150,35 @@ def limits(cores: int, usable: float | int, free: int | None, environment: Mappi
       yield f"{name}={text} limits JAX to {text} of {usable:g} cores: unset it to use all"
 
 
+def arithmetic(capability: Any, precision: str | None) -> dict[str, str]:
+  """Say how an NVIDIA GPU of some compute capability multiplies and attends; nothing for other devices.
+
+  >>> arithmetic("9.0", None)["float32 products"]
+  'in TF32, which keeps 3 digits; JAX_DEFAULT_MATMUL_PRECISION=highest for float32'
+
+  >>> arithmetic("7.5", None)["attention"]
+  "XLA's; cuDNN's needs compute capability 8.0"
+
+  >>> arithmetic(None, None)
+  {}
+  """
+  try:
+    number = float(capability)
+  except (TypeError, ValueError):
+    return {}
+  products = "in float32"
+  if number >= 8 and precision is None:
+    products = "in TF32, which keeps 3 digits; JAX_DEFAULT_MATMUL_PRECISION=highest for float32"
+  elif precision is not None:
+    products = f"as JAX_DEFAULT_MATMUL_PRECISION says: {precision}"
+  attention = (
+    "cuDNN's in bfloat16 and float16, XLA's in float32"
+    if number >= 8
+    else "XLA's; cuDNN's needs compute capability 8.0"
+  )
+  return {"float32 products": products, "attention": attention}
+
+
 def driver() -> str | None:
   """Return the version of the NVIDIA driver of this machine, or None."""
   try:
@@ -224,7 +253,8 @@ def _devices() -> tuple[dict[str, str], list[str]]:
     memory = "host memory" if limit is None else f"{_size(stats.get('bytes_in_use', 0))} of {_size(limit)} in use"
     capable = f", compute capability {capability}" if capability else ""
     facts[f"{device.platform} {device.id}"] = f"{device.device_kind}, {memory}{capable}, {works}"
-  return facts, problems
+  precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+  return {**facts, **arithmetic(getattr(devices[0], "compute_capability", None), precision)}, problems
 
 
 def _compute(device: Any) -> float:
