@@ -3,9 +3,9 @@
 The products and convolutions of a pass are found in its traced program. Each is then timed alone, in XLA as the network
 calls it and in PyTorch's fastest form of several, and counted as often as the pass has it. What a network takes beyond
 them is its normalisation, activations, softmax and traffic. Times are of the CPU, all cores together, the least of
-several rounds: they depend less on other programs than seconds do. While products are timed, the process keeps what is
-freed, so that their results are not written to fresh pages. What the system took to hand out fresh pages to the whole
-network, in a call, is given beside.
+several rounds: they depend less on other programs than seconds do. Products are timed last, and the process then keeps
+what is freed, so that their results are not written to fresh pages. What the system took to hand out fresh pages to the
+whole network, in a call, is given beside.
 ``python -m benchmarks products [NAME ...]``.
 """
 
@@ -141,27 +141,26 @@ def least(runs: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[s
   return {name: (min(values)[0], means[name][0], round(means[name][1])) for name, values in taken.items()}
 
 
-def keep_pages(keep: bool) -> None:
-  """Have the C library keep memory that is freed, or return large pieces of it as it does by default."""
+def keep_pages() -> None:
+  """Have the C library keep memory that is freed: M_MMAP_MAX, M_TRIM_THRESHOLD of glibc."""
   libc = ctypes.CDLL(None)
-  if hasattr(libc, "mallopt"):  # M_MMAP_MAX and M_TRIM_THRESHOLD of glibc.
-    libc.mallopt(-4, 0 if keep else 65536)
-    libc.mallopt(-1, 2**31 - 1 if keep else 2**17)
+  if hasattr(libc, "mallopt"):
+    libc.mallopt(-4, 0)
+    libc.mallopt(-1, 2**31 - 1)
 
 
-def alone(found: Counter[Product]) -> dict[str, float]:
-  """Give the CPU time of all products of a pass, each measured alone, in XLA and in PyTorch."""
-  total, rng = {"jaxguide": 0.0, "PyTorch": 0.0}, np.random.default_rng(0)
-  for product, times in found.items():
-    arrays = [rng.standard_normal(shape, np.float32) for shape in product[1]]
-    candidates = in_torch(product, arrays) if peers.find("torch") is not None else []
-    ours = in_xla(product, arrays)
-    for run in candidates:
-      peers.check(f"{product}", np.linalg.norm(ours()), np.linalg.norm(run()))
-    best = least({"jaxguide": ours} | {f"{i}": run for i, run in enumerate(candidates)})
-    total["jaxguide"] += times * best.pop("jaxguide")[0]
-    total["PyTorch"] += times * min((each[0] for each in best.values()), default=math.nan)
-  return total
+@functools.cache
+def alone(product: Product) -> dict[str, float]:
+  """Give the CPU time of one product alone, in ms, in XLA and in PyTorch."""
+  rng = np.random.default_rng(0)
+  arrays = [rng.standard_normal(shape, np.float32) for shape in product[1]]
+  candidates = in_torch(product, arrays) if peers.find("torch") is not None else []
+  ours = in_xla(product, arrays)
+  for run in candidates:
+    peers.check(f"{product}", np.linalg.norm(ours()), np.linalg.norm(run()))
+  best = least({"jaxguide": ours} | {f"{i}": run for i, run in enumerate(candidates)})
+  mine = best.pop("jaxguide")[0]
+  return {"jaxguide": mine, "PyTorch": min((each[0] for each in best.values()), default=math.nan)}
 
 
 def operations(found: Counter[Product]) -> float:
@@ -210,8 +209,8 @@ def their_weights(network: Any, cotangent: Any, *args: Any) -> Callable[[], Any]
   return peers.finished(gradient)
 
 
-def case(name: str) -> list[dict[str, Any]]:
-  """Measure one network."""
+def case(name: str) -> list[tuple[dict[str, Any], Counter[Product]]]:
+  """Measure one network: a row of each pass and run, with the products of the pass."""
   config, batch = CASES[name]
   model = networks.random_model(config)
   args = networks.inputs(model.config, batch)
@@ -236,26 +235,30 @@ def case(name: str) -> list[dict[str, Any]]:
       {"jaxguide": functools.partial(compiled, model.params, cotangent, *args)}
       | {kind: passes[what] for kind, passes in theirs.items()}
     )
-    keep_pages(True)
-    of_products = alone(found)
-    keep_pages(False)
     for kind, (taken, system, faults) in whole.items():
-      part = of_products["jaxguide" if kind == "jaxguide" else "PyTorch"]
       row = {"pass": what, "run": kind, "CPU, ms": taken, "/ jaxguide": taken / whole["jaxguide"][0]}
-      row |= {"its products alone, ms": part, "the rest, ms": taken - part, "of all": f"{1 - part / taken:.0%}"}
-      rows.append(row | {"system, ms": system, "page faults": faults})
+      rows.append((row | {"system, ms": system, "page faults": faults}, found))
     if not theirs:
-      row = {"pass": what, "run": "PyTorch's products", "its products alone, ms": of_products["PyTorch"]}
-      rows.append(row)
-    rows[-1]["GFLOP"] = operations(found) / 1e9
+      rows.append(({"pass": what, "run": "PyTorch's products"}, found))
   return rows
+
+
+def with_products(row: dict[str, Any], found: Counter[Product]) -> dict[str, Any]:
+  """Give a row with the time of its products alone."""
+  library = "jaxguide" if row["run"] == "jaxguide" else "PyTorch"
+  part, taken = sum(times * alone(product)[library] for product, times in found.items()), row.get("CPU, ms", math.nan)
+  row = {**row, "its products alone, ms": part, "the rest, ms": taken - part, "of all": f"{1 - part / taken:.0%}"}
+  return row | {"GFLOP": operations(found) / 1e9}
 
 
 def main(*names: str) -> None:
   """Measure the networks that are named, or all."""
   for name in names:
     checks.lookup("network", name, CASES)
-  tables = {}
-  for name in names or CASES:
-    tables[f"{name}, batch {CASES[name][1]}"] = case(name)
+  rows = {f"{name}, batch {CASES[name][1]}": case(name) for name in names or CASES}
+  # Last, since the C library cannot be told to forget what it was told.
+  keep_pages()
+  tables: dict[str, Any] = {}
+  for name, each in rows.items():
+    tables[name] = [with_products(*pair) for pair in each]
     timing.report("products", tables)  # The next may take long.
