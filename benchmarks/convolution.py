@@ -1,8 +1,8 @@
 """Convolutions and their gradients against JAX's own and PyTorch's; and a classifier's gradients inside a scan.
 
 On a CPU XLA keeps large convolutions to one core, and the gradients that JAX derives crawl inside a loop;
-`jaxguide.nn.convolution` says why. Times are for one convolution or one gradient. Beside them is a matrix product of as
-many operations, of patches that are there already: what XLA's and PyTorch's products reach at these sizes.
+`jaxguide.nn.convolution` says why. Times are for one convolution or one gradient. Beside them is XLA's matrix product of
+as many operations, over patches that are there already.
 """
 
 import functools
@@ -89,9 +89,6 @@ def alone() -> list[dict[str, Any]]:
         jax.jit(jnp.matmul), *(jnp.asarray(each, networks.DTYPE) for each in factors)
       )
       if theirs:
-        torch = peers.find("torch")
-        a, b = (each.to(getattr(torch, networks.DTYPE)) for each in peers.tensors(factors))
-        runs["PyTorch's product"] = peers.finished(functools.partial(torch.matmul, a, b))
         runs["PyTorch"] = theirs[what]
         wanted = peers.array(theirs[what]())
         if what == "weight gradient":
