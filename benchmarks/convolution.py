@@ -1,8 +1,8 @@
 """Convolutions and their gradients against JAX's own and PyTorch's; and a classifier's gradients inside a scan.
 
 On a CPU XLA keeps large convolutions to one core, and the gradients that JAX derives crawl inside a loop;
-`jaxguide.nn.convolution` says why. Times are for one convolution or one gradient. Beside them is XLA's matrix product of
-as many operations, over patches that are there already.
+`jaxguide.nn.convolution` says why. Times are for one convolution or one gradient. Beside them is XLA's matrix product
+of as many operations, over patches that are there already.
 """
 
 import functools

@@ -23,7 +23,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 OPTIONAL = ("torch", *(f"jax-{kind}-{part}" for kind in ("cuda12", "cuda13") for part in ("plugin", "pjrt")), "libtpu")
 
 VARIABLES = re.compile(
-  r"(JAX_|XLA_|TF_CPP_|TF_GPU_|TF_FORCE_GPU|TF_XLA_|NCCL_|PJRT_).*|NPROC|(CUDA|ROCR|HIP|TPU)_VISIBLE_(DEVICES|CHIPS)|LD_LIBRARY_PATH"
+  r"(JAX_|XLA_|TF_CPP_|TF_GPU_|TF_FORCE_GPU|TF_XLA_|NCCL_|PJRT_).*|NPROC|GLIBC_TUNABLES|(CUDA|ROCR|HIP|TPU)_VISIBLE_(DEVICES|CHIPS)|LD_LIBRARY_PATH"
   r"|(OMP|MKL|OPENBLAS)_NUM_THREADS|XDG_CACHE_HOME|TFDS_DATA_DIR"
 )
 """The environment variables that change what JAX and jaxguide do."""
@@ -68,6 +68,8 @@ def examine(environment: Mapping[str, str] = os.environ) -> tuple[dict[str, dict
     "cores": f"{cores}, of which this process may use {usable}" + (f"; quota {quota:g}" if quota else ""),
     "memory": f"{_size(memory)}, free {_size(free)}",
   }
+  pages = huge_pages(_text("/sys/kernel/mm/transparent_hugepage/enabled"), environment)
+  host |= {"huge pages": pages} if pages else {}
   variables = {name: value for name, value in sorted(environment.items()) if VARIABLES.fullmatch(name)}
   sections = {
     "Versions": versions,
@@ -148,6 +150,27 @@ def limits(cores: int, usable: float | int, free: int | None, environment: Mappi
     text = environment.get(name, "")
     if text.isdecimal() and 0 < int(text) < usable:
       yield f"{name}={text} limits JAX to {text} of {usable:g} cores: unset it to use all"
+
+
+def huge_pages(enabled: str | None, environment: Mapping[str, str]) -> str | None:
+  """Say whether large arrays are in huge pages, from Linux's setting; None where there is none.
+
+  Else each call of a program waits for thousands of small pages of fresh memory. `docs/choosing.md` has measurements.
+
+  >>> huge_pages("always [madvise] never", {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
+  'yes'
+
+  >>> huge_pages("always [madvise] never", {})
+  'no; GLIBC_TUNABLES=glibc.malloc.hugetlb=1 makes gradients on a CPU faster'
+  """
+  found = re.search(r"\[(\w+)\]", enabled or "")
+  if found is None:
+    return None
+  asked = re.search(r"glibc\.malloc\.hugetlb=[12]\b", environment.get("GLIBC_TUNABLES", ""))
+  if found[1] == "always" or (found[1] == "madvise" and asked):
+    return "yes"
+  advice = "; GLIBC_TUNABLES=glibc.malloc.hugetlb=1 makes gradients on a CPU faster" if found[1] == "madvise" else ""
+  return f"no{advice}"
 
 
 def arithmetic(capability: Any, precision: str | None) -> dict[str, str]:
@@ -334,8 +357,15 @@ def _memory() -> tuple[int | None, int | None]:
 
 def _number(path: str) -> int | None:
   try:
-    return int(Path(path).read_text())
-  except (OSError, ValueError):
+    return int(_text(path) or "")
+  except ValueError:
+    return None
+
+
+def _text(path: str) -> str | None:
+  try:
+    return Path(path).read_text()
+  except OSError:
     return None
 
 
