@@ -181,6 +181,7 @@ class QKV(nn.Module):
     use_bias: whether there is a bias.
     kernel_init: how the kernel is initialised.
     dtype: type of the product.
+    bias_init: how the bias is initialised.
 
   On a GPU the three are separate products with parts of the kernel, since an attention kernel takes them as separate
   arrays. To cut them out of one product would take as many bytes again.
@@ -191,13 +192,14 @@ class QKV(nn.Module):
   use_bias: bool = True
   kernel_init: Any = nn.initializers.lecun_normal()
   dtype: Any = jnp.float32
+  bias_init: Any = zeros
 
   @nn.compact
   def __call__(self, x):
     """Map (n, t, c) to three arrays (n, t, heads, c / heads)."""
     n, t, c = x.shape
     kernel = parameter(self, "kernel", self.kernel_init, (c, 3 * c)).astype(self.dtype)
-    bias = parameter(self, "bias", zeros, (3 * c,)).astype(self.dtype) if self.use_bias else None
+    bias = parameter(self, "bias", self.bias_init, (3 * c,)).astype(self.dtype) if self.use_bias else None
     x = x.astype(self.dtype)
     if jax.default_backend() != "gpu":
       out = x @ kernel

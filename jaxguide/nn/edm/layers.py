@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxguide._core import checks
-from jaxguide.nn.layers import Conv, attend, check_cudnn
+from jaxguide.nn.layers import QKV, Conv, attend_to, check_cudnn
 from jaxguide.nn.normalisation import GroupNorm
 from jaxguide.nn.parameters import parameter
 from jaxguide.nn.perturbation import Perturbation
@@ -169,8 +169,9 @@ class Block(nn.Module):
     """Add self-attention over the pixels."""
     n, h, w, c = x.shape
     normed = self.norm(c, "norm2")(x).reshape(n, h * w, c)
-    qkv = self.linear(3 * c, c, "qkv", self.inits.attention)(normed)
-    out = attend(qkv, self.heads, True, self.perturbation, (h, w), self.cudnn_attention)
+    inits = {"kernel_init": self.inits.attention, "bias_init": self.inits.bias(c)}
+    q, k, v = QKV(self.heads, dtype=self.dtype, **inits, name="qkv")(normed)
+    out = attend_to(q, k, v, self.perturbation, (h, w), self.cudnn_attention)
     out = self.linear(c, c, "proj", self.inits.last, zeros)(out)
     return x + out.reshape(x.shape)
 

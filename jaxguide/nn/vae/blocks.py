@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxguide.nn.layers import Conv, attend, upsample
+from jaxguide.nn.layers import Conv, attend_to, upsample
 from jaxguide.nn.normalisation import GroupNorm
 
 EPSILON = 1e-6
@@ -46,8 +46,8 @@ class Attention(nn.Module):
     """Map (n, h, w, c) to the same shape."""
     n, h, w, c = x.shape
     normed = GroupNorm(groups=self.groups, epsilon=EPSILON, name="group_norm")(x).reshape(n, h * w, c)
-    qkv = [nn.Dense(c, dtype=self.dtype, name=name)(normed) for name in ("to_q", "to_k", "to_v")]
-    out = attend(jnp.concatenate(qkv, axis=-1), 1, new_order=True)
+    of_head = (nn.Dense(c, dtype=self.dtype, name=name)(normed)[:, :, None] for name in ("to_q", "to_k", "to_v"))
+    out = attend_to(*of_head)
     return x + nn.Dense(c, dtype=self.dtype, name="to_out_0")(out).reshape(x.shape)
 
 
