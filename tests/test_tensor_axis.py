@@ -1,5 +1,7 @@
 """The axis ``tensor``: transformers whose heads and widths are split over devices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +9,12 @@ import pytest
 
 import jaxguide as jg
 from jaxguide.distributed import placement
-from jaxguide.models.model import init_params
+from jaxguide.models.model import shapes
 from jaxguide.training import ModelConfig, TrainingConfig
 from jaxguide.training.step import init_state, train_step
 
 SHAPE = (4, 4, 4)
-FIELDS = {"hidden_size": 32, "depth": 2, "num_heads": 4}
+FIELDS = {"hidden_size": 32, "depth": 1, "num_heads": 4}
 MESHES = ["data=2,tensor=2", "fsdp=2,tensor=2"]
 
 
@@ -22,7 +24,7 @@ def model():
   config = ModelConfig("sit", FIELDS, SHAPE, 3, "flow_to_data", "flow")
   rng = np.random.default_rng(0)
   draw = lambda leaf: np.asarray(rng.normal(size=leaf.shape) / 4, np.float32)  # noqa: E731
-  return config, jax.tree.map(draw, init_params(config, jax.random.key(0)))
+  return config, jax.tree.map(draw, shapes(config))
 
 
 def split_names(params):
@@ -35,7 +37,9 @@ def split_names(params):
 def sampled(model):
   config, params = model
 
-  def samples(devices):
+  @functools.cache
+  def samples(mesh):
+    devices = jax.devices()[:1] if mesh is None else mesh
     denoise = jg.NetworkDenoiser(params, config.module.apply, config.scaling)
     guided = jg.classifier_free(3, 2.0)(denoise)
     arguments = {"shape": SHAPE, "sigmas": jg.schedules.flow(3), "solver": jg.Euler(), "devices": devices}
@@ -46,19 +50,20 @@ def sampled(model):
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_samples_are_the_same(sampled, mesh):
-  np.testing.assert_allclose(sampled(mesh), sampled(jax.devices()[:1]), atol=2e-5)
+  np.testing.assert_allclose(sampled(mesh), sampled(None), atol=2e-5)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_three_steps_are_the_same(model, mesh):
+@pytest.fixture(scope="module")
+def trained(model):
   config, params = model
   # Adam would divide the gradient of the keys' bias, which is rounding alone, by its own size.
   how = TrainingConfig(steps=3, batch_size=4, warmup=1, optimizer="sgd", learning_rate=0.1)
   rng = np.random.default_rng(1)
   batches = [(rng.integers(0, 256, (4, *SHAPE)).astype(np.uint8), np.arange(4) % 3) for _ in range(3)]
 
-  def after(devices):
-    place = placement(devices)
+  @functools.cache
+  def after(mesh):
+    place = placement(jax.devices()[:1] if mesh is None else mesh)
     step, state = train_step(config, how, place), place.shards(init_state(config, how, params))
     layers = split_names(state.params)
     for batch in batches:
@@ -66,8 +71,14 @@ def test_three_steps_are_the_same(model, mesh):
     assert split_names(state.params) == layers
     return layers, jax.device_get(state.params), float(metrics["loss"])
 
-  layers, ours, loss = after(mesh)
-  none, wanted, expected = after(jax.devices()[:1])
+  return after
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_three_steps_are_the_same(model, trained, mesh):
+  _, params = model
+  layers, ours, loss = trained(mesh)
+  none, wanted, expected = trained(None)
   assert layers == {"qkv", "proj", "fc1", "fc2", "adaLN_modulation_1"}
   assert not none
   np.testing.assert_allclose(loss, expected, rtol=1e-4)
