@@ -1,5 +1,7 @@
 """Initial parameters, array by array, are those of Flax's ``module.init``."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,22 +17,22 @@ from jaxguide.training import step
 
 KEY = jax.random.key(3)
 
-UNET = {"model_channels": 32, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": (1,)}
-BLOCKS = {"hidden_size": 32, "depth": 2, "num_heads": 2}
+UNET = {"model_channels": 32, "channel_mult": (1,), "num_res_blocks": 0}
+BLOCKS = {"hidden_size": 16, "depth": 1, "num_heads": 2}
 
 NETWORKS = {
   "unet": ModelConfig("unet", UNET, (8, 8, 3), 4),
-  "remat": ModelConfig("unet", {**UNET, "use_checkpoint": True}, (8, 8, 3), 4),
   "dit": ModelConfig("dit", BLOCKS, (8, 8, 4), 4),
   "lightningdit": ModelConfig("lightningdit", BLOCKS, (8, 8, 4), 4),
-  "edm2": ModelConfig("edm2_unet", {"model_channels": 32, "channel_mult": (1,), "num_blocks": 1}, (8, 8, 3), 4),
+  "edm2": ModelConfig("edm2_unet", {"model_channels": 32, "channel_mult": (1,), "num_blocks": 0}, (8, 8, 3), 4),
 }
 
 
-def by_flax(config, key):
+@functools.partial(jax.jit, static_argnums=0, compiler_options=initial.OPTIONS)
+def by_flax(name, key):
   # With the level of `initial`: the tests run without optimisations, which change the last bit.
-  init = jax.jit(lambda key: config.module.init(key, *config.role.inputs(config)), compiler_options=initial.OPTIONS)
-  return init(key)
+  config = NETWORKS[name]
+  return config.module.init(key, *config.role.inputs(config))
 
 
 def assert_same(made, expected):
@@ -47,7 +49,7 @@ def numbers(array):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_parameters_are_those_of_flax(name):
   config = NETWORKS[name]
-  assert_same(init_params(config, KEY), by_flax(config, KEY))
+  assert_same(init_params(config, KEY), by_flax(name, KEY))
 
 
 def test_programs_are_shared():
@@ -59,14 +61,14 @@ def test_programs_are_shared():
   before = dict(initial._compiled)
   other = init_params(NETWORKS["dit"], jax.random.key(4))
   assert initial._compiled == before
-  assert_same(other, by_flax(NETWORKS["dit"], jax.random.key(4)))
+  assert_same(other, by_flax("dit", jax.random.key(4)))
 
 
 def test_old_keys_and_traces():
   config, old = NETWORKS["dit"], jax.random.PRNGKey(3)
-  assert_same(init_params(config, old), by_flax(config, old))
+  assert_same(init_params(config, old), by_flax("dit", old))
   closed_over = jax.jit(lambda: init_params(config, KEY), compiler_options=initial.OPTIONS)()
-  assert_same(closed_over, by_flax(config, KEY))
+  assert_same(closed_over, by_flax("dit", KEY))
   shapes = jax.eval_shape(lambda: init_params(config, KEY))
   assert isinstance(jax.tree.leaves(shapes)[0], jax.ShapeDtypeStruct)
 
@@ -83,7 +85,7 @@ class Odd(linen.Module):
   @linen.compact
   def __call__(self, x):
     x, _ = linen.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()(x, None)
-    x = linen.jit(linen.Dense)(4)(x)
+    x = linen.remat(linen.Dense)(4)(linen.jit(linen.Dense)(4)(x))
     x = x[0]
     for number in (1.0, 2.0):
       table = np.full(4, number, np.float32)
@@ -109,6 +111,8 @@ def test_any_module():
 @pytest.mark.parametrize("how", ["in pieces", "whole", "another generator", "not partitionable"])
 def test_bits_of_arrays_of_all_sizes(how, monkeypatch):
   shapes = ((), (7,), (4096,), (17, 241), (3, 5, 65536 // 15 + 1), (150_001,))
+  if how not in ("in pieces", "whole"):  # Then no array is drawn by the package, whatever its size.
+    shapes = shapes[:4:3]
 
   def init(key):
     keys = jax.random.split(key, len(shapes))
@@ -164,7 +168,7 @@ def test_states_begin_as_optax_has_them(optimizer, given):
   params = init_params(config, jax.random.key(5)) if given else None
   state = step.init_state(config, settings, params)
   network = {name: state.params[name] for name in ("params",)}
-  assert_same(network, params if given else by_flax(config, keys.seed_key(3)))
+  assert_same(network, params if given else by_flax("dit", keys.seed_key(3)))
   assert "uncertainty" in state.params
   assert_same(state.ema_params, state.params)
   assert_same(state.opt_state, jax.jit(step.optimizer(settings).init)(state.params))
