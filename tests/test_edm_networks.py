@@ -13,10 +13,11 @@ from edm_reference import EDM, EDM2
 from safetensors.numpy import load_file, save_file
 
 from jaxguide import models
+from jaxguide.denoisers.linen import param_shapes
 from jaxguide.models import ModelConfig, importers
 from jaxguide.models.importers import layouts
 from jaxguide.models.importers.families import of_network
-from jaxguide.models.model import init_params
+from jaxguide.models.model import shapes
 from jaxguide.models.networks import NETWORKS
 from jaxguide.nn import SongUNet
 from jaxguide.nn.edm2.layers import MPConv
@@ -38,7 +39,7 @@ PUBLISHED = {
 
 
 def nhwc(array):
-  return jnp.asarray(np.moveaxis(array, 1, -1), jnp.float32)
+  return jax.device_put(np.asarray(np.moveaxis(array, 1, -1), np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -59,23 +60,23 @@ def test_a_published_network_gives_the_published_numbers(name, imported):
   _, model = imported(name)
   with np.load(DATA / f"{name}.npz") as file:
     arrays = dict(file)
-  x, cotangent, sigma = nhwc(arrays["x"]), nhwc(arrays["cotangent"]), jnp.asarray(arrays["sigma"])
-  labels = jnp.asarray(arrays["labels"].argmax(1))
+  x, cotangent = nhwc(arrays["x"]), nhwc(arrays["cotangent"])
+  sigma, labels = jax.device_put((arrays["sigma"], arrays["labels"].argmax(1)))
 
   @quick_jit
-  def denoise(x):
+  def denoise(x, sigma, labels):
     def weighted(x):
       out = jax.vmap(model.denoiser)(x, sigma, labels)
       return (out * cotangent).sum(), out
 
     return jax.grad(weighted, has_aux=True)(x)
 
-  gradient, out = denoise(x)
+  gradient, out = denoise(x, sigma, labels)
   atol = max(5 * PUBLISHED[name][1], 2e-5 * abs(arrays["out"]).max())
   np.testing.assert_allclose(out, nhwc(arrays["out"]), rtol=0, atol=atol)
   np.testing.assert_allclose(gradient, nhwc(arrays["grad_x"]), rtol=0, atol=atol)
   if "logvar" in arrays:
-    u = model.config.module.logvar(model.params, jnp.log(sigma) / 4)
+    u = quick_jit(model.config.module.logvar)(model.params, np.log(arrays["sigma"]) / 4)
     np.testing.assert_allclose(u, arrays["logvar"], rtol=0, atol=1e-5)
 
 
@@ -99,19 +100,19 @@ OTHERS = {
   "residual_skip": (
     "song_unet",
     {**SMALL, "channel_mult": (2, 1, 2), "encoder_type": "residual", "decoder_type": "skip", "augment_dim": 9}
-    | {"resample_filter": (1, 2, 5, 4, 2, 1), "channel_mult_noise": 3, "num_blocks": 2, "channel_mult_emb": 2},
+    | {"resample_filter": (1, 2, 5, 4, 2, 1), "channel_mult_noise": 3, "num_blocks": 0, "channel_mult_emb": 2},
     None,
   ),
   "fourier": ("song_unet", {**SMALL, "embedding_type": "fourier", "channel_mult": (1,), "num_blocks": 2}, 4),
-  "adm_heads": ("dhariwal_unet", {**SMALL, "model_channels": 64, "channel_mult": (1, 2), "augment_dim": 9}, 5),
-  "adm_plain": ("dhariwal_unet", {**SMALL, "model_channels": 16, "channel_mult": (2, 1, 3), "num_blocks": 2}, None),
+  "adm_heads": ("dhariwal_unet", {**SMALL, "model_channels": 64, "num_blocks": 0, "augment_dim": 9}, 5),
+  "adm_plain": ("dhariwal_unet", {**SMALL, "model_channels": 16, "channel_mult": (2, 1)}, None),
   "edm2_other": (
     "edm2_unet",
     {**EDM2_SMALL, "resample_filter": (1, 3, 3, 1), "label_balance": 0.3, "concat_balance": 0.6, "res_balance": 0.4}
     | {"attn_balance": 0.2, "clip_act": 0.8, "channel_mult_noise": 2, "channel_mult_emb": 3},
     6,
   ),
-  "edm2_uncond": ("edm2_unet", {**EDM2_SMALL, "channel_mult": (2, 1, 2), "num_blocks": 2, "clip_act": None}, None),
+  "edm2_uncond": ("edm2_unet", {**EDM2_SMALL, "channel_mult": (2, 1), "num_blocks": 2, "clip_act": None}, None),
 }
 
 
@@ -153,10 +154,10 @@ def test_other_fields_are_read_from_names_and_shapes_and_follow_the_papers(name,
   edm2 = network == "edm2_unet"
   reference = EDM2(weights, **arguments) if edm2 else EDM(weights, network == "dhariwal_unet", **arguments)
   wanted = reference(x, c_noise, labels)
-  out = quick_jit(model.config.module.apply)(model.params, nhwc(x), jnp.asarray(c_noise, jnp.float32), y)
+  out = quick_jit(model.config.module.apply)(model.params, nhwc(x), c_noise.astype(np.float32), y)
   np.testing.assert_allclose(out, nhwc(wanted), rtol=0, atol=2e-5 * abs(wanted).max())
   if edm2:
-    u = model.config.module.logvar(model.params, jnp.asarray(c_noise, jnp.float32))
+    u = quick_jit(model.config.module.logvar)(model.params, np.asarray(c_noise, np.float32))
     np.testing.assert_allclose(u, reference.logvar(c_noise), rtol=0, atol=1e-5)
 
 
@@ -222,13 +223,17 @@ def test_settings_that_do_not_fit_are_refused(name, given, message, tmp_path):
 
 # --- training ----------------------------------------------------------------------------------------------
 
-TINY = {"model_channels": 8, "channel_mult": (1,), "num_blocks": 1, "channels_per_head": 8, "logvar_channels": 8}
+TINY = {"model_channels": 8, "channel_mult": (1,), "num_blocks": 0, "channels_per_head": 8, "logvar_channels": 8}
 
 
-def one_step(model, config, params):
-  state, rng = init_state(model, config, params), np.random.default_rng(0)
-  examples = rng.standard_normal((8, 4, 4, 2), np.float32)
-  return train_step(model, config)(state, examples, np.arange(8, dtype=np.int32) % 3)
+def tiny():
+  """A tiny network of EDM2, and parameters as new ones are, with a gain of the output that is not 0."""
+  model = ModelConfig("edm2_unet", TINY, (4, 4, 2), 3, "edm", encoder="latents", sigma_data=0.5)
+  rng = np.random.default_rng(0)
+  draw = lambda leaf: rng.standard_normal(leaf.shape, np.float32) if leaf.ndim else np.zeros((), np.float32)  # noqa: E731
+  params = jax.tree.map(draw, shapes(model))
+  params["params"]["out_gain"] = np.float32(0.5)
+  return model, params
 
 
 @pytest.mark.parametrize("side", [1, 8])
@@ -236,8 +241,8 @@ def one_step(model, config, params):
 def test_a_magnitude_preserving_layer_is_eq_47_whether_weights_or_outputs_are_multiplied(side, kernel_size):
   # With 4 inputs there are 4 or 36 weights for each output, so that both ways are taken among 1 and 64 pixels.
   rng = np.random.default_rng(0)
-  x, cotangent = (jnp.asarray(rng.standard_normal((2, side, side, c)), jnp.float32) for c in (4, 5))
-  kernel = jnp.asarray(3 * rng.standard_normal((*(kernel_size,) * (2 if kernel_size else 0), 4, 5)), jnp.float32)
+  x, cotangent = (jax.device_put(rng.standard_normal((2, side, side, c), np.float32)) for c in (4, 5))
+  kernel = 3 * rng.standard_normal((*(kernel_size,) * (2 if kernel_size else 0), 4, 5), np.float32)
 
   def layer(kernel, gain):
     return MPConv(5, kernel_size).apply({"params": {"kernel": kernel}}, x, gain)
@@ -250,23 +255,28 @@ def test_a_magnitude_preserving_layer_is_eq_47_whether_weights_or_outputs_are_mu
     kernel = kernel if kernel.ndim == 4 else kernel[None, None]
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-  ours, theirs = (quick_jit(functools.partial(jax.vjp, function))(kernel, 0.7) for function in (layer, published))
-  np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5, atol=1e-5)
-  for mine, wanted in zip(ours[1](cotangent), theirs[1](cotangent), strict=True):
+  def with_gradients(function, *args):
+    out, back = jax.vjp(function, *args)
+    return out, *back(cotangent)
+
+  both = quick_jit(lambda *args: [with_gradients(function, *args) for function in (layer, published)])
+  (out, *ours), (published_out, *theirs) = both(kernel, np.float32(0.7))
+  np.testing.assert_allclose(out, published_out, rtol=1e-5, atol=1e-5)
+  for mine, wanted in zip(ours, theirs, strict=True):
     np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_of_edm2_begins_with_normalised_weights_and_trains_its_own_uncertainty():
-  model = ModelConfig("edm2_unet", TINY, (4, 4, 2), 3, "edm", encoder="latents", sigma_data=0.5)
+  model, before = tiny()
   means = ("power:std=0.05", "power:std=0.1")
   config = TrainingConfig(steps=10, batch_size=8, warmup=0, rate="constant", learning_rate=0.01, uncertainty=True)
   config = dataclasses.replace(config, ema=means, optimizer="adam:b2=0.99", matmul_precision="highest")
-  params = quick_jit(lambda key: init_params(model, key))(jax.random.key(0))
-  params["params"]["out_gain"] = jnp.asarray(0.5)
-  before = jax.tree.map(np.asarray, params)
   long = jax.tree_util.tree_map_with_path(lambda path, leaf: leaf * 3 if path[-1].key == "kernel" else leaf, before)
-  state, metrics = one_step(model, config, long)
-  of_normal, same = one_step(model, config, model.module.forced(before))
+  start = jax.device_get(quick_jit(model.module.forced)(before))
+  step, rng = train_step(model, config), np.random.default_rng(0)
+  batch = rng.standard_normal((8, 4, 4, 2), np.float32), np.arange(8, dtype=np.int32) % 3
+  state, metrics = jax.device_get(step(init_state(model, config, long), *batch))
+  of_normal, same = jax.device_get(step(init_state(model, config, start), *batch))
   # The length of a kernel changes neither the loss nor the step.
   np.testing.assert_allclose(metrics["loss"], same["loss"], rtol=1e-4)
   for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(of_normal.params), strict=True):
@@ -280,8 +290,8 @@ def test_a_step_of_edm2_begins_with_normalised_weights_and_trains_its_own_uncert
     elif path[-1].key in ("freqs", "phases"):
       np.testing.assert_array_equal(leaf, old)
   assert state.params.keys() == {"params"}
-  start = model.module.forced(before)["params"]["logvar_linear"]["kernel"]
-  assert np.abs(state.params["params"]["logvar_linear"]["kernel"] - start).max() > 5e-3
+  moved = state.params["params"]["logvar_linear"]["kernel"] - start["params"]["logvar_linear"]["kernel"]
+  assert np.abs(moved).max() > 5e-3
   # After the first step a power-function mean is the parameters of that step, as they are after the optimiser.
   for mean in state.means:
     for a, b in zip(jax.tree.leaves(mean), jax.tree.leaves(state.params), strict=True):
@@ -289,16 +299,19 @@ def test_a_step_of_edm2_begins_with_normalised_weights_and_trains_its_own_uncert
 
 
 def test_the_loss_with_uncertainty_is_edm2s():
-  model = ModelConfig("edm2_unet", TINY, (4, 4, 2), 3, "edm", encoder="latents", sigma_data=0.5)
+  model, params = tiny()
   config = TrainingConfig(steps=10, batch_size=8, uncertainty=True, noise_mean=-0.4, noise_std=1.0, p_uncond=0.0)
-  params = quick_jit(lambda key: init_params(model, key))(jax.random.key(0))
-  params["params"]["out_gain"] = jnp.asarray(0.5)
-  goal = objective(model, config)
-  batch = goal.draw(jax.random.key(1), jax.random.normal(jax.random.key(2), (4, 4, 4, 2)), jnp.arange(4) % 3)
-  errors, _ = quick_jit(goal.errors)(params, batch, jax.random.key(3))
+  goal, examples = objective(model, config), np.random.default_rng(2).standard_normal((4, 4, 4, 2), np.float32)
+
+  @quick_jit
+  def drawn(params):
+    batch = goal.draw(jax.random.key(1), jnp.asarray(examples), jnp.arange(4) % 3)
+    return goal.errors(params, batch, jax.random.key(3))[0], batch
+
+  errors, batch = drawn(params)
   # Equation 14, 15 of arXiv:2312.02696 in NumPy.
   weights = layouts.to_state_dict(params, of_network("edm2_unet").layout(model), "EDM2UNet")
-  reference = EDM2(weights, channel_mult=(1,), num_blocks=1, channels_per_head=8)
+  reference = EDM2(weights, channel_mult=(1,), num_blocks=0, channels_per_head=8)
   x0, x, sigma, labels = (np.asarray(leaf, np.float64) for leaf in batch)
   s = sigma[:, None, None, None]
   total = np.sqrt(s**2 + 0.25)
@@ -311,10 +324,12 @@ def test_the_loss_with_uncertainty_is_edm2s():
 
 
 def test_dropout_and_dropped_labels_are_for_training_alone():
-  module = SongUNet(**{**SMALL, "channel_mult": (1,), "attn_resolutions": ()}, num_classes=3, label_dropout=1.0)
+  fields = {**SMALL, "channel_mult": (1,), "num_blocks": 0, "attn_resolutions": ()}
+  module = SongUNet(**fields, num_classes=3, label_dropout=1.0)
   x, t, y = jnp.ones((2, 4, 4, 3)), jnp.zeros(2), jnp.array([1, 3])
-  params = quick_jit(module.init)(jax.random.key(0), x, t, y)
-  params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+  rng = np.random.default_rng(0)
+  draw = lambda leaf: rng.normal(0.1, leaf.size**-0.25, leaf.shape).astype(np.float32)  # noqa: E731
+  params = jax.tree.map(draw, param_shapes(module, x, t, y))
 
   @quick_jit
   def outputs(params):
@@ -323,26 +338,27 @@ def test_dropout_and_dropped_labels_are_for_training_alone():
     dropped = module.clone(label_dropout=0.0).apply(params, x, t, y, train=True, rngs={"dropout": jax.random.key(1)})
     return module.apply(params, x, t, y), trained, dropped
 
-  sampled, trained, dropped = outputs(params)
-  assert jnp.abs(sampled[0] - sampled[1]).max() > 1e-3  # The label counts,
+  sampled, trained, dropped = jax.device_get(outputs(params))
+  assert np.abs(sampled[0] - sampled[1]).max() > 1e-3  # The label counts,
   np.testing.assert_allclose(trained[0], trained[1], atol=1e-5)  # unless it is dropped,
   np.testing.assert_allclose(trained[1], sampled[1], atol=1e-5)  # which is the null label.
-  assert jnp.abs(dropped - sampled).max() > 1e-3
+  assert np.abs(dropped - sampled).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["skips", "residual_skip", "adm_plain", "edm2_other"])
 def test_other_types_and_rematerialised_blocks_have_the_same_shapes(name):
   network, fields, classes = OTHERS[name]
-  config = ModelConfig(network, {**fields, "dtype": "bfloat16", "use_checkpoint": True}, (8, 8, 3), classes, "edm")
+  fields = {**fields, "num_blocks": 0, "dtype": "bfloat16", "use_checkpoint": True}
+  config = ModelConfig(network, fields, (8, 8, 3), classes, "edm")
   x, t, y = jnp.zeros((2, 8, 8, 3)), jnp.zeros(2), None if classes is None else jnp.array([1, classes])
-  shapes = jax.eval_shape(config.module.init, jax.random.key(0), x, t, y)
-  assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {np.dtype("float32")}
+  of_params = param_shapes(config.module, x, t, y)
+  assert {leaf.dtype for leaf in jax.tree.leaves(of_params)} == {np.dtype("float32")}
 
   def loss(params):
     return config.module.apply(params, x, t, y, train=True, rngs={"dropout": jax.random.key(0)}).sum()
 
-  gradient = jax.eval_shape(jax.grad(loss), shapes)
-  assert jax.tree.structure(gradient) == jax.tree.structure(shapes)
+  gradient = jax.eval_shape(jax.grad(loss), of_params)
+  assert jax.tree.structure(gradient) == jax.tree.structure(of_params)
 
 
 WRONG = {
