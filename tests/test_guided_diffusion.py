@@ -91,7 +91,6 @@ class Network:
 network_of = functools.cache(Network)
 
 
-@jax.jit
 def trajectory(guided, solver, sigmas, x, cond, noise):
   def step(state, inputs):
     state = solver.step(Conditioned(guided, cond), state, *inputs)
@@ -100,7 +99,7 @@ def trajectory(guided, solver, sigmas, x, cond, noise):
   return jax.lax.scan(step, solver.init(x), (sigmas[:-1], sigmas[1:], noise))[1]
 
 
-trajectories = jax.vmap(trajectory, (None, None, None, 0, 0, 1), (1, 1))
+trajectories = jax.jit(jax.vmap(trajectory, (None, None, None, 0, 0, 1), (1, 1)))
 
 
 # --- trajectories ---------------------------------------------------------------------------------
@@ -133,11 +132,13 @@ def test_trajectories(name, case, given_noise, float64):
     guidances += [] if scale is None else [jg.classifier(mixture_.log_prob, scale)]
   else:
     solver = jg.DDPM(kind) if scale is None else jg.DDPM(kind, mixture_.log_prob, scale)
-  sigmas = schedules.respaced(net.table, case["respacing"]).astype(jnp.float32)
+  sigmas = np.asarray(schedules.respaced(net.table, case["respacing"]), np.float32)
   # The published loops start from N(0, I) in x_t = alpha x.
   x = data["x_T"] * np.sqrt(1 + np.square(sigmas[0]))
   assert x.dtype == np.float32
-  xs, x0s = trajectories(jg.chain(*guidances)(net.denoiser), solver, sigmas, x, data["y"], data[case["noise_key"]])
+  xs, x0s = jax.device_get(
+    trajectories(jg.chain(*guidances)(net.denoiser), solver, sigmas, x, data["y"], data[case["noise_key"]])
+  )
   alphas = 1 / np.sqrt(1 + np.square(sigmas[1:]))[:, None, None, None, None]
   for got, wanted, deviation in (
     (xs * alphas, data[case["id"] + "/xs"][1:], case["fp32_dev"]),
@@ -149,15 +150,16 @@ def test_trajectories(name, case, given_noise, float64):
 def test_ddim_inversion(given_noise):
   data, net = arrays("gd_pure"), network_of("gd_pure", "linear", 1000)
   wanted = data["ddim_reverse/linear-ddim25/xs"]
-  sigmas = jnp.asarray(net.table.respaced("ddim25").sigmas, jnp.float32)
-  denoise = jax.vmap(Conditioned(jg.unconditional(net.mixture.num_classes)(net.denoiser), None), (0, None))
+  sigmas = np.asarray(net.table.respaced("ddim25").sigmas, np.float32)
+  denoise = jax.jit(jax.vmap(Conditioned(jg.unconditional(net.mixture.num_classes)(net.denoiser), None), (0, None)))
   step = jax.jit(lambda x, *levels: jg.Euler().step(denoise, jg.Euler().init(x), *levels, jax.random.key(0)).x)
-  x = wanted[0] * jnp.sqrt(1 + sigmas[0] ** 2)
+  x = wanted[0] * np.sqrt(1 + sigmas[0] ** 2)
   for i in range(len(sigmas) - 1):
     x = step(x, sigmas[i], sigmas[i + 1])
-    np.testing.assert_allclose(x / jnp.sqrt(1 + sigmas[i + 1] ** 2), wanted[i + 1], atol=2e-5)
+    np.testing.assert_allclose(np.asarray(x) / np.sqrt(1 + sigmas[i + 1] ** 2), wanted[i + 1], atol=2e-5)
   # After the last level the published array has the predicted noise.
-  np.testing.assert_allclose((x - denoise(x, sigmas[-1])) / sigmas[-1], wanted[-1], atol=2e-5)
+  x, x0 = jax.device_get((x, denoise(x, sigmas[-1])))
+  np.testing.assert_allclose((x - x0) / sigmas[-1], wanted[-1], atol=2e-5)
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -204,7 +206,12 @@ CONFIGS = ["linear-1000-full", "cosine-1000-50", "linear-4000-100"]
 
 @pytest.fixture
 def point(request):
-  return Point(request.param)
+  return point_of(request.param)
+
+
+@functools.cache
+def on_device(name):
+  return jax.device_put(arrays(name))
 
 
 class Point:
@@ -212,15 +219,16 @@ class Point:
 
   def __init__(self, config):
     self.config = config
-    self.data = {key: jnp.asarray(value) for key, value in arrays("gd_pure").items()}
+    self.data = on_device("gd_pure")
     self.schedule, steps, spec = config.split("-")
     self.steps = int(steps)
     table = schedules.table(self.schedule, self.steps)
     self.process = table if spec == "full" else table.respaced(spec)
-    levels = jnp.asarray(np.concatenate([[0], self.process.sigmas, [np.inf]]), jnp.float32)
-    t = self.data[f"{config}/t"]
-    self.below, self.sigma, self.above = (deep(levels[t + i]) for i in range(3))
-    self.alpha, self.alpha_below = (1 / jnp.sqrt(1 + level**2) for level in (self.sigma, self.below))
+    levels = np.concatenate([[0], self.process.sigmas, [np.inf]]).astype(np.float32)
+    t = np.asarray(self.data[f"{config}/t"])
+    below, sigma, above = (levels[t + i].reshape(-1, 1, 1, 1) for i in range(3))
+    self.below, self.sigma, self.above = jax.device_put((below, sigma, above))
+    self.alpha, self.alpha_below = jax.device_put([1 / np.sqrt(1 + level**2) for level in (sigma, below)])
     self.x0, self.noise = self.data["x_start"], self.data["noise"]
     self.x = self.x0 + self.sigma * self.noise
 
@@ -230,6 +238,7 @@ class Point:
   def expect(self, key, got, atol=0.0):
     """Compare with a published array, to 1e-5 of 1 plus the example's largest value, plus ``atol``."""
     wanted = np.asarray(self.data[f"{self.config}/{key}"])
+    got = np.asarray(got)
     if np.ndim(got) == 4 and wanted.ndim == 1:
       assert got.shape[1:] == (1, 1, 1)
       got = got[:, 0, 0, 0]
@@ -237,6 +246,9 @@ class Point:
     largest = np.abs(wanted).reshape(len(wanted), -1).max(1)
     excess = np.abs(got - wanted).reshape(len(wanted), -1).max(1) - 1e-5 * (1 + largest) - atol
     assert excess.max() <= 0, f"{key}: {excess}"
+
+
+point_of = functools.cache(Point)
 
 
 def from_eps(point):
@@ -323,7 +335,7 @@ LOSSES = sorted({tuple(key.split("/")[:3]) for key in arrays("gd_pure") if "/los
 
 @pytest.mark.parametrize(("config", "group", "name"), LOSSES)
 def test_training_losses(config, group, name):
-  point = Point(config)
+  point = point_of(config)
   variance, loss, *rest = name.split("-")
   kind = variance.removeprefix("fixed_")
   net = network_of(
@@ -344,15 +356,20 @@ def test_training_losses(config, group, name):
       variance=kind,
     )
 
-  got = jax.jit(terms)(fixed)
+  def total(params):
+    got = terms(params)
+    return got.loss.sum(), got
+
   pre = f"{group}/{name}/"
   parts = {key.removeprefix(f"{config}/{pre}") for key in point.data if key.startswith(f"{config}/{pre}")}
   assert {"loss"} <= parts <= {"loss", "mse", "vb", "grad"}
+  if "grad" in parts:
+    gradient, got = jax.jit(jax.grad(total, has_aux=True), compiler_options=AS_USERS)(fixed)
+    point.expect(pre + "grad", gradient)
+  else:
+    got = jax.jit(terms)(fixed)
   for part in parts - {"grad"}:
     point.expect(pre + part, getattr(got, part), 10 * CASES["gd_pure"].get(f"{config}/{group}/{name}", 0))
-  if "grad" in parts:
-    gradient = jax.jit(jax.grad(lambda params: terms(params).loss.sum()), compiler_options=AS_USERS)
-    point.expect(pre + "grad", gradient(fixed))
 
 
 @pytest.mark.parametrize("case", [key for key in CASES["gd_pure"] if key.startswith("calc_bpd_loop")])
