@@ -19,12 +19,10 @@ from jaxguide.models import folders as models
 from jaxguide.models.model import shapes
 from jaxguide.training import ModelConfig
 
-TINY = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": ()}
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  config = ModelConfig("unet", TINY, (8, 8, 1), 3)
+  config = ModelConfig("tiny:Mlp", {}, (8, 8, 1), 3)
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda leaf: 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype), shapes(config))
   folder = tmp_path_factory.mktemp("model")
