@@ -13,9 +13,15 @@ from jaxguide.evaluation import demo
 from jaxguide.models.model import init_params
 from jaxguide.training import ModelConfig, TrainingConfig, describe, operations, step
 
-TINY = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "num_head_channels": 8}
+TINY = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 0, "num_head_channels": 8}
 UNET = ModelConfig("unet", TINY, (4, 4, 1), 2)
 HOW = TrainingConfig(steps=10, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def taken():
+  """What the training of the UNet takes."""
+  return describe.describe(UNET, HOW)
 
 
 def shape(*sides, dtype="float32"):
@@ -75,8 +81,8 @@ def test_a_network_has_as_many_as_xla_counts():
   assert 0.85 < ours / by_xla(demo.DIGITS.denoiser.module.apply, *args) < 1.0
 
 
-def test_a_step_is_three_passes_and_accumulation_changes_nothing():
-  whole = describe.describe(UNET, HOW).operations
+def test_a_step_is_three_passes_and_accumulation_changes_nothing(taken):
+  whole = taken.operations
   x, t, y = shape(8, 4, 4, 1), shape(8), shape(8, dtype="int32")
   params = jax.eval_shape(lambda key: init_params(UNET, key), jax.random.key(0))
   forward = operations.operations(UNET.module.apply, params, x, t, y)
@@ -84,7 +90,7 @@ def test_a_step_is_three_passes_and_accumulation_changes_nothing():
   parts = describe.describe(UNET, dataclasses.replace(HOW, accumulation=4))
   assert parts.operations == pytest.approx(whole, rel=0.02)
   assert parts.part == 2
-  assert parts.activations < 0.5 * describe.describe(UNET, HOW).activations
+  assert parts.activations < 0.5 * taken.activations
 
 
 def test_attention_by_cudnn_is_counted_like_any_other():
@@ -141,12 +147,12 @@ def test_rematerialisation_keeps_less(monkeypatch):
 # --- text and picture -----------------------------------------------------------------------------
 
 
-def test_the_text():
+def test_the_text(taken):
   text = str(describe.describe(UNET, dataclasses.replace(HOW, steps=100), examples=40))
   assert "unet for 4x4 images of 1 channel, 2 classes, v-prediction, cosine schedule in continuous time" in text
   assert "40 examples an epoch, which is 5.0 steps of 8; 100 steps are 20.0 epochs" in text
   assert "estimated from shapes" in text
-  assert "epoch" not in str(describe.describe(UNET, HOW))
+  assert "epoch" not in str(taken)
 
 
 @pytest.mark.parametrize(

@@ -20,21 +20,20 @@ def mixture():
 
 
 class Bayes(nn.Module):
-  """The mixture's exact classifier of noisy examples, as a network. The logits are multiplied by a number."""
+  """The mixture's exact classifier of noisy examples, as a network. The logits are multiplied by its parameter."""
 
   out_channels: int = 2
-  sharpness: float = 1.0
 
   @nn.compact
   def __call__(self, x, t, *, train=False):
     """Return the logits; ``t`` is EDM's log(sigma) / 4, and ``x`` its scaled input."""
     del train
-    self.param("unused", nn.initializers.zeros, ())
+    sharpness = self.param("sharpness", nn.initializers.ones, ())
     sigma = jnp.exp(4 * t)
     x = x * jnp.sqrt(sigma**2 + 0.25)[:, None, None, None]
     labels = jnp.arange(self.out_channels)
     log_probs = jax.vmap(jax.vmap(mixture().class_log_prob, (None, None, 0)), (0, 0, None))(x, sigma, labels)
-    return self.sharpness * log_probs
+    return sharpness * log_probs
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +44,15 @@ def registered(monkeypatch):
   )
 
 
-def config(**fields):
-  return models.ModelConfig("bayes", fields, SHAPE, 2, prediction="edm", encoder="floats")
+def config():
+  return models.ModelConfig("bayes", {}, SHAPE, 2, prediction="edm", encoder="floats")
 
 
-PARAMS = {"params": {"unused": jnp.zeros(())}}
+def params(sharpness):
+  return {"params": {"sharpness": jnp.asarray(sharpness, jnp.float32)}}
+
+
+PARAMS = params(1.0)
 
 
 def draws(num, seed=0):
@@ -87,7 +90,7 @@ def test_a_known_classifier_has_its_known_figures(sharpness):
   x0, labels = draws(20_000)
   sigmas = [0.05, 0.3, 0.7, 2.0]
   key = jax.random.key(1)
-  levels = held_out.evaluate(config(sharpness=sharpness), PARAMS, batches(x0, labels, 5000), key, sigmas)
+  levels = held_out.evaluate(config(), params(sharpness), batches(x0, labels, 5000), key, sigmas)
   wanted = np.transpose([exact(sigma, sharpness) for sigma in sigmas])
   np.testing.assert_array_equal(levels.sigmas, sigmas)
   assert levels.num == 20_000

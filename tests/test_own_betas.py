@@ -135,7 +135,7 @@ schedule = {betas}
 
 [training]
 steps = {steps}
-batch_size = 8
+batch_size = 3
 
 [run]
 sample_every = 0
@@ -177,7 +177,7 @@ def test_a_preset_takes_a_list_for_a_discrete_process_as_it_takes_steps(network)
 
 
 def test_it_is_imported_and_exported(tmp_path):
-  fields = {**TINY, "num_heads": 1, "num_head_channels": -1, "null_class": False}
+  fields = {**TINY, "num_res_blocks": 1, "num_heads": 1, "num_head_channels": -1, "null_class": False}
   config = ModelConfig("unet", fields, (8, 8, 1), 10, "eps", BETAS, variance="large")
   save(tmp_path / "model", config)
   lines = importers.export_model(tmp_path / "model", tmp_path / "weights.safetensors")
