@@ -20,7 +20,7 @@ from jaxguide.training import ModelConfig, TrainingConfig, loop, objectives, rat
 TINY = {
   "model_channels": 8,
   "channel_mult": (1,),
-  "num_res_blocks": 0,
+  "num_res_blocks": 1,
   "attention_resolutions": (),
   "num_head_channels": 8,
 }
