@@ -73,13 +73,20 @@ def edm2(case):
   return schedules.karras(32), jg.EDMStochastic.from_churn(40 * case.endswith("churn"), 32, **CHURN)
 
 
-def walk(denoise, solver, x, sigmas, noise):
+@jax.jit
+def denoised(denoise, x, sigma, labels):
+  """Denoise all examples at one level. The cases of a shape and a precision share this program."""
+  return jax.vmap(denoise, (0, None, 0))(x, sigma, labels)
+
+
+def walk(denoise, labels, solver, x, sigmas, noise):
   """Return x before each step and after the last, and the examples and levels that the denoiser was called with."""
   calls = []
 
   def recording(x, sigma):
     calls.append((x, sigma))
-    return denoise(x, sigma)
+    with jax.disable_jit(False):
+      return denoised(denoise, x, sigma, labels)
 
   state, xs = solver.init(x), [x]
   with jax.disable_jit():  # so that all calls are recorded, also those inside a lax.cond
@@ -108,8 +115,7 @@ def test_edms_samplers(case, given_noise, precision):
   labels = data[f"{where}/labels"]
   labels = labels if name.endswith("cond") else np.full(len(labels), model.num_classes)
   x, noise = (jnp.asarray(data[f"{where}/{key}"], sigmas.dtype) for key in ("latents", "noise"))
-  denoise = lambda x, sigma: jax.vmap(model.denoise, (0, None, 0))(x, sigma, labels)  # noqa: E731
-  xs, _, levels = walk(denoise, solver, x * sigmas[0], sigmas, noise[: len(sigmas) - 1])
+  xs, _, levels = walk(model.denoiser, labels, solver, x * sigmas[0], sigmas, noise[: len(sigmas) - 1])
   if solver.variance_preserving:  # the published state is x_t
     xs = xs * wide(1 / np.sqrt(1 + np.asarray(sigmas) ** 2))[..., None]
   wanted, deviation = data[f"{case}/xs"], data[f"{case}/deviation"]
@@ -131,7 +137,6 @@ def test_edm2s_sampler_with_guidance(case, given_noise, precision):
   reference = jg.unconditional(model.num_classes)(model.denoiser) if "cfg" in name else weak.denoiser
   scale = {"churn": 1.5, "f64": 1.5}.get(name.split("-")[1]) or float(name.split("-w")[1])
   guided = jg.autoguidance(reference, scale)(model.denoiser)
-  denoise = lambda x, sigma: jax.vmap(guided, (0, None, 0))(x, sigma, data[f"{where}/labels"])  # noqa: E731
   # The published sampler draws noise only in steps that add it.
   raised = (sigmas[:-1] >= CHURN["s_min"]) & (sigmas[:-1] <= CHURN["s_max"])
   noise = (
@@ -140,7 +145,7 @@ def test_edm2s_sampler_with_guidance(case, given_noise, precision):
     .set(jnp.asarray(data[f"{where}/noise"], sigmas.dtype))
   )
   x = jnp.asarray(data[f"{where}/latents"], sigmas.dtype) * sigmas[0]
-  xs, inputs, levels = walk(denoise, solver, x, sigmas, noise)
+  xs, inputs, levels = walk(guided, data[f"{where}/labels"], solver, x, sigmas, noise)
   # Each step but the last calls the denoiser twice. The published trajectory has the input of the first call of each
   # step, and the result.
   wanted, deviation = data[f"{case}/xs"], data[f"{case}/deviation"]
@@ -180,15 +185,21 @@ def test_every_path_converges_at_its_order(path, given_noise, float64):
   model = jg.gaussian_mixture(MEANS, VARIANCES, [0, 1])
   exact = optimize.brentq(lambda x: cdf(x, low) - cdf(start, high), -5, 5, xtol=1e-13)
   counts, errors = [40, 80, 160, 320], []
+
+  @jax.jit
+  def end(sigmas, n):
+    """Take the first ``n`` steps of a grid. One compiled program serves every ``n``."""
+
+    def step(state, inputs):
+      i, *levels = inputs
+      return jax.lax.cond(i < n, lambda: solver.step(model.denoise, state, *levels, jnp.zeros(1)), lambda: state), None
+
+    inputs = jnp.arange(len(sigmas) - 1), sigmas[:-1], sigmas[1:]
+    return jax.lax.scan(step, solver.init(jnp.asarray([start])), inputs)[0].x
+
   for n in counts:
-    sigmas = jnp.asarray(np.geomspace(high, low, n + 1))
-
-    @jax.jit
-    def end(sigmas, x):
-      step = lambda state, inputs: (solver.step(model.denoise, state, *inputs, jnp.zeros(1)), None)  # noqa: E731
-      return jax.lax.scan(step, solver.init(x), (sigmas[:-1], sigmas[1:]))[0].x
-
-    errors.append(abs(end(sigmas, jnp.asarray([start]))[0] - exact))
+    sigmas = np.append(np.geomspace(high, low, n + 1), np.full(counts[-1] - n, low))
+    errors.append(abs(end(sigmas, n)[0] - exact))
   order = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
   assert abs(order - solver.order) < 0.1
   assert errors[-1] < 0.01
@@ -197,7 +208,7 @@ def test_every_path_converges_at_its_order(path, given_noise, float64):
 def test_without_churn_it_is_heun(float64, random_mixture):
   model, keys = random_mixture(0, (2,)).denoiser, jax.random.split(jax.random.key(0), 3)
   paths = [
-    jax.vmap(lambda key: jg.sample(model, key, (2,), jg.karras(9), solver, 1, lambda s: s.x)[1])(keys)  # noqa: B023
+    jax.jit(jax.vmap(lambda key: jg.sample(model, key, (2,), jg.karras(9), solver, 1, lambda s: s.x)[1]))(keys)  # noqa: B023
     for solver in (jg.EDMStochastic(), jg.Heun())
   ]
   np.testing.assert_allclose(*paths, rtol=1e-12)
@@ -218,21 +229,33 @@ def test_noise_is_added_between_the_bounds_only(given_noise, float64):
 def test_churn_may_raise_the_level_above_the_schedules_largest(given_noise, float64):
   # The time may exceed 1. If it were clipped, the level passed to the denoiser would not be that of the noise.
   solver = jg.EDMStochastic(gamma=0.4, schedule=schedules.Linear(), variance_preserving=True)
-  calls = []
+
+  @jax.jit
+  def first_level(top):
+    calls = []
+    solver.step(lambda x, sigma: calls.append(sigma) or x, solver.init(top), top, top / 2, jnp.asarray(1.0))
+    return calls[0]
+
   top = schedules.Linear().sigma(1.0)
-  solver.step(lambda x, sigma: calls.append(sigma) or x, solver.init(top), top, top / 2, jnp.asarray(1.0))
-  np.testing.assert_allclose(calls[0], 1.4 * top, rtol=1e-12)
+  np.testing.assert_allclose(first_level(top), 1.4 * top, rtol=1e-12)
+
+
+@jax.jit
+@jax.value_and_grad
+def sum_and_gradient(solver, model):
+  return jg.sample(model, jax.random.key(0), (2,), jg.karras(6), solver, 1)[0].sum()
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.1])
 def test_gradients_with_respect_to_the_solver_are_finite(gamma, random_mixture, float64):
   solver = jg.EDMStochastic(gamma, alpha=0.7, schedule=schedules.Linear(), variance_preserving=True)
   model = random_mixture(0, (2,)).denoiser
-  draw = jax.jit(lambda solver: jg.sample(model, jax.random.key(0), (2,), jg.karras(6), solver, 1)[0].sum())
-  gradient = jax.grad(draw)(solver)
+  gradient = sum_and_gradient(solver, model)[1]
   assert all(np.isfinite(leaf) for leaf in jax.tree.leaves(gradient))
   for name in ("s_noise", "alpha"):
-    up, down = (draw(solver.replace(**{name: getattr(solver, name) + step})) for step in (1e-5, -1e-5))
+    up, down = (
+      sum_and_gradient(solver.replace(**{name: getattr(solver, name) + step}), model)[0] for step in (1e-5, -1e-5)
+    )
     np.testing.assert_allclose(getattr(gradient, name), (up - down) / 2e-5, rtol=1e-5, atol=1e-8)
 
 
@@ -335,11 +358,16 @@ def perfect(model, scale, to_sigma, log_variance=None):
     sigma = to_sigma(c_noise)
     c_skip, c_out, c_in, _ = map(wide, scale(sigma))
     x = x / c_in
-    x0 = jax.vmap(model.denoise)(x, sigma, cond)
+    x0 = predicted(model.denoiser, x, sigma, cond)
     output = (x0 - c_skip * x) / c_out
     return output if log_variance is None else (output, log_variance(sigma))
 
   return apply
+
+
+@jax.jit
+def predicted(denoise, x, sigma, labels):
+  return jax.vmap(denoise)(x, sigma, labels)
 
 
 @pytest.mark.parametrize("cond", [False, True])
@@ -352,32 +380,35 @@ def test_edms_losses(name, cond, float64, given_draws):
   u = quantiles(data, draws)
   sigma = levels.quantile(u)
   np.testing.assert_allclose(sigma, data[f"{case}/sigma"].ravel(), rtol=1e-5)
-  prediction = jax.vmap(model.denoise)(jnp.asarray(x0 + wide(sigma) * noise), sigma, labels)
+  prediction = predicted(model.denoiser, x0 + wide(sigma) * noise, sigma, labels)
   wanted = data[f"{case}/loss"]
   np.testing.assert_allclose(wide(weight(sigma)) * (prediction - x0) ** 2, wanted, rtol=1e-4, atol=1e-5)
 
   given_draws(u, noise)
   scale = scaling.edm()
-  loss = jg.denoising_loss(
-    None, perfect(model, scale, lambda c: jnp.exp(4 * c)), jax.random.key(0), jnp.asarray(x0), jnp.asarray(labels),
-    scaling=scale, noise_levels=levels, weight=weight,
-  )  # fmt: skip
+  apply = perfect(model, scale, lambda c: jnp.exp(4 * c))
+  loss = jax.jit(
+    lambda x0, labels: jg.denoising_loss(
+      None, apply, jax.random.key(0), x0, labels, scaling=scale, noise_levels=levels, weight=weight
+    )
+  )(x0, labels)
   np.testing.assert_allclose(loss, wanted.astype(np.float64).mean(), rtol=2e-6)
 
 
 def test_edm2s_loss(float64, given_draws):
   data = arrays("edm_losses")
-  model, x0 = mixture(data, "edm2/mixture"), jnp.asarray(data["edm2/images"], float)
+  model, x0 = mixture(data, "edm2/mixture"), data["edm2/images"].astype(float)
   levels, scale = schedules.LogNormal(-0.4, 1.0), scaling.edm()
   u = jnp.asarray(stats.norm.cdf(data["edm2/rnd_normal"].astype(float).ravel()))
   np.testing.assert_allclose(levels.quantile(u), data["edm2/sigma"].ravel(), rtol=1e-6)
   given_draws(u, data["edm2/unit_noise"])
   log_variance = lambda sigma: 0.3 * jnp.log(sigma) - 0.2  # noqa: E731
   apply = perfect(model, scale, lambda c: jnp.exp(4 * c), log_variance)
-  loss = jg.uncertainty_loss(
-    None, apply, jax.random.key(0), x0, jnp.full(len(x0), model.num_classes),
-    scaling=scale, noise_levels=levels, weight=scaling.edm_weight,
-  )  # fmt: skip
+  loss = jax.jit(
+    lambda x0, labels: jg.uncertainty_loss(
+      None, apply, jax.random.key(0), x0, labels, scaling=scale, noise_levels=levels, weight=scaling.edm_weight
+    )
+  )(x0, np.full(len(x0), model.num_classes))
   np.testing.assert_allclose(loss, data["edm2/loss"].astype(float).mean(), rtol=1e-6)
 
 
@@ -390,13 +421,17 @@ def test_the_best_log_variance_is_that_of_the_weighted_error():
       noise_levels=schedules.LogNormal(0.0, 0.0), weight=lambda sigma: 3.0 * sigma**0,
     )  # fmt: skip
 
-  assert abs(jax.grad(loss)(np.log(3.0))) < 0.05
-  assert abs(jax.grad(loss)(np.log(2.0))) > 0.3
+  gradient = jax.jit(jax.grad(loss))
+  assert abs(gradient(np.log(3.0))) < 0.05
+  assert abs(gradient(np.log(2.0))) > 0.3
 
 
 def test_a_log_variance_of_another_shape_is_refused():
   with pytest.raises(ValueError, match=r"expected \(4, 2\) and \(4,\)"):
-    jg.uncertainty_loss(
-      None, lambda params, x, c_noise, cond: (x, jnp.zeros(())), jax.random.key(0), jnp.zeros((4, 2)),
-      scaling=scaling.edm(), noise_levels=schedules.LogNormal(), weight=scaling.edm_weight,
+    jax.eval_shape(
+      lambda x0: jg.uncertainty_loss(
+        None, lambda params, x, c_noise, cond: (x, jnp.zeros(())), jax.random.key(0), x0,
+        scaling=scaling.edm(), noise_levels=schedules.LogNormal(), weight=scaling.edm_weight,
+      ),
+      np.zeros((4, 2), np.float32),
     )  # fmt: skip
