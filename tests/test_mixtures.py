@@ -56,7 +56,7 @@ def test_the_denoiser_follows_from_the_score_by_tweedies_formula(random_mixture,
   mixture = random_mixture(0, shape)
   x = jnp.asarray(np.random.default_rng(1).normal(size=shape) * (1 + sigma))
   for cond in (None, 0, 2):
-    score = jax.grad(mixture.log_density)(x, jnp.asarray(sigma), cond)
+    score = jax.jit(jax.grad(mixture.log_density))(x, jnp.asarray(sigma), cond)
     assert relative_error(mixture.denoise(x, jnp.asarray(sigma), cond), x + sigma**2 * score) < 1e-12
 
 
@@ -90,7 +90,7 @@ def test_the_pytrees_equal_the_methods(line):
 @pytest.mark.parametrize("cond", [None, 0, 1])
 def test_samples_have_the_mixtures_distribution(line, cond):
   keys = jax.random.split(jax.random.key(0), 5000)
-  draws = np.asarray(jax.vmap(lambda key: line.sample(key, cond))(keys))[:, 0]
+  draws = np.asarray(jax.jit(jax.vmap(lambda key: line.sample(key, cond)))(keys))[:, 0]
   cdf = lambda x: np.interp(x, *_cumulative(cond))  # noqa: E731
   assert stats.kstest(draws, cdf).pvalue > 1e-3
   other = 1 if cond == 0 else 0
@@ -104,7 +104,8 @@ def _cumulative(cond):
 
 def test_image_samples_have_the_mixtures_moments(random_mixture, float64):
   mixture = random_mixture(3, (2, 2, 1))
-  draws = np.asarray(jax.vmap(lambda key: mixture.sample(key, 2))(jax.random.split(jax.random.key(1), 20000)))
+  draw = jax.jit(jax.vmap(lambda key: mixture.sample(key, 2)))
+  draws = np.asarray(draw(jax.random.split(jax.random.key(1), 20000)))
   weights = np.exp(mixture.log_weights) * (np.asarray(mixture.classes) == 2)
   weights = (weights / weights.sum()).reshape(-1, 1, 1, 1)
   mean = (weights * mixture.means).sum(0)
