@@ -1,5 +1,7 @@
 """Losses, compared with the papers' algorithms in NumPy on the same random numbers, and their properties."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -104,43 +106,53 @@ def w(per_example):
   return np.asarray(per_example).reshape(-1, 1, 1, 1)
 
 
+LEVELS, MEAN, VARIANCE = schedules.LogNormal(-0.5, 1.0), 0.4, 0.3
+
+
+@functools.cache
+def eight_draws(num):
+  """Keys, examples that are N(MEAN, VARIANCE), and the noise levels that the loss draws with each key."""
+
+  def draw(key):
+    x0 = MEAN + np.sqrt(VARIANCE) * jax.random.normal(jax.random.fold_in(key, 1), (num, 1))
+    _, noise_key = jax.random.split(key)
+    return x0, LEVELS.quantile(losses.stratified_uniform(jax.random.split(noise_key)[0], num))
+
+  keys = jax.random.split(jax.random.key(5), 8)
+  return list(zip(keys, *jax.jit(jax.vmap(draw))(keys), strict=True))
+
+
 @pytest.mark.parametrize("prediction", scaling.PREDICTIONS)
 def test_the_exact_denoiser_minimises_the_loss(prediction):
   # For data N(m, v) the optimal x0 is affine in x with coefficients that depend on sigma. The test perturbs them.
-  m, v, num = 0.4, 0.3, 4000
+  m, v = MEAN, VARIANCE
   make = scaling.scaling(prediction, schedules.Linear(), 1000.0)
-  levels = schedules.LogNormal(-0.5, 1.0)
 
   @jax.jit
-  def loss_and_gradient(off, key):
-    x0 = m + np.sqrt(v) * jax.random.normal(jax.random.fold_in(key, 1), (num, 1))
-
+  def loss_and_gradient(off, key, x0, sigma):
     def loss(off):
       def exact(params, scaled, c_noise, cond):
-        # The network needs the levels of this call; it computes them from the key.
-        _, noise_key = jax.random.split(key)
-        sigma = levels.quantile(losses.stratified_uniform(jax.random.split(noise_key)[0], num))
         c_skip, c_out, c_in, _ = (c[:, None] for c in make(sigma))
         x = scaled / c_in
         shrink = v / (v + sigma[:, None] ** 2)
         return (m + params[0] + (1 + params[1]) * shrink * (x - m) - c_skip * x) / c_out
 
       return jg.denoising_loss(
-        off, exact, key, x0, scaling=make, noise_levels=levels, weight=lambda s: 1 / (0.3 + s**2)
+        off, exact, key, x0, scaling=make, noise_levels=LEVELS, weight=lambda s: 1 / (0.3 + s**2)
       )
 
     return jax.value_and_grad(loss)(off)
 
-  keys = jax.random.split(jax.random.key(5), 8)
-  best = [loss_and_gradient(jnp.zeros(2), key) for key in keys]
+  draws = eight_draws(4000)
+  best = [loss_and_gradient(np.zeros(2, np.float32), *drawn) for drawn in draws]
   gradients = np.array([g for _, g in best])
   # The mean of eight independent gradients is zero within its standard error.
   error = gradients.std(0, ddof=1) / np.sqrt(8)
   assert (np.abs(gradients.mean(0)) < 5 * error + 1e-4).all()
   assert (np.abs(gradients) < 0.1).all()
   for off in ([0.2, 0.0], [-0.2, 0.0], [0.0, 0.3], [0.0, -0.3]):
-    for key, (lowest, _) in zip(keys, best, strict=True):
-      assert loss_and_gradient(jnp.array(off), key)[0] > lowest
+    for drawn, (lowest, _) in zip(draws, best, strict=True):
+      assert loss_and_gradient(np.array(off, np.float32), *drawn)[0] > lowest
 
 
 def test_add_noise_adds_normal_noise_of_its_level():
