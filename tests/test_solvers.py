@@ -264,14 +264,16 @@ ENDS = [
 ]
 
 
+@jax.jit
+def path(model, keys, solver):
+  """The paths of samples. Solvers that differ in their numbers alone share this program."""
+  return jax.vmap(lambda key: jg.sample(model, key, (2,), jg.karras(12), solver, 3, lambda state: state.x)[1])(keys)
+
+
 @pytest.mark.parametrize(("one", "other"), ENDS, ids=str)
 def test_a_family_ends_in_its_members(one, other, float64):
   model, keys = mixture().denoiser, jax.random.split(jax.random.key(0), 5)
-  paths = [
-    jax.vmap(lambda key: jg.sample(model, key, (2,), jg.karras(12), s, 3, lambda state: state.x)[1])(keys)  # noqa: B023
-    for s in (one, other)
-  ]
-  np.testing.assert_allclose(*paths, rtol=1e-7, atol=1e-7)
+  np.testing.assert_allclose(*(path(model, keys, solver) for solver in (one, other)), rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("ratio", [0.5, 1e-2, 1e-4])
@@ -397,16 +399,17 @@ NOISY = [
 
 def test_one_key_is_one_noise_for_every_solver(float64):
   # If x0 is known, the noise that a step drew can be computed from its result.
-  x0, key = jnp.array([0.3, -1.0, 2.0]), jax.random.key(3)
-  sigmas = np.asarray(jg.karras(6, 0.05, 10.0))
+  x0, key = np.array([0.3, -1.0, 2.0]), jax.random.key(3)
+  known, sigmas = lambda x, sigma, cond: jnp.asarray(x0), np.asarray(jg.karras(6, 0.05, 10.0))
   start_key, step_key = jax.random.split(key)
   start = sigmas[0] * jax.random.normal(start_key, (3,))
   wanted = [jax.random.normal(jax.random.fold_in(step_key, i), (3,)) for i in range(5)]
+  walked = jax.jit(lambda solver: jg.sample(known, key, (3,), sigmas, solver, collect=lambda state: state.x)[1])
   for solver, parts in NOISY:
-    xs = jg.sample(lambda x, sigma, cond: x0, key, (3,), sigmas, solver, collect=lambda state: state.x)[1]
+    xs = np.asarray(walked(solver))
     factor, up = parts(sigmas[:-2, None], sigmas[1:-1, None])
     before = np.stack([start, *xs[:-2]])
-    noise = (xs[:-1] - x0[None] - factor * (before - np.asarray(x0))) / up
+    noise = (xs[:-1] - x0[None] - factor * (before - x0)) / up
     np.testing.assert_allclose(noise, wanted, rtol=1e-9, atol=1e-9, err_msg=str(solver))
   assert {type(solver) for solver, _ in NOISY} == {cls for cls in jg.solvers.SOLVERS.values() if cls.stochastic}
 
@@ -469,15 +472,17 @@ def four_components():
 
 @functools.cache
 def exact_draws():
-  return np.asarray(jax.vmap(lambda key: four_components().sample(key, 0))(jax.random.split(jax.random.key(2), NUM)))
+  draw = jax.jit(jax.vmap(lambda key: four_components().sample(key, 0)))
+  return np.asarray(draw(jax.random.split(jax.random.key(2), NUM)))
 
 
 def pvalues(solver, scale, steps):
   """Two-sample tests of guided samples of class 0 against exact draws, along each axis and the diagonal."""
   guided = jg.classifier_free(2, scale)(four_components().denoiser)
   samples = jg.sample_batch(
-    guided, jax.random.key(1), 0, num=NUM, shape=(2,), sigmas=jg.karras(steps, 0.01, 40.0), solver=solver
-  )
+    guided, jax.random.key(1), 0, num=NUM, shape=(2,), sigmas=jg.karras(steps, 0.01, 40.0), solver=solver,
+    devices=jax.devices()[:1],
+  )  # fmt: skip
   directions = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, -1.0]])
   return [stats.ks_2samp(samples @ d, exact_draws() @ d).pvalue for d in directions]
 
@@ -533,13 +538,14 @@ def test_the_two_points_of_the_gradient_agree_in_small_steps(float64):
   def end(point, steps):
     solver = jg.DDPM("small", model.log_prob, 1.0, gradient_at=point)
     grid = jg.respaced(jg.schedules.table("linear", 1000), steps)
-    return jg.sample(jg.unconditional(3)(model.denoiser), jax.random.key(0), (2,), grid, solver, 1)[0]
+    denoise = jg.unconditional(3)(model.denoiser)
+    return jax.jit(lambda grid: jg.sample(denoise, jax.random.key(0), (2,), grid, solver, 1)[0])(grid)
 
   # The numbers differ, and the difference falls with the number of steps. It is small already with few steps, because
   # the last steps reduce the difference of two samples.
-  differences = [float(jnp.abs(end("x", steps) - end("mean", steps)).max()) for steps in (20, 100, 500)]
+  differences = [float(jnp.abs(end("x", steps) - end("mean", steps)).max()) for steps in (20, 500)]
   assert differences[0] > 1e-6
-  assert differences[2] < differences[0] / 5
+  assert differences[1] < differences[0] / 5
 
 
 def test_a_learned_range_needs_a_learned_variance():
