@@ -27,6 +27,13 @@ os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 # Tracing makes many objects and few cycles of them: Python's search for cycles takes a tenth of the time.
 gc.set_threshold(50_000, 20, 20)
 
+
+def pytest_collection_finish():
+  """Leave what the imports made out of all searches: it stays until the end."""
+  gc.collect()
+  gc.freeze()
+
+
 _tests = itertools.count(1)
 _MAPPINGS = 40_000  # of the 65,530 that a process may have
 _KILOBYTES = 4_000_000  # of memory that a process holds
