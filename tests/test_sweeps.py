@@ -5,15 +5,17 @@ import dataclasses
 import functools
 import json
 import shutil
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
+from sweeps import unplotted
 from tiny import Classify, Mlp
 
 import jaxguide
 from jaxguide import data, evaluation, generate, sampling
-from jaxguide.evaluation import Options
+from jaxguide.evaluation import Options, sweep_plots
 from jaxguide.generate import Settings
 from jaxguide.models import folders as models
 from jaxguide.models.model import shapes
@@ -21,6 +23,7 @@ from jaxguide.sampling import batches
 from jaxguide.training import ModelConfig
 
 SHAPE = (4, 4, 1)
+FEW = Options(resamples=20)
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +46,14 @@ def real():
 
 @pytest.fixture(scope="module")
 def sweep(networks, real):
+  """``(out, ...) -> Sweep``. One device draws, and the report is without its plots unless they are asked for."""
   base = Settings(model=networks / "model", num=24, steps=3, batch_size=8, solver="ddim")
+  common = {"guidance": ["cfg", "classifier"], "reference": real, "features": "pixels", "progress": False}
+  common |= {"options": FEW, "devices": jax.devices()[:1]}
 
-  def run(out, scales=(0, 2), settings=base, **options):
-    chosen = {"guidance": ["cfg", "classifier"], "reference": real, "features": "pixels", "progress": False, **options}
-    return evaluation.sweep(out, settings, scales=scales, **chosen)
+  def run(out, scales=(0, 2), settings=base, plots=False, **options):
+    with mock.patch.object(sweep_plots, "plot", sweep_plots.plot if plots else unplotted):
+      return evaluation.sweep(out, settings, scales=scales, **{**common, **options})
 
   run.base = base
   return run
@@ -56,7 +62,7 @@ def sweep(networks, real):
 @pytest.fixture(scope="module")
 def swept(sweep, tmp_path_factory):
   out = tmp_path_factory.mktemp("swept")
-  return out, sweep(out)
+  return out, sweep(out, plots=True)
 
 
 def changed(settings, **values):
@@ -93,7 +99,7 @@ def test_every_method_at_every_scale_from_the_same_noise(swept):
 def test_figures_are_those_of_evaluate(swept, real):
   for point in swept[1].points:
     images, labels = data.load_npz(point.path)
-    again = evaluation.evaluate(images, real, labels=labels, features="pixels", progress=False)
+    again = evaluation.evaluate(images, real, labels=labels, features="pixels", options=FEW, progress=False)
     assert again.figures == point.evaluation.figures
 
 
@@ -180,7 +186,7 @@ def test_each_guidance_is_compiled_once(sweep, tmp_path):
 
 
 def test_options_and_fields_are_swept(sweep, tmp_path):
-  found = sweep(tmp_path, scales=(2,), guidance="cfg", over=["steps=2,3", "cfg:sigma_hi=1,inf"])
+  found = sweep(tmp_path, scales=(2,), guidance="cfg", over=["steps=2,3", "cfg:sigma_hi=1,inf"], plots=True)
   assert [dict(point.values) for point in found.points] == [
     {"scale": 2.0, "steps": steps, "cfg:sigma_hi": high} for steps in (2, 3) for high in ("1", "inf")
   ]
@@ -325,7 +331,7 @@ def test_a_statistics_file_that_changed_is_another_reference(sweep, tmp_path):
 
 
 def test_a_scale_in_the_text_of_a_guidance(sweep, tmp_path):
-  found = sweep(tmp_path, scales=None, guidance="cfg:scale=3,none")
+  found = sweep(tmp_path, scales=None, guidance="cfg:scale=3,none", devices=None)
   assert [point.values["scale"] for point in found.points] == [3.0, 1.0]
 
 
@@ -432,7 +438,7 @@ def test_a_folder_with_the_same_point_twice_is_read_with_one(one_point, sweep, t
     record["settings"]["steps"] = "3"
     data.save_npz(out / "samples" / f"{name}.npz", *data.load_npz(samples), json.dumps(record))
   before = files(out)
-  found = sweep(out, scales=(2,), guidance="cfg", settings=changed(sweep.base, solver="heun"))
+  found = sweep(out, scales=(2,), guidance="cfg", settings=changed(sweep.base, solver="heun"), plots=True)
   assert sorted(point.values["solver"] for point in found.points) == ["ddim", "heun"]
   assert before.items() <= files(out).items()
   path.unlink()
