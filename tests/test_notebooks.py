@@ -26,6 +26,36 @@ if importlib.util.find_spec("jaxguide") is None:
 LEAST = 600  # pixels: the width of a picture
 LONGEST = 600  # seconds that a cell may take. Each notebook is made for a minute of two cores; a machine may be busy.
 
+# What makes each notebook small, so that it takes seconds: a text of its cells, and what it is run with instead.
+SMALL = {
+  "evaluation_and_report": {"num=40": "num=20", "steps=6": "steps=3", "resamples=50": "resamples=3"},
+  "guide_an_nnx_network": {"steps = 1500": "steps = 200", "num, scales = 3000": "num, scales = 300"},
+  "quickstart": {"jg.karras(12": "jg.karras(4"},
+  "solvers_compared": {
+    "grid(1000)": "grid(200)",
+    "many = 4000": "many = 500",
+    "(6, 12, 24)": "(4, 6, 8)",
+    "evaluations < 24": "evaluations < 8",
+    '(2M), 24"': '(2M), 8"',
+  },
+  "train_on_your_data": {
+    "range(120)": "range(30)",
+    "steps=800": "steps=40",
+    "save_every=800": "save_every=40",
+    "steps=500": "steps=40",
+    "save_every=500": "save_every=40",
+  },
+  "what_the_scale_does": {"num = jax.random.key(0), 40_000": "num = jax.random.key(0), 2_000"},
+}
+
+
+def make_small(notebook, texts):
+  """Replace texts, each of which one cell has."""
+  for old, new in texts.items():
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code" and old in cell.source]
+    assert len(cells) == 1, f"{len(cells)} cells have {old!r}: change SMALL as the notebook"
+    cells[0].source = cells[0].source.replace(old, new)
+
 
 def outputs(notebook):
   return [output for cell in notebook.cells for output in cell.get("outputs", [])]
@@ -45,6 +75,7 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
   monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
   notebook = nbformat.read(path, as_version=4)
+  make_small(notebook, SMALL[path.stem])
   NotebookClient(notebook, timeout=LONGEST, resources={"metadata": {"path": str(tmp_path)}}).execute()
   widths = [width(output) for output in outputs(notebook) if "image/png" in output.get("data", {})]
   assert widths
