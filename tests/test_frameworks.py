@@ -35,6 +35,7 @@ X = jnp.asarray(RNG.normal(size=(4, *own.SHAPE)), jnp.float32)
 LABELS = jnp.array([0, 1, 2, 3])
 
 
+@functools.cache
 def made(framework, role, seed=0):
   """The function that guidance uses, and the network as its framework calls it, on a batch in evaluation."""
   cls, key = CLASSES[framework][role == "classifier"], jax.random.key(seed)
@@ -73,6 +74,12 @@ def framework(request):
   return request.param
 
 
+@jax.jit
+def called(function, *args):
+  """Call a denoiser or a classifier in one program, for otherwise each of its operations is compiled."""
+  return function(*args)
+
+
 def weights(function):
   return function.params.get("params", function.params)
 
@@ -87,29 +94,32 @@ def test_a_denoiser_has_the_numbers_of_its_network(framework):
   s, sg = 0.7, 1.3
   root = np.sqrt(s**2 + sg**2)
   with standard():
-    output = native(X / np.float32(root), jnp.full(4, np.log(sg) / 4, jnp.float32), LABELS)
-  wanted = s**2 / root**2 * X + sg * s / root * output
-  got = jax.jit(jax.vmap(denoise, (0, None, 0)))(X, sigma, LABELS)
+    given = X / np.float32(root), np.full(4, np.log(sg) / 4, np.float32), LABELS
+    output = jax.jit(native)(*given)
+  wanted = s**2 / root**2 * np.asarray(X) + sg * s / root * np.asarray(output)
+  batch = jax.jit(jax.vmap(denoise, (0, None, 0)))
+  got, null = np.asarray(batch(X, sigma, LABELS)), np.asarray(batch(X, sigma, jnp.full(4, own.CLASSES)))
   np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=2e-6)
   guided = jax.jit(jax.vmap(jg.classifier_free(own.CLASSES, 3.0)(denoise), (0, None, 0)))(X, sigma, LABELS)
-  null = jax.jit(jax.vmap(denoise, (0, None, None)))(X, sigma, jnp.asarray(own.CLASSES))
   np.testing.assert_allclose(guided, null + 3 * (got - null), rtol=1e-4, atol=1e-5)
 
 
 def test_a_classifier_has_the_numbers_of_its_network_and_guides_a_denoiser_of_another_framework(framework):
   log_prob, native = made(framework, "classifier")
   sigma = 1.3
-  c_in, t = np.float32(1 / np.sqrt(0.49 + sigma**2)), jnp.full(1, np.log(sigma) / 4, jnp.float32)
+  c_in, t = np.float32(1 / np.sqrt(0.49 + sigma**2)), np.full(1, np.log(sigma) / 4, np.float32)
 
   def by_hand(x, label):
     with standard():
       return jax.nn.log_softmax(native(c_in * x[None], t)[0])[label]
 
-  np.testing.assert_allclose(log_prob(X[0], jnp.asarray(sigma), 1), by_hand(X[0], 1), rtol=1e-5)
+  x, at, label = X[0], jnp.asarray(sigma), jnp.asarray(1)
+  value, gradient = jax.jit(jax.value_and_grad(by_hand))(x, label)
+  np.testing.assert_allclose(called(log_prob, x, at, label), value, rtol=1e-5)
   other = FRAMEWORKS[(FRAMEWORKS.index(framework) + 1) % len(FRAMEWORKS)]
   denoise = made(other, "denoiser")[0]
-  guided = jg.classifier(log_prob, 2.0)(denoise)(X[0], jnp.asarray(sigma), jnp.asarray(1))
-  wanted = denoise(X[0], jnp.asarray(sigma), jnp.asarray(1)) + 2 * sigma**2 * jax.grad(by_hand)(X[0], 1)
+  guided = called(jg.classifier(log_prob, 2.0)(denoise), x, at, label)
+  wanted = np.asarray(called(denoise, x, at, label)) + 2 * sigma**2 * np.asarray(gradient)
   np.testing.assert_allclose(guided, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -215,7 +225,8 @@ def test_samples_of_a_batch_are_those_of_one(framework):
   guided = jg.classifier_free(own.CLASSES, 2.0)(denoise)
   key, options = jax.random.key(3), {"sigmas": GRID, "solver": jg.Heun()}
   many = jg.sample_batch(guided, key, cond=np.array([0, 1, 2]), shape=own.SHAPE, **options)
-  one = jg.sample(guided, jg.sample_keys(key, 3)[1], own.SHAPE, GRID, jg.Heun(), jnp.asarray(1))[0]
+  walk = jax.jit(lambda guided, key: jg.sample(guided, key, own.SHAPE, GRID, jg.Heun(), jnp.asarray(1))[0])
+  one = walk(guided, jg.sample_keys(key, 3)[1])
   np.testing.assert_allclose(many[1], one, atol=1e-5)
   if framework in ("nnx", "equinox"):
     with pytest.raises(ValueError, match="label 7 is not one of the 3 classes"):
@@ -294,14 +305,15 @@ def test_networks_that_say_their_blocks_are_perturbed(framework):
   weak = jg.perturbed(denoise, perturbation)
   chex.assert_trees_all_equal(weak, jg.perturbed(weak, perturbation))  # One program, and the last one counts.
   sigma, label = jnp.asarray(1.0), jnp.asarray(1)
-  got, good = weak(X[0], sigma, label), denoise(X[0], sigma, label)
+  got, good = (np.asarray(called(function, X[0], sigma, label)) for function in (weak, denoise))
   # A middle layer of zeros does nothing, as if it were skipped.
   zero = jax.tree_util.tree_map_with_path(
-    lambda path, leaf: 0 * leaf if "middle" in str(path) else leaf, denoise.params
+    lambda path, leaf: np.zeros_like(leaf) if "middle" in str(path) else leaf, denoise.params
   )
-  np.testing.assert_allclose(got, dataclasses.replace(denoise, params=zero)(X[0], sigma, label), atol=1e-6)
+  without = called(dataclasses.replace(denoise, params=zero), X[0], sigma, label)
+  np.testing.assert_allclose(got, without, atol=1e-6)
   assert np.abs(got - good).max() > 1e-3
-  guided = jg.autoguidance(weak, 3.0)(denoise)(X[0], sigma, label)
+  guided = called(jg.autoguidance(weak, 3.0)(denoise), X[0], sigma, label)
   np.testing.assert_allclose(guided, got + 3 * (good - got), atol=1e-5)
   with pytest.raises(ValueError, match=r"block for 'skip' .*midle"):
     jg.perturbed(denoise, jg.Perturbation("skip", ["midle"]))
@@ -320,7 +332,7 @@ def test_networks_that_say_no_blocks_are_not_perturbed():
 
 MEANS = RNG.integers(40, 216, (2, *own.SHAPE))
 IMAGES = data.Images(np.stack([MEANS[i % 2] for i in range(32)]).astype(np.uint8), np.arange(32) % 2, 2, "two pictures")
-HOW = TrainingConfig(steps=20, batch_size=16, learning_rate=0.02, ema_decay=0.5)
+HOW = TrainingConfig(steps=20, batch_size=15, learning_rate=0.02, ema_decay=0.5)  # 15 examples run on one device.
 
 
 @pytest.mark.parametrize("role", ["denoiser", "classifier"])
@@ -334,7 +346,8 @@ def test_a_class_is_trained_saved_and_loaded(framework, role, tmp_path):
   def watch(step, state, metrics):
     losses.append(float(metrics["loss"]))
 
-  model = training.fit(config, how, IMAGES, tmp_path / "run", callback=watch, progress=False)
+  run = training.RunConfig(sample_every=0)
+  model = training.fit(config, how, IMAGES, tmp_path / "run", run=run, callback=watch, progress=False)
   assert np.mean(losses[-4:]) < 0.75 * np.mean(losses[:4])
   loaded = load(tmp_path / "run")
   assert loaded.config == config
@@ -342,7 +355,8 @@ def test_a_class_is_trained_saved_and_loaded(framework, role, tmp_path):
   again = load(tmp_path / "saved")
   chex.assert_trees_all_equal(again.params, model.params)
   if role == "classifier":
-    assert again.log_prob(X[0], jnp.asarray(0.5), 1) == model.log_prob(X[0], jnp.asarray(0.5), 1)
+    ours, theirs = (called(one.log_prob, X[0], jnp.asarray(0.5), jnp.asarray(1)) for one in (again, model))
+    assert ours == theirs
     return
   images = [
     jg.sample_batch(
@@ -353,6 +367,7 @@ def test_a_class_is_trained_saved_and_loaded(framework, role, tmp_path):
       shape=own.SHAPE,
       sigmas=GRID,
       solver=jg.Euler(),
+      devices=jax.devices()[:1],
     )
     for one in (model, again)
   ]
@@ -363,15 +378,16 @@ def test_dropout_is_on_in_training_alone(framework):
   if framework == "plain":
     return
   module = linen_class(CLASSES[framework][0])(num_classes=own.CLASSES)
-  params = module.init(jax.random.key(0), *own.batch())
+  params = jax.jit(module.init)(jax.random.key(0), *own.batch())
 
-  def run(**options):
-    return module.apply(params, X, jnp.ones(4), LABELS, **options)
+  @functools.partial(jax.jit, static_argnames="train")
+  def run(rngs, train=False):
+    return module.apply(params, X, np.ones(4, np.float32), LABELS, rngs=rngs, **({"train": True} if train else {}))
 
-  first, again, other = (run(train=True, rngs={"dropout": jax.random.key(seed)}) for seed in (0, 0, 1))
+  first, again, other = (np.asarray(run({"dropout": jax.random.key(seed)}, True)) for seed in (0, 0, 1))
   np.testing.assert_array_equal(first, again)
   assert np.abs(first - other).max() > 1e-3
-  np.testing.assert_array_equal(run(), run(rngs={"dropout": jax.random.key(1)}))
+  np.testing.assert_array_equal(run({}), run({"dropout": jax.random.key(1)}))
 
 
 def test_the_parameters_of_an_object_are_those_of_its_class(framework, tmp_path):
@@ -381,8 +397,8 @@ def test_the_parameters_of_an_object_are_those_of_its_class(framework, tmp_path)
   denoise, _ = made(framework, "denoiser")
   config = ModelConfig(CLASSES[framework][0], {}, own.SHAPE, own.CLASSES, prediction="edm", sigma_data=0.7)
   save(tmp_path / "model", training.Model(config, denoise.params))
-  got = load(tmp_path / "model").denoiser(X[0], jnp.asarray(1.0), jnp.asarray(2))
-  np.testing.assert_allclose(got, denoise(X[0], jnp.asarray(1.0), jnp.asarray(2)), atol=1e-6)
+  at = X[0], jnp.asarray(1.0), jnp.asarray(2)
+  np.testing.assert_allclose(called(load(tmp_path / "model").denoiser, *at), called(denoise, *at), atol=1e-6)
 
 
 @pytest.mark.parametrize("framework", ["nnx", "equinox", "haiku"])
