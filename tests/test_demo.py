@@ -13,9 +13,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from sweeps import unplotted
 
 from jaxguide import cli, data, evaluation
-from jaxguide.evaluation import demo
+from jaxguide.evaluation import demo, sweep_plots
 from jaxguide.models import load
 from jaxguide.models import model as models
 
@@ -51,7 +52,7 @@ def called(*args):
 
 @pytest.fixture(scope="module")
 def short():
-  """Shorten the demo: networks of a few layers with 3 steps of training, fewer scales and samples."""
+  """Shorten the demo: networks of a few layers with 3 steps of training, fewer scales and samples, and no plots."""
   small = {"model_channels": 8, "channel_mult": (1,), "attention_resolutions": (), "num_head_channels": 8}
   changed = {
     "scales": (0.0, 2.0, 30.0),
@@ -65,6 +66,7 @@ def short():
     # A batch of 3 runs on one device.
     changed[f"{name}_training"] = dataclasses.replace(training, steps=3, batch_size=3)
   with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sweep_plots, "plot", unplotted)
     patch.setitem(demo.DEMOS, "digits", demo.DIGITS._replace(**changed))
     yield
 
@@ -134,7 +136,7 @@ def test_a_second_run_reuses_models_and_samples(ran, out):
   assert [path.stat().st_mtime_ns for path in watched] == before
 
 
-def test_a_report_of_another_seed_is_kept_unless_it_may_be_replaced(ran, out, monkeypatch):
+def test_a_report_of_another_seed_is_kept_unless_it_may_be_replaced(ran, out):
   before = (out / "report.html").read_bytes()
   with pytest.raises(ValueError, match=r"seed is 0 there, and 1 here\): choose another folder, or --overwrite"):
     demo.run(out, seed=1, progress=False)
