@@ -64,7 +64,10 @@ def spread(mesh, tree):
   return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("batch")))
 
 
+@functools.cache
 def with_gradients(name):
+  """The program of a network's results and gradients, which all meshes share: one device compiles it once."""
+
   def loss(params, x, *rest):
     out = NETWORKS[name].apply(params, x, *rest)
     return jnp.square(out).mean(), out
