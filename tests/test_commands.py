@@ -5,6 +5,7 @@ import dataclasses
 import io
 import re
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -14,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sweeps
 import tiny
 
 from jaxguide import cli
-from jaxguide.evaluation import demo
+from jaxguide.evaluation import demo, sweep_plots
 from jaxguide.models import Model, pretrained
 from jaxguide.models.model import shapes
 
@@ -139,12 +141,15 @@ def test_a_command_is_made_small():
 # --- in their order -------------------------------------------------------------------------------
 
 
-# What a page may name without making it. Each is made by these commands when it is first read.
+# What a page may name without making it: the command that makes it when it is first read, and all that this makes.
 PROVIDED = {
-  "runs/photos": ["jaxguide train --data ./photos --size 64 --out runs/photos"],
-  "runs/photos-classifier": ["jaxguide train --data ./photos --network classifier --out runs/photos-classifier"],
-  "samples.npz": ["jaxguide sample --model runs/photos --out samples.npz"],
-  "runs/demo/denoiser": ["jaxguide demo"],
+  "runs/photos": ("jaxguide train --data ./photos --size 64 --out runs/photos", "runs/photos"),
+  "runs/photos-classifier": (
+    "jaxguide train --data ./photos --network classifier --out runs/photos-classifier",
+    "runs/photos-classifier",
+  ),
+  "samples.npz": ("jaxguide sample --model runs/photos --out samples.npz", "samples.npz"),
+  "runs/demo/denoiser": ("jaxguide demo", "runs/demo"),
 }
 
 
@@ -156,7 +161,8 @@ def narrow(config):
 
 @pytest.fixture
 def small_networks(monkeypatch):
-  """Make the networks of the demos and of the package small, and the trainings of the demos short."""
+  """Make the networks of the demos and of the package small, the trainings of the demos short; leave out plots."""
+  monkeypatch.setattr(sweep_plots, "plot", sweeps.unplotted)
   for name, whole in list(demo.DEMOS.items()):
     changed = {"scales": (0.0, 2.0), "num": 20, "steps": 2, "batch_size": 20}
     for network in ("denoiser", "classifier"):
@@ -174,10 +180,15 @@ def small_networks(monkeypatch):
 
 
 class Runner:
-  """Run commands of a page in a folder, in this process, with small sizes."""
+  """Run commands of a page in a folder, in this process, with small sizes.
 
-  def __init__(self, monkeypatch):
-    self._patch = monkeypatch
+  Args:
+    monkeypatch: pytest's.
+    kept: a folder with copies of what was provided to other pages, so that it is made once.
+  """
+
+  def __init__(self, monkeypatch, kept):
+    self._patch, self._kept = monkeypatch, kept
     self._making = set()
 
   def __call__(self, words, output=None):
@@ -214,16 +225,32 @@ class Runner:
       name = path.removeprefix("./")
       if name in PROVIDED and not Path(name).exists() and name not in self._making:
         self._making.add(name)
-        for line in PROVIDED[name]:
-          self(line.split())
+        line, made = PROVIDED[name]
+        if (self._kept / made).exists() and not Path(made).exists():
+          copy(self._kept / made, made)
+          continue
+        self(line.split())
+        if not (self._kept / made).exists():
+          copy(made, self._kept / made)
+
+
+def copy(path, to):
+  """Copy a file or a folder."""
+  Path(to).parent.mkdir(parents=True, exist_ok=True)
+  (shutil.copytree if Path(path).is_dir() else shutil.copy2)(path, to)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+  return tmp_path_factory.mktemp("kept")
 
 
 @pytest.fixture
-def runner(tmp_path, monkeypatch, small_networks):
+def runner(tmp_path, monkeypatch, small_networks, kept):
   monkeypatch.chdir(tmp_path)
   monkeypatch.syspath_prepend(tmp_path)
   tiny.draw_photos(tmp_path / "photos", 12, 16)
-  return Runner(monkeypatch)
+  return Runner(monkeypatch, kept)
 
 
 def run_page(page, runner):
