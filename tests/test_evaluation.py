@@ -348,7 +348,7 @@ def test_statistics_of_a_file_are_those_of_its_images(digits, tmp_path):
   pixels = evaluation.chosen_features("pixels", (8, 8, 1))
   dataset = data.Images(reference, labels, 10, "digits")
   evaluation.write_statistics(kept, evaluation.statistics_of(dataset, pixels, progress=False))
-  few = {"measures": ["frechet_distance", "kid"], "options": Options(subsets=4)}
+  few = {"measures": ["frechet_distance", "kid"], "options": Options(subsets=4, resamples=20)}
   once, again = (evaluate(images, reference, **few) for reference in (dataset, kept))
   assert again.figures == once.figures
   assert again.protocol["reference"] == {**once.protocol["reference"], "name": str(kept)}
@@ -450,20 +450,20 @@ def test_classes_are_matched_by_name(digits):
   assert evaluate(samples, real, measures=["accuracy"]).figures["accuracy"].value > 0.97
   strange = data.Images(images, labels, 10, "strange", ("null", *names[1:]))
   with pytest.warns(UserWarning, match="the reference has a class 'null' that the samples do not have"):
-    assert "accuracy" not in evaluate(samples, strange).figures
+    assert "accuracy" not in evaluate(samples, strange, options=Options(resamples=20)).figures
   with pytest.raises(ValueError, match="choose judge none"):
     evaluate(samples, strange, judge="pixels")
 
 
 def test_what_cannot_be_computed_is_left_out_unless_it_is_asked_for(digits):
   (reference, reference_labels), (images, labels) = digits
-  few = evaluate(images[:5], reference)
+  few = evaluate(images[:5], reference, options=Options(resamples=20))
   assert "kid" in few.figures
   assert "precision" not in few.figures
   with pytest.raises(ValueError, match="precision needs more than 5 images"):
     evaluate(images[:5], reference, measures=["precision"])
   some = data.Images(reference[reference_labels != 5], reference_labels[reference_labels != 5], 10, "without fives")
-  assert "accuracy" not in evaluate(images, some, labels=labels).figures
+  assert "accuracy" not in evaluate(images, some, labels=labels, options=Options(resamples=20)).figures
   with pytest.raises(ValueError, match="accuracy needs a judge that knows the class 5"):
     evaluate(images, some, labels=labels, measures=["accuracy"])
   each_once = Options(interval="min-of-3")
