@@ -8,12 +8,13 @@ Where JAX keeps no compiled programs, nothing is kept.
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax
 import jax
 
 from jaxguide._core import files
@@ -38,16 +39,19 @@ def kept(question: str, find: Callable[[], Any]) -> Any:
     return find()
   name = hashlib.sha256(f"{question}\n{_installation()}".encode()).hexdigest()
   path = Path(folder).expanduser() / FOLDER / f"{name}.json"
-  try:
+  with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
     entry = json.loads(path.read_bytes())
-    if entry["question"] == question:
+    if entry["crc32"] == _checksum(question, entry["answer"]):
       return entry["answer"]
-  except (OSError, ValueError, TypeError, KeyError):
-    pass
   answer = find()
   with contextlib.suppress(OSError):
-    files.write_atomically(path, json.dumps({"question": question, "answer": answer}).encode())
+    entry = {"question": question, "answer": answer, "crc32": _checksum(question, answer)}
+    files.write_atomically(path, json.dumps(entry).encode())
   return answer
+
+
+def _checksum(question: str, answer: Any) -> int:
+  return zlib.crc32(json.dumps([question, answer]).encode())
 
 
 @functools.cache
@@ -55,5 +59,4 @@ def _installation() -> str:
   """Describe what an answer depends on beside its question."""
   package = Path(__file__).parents[1]
   sources = [(str(path.relative_to(package)), path.stat()) for path in sorted(package.rglob("*.py"))]
-  versions = [importlib.metadata.version(name) for name in ("jax", "flax")]
-  return str([versions, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in sources]])
+  return str([jax.__version__, flax.__version__, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in sources]])
