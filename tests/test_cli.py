@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,7 @@ def test_a_second_process_compiles_nothing(folders, tmp_path):
     made = subprocess.run(
       [sys.executable, "-c", COUNTED, "sample", *(f"--{name}={value}" for name, value in options.items())],
       env=environment | {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"},
+      cwd=pathlib.Path(__file__).parent,  # Where the network of the model is.
       stdout=subprocess.PIPE,
       text=True,
       check=True,
