@@ -46,8 +46,8 @@ class Attention(nn.Module):
     """Map (n, h, w, c) to the same shape."""
     n, h, w, c = x.shape
     normed = GroupNorm(groups=self.groups, epsilon=EPSILON, name="group_norm")(x).reshape(n, h * w, c)
-    of_head = (nn.Dense(c, dtype=self.dtype, name=name)(normed)[:, :, None] for name in ("to_q", "to_k", "to_v"))
-    out = attend_to(*of_head)
+    q, k, v = (nn.Dense(c, dtype=self.dtype, name=name)(normed)[:, :, None] for name in ("to_q", "to_k", "to_v"))
+    out = attend_to(q, k, v)
     return x + nn.Dense(c, dtype=self.dtype, name="to_out_0")(out).reshape(x.shape)
 
 
