@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxguide._core import checks, records
@@ -72,7 +71,8 @@ def load(name: str) -> Model:
       raise ValueError("the parameters do not match their SHA-256")
     config = ModelConfig(**record["config"])
     stored, expected = parse(content), shapes(config)
-    params = [jnp.asarray(stored[key], jnp.float32) for key in arrays.leaves(expected)]
+    # By NumPy, since JAX would compile a program for each shape.
+    params = [jax.device_put(np.asarray(stored[key], np.float32)) for key in arrays.leaves(expected)]
     model = Model(config, jax.tree.unflatten(jax.tree.structure(expected), params))
     check(model)
   except (KeyError, TypeError, ValueError, SafetensorError) as error:

@@ -22,7 +22,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxguide._core import records
@@ -207,7 +206,7 @@ def transplant(model: ModelConfig, source: Model, key: jax.Array) -> tuple[PyTre
   for path, leaf in expected.items():
     made, number = adapted[path], int(np.prod(leaf.shape))
     value = made.value if made.rows is None else made.rows(np.array(random[path]))
-    leaves.append(jnp.asarray(value, leaf.dtype))
+    leaves.append(jax.device_put(np.asarray(value, leaf.dtype)))
     if made.how is None:
       kept[path] = number
     else:

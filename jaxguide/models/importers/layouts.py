@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxguide._core.typing import PyTree
@@ -133,7 +132,7 @@ def to_params(state_dict: Mapping[str, Any], layout: Layout, network: str) -> Py
     if not np.isfinite(array).all():
       raise ValueError(f"{name} contains numbers that are not finite in float32: the weights are damaged")
     *parents, last = entry.path
-    functools.reduce(lambda tree, part: tree.setdefault(part, {}), parents, params)[last] = jnp.asarray(array)
+    functools.reduce(lambda tree, part: tree.setdefault(part, {}), parents, params)[last] = jax.device_put(array)
   return {"params": params}
 
 
