@@ -36,6 +36,8 @@ marks["jax and flax"] = time.time()
 import jaxguide as jg
 marks["jaxguide"] = time.time()
 from jaxguide import training
+from jaxguide._core import kept
+kept.keep()
 model = training.load(FOLDER)
 marks["model"] = time.time()
 guided = jg.classifier_free(model.null_cond, 2.0)(model.denoiser)

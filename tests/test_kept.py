@@ -1,11 +1,17 @@
 """Answers that a later process finds on disk: the shapes of our networks' parameters."""
 
+import contextlib
 import json
+import os
+import shutil
+import threading
+from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType
 from test_parameters import CASES
 
 from jaxguide._core import kept
@@ -15,12 +21,16 @@ from jaxguide.nn.normalisation import GroupNorm
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
   before = jax.config.jax_compilation_cache_dir
   jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
   linen._param_shapes.cache_clear()
+  monkeypatch.setattr(kept, "_BY_COMMAND", threading.Event())
+  kept.keep()
+  monkeypatch.setattr(kept, "_installation", lambda: "this one")
   yield tmp_path / "cache" / kept.FOLDER
   jax.config.update("jax_compilation_cache_dir", before)
+  jax.config.update("jax_enable_compilation_cache", True)
   linen._param_shapes.cache_clear()
 
 
@@ -75,8 +85,60 @@ def test_another_installation_asks_again(folder, traced, monkeypatch):
   assert len(traced) == 2
 
 
-def test_an_installation_is_its_versions_and_sources():
-  assert all(name in kept._installation() for name in ("nn/convolution.py", "denoisers/linen.py", jax.__version__))
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+  """A copy of the package's files, an hour old, as the one that asks."""
+  package = tmp_path / "jaxguide"
+  shutil.copytree(Path(kept.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__", "weights"))
+  for path in package.rglob("*.py"):
+    os.utime(path, (kept._BEGAN - 3600,) * 2)
+  monkeypatch.setattr(kept, "__file__", str(package / "_core" / "kept.py"))
+  return package
+
+
+def describe():
+  return kept._installation.__wrapped__()
+
+
+def test_an_installation_is_its_versions_and_sources(package):
+  before = describe()
+  assert all(name in before for name in ("nn/convolution.py", "denoisers/linen.py", jax.__version__))
+  os.utime(package / "nn" / "linear.py", (kept._BEGAN - 1800,) * 2)
+  assert describe() != before
+
+
+def test_sources_that_are_newer_than_the_process_may_not_be_those_that_run(package):
+  (package / "nn" / "linear.py").touch()
+  assert describe() is None
+
+
+@pytest.mark.parametrize("fault", ["no sources", "a link to nowhere"])
+def test_sources_that_are_not_found_are_no_installation(fault, package):
+  if fault == "no sources":
+    shutil.rmtree(package)
+  else:
+    (package / "nn" / "lock.py").symlink_to("nowhere")
+  assert describe() is None
+
+
+@pytest.mark.parametrize("why", ["not by a command", "no installation", "no cache", "a mesh"])
+def test_nothing_is_kept(why, folder, traced, monkeypatch):
+  if why == "not by a command":
+    monkeypatch.setattr(kept, "_BY_COMMAND", threading.Event())
+  if why == "no cache":
+    jax.config.update("jax_enable_compilation_cache", False)
+  if why == "no installation":
+    monkeypatch.setattr(kept, "_installation", lambda: None)
+  mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+  with jax.set_mesh(mesh) if why == "a mesh" else contextlib.nullcontext():
+    linen.param_shapes(GroupNorm(groups=2), jnp.zeros((1, 4, 4, 2)))
+  assert not folder.exists()
+
+
+def test_the_commands_keep(run, monkeypatch):
+  monkeypatch.setattr(kept, "_BY_COMMAND", threading.Event())
+  assert run("methods", "heun")[0] == 0
+  assert kept._BY_COMMAND.is_set()
 
 
 class Own(nn.Module):
@@ -105,7 +167,9 @@ def test_an_error_is_not_kept(folder):
   assert not folder.exists()
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"question": "another", "answer": 3}', "\0", "float64"])
+@pytest.mark.parametrize(
+  "damage", ["", "{", "[]", "null", '{"question": "another", "answer": 3}', "\0", "float64", "[" * 200_000]
+)
 def test_a_damaged_entry_is_found_anew(damage, folder, traced):
   module, x = GroupNorm(groups=2), jnp.zeros((1, 4, 4, 2))
   wanted = linen.param_shapes(module, x)

@@ -1195,3 +1195,9 @@ def test_invalid_conditions_of_super_resolution(change, message):
   x, t = batch()
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(SuperResUNet(**SMALL).init, jax.random.key(0), x, t, change(jnp.zeros((2, 4, 4, 3))))
+
+
+def test_an_empty_batch_has_a_gradient_of_zeros_for_the_kernel():
+  kernel = jnp.ones((3, 3, 3, 4))
+  gradient = jax.grad(lambda kernel: convolve(jnp.zeros((0, 8, 8, 3)), kernel).sum())(kernel)
+  np.testing.assert_array_equal(gradient, np.zeros(kernel.shape))

@@ -2,13 +2,18 @@
 
 An entry is a file of JSON in the folder of JAX's compilation cache. Its name is a checksum of the question, of the
 versions of JAX and Flax, and of sizes and times of jaxguide's source files, so that no other installation finds it.
-Where JAX keeps no compiled programs, nothing is kept.
+
+Only the commands keep anything. A process of the user's own may replace parts of the package while it runs, and its
+answers would then be wrong for others. Nothing is kept, either, where JAX keeps no compiled programs, or where a source
+file was changed after the process had begun.
 """
 
 import contextlib
 import functools
 import hashlib
 import json
+import threading
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +25,14 @@ import jax
 from jaxguide._core import files
 
 FOLDER = "kept"
+
+_BEGAN = time.time()
+_BY_COMMAND = threading.Event()
+
+
+def keep() -> None:
+  """Keep answers from now on, as the commands do."""
+  _BY_COMMAND.set()
 
 
 def kept(question: str, find: Callable[[], Any]) -> Any:
@@ -35,16 +48,17 @@ def kept(question: str, find: Callable[[], Any]) -> Any:
   3
   """
   folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-  if not folder or "://" in folder:
+  enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+  if not (_BY_COMMAND.is_set() and enabled and folder) or "://" in folder or (installation := _installation()) is None:
     return find()
-  name = hashlib.sha256(f"{question}\n{_installation()}".encode()).hexdigest()
-  path = Path(folder).expanduser() / FOLDER / f"{name}.json"
-  with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+  name = hashlib.sha256(f"{question}\n{installation}".encode()).hexdigest()
+  path = Path(folder) / FOLDER / f"{name}.json"
+  with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
     entry = json.loads(path.read_bytes())
     if entry["crc32"] == _checksum(question, entry["answer"]):
       return entry["answer"]
   answer = find()
-  with contextlib.suppress(OSError):
+  with contextlib.suppress(OSError, ValueError):
     entry = {"question": question, "answer": answer, "crc32": _checksum(question, answer)}
     files.write_atomically(path, json.dumps(entry).encode())
   return answer
@@ -55,8 +69,16 @@ def _checksum(question: str, answer: Any) -> int:
 
 
 @functools.cache
-def _installation() -> str:
-  """Describe what an answer depends on beside its question."""
+def _installation() -> str | None:
+  """Describe what an answer depends on beside its question; None if that is not known.
+
+  It is not known where the files of the package are not found, or where one is newer than this process.
+  """
   package = Path(__file__).parents[1]
-  sources = [(str(path.relative_to(package)), path.stat()) for path in sorted(package.rglob("*.py"))]
+  try:
+    sources = [(str(path.relative_to(package)), path.stat()) for path in sorted(package.rglob("*.py"))]
+  except OSError:
+    return None
+  if not sources or max(stat.st_mtime for _, stat in sources) >= _BEGAN:
+    return None
   return str([jax.__version__, flax.__version__, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in sources]])

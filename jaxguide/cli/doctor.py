@@ -166,8 +166,8 @@ def huge_pages(enabled: str | None, environment: Mapping[str, str]) -> str | Non
   found = re.search(r"\[(\w+)\]", enabled or "")
   if found is None:
     return None
-  asked = re.search(r"glibc\.malloc\.hugetlb=[12]\b", environment.get("GLIBC_TUNABLES", ""))
-  if found[1] == "always" or (found[1] == "madvise" and asked):
+  asked = re.findall(r"glibc\.malloc\.hugetlb=(\d+)", environment.get("GLIBC_TUNABLES", ""))
+  if found[1] == "always" or (found[1] == "madvise" and asked[-1:] == ["1"]):
     return "yes"
   advice = "; GLIBC_TUNABLES=glibc.malloc.hugetlb=1 makes gradients on a CPU faster" if found[1] == "madvise" else ""
   return f"no{advice}"
@@ -307,7 +307,7 @@ def _cache() -> tuple[dict[str, str], list[str]]:
     return {"folder": "none"}, ["compiled programs are not kept: set JAX_COMPILATION_CACHE_DIR to a folder"]
   if "://" in folder:
     return {"folder": f"{folder} (not examined)"}, []
-  path = Path(folder).expanduser()
+  path = Path(folder)
   number, size = _content(path)
   facts = {"folder": f"{folder}, {number} files, {_size(size)}"}
   try:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from jaxguide import generate
+from jaxguide._core import kept
 from jaxguide.cli import classifier, completion, doctor, ema, encode, exporting, interop, measure, train
 from jaxguide.cli.help import DEVICES, SAMPLING, Command, Group, table_text
 from jaxguide.cli.joining import join, joining_options, show
@@ -84,6 +85,7 @@ def setup(
   if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
     # By default JAX keeps only programs that take a second to compile. Most programs here are faster.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  kept.keep()
 
 
 @app.command(cls=Command)

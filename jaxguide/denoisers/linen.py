@@ -183,8 +183,9 @@ def _param_shapes(init: ModuleMethod, leaves: tuple[Any, ...], treedef: Any) -> 
     except FlaxError as error:
       raise ValueError(f"{type(init.module).__name__} cannot be called with inputs of these shapes: {error}") from error
 
-  # What our own networks have depends on plain fields alone. The trace of another network may depend on anything.
-  if not _is_plain(init.module):
+  # What our own networks have depends on plain fields alone. The trace of another network may depend on anything, and
+  # on a mesh the shapes have shardings.
+  if not _is_plain(init.module) or not jax.sharding.get_abstract_mesh().empty:
     return trace()
   question = f"parameters of {init.module} for {leaves} in {treedef}"
   return _from_lists(kept(question, lambda: _to_lists(trace())))

@@ -152,7 +152,7 @@ def weight_gradient(x, cotangent, sides: tuple[int, int], stride: int, padding: 
   shifted = jnp.concatenate([cotangent[:, i : i + h] for i in reversed(range(kh))], axis=3)
   gradient = lax.conv_general_dilated(
     x.transpose(3, 2, 0, 1).reshape(c, w, n * h),
-    shifted.transpose(2, 0, 1, 3).reshape(-1, n * h, kh * d),
+    shifted.transpose(2, 0, 1, 3).reshape(shifted.shape[2], n * h, kh * d),
     (1,),
     (columns,),
     rhs_dilation=(stride,),
