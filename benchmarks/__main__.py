@@ -35,7 +35,7 @@ def main() -> None:
     return
   try:
     checks.lookup("benchmark", sys.argv[1], modules).main(*sys.argv[2:])
-  except ValueError as error:
+  except (ImportError, ValueError) as error:
     sys.exit(f"benchmarks: {error}")
 
 

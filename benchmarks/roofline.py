@@ -144,7 +144,10 @@ def compile_for_gpu(function: Callable[..., Any], *args: Any) -> Any:
     ImportError: if JAX's CUDA plugin is not installed.
   """
   os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-  import jax_plugins.xla_cuda13
+  try:
+    import jax_plugins.xla_cuda13
+  except ImportError as error:
+    raise ImportError("to compile for a GPU needs JAX's plugin and no card: pip install 'jax[cuda13]'") from error
   from jax._src import xla_bridge
   from jax.experimental import topologies
 
