@@ -66,14 +66,14 @@ def in_xla(product: Product, arrays: list[np.ndarray]) -> Callable[[], Any]:
   if kind == "convolution":
     run = functools.partial(convolution._convolve_p.bind, **dict(settings))
   elif kind == "weight gradient":
-    run = lambda x, cotangent: convolution.weight_gradient(x, cotangent, *_around(product))  # noqa: E731
+    run = lambda x, cotangent: convolution.weight_gradient(x, cotangent, *_geometry(product))  # noqa: E731
   else:
     run = functools.partial(jax.lax.dot_general, dimension_numbers=dict(settings)["dimensions"])
   compiled, args = jax.jit(run), [jnp.asarray(each) for each in arrays]
   return lambda: compiled(*args)
 
 
-def _around(product: Product) -> tuple[tuple[int, int], int, convolution.Padding]:
+def _geometry(product: Product) -> tuple[tuple[int, int], int, convolution.Padding]:
   """Give the sides of a weight gradient, its stride, and its padding, which is half a kernel here."""
   _, ((_, rows, *_), (_, out_rows, *_)), settings = product
   height, width = dict(settings)["sides"]
@@ -97,7 +97,7 @@ def in_torch(product: Product, arrays: list[np.ndarray]) -> list[Callable[[], An
       sides = [each[0] for each in sides]
     return [lambda: sides[0] @ sides[1], lambda: torch.einsum("...mk,...kn->...mn", *sides)]
   if kind == "weight gradient":
-    (height, width), step, padding = _around(product)
+    (height, width), step, padding = _geometry(product)
     kernel = torch.empty(b.shape[3], a.shape[3], height, width)
     sizes = {"stride": [step] * 2, "padding": [pad for pad, _ in padding], "dilation": [1, 1], "groups": 1}
     sizes |= {"transposed": False, "output_padding": [0, 0], "output_mask": [False, True, False]}

@@ -1,7 +1,6 @@
 """`fit` with damaged checkpoints, other data, values that are not finite, a second process, and a full disk."""
 
 import dataclasses
-import gc
 import json
 import os
 import re
@@ -28,6 +27,7 @@ from jaxguide.data import Images
 from jaxguide.training import ModelConfig, RunConfig, TrainingConfig, checkpoints, loop, run_folder, step
 
 pytestmark = [
+  pytest.mark.usefixtures("only_new_objects"),
   # Orbax leaves files open when it fails.
   pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -38,16 +38,6 @@ HOW = TrainingConfig(steps=6, batch_size=3, save_every=2)
 LOGS = RunConfig(log_every=2, sample_every=0)
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 1)).astype(np.uint8)
 IMAGES = Images(PIXELS, np.arange(8, dtype=np.int32) % 2, 2, "mine")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def only_new_objects():
-  """Leave out what is there before these tests from searches for cycles: there is one after each failure of Orbax."""
-  gc.collect()
-  gc.freeze()
-  yield
-  gc.unfreeze()
-  gc.collect()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Models whose files were changed or damaged after they were saved: each change is noticed or has no effect."""
 
 import dataclasses
-import gc
 import json
 import random
 import shutil
@@ -19,6 +18,7 @@ from jaxguide.models import folders as model
 from jaxguide.training import ModelConfig
 
 pytestmark = [
+  pytest.mark.usefixtures("only_new_objects"),
   # Orbax leaves files open when it fails.
   pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -29,16 +29,6 @@ CONFIG = ModelConfig(
   (4, 4, 1),
   2,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def only_new_objects():
-  """Leave out what is there before these tests from searches for cycles: there is one after each failure of Orbax."""
-  gc.collect()
-  gc.freeze()
-  yield
-  gc.unfreeze()
-  gc.collect()
 
 
 @pytest.fixture(scope="module")
