@@ -155,7 +155,7 @@ def limits(cores: int, usable: float | int, free: int | None, environment: Mappi
 def huge_pages(enabled: str | None, environment: Mapping[str, str]) -> str | None:
   """Say whether large arrays are in huge pages, from Linux's setting; None where there is none.
 
-  Else each call of a program waits for thousands of small pages of fresh memory. `docs/choosing.md` has measurements.
+  Without them each call waits for thousands of small pages of fresh memory. `docs/choosing.md` has measurements.
 
   >>> huge_pages("always [madvise] never", {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
   'yes'
